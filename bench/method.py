@@ -26,10 +26,12 @@ if TYPE_CHECKING:
     from bench.models.model import Model
     from bench.models.structure.model_structure import ModelStructure
 
-WeightForm = Literal["plain", "ragged", "packed", "shared_base", "novices"]
+WeightForm = Literal["plain", "ragged", "packed", "shared_base", "novices", "prequantized"]
 """How weights are stored: as published, in experts of different widths, quantized and packed, as a
-base with low-rank differences, or with some experts as constants."""
-ALL_FORMS: frozenset[WeightForm] = frozenset(get_args(WeightForm))
+base with low-rank differences, with some experts as constants, or by the quantizer of somebody
+else's checkpoint."""
+ALL_FORMS: frozenset[WeightForm] = frozenset(get_args(WeightForm)) - {"prequantized"}
+"""The forms that methods make. Only a method that leaves weights alone takes `prequantized` too."""
 
 Effect = Literal["removed", "zeroed", "masked", "quantized", "skipped", "none"]
 
@@ -111,8 +113,6 @@ class Method(BaseModel, ABC):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     uses_calibration: ClassVar[bool] = False
-    changes_weights: ClassVar[bool] = True
-    """Whether the method reads or writes weights as dense matrices."""
     writes: ClassVar[tuple[str, ...]] = ()
     """Knobs that name what the method writes; files that other knobs name are part of an id."""
     accepts: ClassVar[frozenset[WeightForm]] = ALL_FORMS

@@ -54,6 +54,14 @@ def refuse_foreign_code(node: Any, packages: Iterable[str], key: str = "") -> No
         refuse_foreign_code(inner, allowed, here)
 
 
+def package_exists(name: str) -> bool:
+    """Tell whether a top-level package can be imported, without importing it."""
+    try:
+        return name.isidentifier() and find_spec(name) is not None
+    except ValueError:  # `__main__` has no spec
+        return False
+
+
 def refuse_shadowed_packages() -> None:
     """Raise if a module of the user's hides a package of slimbench.
 

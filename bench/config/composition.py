@@ -22,10 +22,14 @@ from hydra.errors import (
     OverrideParseException,
 )
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import (
+    InterpolationResolutionError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 from bench.config.gate import check_overrides
-from bench.config.overrides import ACCEPTED, GROUP, Overrides, parse_error, text_of
+from bench.config.overrides import ACCEPTED, GROUP, Overrides, correction, parse_error, text_of
 from bench.config.run_config import RunConfig, validate
 from bench.errors import UserError, nearest, unknown_name
 from bench.records.files import refuse_unstorable
@@ -155,6 +159,8 @@ def hydra_errors_as_user_errors(overrides: Sequence[str]) -> Iterator[None]:
         raise parse_error(error) from None
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key} is missing: give {error.full_key}=...") from None
+    except InterpolationResolutionError as error:
+        raise _unresolved(error, overrides) from None
     except (ConfigCompositionException, HydraException, OmegaConfBaseException) as error:
         raise _unknown_key(error, overrides) from None
     except ValueError as error:
@@ -188,13 +194,39 @@ def _choices(group: str) -> list[str]:
 
 def _unknown_choice(error: MissingConfigException) -> UserError:
     missing = error.missing_cfg_file or ""
-    group, _, name = str(missing).strip("/").rpartition("/")
+    group, _, name = str(missing).removeprefix("/").rpartition("/")
+    if group and not name:
+        allowed = ", ".join(sorted(error.options or []))
+        return UserError(f"{group}= is empty, as an unset shell variable is: allowed: {allowed}")
     # Hydra takes the first part of `organisation/name` for a folder of the group.
     while "/" in group and not _choices(group):
         group, _, folder = group.rpartition("/")
         name = f"{folder}/{name}"
+    if group == GROUP and (right := correction(name)) is not None:
+        return UserError(f"model={name} is no model's name: write {right}")
     known = unknown_name(group or "config", name, error.options or [])
     return UserError(f"{known}; or {ACCEPTED}") if group == GROUP else known
+
+
+def _unresolved(error: InterpolationResolutionError, overrides: Sequence[str]) -> UserError:
+    """Build the error for a value that refers to what is not there."""
+    given = Overrides.parse(overrides).setting(str(error.full_key))
+    place = given[-1] if given else str(error.full_key)
+    # The words of OmegaConf 2.3; any others are given as they are.
+    reason = str(error).splitlines()[0]
+    if (missing := re.fullmatch(r"Interpolation key '(.*)' not found", reason)) is not None:
+        close = nearest(missing[1], _known_keys([]))
+        hint = f"did you mean ${{{close}}}?" if close else "keys are such as ${seed}"
+        return UserError(f"{place}: there is no key {missing[1]!r} to refer to: {hint}")
+    if (unset := re.search(r"Environment variable '(\w+)' not found", reason)) is not None:
+        return UserError(
+            f"{place}: the environment variable {unset[1]} is not set: export it, or give another "
+            f"value as ${{oc.env:{unset[1]},VALUE}}"
+        )
+    if "HydraConfig was not set" in reason:
+        return UserError(f"{place}: a run's config cannot refer to Hydra's own")
+    reason = re.sub(r"^\w+ raised while resolving interpolation: ", "", reason)
+    return UserError(f"{place} cannot be resolved: {reason[:1].lower()}{reason[1:]}")
 
 
 def _unknown_key(error: Exception, overrides: Sequence[str]) -> UserError:
@@ -206,7 +238,12 @@ def _unknown_key(error: Exception, overrides: Sequence[str]) -> UserError:
         r"Could not (?:override|append to config|delete from config)[^']*'([^']+)'", text
     )
     if found is None:
-        return UserError(text.split(" full_key:")[0])
+        text = text.split(" full_key:")[0]
+        refused = re.fullmatch(r"Error merging override (.*)", text)
+        if refused is None or error.__cause__ is None:
+            return UserError(text)
+        reason = str(error.__cause__).splitlines()[0]
+        return UserError(f"{refused[1]}: {reason[:1].lower()}{reason[1:]}")
     key = found.group(1)
     for override in Overrides.parse(overrides).parsed:
         if override.is_add() and override.key_or_group == key:

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.types import Override, ValueType
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bench.config.overrides import GROUP, Overrides, is_own_path, sets, sweep_values, text_of
 from bench.errors import UserError
-from bench.security import refuse_foreign_code, refuse_secret
+from bench.security import package_exists, refuse_foreign_code, refuse_secret
 
 HYDRA_KEYS = (
     "hydra.launcher", "hydra.sweeper", "hydra.mode", "hydra.searchpath", "hydra.verbose",
@@ -48,8 +49,11 @@ RESOLVERS = frozenset({"hydra", "now", "oc.deprecated", "oc.env", "oc.select", "
 """Resolvers that look a value up. `oc.create` and its like build nodes, which could name code, when
 all checks are over."""
 
-WIDENING_KEYS = ("packages", "hydra.searchpath", "model.trust_remote_code", "tracker.entity")
-"""Keys that let code run, or results leave, beyond what is shipped."""
+WIDENING_KEYS = (
+    "packages", "hydra.searchpath", "model.trust_remote_code", "tracker.entity",
+    "hydra.sweeper.max_jobs",
+)  # fmt: skip
+"""Keys that let code run, results leave, or a sweep grow beyond what is shipped."""
 LAUNCHER_LIMITS = frozenset({
     "jobs", "devices", "timeout_min", "mem_gb", "num_cpus", "cpus_per_job", "gpus_per_job",
     "parallel", "max_num_timeout", "signal_delay_s", "nodes", "tasks_per_node", "gpus_per_node",
@@ -77,10 +81,14 @@ def check_overrides(overrides: Overrides) -> None:
             )
         if _is_hydras(override.package or ""):
             raise UserError(f"{text}: a config group has no place in Hydra's own config")
+        if override.is_delete() and _is_hydras(override.key_or_group):
+            raise UserError(f"{text}: Hydra's own config can be set, and not deleted")
         leaves = dict(_leaves(override))
         for key in leaves:
             if _is_hydras(key) and not any(_is_below(key, allowed) for allowed in HYDRA_KEYS):
                 raise _not_settable(text)
+        for key, value in leaves.items():
+            _check_hydra_value(key, value, text)
         # Only keys with a dot, and the results folder, hold values; all others may choose a file.
         if "." in override.key_or_group or override.key_or_group == "results_dir":
             continue
@@ -90,6 +98,32 @@ def check_overrides(overrides: Overrides) -> None:
             values = [value for value in values if not is_own_path(value)]
         if any(".." in value.split("/") for value in values):
             raise UserError(f"{text}: a choice lies inside its config group, so `..` is refused")
+
+
+def _check_hydra_value(key: str, value: object, text: str) -> None:
+    """Raise for a setting of Hydra's that Hydra would refuse in its own words, or ignore."""
+    if key == "hydra.mode" and value is not None and str(value) not in RunMode.__members__:
+        raise UserError(f"{text}: allowed: {', '.join(RunMode.__members__)}; -m asks for a sweep")
+    if key == "hydra.verbose" and not isinstance(value, bool | str):
+        raise UserError(f"{text}: give true, or the names of loggers, as in hydra.verbose=[bench]")
+    if not _is_below(key, "hydra.searchpath") or value == {}:
+        return
+    if key == "hydra.searchpath" or not isinstance(value, str):
+        raise UserError(
+            f"{text}: give a list of folders and packages, as in "
+            "hydra.searchpath=[pkg://your_package.conf]"
+        )
+    scheme, separator, place = value.partition("://")
+    if "${" in value:
+        return  # known once it is composed
+    if separator and scheme not in ("file", "pkg"):
+        raise UserError(f"{text}: {scheme}:// cannot be read: give file://FOLDER or pkg://PACKAGE")
+    if scheme == "pkg" and separator:
+        # The first part alone: finding the rest would import it.
+        if not package_exists(place.partition(".")[0]):
+            raise UserError(f"{text}: there is no package {place!r}: install it first")
+    elif not Path(place if separator else value).is_dir():
+        raise UserError(f"{text}: {value} is no folder")
 
 
 def check_run(overrides: Sequence[str]) -> Overrides:

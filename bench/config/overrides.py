@@ -17,7 +17,7 @@ import os
 import random
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
@@ -118,6 +118,18 @@ class Overrides:
         # Not a boolean (or not set): the validation of the config reports it, with the key.
         except ValidationError:
             return False
+
+    def refuse_repeated_keys(self) -> None:
+        """Raise if a key is given twice, of which Hydra would take the last without a word."""
+        seen: dict[str, str] = {}
+        for override in self.parsed:
+            key, text = override.key_or_group.replace("/", "."), text_of(override)
+            # A group may stand in several places of the config.
+            if override.package is not None:
+                key += f"@{override.package}"
+            if key in seen:
+                raise UserError(f"{seen[key]} and {text} both say {key}: give one of them")
+            seen[key] = text
 
     def refuse_several_values(self) -> None:
         """Raise if a key has several values, which only a sweep can go through."""
@@ -238,6 +250,21 @@ def range_numbers(sweep: RangeSweep) -> list[int] | list[float]:
     return [float(number) for number in numbers]
 
 
+def refuse_endless_grid(values: Mapping[str, int], limit: object) -> None:
+    """Raise if a grid, by its number of values per key, has more jobs than `limit`.
+
+    Called before its jobs are listed: a slip of a few zeros would fill the memory.
+    """
+    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+        raise UserError(f"hydra.sweeper.max_jobs={limit}: a whole number from 1 on is needed")
+    if (jobs := math.prod(values.values())) > limit:
+        several = " x ".join(f"{count:,} of {key}" for key, count in values.items() if count > 1)
+        raise UserError(
+            f"the sweep has {jobs:,} jobs ({several}), more than hydra.sweeper.max_jobs={limit}: "
+            "give fewer values, or raise it"
+        )
+
+
 def sets(override: Override, key: str) -> bool:
     """Return whether an override sets a key, anything below it, or a mapping that contains it."""
     own = override.key_or_group.replace("/", ".")
@@ -263,6 +290,11 @@ ACCEPTED = "a hub id as ORG/NAME, a model folder, FILE.gguf, or torchvision/NAME
 _SCHEME = "slimbench-models"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TORCHVISION = "torchvision/"
+_WITH_REVISION = re.compile(rf"({_HUB_ID.pattern}|\w[\w.-]*)[@:](\w[\w./-]*)")
+_ADDRESS = re.compile(
+    rf"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)|hf:/)/(?:models/)?({_HUB_ID.pattern})"
+    r"(?:/(?:tree|blob|resolve)/([\w.-]+).*|@([\w.-]+))?/?"
+)
 
 
 def model_config(value: str) -> dict[str, object] | None:
@@ -278,6 +310,16 @@ def model_config(value: str) -> dict[str, object] | None:
     if _HUB_ID.fullmatch(value):
         return _shipped("hub", name=value, source=value)
     return None
+
+
+def correction(value: str) -> str | None:
+    """Return how a model is given that was given with its revision or by its address."""
+    found = _ADDRESS.fullmatch(value) or _WITH_REVISION.fullmatch(value)
+    if found is None:
+        return None
+    name, *revisions = found.groups()
+    revision = next(filter(None, revisions), None)
+    return f"model={name}" + (f" model.revision={revision}" if revision else "")
 
 
 def is_own_path(value: str) -> bool:

@@ -7,6 +7,7 @@ again. Importing this module does not import torch.
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Iterator, Mapping
 from inspect import isabstract
@@ -32,7 +33,7 @@ from bench.schema import (
     PromptsConfig,
     TrackerConfig,
 )
-from bench.security import refuse_foreign_code
+from bench.security import package_exists, refuse_foreign_code
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -150,6 +151,8 @@ def validate(composed: dict[str, Any]) -> RunConfig:
         raise UserError(
             f"packages={packages} is not a list of names, as in packages=[methods,mine]"
         )
+    for name in packages:
+        _refuse_absent_package(name)
     # Before any class is imported: importing a module already runs its code.
     refuse_foreign_code(chosen, packages)
     methods = chosen.pop("method", None) or {}
@@ -161,6 +164,15 @@ def validate(composed: dict[str, Any]) -> RunConfig:
         return RunConfig(**chosen)
     except ValidationError as error:
         raise _as_user_error(error, RunConfig, ()) from None
+
+
+def _refuse_absent_package(name: str) -> None:
+    """Raise if a name of `packages` is not that of a package which can be imported."""
+    first = name.partition(".")[0]
+    if name != first:
+        raise UserError(f"packages=[{name}] names a part of a package: give the whole, {first}")
+    if not package_exists(name):
+        raise UserError(f"packages=[{name}]: there is no package {name!r}: install it first")
 
 
 def _build_method(name: str, knobs: object) -> Method:
@@ -252,7 +264,15 @@ def _as_user_error(
     # A rule over several keys has the whole section as its input; its message names the keys.
     if isinstance(fault["input"], dict) and fault["type"] == "value_error":
         return UserError(f"{key}: {reason}")
-    return UserError(f"{key}={fault['input']}: {reason}")
+    given = _as_written(fault["input"])
+    if fault["type"] == "path_type":
+        return UserError(f"{key}={given}: a path is needed, as a text: write {key}=./NAME")
+    return UserError(f"{key}={given}: {reason}")
+
+
+def _as_written(value: object) -> object:
+    """Return a value as it is written on the command line, with true, false and null of YAML."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else value
 
 
 def _allowed_fields(kind: type[BaseModel], path: list[str]) -> list[str]:

@@ -32,7 +32,7 @@ from bench.config.gate import (
     plan_arguments,
     refuse_unplanned,
 )
-from bench.config.overrides import Overrides, sweep_values, text_of
+from bench.config.overrides import Overrides, refuse_endless_grid, sweep_values, text_of
 from bench.config.run_config import RunConfig
 from bench.errors import UserError, nearest
 from bench.measurement.quantities import COST_QUANTITIES, COUNTED_PREFIXES
@@ -219,7 +219,11 @@ def _sweep_runs(overrides: Overrides, base: DictConfig) -> Iterator[SingleRun]:
     # product.
     listed = base.hydra.sweeper.get("runs")
     if not listed:
-        yield from _one_change_runs(_swept_keys(base, overrides))
+        swept = _swept_keys(base, overrides)
+        if "max_jobs" in base.hydra.sweeper:
+            counts = {each.key: len(each.overrides) for each in swept}
+            refuse_endless_grid(counts, base.hydra.sweeper.max_jobs)
+        yield from _one_change_runs(swept)
         return
     for run in listed:
         yield SingleRun([*run, *overrides.of_runs])

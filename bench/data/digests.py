@@ -76,13 +76,17 @@ def _remembered(place: Path, stamp: FileStamp) -> str | None:
 
 
 def _remember(place: Path, stamp: FileStamp, value: str) -> None:
-    """Write a digest atomically; without a writable cache it is computed again next time."""
+    _write_memory(place, [*stamp, value])
+
+
+def _write_memory(place: Path, content: object) -> None:
+    """Write JSON atomically; without a writable cache it is computed again next time."""
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         # Jobs of a sweep share the cache: rename is atomic, so that a reader sees the whole digest
         # or none.
         with tempfile.NamedTemporaryFile("w", dir=place.parent, delete=False) as stream:
-            json.dump([*stamp, value], stream)
+            json.dump(content, stream)
         Path(stream.name).replace(place)
     except OSError:
         pass
@@ -98,21 +102,71 @@ def contents_hash(files: Mapping[str, Path]) -> str:
     return total.hexdigest()
 
 
-# Above this, files are not read anew for an id: a data set may have a million pictures.
+# Up to this number each file has a memory of its own; more share one, which is read whole.
+_OWN_MEMORY = 100
+# A package of more files holds data rather than code: of these only imported modules are read.
 _FILES_READ = 1000
+MAX_READ_BYTES, MAX_REMEMBERED = 32 * 2**30, 1_000_000
+"""Bytes and files of one set up to which an id covers their contents. More would be read for many
+minutes before a run begins."""
 
 
 def state_hash(files: Mapping[str, Path]) -> str:
-    """Hash files under the names given by their content, a great many by their sizes and times."""
-    state = digest if len(files) <= _FILES_READ else size_and_time
-    lines = [f"{name} {state(files[name])}\n" for name in sorted(files)]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    """Hash files under the names given by their content.
+
+    A set above the limits counts by sizes and times, and the hash says so at its end.
+    """
+    states, weak = file_states(files)
+    lines = [f"{name} {states[name]}\n" for name in sorted(files)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest() + (f" {weak}" if weak else "")
 
 
-def size_and_time(file: Path) -> str:
-    """Return what tells a file from most others of its name, without reading it."""
-    seen = file.stat()
-    return f"{seen.st_size} {seen.st_mtime_ns}"
+def file_states(files: Mapping[str, Path]) -> tuple[dict[str, str], str | None]:
+    """Return the digest of each file, and None; of a set above the limits, sizes and times.
+
+    In place of None there is then a sentence on what was not read.
+    """
+    if len(files) <= _OWN_MEMORY:
+        return {name: digest(file) for name, file in files.items()}, None
+    stamps = {name: file_stamp(file) for name, file in files.items()}
+    total = sum(stamp[2] for stamp in stamps.values())
+    if total > MAX_READ_BYTES or len(files) > MAX_REMEMBERED:
+        states = {name: f"{stamp[2]} {stamp[3]}" for name, stamp in stamps.items()}
+        return states, f"(by size and time: {len(files):,} files of {total / 2**30:.1f} GiB)"
+    return _digests_of_set(files, stamps), None
+
+
+def _digests_of_set(files: Mapping[str, Path], stamps: Mapping[str, FileStamp]) -> dict[str, str]:
+    """Return the digests of many files, whose memory is one file: a million would fill the cache.
+
+    As with `digest`, only files that nobody has written since are taken from it.
+    """
+    root = os.path.commonpath([file.absolute() for file in files.values()])
+    place = _digest_memory() / hashlib.sha256(f"set {root}".encode()).hexdigest()
+    known, began = _remembered_set(place), time.time_ns()
+    found: dict[str, str] = {}
+    fresh: dict[str, list[object]] = {}
+    for name, file in files.items():
+        stamp = stamps[name]
+        *seen, value = known.get(name, (0, ""))
+        if tuple(seen) != stamp or not _SHA256.fullmatch(str(value)):
+            with file.open("rb") as stream:
+                value = hashlib.file_digest(stream, "sha256").hexdigest()
+        found[name] = str(value)
+        # See `digest`: what was written a moment ago, or while it was read, is read again.
+        if max(stamp[-2:]) < began - _CLOCK_STEP_NS and file_stamp(file) == stamp:
+            fresh[name] = [*stamp, found[name]]
+    if fresh != known:
+        _write_memory(place, fresh)
+    return found
+
+
+def _remembered_set(place: Path) -> dict[str, list[object]]:
+    try:
+        known = json.loads(place.read_text())
+        return {str(name): list(state) for name, state in known.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
 
 
 # Libraries that an id names by their version. `bench` has a part of its own in an id.

@@ -328,10 +328,10 @@ def _load_folder(folder: Path, size: int) -> Splits:
             f"{scored} has one class, {test.classes[0]!r}: two are needed to tell apart"
         )
     transforms = _transforms(size)
-    whole = FolderSet(test, *transforms, by_content=True)
+    whole = FolderSet(test, *transforms)
     return Splits(
         name="folder",
-        train=FolderSet(train, *transforms, by_content=True) if train else Subset(whole, range(0)),
+        train=FolderSet(train, *transforms) if train else Subset(whole, range(0)),
         test=whole,
         channels=3,
         size=size,

@@ -12,6 +12,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from bench.data.digests import size_and_time
+from bench.data.digests import file_states
 from bench.data.image_files import UnfitImage, open_images
 from bench.errors import UserError
 
@@ -42,6 +43,11 @@ class ImageSet(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """Return an identifier of exactly these images and labels."""
+
+    @property
+    def unread(self) -> str | None:
+        """What the fingerprint does not cover by content, None if there is nothing."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -169,6 +175,11 @@ class Subset(ImageSet):
         """Return the fingerprint of the larger set with the range that is used."""
         return f"{self._whole.fingerprint()}[{self._places.start}:{self._places.stop}]"
 
+    @property
+    def unread(self) -> str | None:
+        """Say what the larger set says."""
+        return self._whole.unread
+
 
 class _DecodedImages(Protocol):
     """torchvision's ImageFolder: an image and its label by index."""
@@ -186,19 +197,13 @@ ImageTransform = Callable[["Image"], Tensor]
 class FolderSet(ImageSet):
     """Images decoded from files on access, with one sub-folder per class.
 
-    `test` and `training` are torchvision transforms from a PIL image to a tensor [C, H, H]. With
-    `by_content` the fingerprint reads every file.
+    `test` and `training` are torchvision transforms from a PIL image to a tensor [C, H, H].
     """
 
     def __init__(
-        self,
-        folder: _DecodedImages,
-        test: ImageTransform,
-        training: ImageTransform,
-        by_content: bool = False,
+        self, folder: _DecodedImages, test: ImageTransform, training: ImageTransform
     ) -> None:
         self._folder, self._test, self._training = folder, test, training
-        self._by_content = by_content
 
     def __len__(self) -> int:
         return len(self._folder)
@@ -234,21 +239,22 @@ class FolderSet(ImageSet):
     def fingerprint(self) -> str:
         """Return the SHA-256 over file names, labels and contents, or sizes and times of many."""
         total = hashlib.sha256()
+        states, _ = self._states
         for name, label in self._folder.samples:
             file = Path(name)
-            state = self._state(file)
-            total.update(f"{file.parent.name}/{file.name} {state} {label}\n".encode())
+            total.update(f"{file.parent.name}/{file.name} {states[name]} {label}\n".encode())
         return total.hexdigest()
 
-    def _state(self, file: Path) -> str:
-        # The 50,000 pictures that ImageNet tests on are read anyhow, and in a tenth of the time
-        # that decoding them takes. Its 1.3 million training pictures are not read for an id.
-        if self._by_content or len(self._folder) <= _PICTURES_READ:
-            return hashlib.sha256(file.read_bytes()).hexdigest()
-        return size_and_time(file)
+    @property
+    def unread(self) -> str | None:
+        """What the fingerprint covers by sizes and times only, None if it covers all contents."""
+        return self._states[1]
+
+    @cached_property
+    def _states(self) -> tuple[dict[str, str], str | None]:
+        return file_states({name: Path(name) for name, _ in self._folder.samples})
 
 
-_PICTURES_READ = 50_000
 _PRIME = 1_000_003
 
 

@@ -151,7 +151,12 @@ def _sources(splits: Splits, scored: ImageSet) -> dict[str, DocumentSource]:
     # other images, although the benchmark scores the same.
     parts = {splits.name: scored, f"{splits.name} train": splits.train}
     return {
-        name: DocumentSource(origin, splits.provenance, None, part.fingerprint())
+        name: DocumentSource(
+            origin,
+            splits.provenance + (f" {part.unread}" if part.unread else ""),
+            None,
+            part.fingerprint(),
+        )
         for name, part in parts.items()
     }
 

@@ -21,8 +21,10 @@ from bench.errors import UserError
 from bench.measurement import energy, image_prompt, speedup
 from bench.measurement.flops.cost_rows import count_call, flops_costs, prompt_flops_costs
 from bench.measurement.model_size import (
+    count_padding,
     count_parameters,
     count_size,
+    held_tensors,
     kv_cache_bytes,
     parameter_dtype,
     stored_bytes,
@@ -82,12 +84,17 @@ def count_size_and_work(model: Model, config: CostsConfig) -> SizeAndWork:
             flops = float(counted.total)
     except UserError as error:
         reason = str(error)
+    held = held_tensors(network)
+    buffers = {id(tensor) for tensor in network.buffers()}
     return SizeAndWork(
         parameters=count_parameters(network),
         packed=sum(linear.numel for _, linear in packed_linears(network)),
-        bytes=stored_bytes(network),
+        # A weight that became a plain attribute takes its memory as before.
+        bytes=stored_bytes(network) + tensor_bytes(t for t in held if id(t) not in buffers),
         flops=flops,
         reason=reason,
+        held=sum(tensor.numel() for tensor in held),
+        padding=count_padding(network),
     )
 
 

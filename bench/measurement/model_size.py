@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -37,6 +37,59 @@ def count_parameters(network: nn.Module) -> int:
     """Return the number of parameters, tied ones once and packed ones by their unpacked number."""
     packed = sum(linear.numel for _, linear in packed_linears(network))
     return sum(weight.numel() for weight in network.parameters()) + packed
+
+
+def count_padding(network: nn.Module) -> int:
+    """Return the number of parameters that only fill the storage of other weights up."""
+    parts = [module for module in network.modules() if isinstance(module, ReplacedModule)]
+    return sum(part.padding_parameters() for part in parts)
+
+
+def held_tensors(network: nn.Module) -> list[Tensor]:
+    """Return the floating-point tensors that modules hold besides parameters and packed storage.
+
+    Buffers, and tensors that are plain attributes or stand in an attribute's list or mapping. Views
+    of parameters are none.
+    """
+    packed = {id(held) for _, linear in packed_linears(network) for held in linear.buffers()}
+    known = set(map(_address, network.parameters())) - {0}
+    found: dict[int, Tensor] = {}
+    for module in network.modules():
+        for tensor in (*module.buffers(recurse=False), *_attribute_tensors(module)):
+            counts = tensor.is_floating_point() and id(tensor) not in packed
+            if counts and _address(tensor) not in known:
+                found[id(tensor)] = tensor
+    return list(found.values())
+
+
+def _address(tensor: Tensor) -> int:
+    """Return where a tensor's storage begins; 0 for one without storage of its own."""
+    # Offloaded parameters are on the meta device; a sparse tensor or a wrapper consists of others.
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return 0
+
+
+def _attribute_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Yield tensors among a module's own attributes, which neither torch nor a saved file sees."""
+    for name, value in vars(module).items():
+        # Where torch keeps what is registered.
+        if name not in ("_parameters", "_buffers", "_modules"):
+            yield from _tensors_in(value, MAX_NESTING)
+
+
+MAX_NESTING = 3
+"""Lists and mappings within each other that are searched for tensors: enough for a list per layer,
+and an end to those that contain themselves."""
+
+
+def _tensors_in(value: object, levels: int) -> Iterator[Tensor]:
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        yield value
+    elif levels and isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(part, levels - 1)
 
 
 def stored_bytes(network: nn.Module) -> int:

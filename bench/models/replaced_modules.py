@@ -76,6 +76,10 @@ class ReplacedModule(nn.Module, ABC):
         """
         return None
 
+    def padding_parameters(self) -> int:
+        """Return the number of parameters that only fill the storage of others up."""
+        return 0
+
     @classmethod
     @abstractmethod
     def from_spec(cls, spec: ModuleSpec, original: nn.Module) -> Self:

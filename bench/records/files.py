@@ -14,8 +14,8 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -45,6 +45,8 @@ SAMPLE_COLUMNS = {
 """What the columns of `samples.parquet` hold; metrics add numbers of their own."""
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _TEXT = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_MAY_OVERFLOW = re.compile(rb"\d{19}|[eE]\+?\d{3}")
+"""Numbers so long, or with such an exponent, that they may not fit; all others fit."""
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link", stat.S_IFIFO: "a pipe",
@@ -83,14 +85,17 @@ def parse_json(content: bytes) -> object:
         ValueError: it is no JSON, is nested deeper than `MAX_DEPTH`, or holds a number or text
             that cannot be stored again.
     """
-    if not _is_shallow(content):
+    without_texts = _TEXT.sub(b"", content)
+    if not _is_shallow(without_texts):
         raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
+    # A call for every number takes half as long again as all of the parsing.
+    checked = _MAY_OVERFLOW.search(without_texts) is not None
     try:
         found: object = json.loads(
             content.decode(),
             parse_constant=_refuse_constant,
-            parse_float=_finite,
-            parse_int=_bounded,
+            parse_float=_finite if checked else None,
+            parse_int=_bounded if checked else None,
         )
     except UnicodeDecodeError:
         raise ValueError("it is not UTF-8") from None
@@ -110,10 +115,10 @@ def read_json(path: Path) -> object:
     return parse_json(read_regular_file(path))
 
 
-def _is_shallow(content: bytes) -> bool:
+def _is_shallow(without_texts: bytes) -> bool:
     """Tell whether brackets are nested at most `MAX_DEPTH` deep, without parsing."""
     # All of it by functions in C: the brackets alone, and then pair by pair from the inside.
-    left = _TEXT.sub(b"", content).translate(None, _NO_BRACKETS)
+    left = without_texts.translate(None, _NO_BRACKETS)
     for _ in range(MAX_DEPTH):
         if not left:
             return True
@@ -248,10 +253,11 @@ def write_bytes(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
-def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
+def write_folder(path: Path, fill: Callable[[Path], None], own: Collection[str] = ()) -> None:
     """Create a folder in one step: `fill` writes into a temporary one, which is then renamed.
 
-    An existing folder is replaced: it is moved aside first and removed last.
+    An existing folder is replaced: it is moved aside first and removed last. `own` names all files
+    that `fill` may write; whatever else stands in the existing folder is moved to the new one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -262,7 +268,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
             _sync(path_inside)
         # mkdtemp makes folders private (0700); records are shared like any other file.
         temporary.chmod(0o755)
-        _swap(temporary, path)
+        _swap(temporary, path, own)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -295,7 +301,7 @@ def refuse_unwritable(key: str, target: Path, *, folder: bool = False) -> None:
         raise UserError(f"{key}={target}: cannot be written ({reason})") from None
 
 
-def _swap(new: Path, path: Path) -> None:
+def _swap(new: Path, path: Path, own: Collection[str]) -> None:
     """Rename `new` to `path`; delete an existing folder only once `new` is in place."""
     if not path.exists():
         new.rename(path)
@@ -305,21 +311,75 @@ def _swap(new: Path, path: Path) -> None:
     old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".old-{path.name}."))
     path.rename(old / path.name)
     new.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+    _discard_old(old, path, own)
 
 
-def repair_interrupted_write(path: Path) -> None:
+def repair_interrupted_write(path: Path, own: Collection[str]) -> None:
     """Clean up after a kill in the middle of `write_folder`; call with exclusive access to `path`.
 
-    The old folder is restored if the kill came between the two renames; temporary folders are
-    removed.
+    The old folder is restored if the kill came between the two renames. Of temporary folders only
+    the files that `own` names are deleted: what else is there, somebody else has put there.
     """
-    for old in path.parent.glob(f".old-{path.name}.*"):
-        if not path.exists() and (old / path.name).exists():
+    for old in _temporary_folders(path, f".old-{path.name}"):
+        if not path.exists() and (old / path.name).is_dir():
             (old / path.name).rename(path)
-        shutil.rmtree(old, ignore_errors=True)
-    for unfinished in path.parent.glob(f".{path.name}.*"):
-        shutil.rmtree(unfinished, ignore_errors=True)
+        _discard_old(old, path, own)
+    for unfinished in _temporary_folders(path, f".{path.name}"):
+        _discard(unfinished, own)
+
+
+def foreign_entries(folder: Path, own: Collection[str]) -> list[Path]:
+    """Return what is in a folder besides regular files of these names, which may be `FOLDER/NAME`.
+
+    A folder that these names pass through is looked into; of another one only itself is returned.
+    """
+    inner: dict[str, list[str]] = {}
+    for name in own:
+        first, _, rest = name.partition("/")
+        inner.setdefault(first, []).extend([rest] if rest else [])
+    found = []
+    for path in sorted(folder.iterdir()):
+        kind, below = path.lstat().st_mode, inner.get(path.name)
+        if below and stat.S_ISDIR(kind):
+            found += foreign_entries(path, below)
+        elif below is None or below or not stat.S_ISREG(kind):
+            found.append(path)
+    return found
+
+
+RANDOM_END = "[a-z0-9_]{8}"
+"""The end of names that Python's tempfile makes."""
+
+
+def _temporary_folders(path: Path, prefix: str) -> list[Path]:
+    pattern = re.compile(rf"{re.escape(prefix)}\.{RANDOM_END}")
+    found = (entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name))
+    return sorted(entry for entry in found if stat.S_ISDIR(entry.lstat().st_mode))
+
+
+def _discard_old(old: Path, path: Path, own: Collection[str]) -> None:
+    """Move what is not `own` from the folder that `path` replaced to `path`; delete the rest."""
+    replaced = old / path.name
+    if replaced.is_dir() and not replaced.is_symlink():
+        for entry in foreign_entries(replaced, own):
+            place = path / entry.relative_to(replaced)
+            if not os.path.lexists(place):
+                place.parent.mkdir(exist_ok=True)
+                entry.rename(place)
+        _discard(replaced, own)
+    _discard(old, ())
+
+
+def _discard(folder: Path, own: Collection[str]) -> None:
+    """Delete `own` files of a folder, and the folder if nothing else is in it."""
+    # What is left takes a little space; `bench gc` names it.
+    with suppress(OSError):
+        for name in own:
+            (folder / name).unlink(missing_ok=True)
+        for inner in {(folder / name).parent for name in own} - {folder}:
+            if inner.is_dir():
+                inner.rmdir()
+        folder.rmdir()
 
 
 def sync_folder(folder: Path) -> None:

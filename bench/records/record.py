@@ -23,7 +23,7 @@ SCHEMA = 3
 ID_DIGITS = 12
 EFFECTS_WITHOUT_SAVING = frozenset({"zeroed", "masked"})
 UNCONFIRMED = "unconfirmed"
-"""Stands for the effect of a method that claims a saving which the counts do not show."""
+"""Stands for the effect of a method whose report the counts contradict."""
 FRESH = "fresh:"
 """Prefix of a model's source whose weights are drawn at random."""
 JsonObject: TypeAlias = dict[str, Any]
@@ -60,7 +60,9 @@ class DenseModel(_FrozenModel):
 class SizeAndWork(_FrozenModel):
     """Counts of a network: parameters, those of them in packed storage, bytes, FLOPs of a forward.
 
-    `flops` is None if it cannot be counted; `reason` says why.
+    `held` counts the floating-point numbers that modules hold besides parameters and packed
+    storage, `padding` the parameters that only fill storage up; both are 0 in records of older
+    programs. `flops` is None if it cannot be counted; `reason` says why.
     """
 
     parameters: int
@@ -68,13 +70,20 @@ class SizeAndWork(_FrozenModel):
     bytes: int
     flops: float | None
     reason: str | None = None
+    held: int = 0
+    padding: int = 0
+
+    @property
+    def numbers(self) -> int:
+        """Weights in whatever place: one that becomes a buffer is not removed, padding is none."""
+        return self.parameters - self.padding + self.held
 
 
 class EffectCheck(_FrozenModel):
     """What a network's counts before and after a method say about the effect that it reports.
 
-    `found` is the effect that the counts show; `refutation` says why they do not show the reported
-    one, None if they do or if it claims no saving.
+    `found` is the saving that the counts show, or none; `refutation` says how they contradict the
+    reported effect, None if they do not.
     """
 
     found: str
@@ -105,7 +114,7 @@ class AppliedMethod(_FrozenModel):
 
     @property
     def confirmed_effect(self) -> str:
-        """The effect as reports show it: `unconfirmed` if the counts do not show a saving."""
+        """The effect as reports show it: `unconfirmed` if the counts contradict it."""
         known = self.effect in get_args(Effect)
         refuted = self.check is not None and self.check.refutation is not None
         return self.effect if known and not refuted else UNCONFIRMED

@@ -30,6 +30,8 @@ from bench.records.record import SCHEMA, JsonObject, Record, checksum
 
 RECORD, SAMPLES, CONFIG = "record.json", "samples.parquet", "config.yaml"
 WEIGHTS = "weights"
+RECORD_FILES = (RECORD, SAMPLES, CONFIG, f"{WEIGHTS}/config.json", f"{WEIGHTS}/model.safetensors")
+"""All that is written into the folder of a record."""
 RESPONSES = "responses.journal"
 MARKER = ".slimbench"
 MARKER_TEXT = b"Results of slimbench. `bench gc` cleans up folders that hold this file.\n"
@@ -82,7 +84,7 @@ class Store:
                 on_wait()
             lock.acquire()
         try:
-            files.repair_interrupted_write(self.folder(run_id))
+            files.repair_interrupted_write(self.folder(run_id), RECORD_FILES)
             self._remove_leftovers(run_id)
             yield
         finally:
@@ -201,7 +203,7 @@ class Store:
 
         self._mark()
         # In this order: a kill in between leaves leftovers, never a run with neither.
-        files.write_folder(self.folder(record.id), fill)
+        files.write_folder(self.folder(record.id), fill, RECORD_FILES)
         self._remove_unfinished(record.id)
         return self.folder(record.id)
 
@@ -249,14 +251,26 @@ def _parse_record(text: bytes) -> Record:
     wanted = content.pop("checksum", None)
     if wanted is not None and wanted != checksum(content):
         raise ValueError("its checksum does not match: the file was changed or damaged")
+    current = migrate(content)
     try:
         # Strict: a number is no text. In JSON, where a list may stand for a tuple.
-        return Record.model_validate_json(json.dumps(migrate(content)), strict=True)
+        if current is not content:
+            return Record.model_validate_json(json.dumps(current), strict=True)
+        # The text itself, since writing it anew takes a fifth of the time of reading.
+        found = _RecordFile.model_validate_json(text, strict=True)
     except ValidationError as error:
         fault = error.errors(include_input=False, include_url=False)[0]
         key = ".".join(map(str, fault["loc"]))
         reason = fault["msg"].removeprefix("Value error, ")
         raise ValueError(f"not a record: {key}: {reason[0].lower()}{reason[1:]}") from None
+    values = {name: getattr(found, name) for name in Record.model_fields}
+    return Record.model_construct(found.model_fields_set - {"checksum"}, **values)
+
+
+class _RecordFile(Record):
+    """A record as its file has it."""
+
+    checksum: str | None = None
 
 
 def _write_samples(path: Path, samples: Sequence[JsonObject]) -> None:

@@ -13,6 +13,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from bench.evaluation.metrics import AVERAGE
+from bench.records.record import FRESH
 
 if TYPE_CHECKING:
     from bench.records import AppliedMethod, Metric, Record
@@ -169,6 +170,24 @@ def benchmark_text(record: Record) -> str:
 def scored_text(record: Record) -> str:
     """Return model and benchmark as the heading of their numbers."""
     return f"{model_text(record)} on {benchmark_text(record)}"
+
+
+def benchmark_names(records: Sequence[Record]) -> dict[str, str]:
+    """Return the benchmark of each run, by its id, so that equal names mean comparable numbers.
+
+    Runs that share a heading and not all that decides what was scored (tasks, metrics, data) get
+    the entries in which they differ. Weights drawn with several seeds are one model.
+    """
+    keys = [setting_key(record) for record in records]
+    for record, key in zip(records, keys, strict=True):
+        if record.model.source.startswith(FRESH):
+            key.pop("seed", None)
+            key.pop("weights", None)
+    names = setting_names([scored_text(record) for record in records], keys)
+    return {
+        record.id: name.removeprefix(f"{model_text(record)} on ")
+        for record, name in zip(records, names, strict=True)
+    }
 
 
 def data_text(record: Record, task: str) -> str | None:

@@ -131,18 +131,18 @@ def resolve_run(config: RunConfig, session: Session) -> RunInputs:
     from bench.models.structure.model_structure import inspect_model
 
     source = resolve_model(config.model, offline=config.offline)
-    # Before the methods' own checks, which see the network as it was before it was quantized.
-    refuse_quantized(source, config)
     skeleton = loading.skeleton(source)
     if config.costs.measure:
         from bench.measurement.workload import refuse_long_prompts
 
         refuse_long_prompts(config.costs.timing, config.model, skeleton)
     structure = inspect_model(skeleton)
+    # Before the methods' own checks, which see the network as it was before it was quantized.
+    forms = weight_forms(skeleton) | ({"prequantized"} if source.quantization else set())
+    refuse_impossible_order(config, forms)
     for name, method in config.method.items():
         method.check(structure)
         refuse_idle(name, method, structure)
-    refuse_impossible_order(config, weight_forms(skeleton))
     if config.uses_prompts and config.model.kind != "image_text":
         names = [name for name, method in config.method.items() if method.uses_prompts]
         raise UserError(
@@ -179,19 +179,6 @@ def resolve_run(config: RunConfig, session: Session) -> RunInputs:
     }
     run = run_id({"config": decided, **identity})
     return RunInputs(run, source, planned, calibration_inputs, versions, identity)
-
-
-def refuse_quantized(source: ModelSource, config: RunConfig) -> None:
-    """Raise if a method would change weights that are quantized already."""
-    if source.quantization is None:
-        return
-    for name, method in config.method.items():
-        if method.changes_weights:
-            raise UserError(
-                f"method={name} changes dense weights, and those of model {config.model.name} are "
-                f"quantized by {source.quantization.method}: leave the method out, or give the "
-                "checkpoint that was quantized"
-            )
 
 
 def _own_network(config: RunConfig) -> dict[str, str]:

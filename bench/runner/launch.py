@@ -106,6 +106,7 @@ def launch(arguments: Sequence[str], session: Session) -> LaunchOutcome:
         RunsFailed: no run of the sweep succeeded.
     """
     overrides = Overrides.parse(arguments)
+    overrides.refuse_repeated_keys()
     with host_process_restored():
         # Libraries read the offline switch only once, when they are imported.
         if overrides.is_true("offline"):
@@ -254,8 +255,10 @@ def print_hydra_info(arguments: list[str]) -> None:
         for name, value in vars(asked).items()
         if value
     ]
+    overrides = Overrides.parse(others)
+    overrides.refuse_repeated_keys()
     with host_process_restored(), hydra_errors_as_user_errors(arguments):
-        admitted = admit(Overrides.parse(others))
+        admitted = admit(overrides)
         _run_hydra(admitted, None, LaunchOutcome(), flags)
 
 

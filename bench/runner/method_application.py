@@ -1,7 +1,7 @@
 """Application of a run's methods to its model, in order, and the check of what they claim.
 
-A method reports its effect; the suite counts the network before and after it. A saving that the
-counts do not show is not claimed in any report.
+A method reports its effect; the suite counts the network before and after it. An effect that the
+counts contradict is not claimed in any report.
 """
 
 from __future__ import annotations
@@ -108,54 +108,62 @@ def refuse_idle(name: str, method: Method, structure: ModelStructure) -> None:
         )
 
 
+SAVINGS = {"removed": ("parameters", "bytes"), "quantized": ("bytes",), "skipped": ("FLOPs",)}
+"""Effects that claim a saving, and the counts that show it."""
+
+
 def check_effect(effect: str, before: SizeAndWork, after: SizeAndWork) -> EffectCheck:
     """Compare the effect that a method reports with the counts before and after it.
 
-    `removed` needs fewer parameters or bytes, `quantized` fewer bytes or more packed weights,
-    `skipped` fewer FLOPs. The other effects claim no saving.
+    `removed` needs fewer weights and fewer bytes, `quantized` more packed weights, or fewer bytes
+    for all weights, `skipped` fewer FLOPs; the other effects need that there is no saving at all.
+    Weights count wherever a module holds them, and padding does not.
     """
     from bench.records import EffectCheck
 
-    fewer_parameters = after.parameters < before.parameters
     fewer_bytes = after.bytes < before.bytes
+    fewer_weights = after.numbers < before.numbers
     # Work that could not be counted is not known to have fallen.
     counted = before.flops is not None and after.flops is not None
     shown = {
-        "removed": fewer_parameters or fewer_bytes,
-        "quantized": fewer_bytes or after.packed > before.packed,
+        # With fewer weights, fewer bytes say nothing of how those that are left are stored. Packing
+        # may leave some out, those of 0 bits.
+        "quantized": after.packed > before.packed or (fewer_bytes and not fewer_weights),
+        "removed": fewer_weights and fewer_bytes,
         "skipped": counted and (after.flops or 0) < (before.flops or 0),
     }
-    # Fewer bytes with all parameters are a storage in fewer bits, not a removal.
-    signs = shown | {"removed": fewer_parameters}
-    found = next((name for name, is_shown in signs.items() if is_shown), "none")
-    refutation = None if shown.get(effect, True) else _refutation(effect, before, after)
+    found = next((name for name, is_shown in shown.items() if is_shown), "none")
+    stands = shown.get(effect, found == "none")
+    refutation = None if stands else _refutation(effect, found, before, after)
     return EffectCheck(found=found, before=before, after=after, refutation=refutation)
 
 
-def _refutation(effect: str, before: SizeAndWork, after: SizeAndWork) -> str:
-    """Say which counts should have fallen, and did not."""
+def _refutation(effect: str, found: str, before: SizeAndWork, after: SizeAndWork) -> str:
+    """Say which counts should have fallen and did not, or fell and should not have."""
+    if effect == "skipped" and (reason := before.reason or after.reason):
+        return f"reports skipped computation, which cannot be confirmed: {reason}"
     counts = {
-        "parameters": (before.parameters, after.parameters),
+        # As in the rule: a weight that became a buffer is still there.
+        "parameters": (before.numbers, after.numbers),
         "bytes": (before.bytes, after.bytes),
         "FLOPs": (before.flops, after.flops),
     }
-    names = {"removed": ("parameters", "bytes"), "quantized": ("bytes",), "skipped": ("FLOPs",)}
-    if effect == "skipped" and (reason := before.reason or after.reason):
-        return f"reports skipped computation, which cannot be confirmed: {reason}"
+    shown = "do not show it" if found == "none" else f"show {found}"
     parts = [
         f"{name} {format_quantity(counts[name][0])} before and {format_quantity(counts[name][1])} "
         "after"
-        for name in names[effect]
+        for name in dict.fromkeys(SAVINGS.get(effect, ()) + SAVINGS.get(found, ()))
     ]
-    return f"reports the effect {effect}, but the counts do not show it: {', '.join(parts)}"
+    return f"reports the effect {effect}, but the counts {shown}: {', '.join(parts)}"
 
 
 def _idle_reason(check: EffectCheck, report: MethodReport, knobs: JsonObject) -> str | None:
-    """Return what to say of a method that was asked for a saving and changed nothing."""
+    """Return what to say of a method that was asked for a saving and made none."""
     # Zero is a request to change nothing, as a sweep's first value often is.
     ratio = knobs.get("ratio")
     idle = report.effect == "none" and check.found == "none" and not report.trained
-    return f"changed nothing, although ratio={ratio}" if idle and ratio else None
+    # Weights may have changed: only their counts are known not to have.
+    return f"saved nothing, although ratio={ratio}" if idle and ratio else None
 
 
 def refuse_impossible_order(config: RunConfig, found: Collection[str]) -> None:
@@ -194,6 +202,7 @@ FORM_WORDS = {
     "packed": "quantized already",
     "shared_base": "differences from a shared base",
     "novices": "constants in place of experts",
+    "prequantized": "quantized in the checkpoint",
 }
 
 

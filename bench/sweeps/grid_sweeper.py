@@ -13,7 +13,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from bench.config.overrides import sweep_values
+from bench.config.overrides import refuse_endless_grid, sweep_values
 from bench.errors import UserError
 from bench.sweeps.plan import plan_in
 from bench.sweeps.status import unfinished_jobs
@@ -39,10 +39,12 @@ class GridSweeper(LaunchingSweeper):
     validated before the sweep starts.
     """
 
-    def __init__(self, max_batch_size: int | None, params: dict[str, str] | None) -> None:
-        """Take the grid of the config, and the number of jobs per launch (null: all at once)."""
+    def __init__(
+        self, max_batch_size: int | None, params: dict[str, str] | None, max_jobs: int
+    ) -> None:
+        """Take the grid of the config, the jobs per launch (null: all at once) and at all."""
         self.params = dict(params or {})
-        self.max_batch_size = max_batch_size
+        self.max_batch_size, self.max_jobs = max_batch_size, max_jobs
 
     def sweep(self, arguments: list[str]) -> None:
         """Launch the jobs that are neither done nor running elsewhere, in the order of the plan."""
@@ -58,7 +60,7 @@ class GridSweeper(LaunchingSweeper):
         """Return the overrides of every job; the command line wins over the config."""
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         configured = [f"{key}={values}" for key, values in self.params.items()]
-        return grid_jobs(parser.parse_overrides([*configured, *arguments]))
+        return grid_jobs(parser.parse_overrides([*configured, *arguments]), self.max_jobs)
 
 
 class ListSweeper(GridSweeper):
@@ -69,7 +71,7 @@ class ListSweeper(GridSweeper):
 
     def __init__(self, runs: Sequence[Sequence[str]]) -> None:
         """Take the overrides of each run."""
-        super().__init__(max_batch_size=None, params=None)
+        super().__init__(max_batch_size=None, params=None, max_jobs=len(runs))
         self.runs = [list(run) for run in runs]
 
     def jobs(self, arguments: list[str]) -> list[list[str]]:
@@ -78,13 +80,14 @@ class ListSweeper(GridSweeper):
         return [[*run, *arguments] for run in self.runs]
 
 
-def grid_jobs(overrides: list[Override]) -> list[list[str]]:
+def grid_jobs(overrides: list[Override], max_jobs: int) -> list[list[str]]:
     """Return every combination of the values; the last key varies fastest.
 
     A later override of the same key wins, so that the command line wins over the config.
 
     Raises:
-        UserError: an override is an interval, which only a search can sample.
+        UserError: an override is an interval, which only a search can sample, or there are more
+            than `max_jobs` combinations.
     """
     values: dict[str, list[str]] = {}
     for override in overrides:
@@ -98,4 +101,5 @@ def grid_jobs(overrides: list[Override]) -> list[list[str]]:
                 f"{override.input_line} is a continuous range, but a grid needs single values: "
                 "list the values, or use a search (hydra/sweeper=optuna)"
             )
+    refuse_endless_grid({key: len(texts) for key, texts in values.items()}, max_jobs)
     return [list(job) for job in itertools.product(*values.values())]

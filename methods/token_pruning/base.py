@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from bench.errors import UserError
-from bench.method import Context
+from bench.method import ALL_FORMS, Context, WeightForm
 from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure
 from bench.models.vlm.vision_tower import LayerRequest, TowerOutput
@@ -51,7 +51,7 @@ class TokenPruning(VisualStrategy):
 
     # The method's name in messages and reports; equal to the name of its config.
     label: ClassVar[str]
-    changes_weights: ClassVar[bool] = False
+    accepts: ClassVar[frozenset[WeightForm]] = ALL_FORMS | {"prequantized"}
     reads_tower: ClassVar[bool] = False
 
     def check(self, structure: ModelStructure) -> None:

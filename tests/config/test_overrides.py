@@ -154,3 +154,11 @@ def test_an_argument_of_many_characters_is_refused():
 def test_a_range_of_many_values_is_refused_before_it_is_listed(text):
     with pytest.raises(UserError, match="a sweep takes 100,000 at most"):
         Overrides.parse([text]).first_values()
+
+
+def test_two_keys_are_one_however_they_are_written():
+    for texts in (["a=1", "+a=2"], ["++a.b=1", "a/b=2"], ["a=1", "~a"], ["a@p=1", "a@p=2"]):
+        with pytest.raises(UserError, match="both say"):
+            Overrides.parse(texts).refuse_repeated_keys()
+    for texts in (["a=1", "a.b=2"], ["a=1", "b=1"], ["a@p=1", "a@q=1", "a=1"], []):
+        Overrides.parse(texts).refuse_repeated_keys()

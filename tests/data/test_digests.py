@@ -274,18 +274,75 @@ def test_a_draft_that_python_does_not_run_is_hashed_and_not_parsed(plug_in):
     assert hashed("plugged_g.method") != before
 
 
-def test_a_great_many_files_count_by_size_and_time(plug_in, tmp_path, monkeypatch):
+def test_a_package_of_many_files_counts_by_content(plug_in, tmp_path, monkeypatch):
     monkeypatch.setattr(digests, "_FILES_READ", 2)
+    monkeypatch.setattr(digests, "_OWN_MEMORY", 2)
     write, hashed = plug_in
     write(plugged_h__in__method="", plugged_h__in____init__="")
     files = [tmp_path / "plugged_h" / name for name in ("a.pt", "b.pt")]
     for file in files:
         file.write_text("1")
     before = hashed("plugged_h.method")
-    monkeypatch.setattr(digests, "digest", None)
-    assert hashed("plugged_h.method") == before
-    files[0].write_text("22")
+    files[0].write_text("2")
+    os.utime(files[0], (LONG_AGO, LONG_AGO))
     assert hashed("plugged_h.method") != before
+
+
+def many(folder, count=digests._OWN_MEMORY + 1):
+    files = {f"{number}.png": folder / f"{number}.png" for number in range(count)}
+    for file in files.values():
+        file.write_bytes(b"old bytes")
+    return files
+
+
+def test_many_files_share_a_memory_and_are_read_once_until_one_changes(
+    tmp_path, monkeypatch, later
+):
+    files = many(tmp_path)
+    states, weak = digests.file_states(files)
+    assert weak is None
+    assert states == {name: digest(file) for name, file in files.items()}
+    read, real = [], digests.hashlib.file_digest
+    monkeypatch.setattr(
+        digests.hashlib, "file_digest", lambda s, kind: read.append(s.name) or real(s, kind)
+    )
+    assert digests.file_states(files)[0] == states
+    assert read == []
+    exchange(files["7.png"], b"new bytes")
+    os.utime(files["7.png"], (LONG_AGO, LONG_AGO))
+    files["new.png"] = files.pop("8.png").rename(tmp_path / "new.png")
+    after, _ = digests.file_states(files)
+    assert after["7.png"] != states["7.png"]
+    assert after["new.png"] == states["8.png"]
+    assert {name.rpartition("/")[2] for name in read} == {"7.png", "new.png"}
+
+
+def test_many_files_just_written_are_not_remembered(tmp_path, monkeypatch):
+    files = many(tmp_path)
+    stamp = digests.file_stamp(files["1.png"])
+    monkeypatch.setattr(digests, "file_stamp", lambda _: stamp)
+    first = digests.state_hash(files)
+    files["1.png"].write_bytes(b"new bytes")
+    assert digests.state_hash(files) != first
+
+
+@pytest.mark.parametrize("content", ["nonsense", "[1]", '{"1.png": 5}', '{"1.png": [1, "x"]}', ""])
+def test_a_broken_memory_of_many_files_does_not_matter(tmp_path, later, content):
+    files = many(tmp_path)
+    first = digests.state_hash(files)
+    (remembered,) = digests._digest_memory().iterdir()
+    remembered.write_text(content)
+    assert digests.state_hash(files) == first
+
+
+@pytest.mark.parametrize("limit", ["MAX_READ_BYTES", "MAX_REMEMBERED"])
+def test_a_set_that_is_too_large_to_read_says_so(tmp_path, monkeypatch, limit):
+    files = many(tmp_path)
+    monkeypatch.setattr(digests, limit, 100)
+    before = digests.state_hash(files)
+    assert before.endswith("(by size and time: 101 files of 0.0 GiB)")
+    files["1.png"].write_bytes(b"longer than before")
+    assert digests.state_hash(files) != before
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,11 @@ import torchvision
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from bench.data import digests
 from bench.data.image_catalogue import KNOWN_SETS, image_shape, load_image_set
 from bench.data.image_sets import Subset, sequential_batches, training_batches
 from bench.errors import MissingData, UserError
+from bench.evaluation.images import _sources
 
 
 def test_the_digits_are_all_of_scikit_learns_in_two_parts():
@@ -257,6 +259,18 @@ def test_a_folder_is_known_by_the_content_of_its_images(tmp_path):
     content[-20] ^= 1
     file.write_bytes(content)
     assert load_image_set("folder", str(tmp_path), size=16).test.fingerprint() != before
+
+
+def test_pictures_that_were_not_read_are_named_in_the_source(tmp_path, monkeypatch):
+    draw(tmp_path, ["a", "b"])
+    monkeypatch.setattr(digests, "_OWN_MEMORY", 1)
+    monkeypatch.setattr(digests, "MAX_REMEMBERED", 1)
+    splits = load_image_set("folder", str(tmp_path), size=16)
+    sources = _sources(splits, Subset(splits.test, range(2)))
+    assert sources["folder"].location.endswith("(by size and time: 4 files of 0.0 GiB)")
+    monkeypatch.undo()
+    whole = load_image_set("folder", str(tmp_path), size=16)
+    assert "by size" not in _sources(whole, whole.test)["folder"].location
 
 
 def test_folders_that_are_no_data_set_are_refused(tmp_path):

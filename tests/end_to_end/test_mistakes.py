@@ -65,9 +65,64 @@ def refused(tmp_path, monkeypatch, capsys):
     ("ratio=nan", "a finite number is needed"),
     ("objective=averge", "did you mean 'average'?"),
     ("model.path=/etc", "/etc is not a model folder: it has no config.json"),
+    ("hydra.searchpath=[s3://x]", "s3:// cannot be read: give file://FOLDER or pkg://PACKAGE"),
+    ("hydra.searchpath=[file:///nope]", "file:///nope is no folder"),
+    ("hydra.searchpath=[nope]", "nope is no folder"),
+    ("hydra.searchpath=[pkg://nope.conf]", "there is no package 'nope.conf'"),
+    ("hydra.searchpath=nope", "as in hydra.searchpath=[pkg://your_package.conf]"),
+    ("hydra.searchpath=[5]", "give a list of folders and packages"),
+    ("hydra.searchpath=null", "give a list of folders and packages"),
+    ("hydra.mode=foo", "allowed: RUN, MULTIRUN"),
+    ("hydra.mode=5", "allowed: RUN, MULTIRUN"),
+    ("~hydra.mode", "can be set, and not deleted"),
+    ("hydra.verbose=5", "give true, or the names of loggers"),
+    ("packages=[typo]", "there is no package 'typo'"),
+    ("packages=[methods,typo]", "there is no package 'typo'"),
+    ("packages=[methods.camera]", "give the whole, methods"),
+    ("packages=[./mine]", "packages=[./mine]"),
+    ("ratio=${nope}", "ratio=${nope}: there is no key 'nope' to refer to"),
+    ("ratio=${model.nam}", "did you mean ${model.name}?"),
+    ("model.path=${nope.deeper}", "there is no key 'nope.deeper'"),
+    ("results_dir=${nope}", "results_dir=${nope}: there is no key"),
+    ("ratio=${oc.env:NOPE_X}", "the environment variable NOPE_X is not set"),
+    ("ratio=${ratio}", "ratio=${ratio} cannot be resolved: recursive interpolation"),
+    ("ratio=${hydra:job.num}", "cannot refer to Hydra's own"),
+    ("results_dir=null", "results_dir=null: a path is needed"),
+    ("results_dir=5", "write results_dir=./NAME"),
+    ("results_dir=true", "results_dir=true: a path is needed"),
+    ("model=", "model= is empty, as an unset shell variable is: allowed: "),
+    ("benchmark=''", "benchmark= is empty"),
+    ("method=", "method= is empty"),
+    ("hydra/launcher=", "hydra/launcher= is empty"),
+    ("model=ORG/NAME@main", "write model=ORG/NAME model.revision=main"),
+    ("model=olmoe_1b_7b@v1.0", "write model=olmoe_1b_7b model.revision=v1.0"),
+    ("model=ORG/NAME:a/b", "write model=ORG/NAME model.revision=a/b"),
+    ("model=https://huggingface.co/ORG/NAME", "write model=ORG/NAME\n"),
+    ("model=hf://ORG/NAME@dev", "write model=ORG/NAME model.revision=dev"),
+    ("model='https://huggingface.co/ORG/NAME/tree/dev'", "model=ORG/NAME model.revision=dev"),
 ])  # fmt: skip
 def test_an_override_that_cannot_be_meant(refused, asked, said):
     assert said in refused("run", asked, "tracker=none")
+
+
+@pytest.mark.parametrize("asked", [
+    ["ratio=0.2", "ratio=0.4"], ["ratio=0.2", "+ratio=0.4"], ["++ratio=0.2", "ratio=0.4"],
+    ["ratio=0.2", "~ratio"], ["model=micro_moe", "model=micro_llava"],
+    ["method=rtn", "method=[camera_p]"], ["hydra/launcher=local", "hydra/launcher=joblib"],
+    ["-m", "seed=1,2", "seed=3"], ["costs.timing.rounds=3", "seed=1", "costs.timing.rounds=4"],
+])  # fmt: skip
+def test_one_key_twice(refused, asked):
+    said = refused("run", *asked, "tracker=none")
+    texts = [text for text in asked if text not in ("-m", "seed=1")]
+    assert f"bench: {texts[0]} and {texts[1]} both say " in said
+    assert "give one of them" in said
+
+
+def test_a_sweep_of_too_many_jobs(refused):
+    many = ["-m", "seed=range(1000)", "ratio=range(0,1,0.001)", "tracker=none"]
+    assert "1,000,000 jobs (1,000 of seed x 1,000 of ratio)" in refused("run", *many)
+    said = refused("run", "-m", "seed=1,2", "hydra.sweeper.max_jobs=1")
+    assert "more than hydra.sweeper.max_jobs=1: give fewer values, or raise it" in said
 
 
 @pytest.mark.parametrize(("asked", "said"), [

@@ -3,7 +3,9 @@
 import os
 from pathlib import Path
 
-from bench.records.files import write_folder
+import pytest
+
+from bench.records.files import repair_interrupted_write, write_folder
 
 
 def test_a_folder_is_synced_with_everything_below_it(tmp_path, monkeypatch):
@@ -22,3 +24,59 @@ def test_a_folder_is_synced_with_everything_below_it(tmp_path, monkeypatch):
     write_folder(tmp_path / "made", fill)
     assert (tmp_path / "made" / "inner" / "deep.txt").read_text() == "deep"
     assert {"inner", "deep.txt", "flat.txt"} <= set(synced)
+
+
+OWN = ("record.json", "samples.parquet")
+
+
+def write(folder, **texts):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        (folder / f"{name}.json").write_text(text)
+
+
+def contents(root):
+    files = (path for path in root.rglob("*") if path.is_file())
+    return {str(path.relative_to(root)): path.read_text() for path in files}
+
+
+def test_a_replaced_folder_hands_on_what_it_did_not_write(tmp_path):
+    made = tmp_path / "made"
+    write(made, record="old", notes="mine")
+    (made / "samples.parquet").write_text("old")
+    write(made / "deep", more="mine too")
+    write_folder(made, lambda folder: write(folder, record="new"), OWN)
+    assert contents(tmp_path) == {
+        "made/record.json": "new", "made/notes.json": "mine", "made/deep/more.json": "mine too",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_after_a_kill_only_our_files_go(tmp_path, renamed):
+    made = tmp_path / "made"
+    write(tmp_path / ".made.abcd_123", record="half", notes="mine")
+    write(tmp_path / ".made.efgh_456", record="half")
+    write(tmp_path / ".made.my-own-copy", record="a copy")
+    write(tmp_path / ".old-made.abcd_123" / "made", record="old", notes="older")
+    if renamed:
+        write(made, record="new")
+    repair_interrupted_write(made, OWN)
+    assert contents(tmp_path) == {
+        "made/record.json": "new" if renamed else "old", "made/notes.json": "older",
+        ".made.abcd_123/notes.json": "mine", ".made.my-own-copy/record.json": "a copy",
+    }  # fmt: skip
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".made.abcd_123", ".made.my-own-copy", "made",
+    ]  # fmt: skip
+
+
+def test_nothing_is_deleted_behind_a_link(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    write(elsewhere, record="precious")
+    for name in (".made.abcd_123", ".old-made.abcd_123"):
+        (tmp_path / name).symlink_to(elsewhere)
+    write(tmp_path / ".old-made.efgh_456", record="odd")
+    (tmp_path / ".old-made.efgh_456" / "made").symlink_to(elsewhere)
+    write(tmp_path / "made", record="new")
+    repair_interrupted_write(tmp_path / "made", OWN)
+    assert contents(elsewhere) == {"record.json": "precious"}

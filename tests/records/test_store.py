@@ -9,7 +9,7 @@ from bench.errors import UserError
 from bench.records import AppliedMethod, Cost, DenseModel, Metric, Record, Store, run_id
 from bench.records import load as load_frame
 from bench.records import samples as load_samples
-from bench.records.files import write_bytes, write_folder
+from bench.records.files import parse_json, write_bytes, write_folder
 
 
 def make(identifier="a" * 12, ratio=None, value=0.5):
@@ -193,3 +193,18 @@ def test_unfinished_state_behind_a_link_is_never_removed(tmp_path, link):
     store.write(make(run), [], "")
     with store.claim(run):
         assert kept.read_text() == "mine"
+
+
+@pytest.mark.parametrize(("text", "fits"), [
+    ("9223372036854775807", True), ("-9223372036854775807", True), ("9223372036854775808", False),
+    ("1" * 400, False), ("1e308", True), ("1e309", False), ("-1E+999", False), ("1e0999", False),
+    ("1" * 400 + ".5", False), ("9" * 18 + "e300", False), ("12e99", True), ("1e-999", True),
+    ('"1e999 9223372036854775808"', True), ("0." + "3" * 30, True),
+])  # fmt: skip
+def test_numbers_that_do_not_fit_are_refused_wherever_they_stand(text, fits):
+    content = f'{{"a": [1, 2.5, {text}], "b": "x"}}'.encode()
+    if fits:
+        assert parse_json(content) == json.loads(content)
+    else:
+        with pytest.raises(ValueError, match=r"it holds 9|it holds 1|it holds -1"):
+            parse_json(content)

@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 
 from bench.cli.main import main
 from bench.config.composition import compose_run_config
+from bench.data import digests
 from bench.data.digests import fingerprint
 from bench.errors import UserError
 from bench.evaluation.harness import file_source
 from bench.method import Method
 from bench.models import embedded
 from bench.models.source import read_files
+from bench.models.weight_files import find_weight_files
 from bench.records import Store
 from bench.runner import identity
 from bench.runner.identity import (
@@ -149,20 +151,104 @@ def test_two_classes_with_equal_knobs_are_two_methods():
     assert method_identity(one).startswith("methods.camera.pruning.CameraP ")
 
 
-BASE = {name: (MICRO_MOE / name).read_bytes() for name in (*READ, "model.safetensors")}
+MODELS = {
+    "micro_moe": READ,
+    "micro_llava": [*READ, "chat_template.jinja", "processor_config.json"],
+    "micro_lenet": ["config.json"],
+}
 
 
-@settings(max_examples=40)
-@given(st.sampled_from(sorted(BASE)), st.floats(0, 1, exclude_max=True), st.integers(0, 7))
-def test_any_bit_of_any_file_that_loading_reads_changes_it(tmp_path_factory, name, place, bit):
-    folder = Path(tmp_path_factory.mktemp("any") / "model")
-    shutil.copytree(MICRO_MOE, folder)
-    before = read_files(folder, remote_code=False), fingerprint([folder / "model.safetensors"])
-    content = bytearray(BASE[name])
-    content[int(place * len(content))] ^= 1 << bit
-    (folder / name).write_bytes(content)
-    after = read_files(folder, remote_code=False), fingerprint([folder / "model.safetensors"])
-    assert before != after
+def identity_of_folder(folder):
+    return read_files(folder, remote_code=False), fingerprint(find_weight_files(folder))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A copy of the folder of a model of each kind."""
+    root = tmp_path_factory.mktemp("models")
+    for name in MODELS:
+        shutil.copytree(MICRO_MOE.parent / name, root / name)
+    return root
+
+
+@settings(max_examples=30)
+@given(st.sampled_from(sorted(MODELS)), st.data())
+def test_any_bit_of_any_file_that_loading_reads_changes_it(folders, name, data):
+    folder = folders / name
+    file = folder / data.draw(st.sampled_from([*MODELS[name], "model.safetensors"]))
+    before, content = identity_of_folder(folder), file.read_bytes()
+    changed = bytearray(content)
+    place = data.draw(st.integers(0, len(content) - 1))
+    changed[place] ^= 1 << data.draw(st.integers(0, 7))
+    try:
+        file.write_bytes(changed)
+        assert identity_of_folder(folder) != before
+    except UserError:
+        pass  # a header that cannot be read has no identity at all
+    finally:
+        file.write_bytes(content)
+    assert identity_of_folder(folder) == before
+
+
+UNREAD = (
+    "README.md", "LICENSE", ".gitattributes", "training.json", "modeling.py", "eval/results.json",
+    "model.fp16.safetensors", "pytorch_model.bin", "model.onnx", "logs/events.tfevents",
+    "trainer_state.json", "optimizer.pt", "picture.png",
+)  # fmt: skip
+
+
+@settings(max_examples=20)
+@given(st.sampled_from(sorted(MODELS)), st.sampled_from(UNREAD), st.binary(max_size=40))
+def test_no_byte_of_a_file_that_loading_does_not_read_does(folders, name, unread, content):
+    folder = folders / name
+    before, file = identity_of_folder(folder), folder / unread
+    kept = file.read_bytes() if file.exists() else None
+    file.parent.mkdir(exist_ok=True)
+    try:
+        file.write_bytes(content)
+        assert identity_of_folder(folder) == before
+    finally:
+        file.unlink() if kept is None else file.write_bytes(kept)
+
+
+SOURCES = {
+    "identified/__init__.py": b"",
+    "identified/method.py": b"from .maths import scale\nimport identified_beside\n",
+    "identified/maths/__init__.py": b"from . import late\n",
+    "identified/maths/scale.py": b"factor = 1\n",
+    "identified/maths/late.py": b"def late():\n    import identified.deep\n",
+    "identified/deep.py": b"factor = 1\n",
+    "identified/kernels/fast.cu": b"__global__ void f() {}\n",
+    "identified/table.json": b'{"factor": 1}\n',
+    "identified_beside.py": b"factor = 1\n",
+}
+
+
+@settings(max_examples=30)
+@given(st.sampled_from(sorted(SOURCES)), st.data())
+def test_any_byte_of_a_methods_source_or_data_changes_it(tmp_path_factory, name, data):
+    root = tmp_path_factory.mktemp("sources")
+
+    def hashed():
+        for cached in vars(digests).values():
+            if hasattr(cached, "cache_clear"):
+                cached.cache_clear()
+        return digests.code_hash(root / "identified/method.py", "identified.method", "identified")
+
+    for path, content in (*SOURCES.items(), ("other/method.py", b""), ("unrelated.py", b"")):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(root))
+        before = hashed()
+        place = data.draw(st.integers(0, len(SOURCES[name])))
+        changed = SOURCES[name][:place] + data.draw(st.binary(min_size=1, max_size=3))
+        (root / name).write_bytes(changed + SOURCES[name][place:])
+        assert hashed() != before
+        (root / name).write_bytes(SOURCES[name])
+        for path in ("other/method.py", "unrelated.py"):
+            (root / path).write_bytes(data.draw(st.binary(min_size=1, max_size=3)))
+        assert hashed() == before
 
 
 @settings(max_examples=30)

@@ -67,6 +67,13 @@ def test_a_folder_of_quantized_weights_is_refused_like_a_method_that_packs():
     refuse_impossible_order(config_of("shortgpt"), {"packed"})
 
 
+def test_a_quantized_checkpoint_takes_only_methods_that_leave_weights_alone():
+    refuse_impossible_order(config_of("fastv", "model=micro_llava"), {"prequantized"})
+    for method in ("shortgpt", "camera_p", "rtn", "wanda"):
+        with pytest.raises(UserError, match=f"method={method} .* quantized in the checkpoint"):
+            refuse_impossible_order(config_of(method), {"prequantized"})
+
+
 class Foreign(Method):
     """A method of someone who does not know of forms."""
 

@@ -219,3 +219,22 @@ def test_a_folder_that_is_not_ours_is_refused(results, missing):
         (root / MARKER).unlink()
     with pytest.raises(UserError, match=r"no file|no such folder"):
         find_unreferenced(root if missing == "marker" else root / "nowhere")
+
+
+@pytest.mark.parametrize("place", [
+    f"runs/.{OTHER}.abcd_123/notes.txt", f"runs/.{OTHER}.abcd_123/samples.parquet/deep",
+    f"runs/.{OTHER}.abcd_123/mine/record.json", f"runs/.old-{RUN}.abcd_123/notes.txt",
+    f"runs/.old-{RUN}.abcd_123/{RUN}/notes.txt", "sweeps/KEPT/submitit/1/notes.txt",
+    "sweeps/GONE/submitit/notes.txt",
+])  # fmt: skip
+def test_a_users_file_in_a_folder_of_ours_keeps_it(results, place, capsys):
+    root, kept, gone = results
+    mine = root / place.replace("KEPT", kept.name).replace("GONE", gone.name)
+    mine.parent.mkdir(parents=True, exist_ok=True)
+    mine.write_text("years of it")
+    age(root)
+    assert main(["gc", "--yes", "--results-dir", str(root)]) == 0
+    assert mine.read_text() == "years of it"
+    said = capsys.readouterr().err
+    assert "which slimbench did not write" in said
+    assert any(part in said for part in mine.parts[-2:])

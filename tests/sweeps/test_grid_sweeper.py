@@ -18,13 +18,19 @@ def parsed(*texts):
 ])  # fmt: skip
 def test_it_is_hydras_grid(texts):
     (hydras,) = BasicSweeper.split_arguments(parsed(*texts), None)
-    assert grid_jobs(parsed(*texts)) == hydras
+    assert grid_jobs(parsed(*texts), 100) == hydras
 
 
 def test_an_override_without_a_value_stays_as_it_was_typed():
-    assert grid_jobs(parsed("~a", "b=1,2")) == [["~a", "b=1"], ["~a", "b=2"]]
+    assert grid_jobs(parsed("~a", "b=1,2"), 2) == [["~a", "b=1"], ["~a", "b=2"]]
 
 
 def test_a_range_without_steps_is_for_searches():
     with pytest.raises(UserError, match="a search"):
-        grid_jobs(parsed("a=interval(0,1)"))
+        grid_jobs(parsed("a=interval(0,1)"), 9)
+
+
+def test_a_grid_of_a_million_jobs_is_refused_before_it_is_listed():
+    million = parsed("a=range(1000)", "b=range(0,500)", "b=range(0,1000)", "c=1")
+    with pytest.raises(UserError, match=r"1,000,000 jobs \(1,000 of a x 1,000 of b\), more than "):
+        grid_jobs(million, 10_000)

@@ -23,21 +23,23 @@ from filelock import FileLock, Timeout
 
 from bench.errors import EXIT_DONE, UserError
 from bench.records import Store
-from bench.records.files import reason_of
-from bench.records.store import MARKER, RECORD
+from bench.records.files import RANDOM_END, foreign_entries, reason_of
+from bench.records.store import MARKER, RECORD, RECORD_FILES
 from bench.sweeps import sweep_jobs
 from bench.sweeps.plan import SWEEPS, load_plan
 from bench.ui import note, print_rows, warn
 
 MIN_AGE_SECONDS = 3600.0
 _RUN = "[0-9a-f]{12}"
-_RANDOM = "[a-z0-9_]{8}"
-"""The end of names that Python's tempfile makes."""
-_HALF_WRITTEN_RUN = re.compile(rf"\.(?P<old>old-)?(?P<run>{_RUN})\.{_RANDOM}")
-_HALF_WRITTEN_FILE = re.compile(rf"\.(?:plan\.json|study\.json|\d{{5,9}}\.(?:json|log))\.{_RANDOM}")
+_HALF_WRITTEN_RUN = re.compile(rf"\.(?P<old>old-)?(?P<run>{_RUN})\.{RANDOM_END}")
+_HALF_WRITTEN_FILE = re.compile(
+    rf"\.(?:plan\.json|study\.json|\d{{5,9}}\.(?:json|log))\.{RANDOM_END}"
+)
 _PROBE = re.compile(r"\.probe-\d+")
 _SWEEP = re.compile(r"\d{8}-\d{6}-\d{6}")
 _SWEEP_FILES = re.compile(r"plan\.json(\.lock)?|study\.json|pareto\.(csv|svg)|jobs|submitit")
+_QUEUE_FILES = re.compile(r"\d+(_\d+)*_\w+\.(pkl|sh|out|err)|\.?\w*[0-9a-f]{32}\.(pkl|sh)")
+"""What submitit writes for a job, and for all jobs of an array."""
 _JOB_FILES = re.compile(r"\d{5,9}\.(json|lock|log)")
 _FOLDERS = ("runs", "locks", "tracked", "unfinished", SWEEPS)
 
@@ -149,6 +151,13 @@ def _half_written_run(path: Path, store: Store) -> str | None:
         raise _Keep(f"a process is at work on run {run}")
     if found["old"] and not store.folder(run).exists():
         raise _Keep(f"the only copy of run {run}: repeat its command, which puts it back")
+    replaced = path / run if found["old"] else None
+    for entry in foreign_entries(path, () if replaced else RECORD_FILES):
+        if entry != replaced:
+            raise _holds_foreign(entry)
+    if replaced is not None and replaced.is_dir():
+        for entry in foreign_entries(replaced, RECORD_FILES):
+            raise _holds_foreign(entry)
     return "incomplete write of a process that ended"
 
 
@@ -198,7 +207,8 @@ def _forgotten_sweep(folder: Path, store: Store) -> str | None:
     for path in (*folder.iterdir(), *(folder / "jobs").iterdir()):
         known = _JOB_FILES if path.parent != folder else _SWEEP_FILES
         if not known.fullmatch(path.name) and not _HALF_WRITTEN_FILE.fullmatch(path.name):
-            raise _Keep(f"holds {path.name}, which slimbench did not write")
+            raise _holds_foreign(path)
+    _refuse_foreign_queue_files(folder / "submitit")
     return "sweep whose records were all removed"
 
 
@@ -213,7 +223,21 @@ def _part_of_sweep(path: Path, store: Store) -> str | None:
     except (OSError, ValueError):
         return None
     done = bool(jobs) and all(job.state == "done" for job in jobs)
+    if done:
+        _refuse_foreign_queue_files(path)
     return "queue submissions of a finished sweep" if done else None
+
+
+def _refuse_foreign_queue_files(folder: Path) -> None:
+    """Raise `_Keep` if a folder of queue submissions holds what the queue did not write."""
+    for place, _, files in os.walk(folder, followlinks=False):
+        for name in files:
+            if not _QUEUE_FILES.fullmatch(name):
+                raise _holds_foreign(Path(place, name))
+
+
+def _holds_foreign(entry: Path) -> _Keep:
+    return _Keep(f"holds {entry.name}, which slimbench did not write: move it away first")
 
 
 def _is_locked(path: Path) -> bool:

@@ -95,6 +95,7 @@ class TableRequest:
             elif argument != "--json":
                 others.append(argument)
         overrides = Overrides.parse(others)
+        overrides.refuse_repeated_keys()
         for override in overrides.parsed:
             key, text = override.key_or_group, text_of(override)
             if key in RESERVED_KEYS:

@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.errors import UserError
 from bench.models.offload import without_offload_hooks
 
 Arguments: TypeAlias = tuple[Any, ...]
@@ -268,6 +269,10 @@ def meta_forward(network: nn.Module) -> Iterator[Callable[..., Any]]:
     """Yield a meta-device forward of the network; its own weights are not touched.
 
     Inputs must be created inside the block, on the meta device.
+
+    Raises:
+        UserError: the network needs what the meta device lacks: values, on which its control flow
+            depends, or tensors that are neither parameters nor buffers.
     """
     # Fake tensors on top of meta tensors: transformers inspects mask values unless tensors are
     # fake. Non-fake inputs must be allowed, because its KV cache creates a plain empty tensor.
@@ -281,7 +286,11 @@ def meta_forward(network: nn.Module) -> Iterator[Callable[..., Any]]:
         def call(*args: object, **kwargs: object) -> object:
             return functional_call(network, weights, args=args, kwargs=kwargs, tie_weights=True)
 
-        yield call
+        try:
+            yield call
+        except RuntimeError as error:
+            kind, reason = type(network).__name__, str(error).splitlines()[0]
+            raise UserError(f"{kind} cannot be counted on the meta device: {reason}") from None
 
 
 def _meta_like(tensor: torch.Tensor) -> torch.Tensor:

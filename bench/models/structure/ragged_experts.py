@@ -116,6 +116,10 @@ class RaggedExperts(ReplacedModule):
         stored = sum(bucket.width * len(bucket.experts) for bucket in self.buckets)
         return stored - sum(self.widths)
 
+    def padding_parameters(self) -> int:
+        """Return the parameters of the padding: a gate, an up row and a down column for each."""
+        return 3 * self.d_model * self.padding
+
     def spec(self) -> ModuleSpec:
         """Return widths, d_model and alignment, and what is not as usual."""
         spec = {"widths": list(self.widths), "d_model": self.d_model, "align": self.align}

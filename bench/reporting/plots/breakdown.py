@@ -23,7 +23,7 @@ from bench.reporting.plots.style import (
     label_unit_axis,
     tint,
 )
-from bench.reporting.record_numbers import benchmark_text, model_text
+from bench.reporting.record_numbers import benchmark_names, model_text
 
 WALL = "wall"
 METHODS_REST = "methods, the rest"
@@ -49,11 +49,12 @@ def cost_parts(records: Sequence[Record], cost: str, scope: str | None = None) -
     Raises:
         UserError: no run records parts of this cost.
     """
+    scored = benchmark_names(records)
     rows = [
         {
             "run": record.id,
             "model": model_text(record),
-            "benchmark": benchmark_text(record),
+            "benchmark": scored[record.id],
             "label": f"{record.label} ({record.id[:8]})",
             "part": part,
             "value": value,

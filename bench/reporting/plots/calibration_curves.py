@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from bench.errors import UserError
 from bench.reporting.comparison import ComparedRun
 from bench.reporting.plots.style import GREY, SeriesStyle, add_legend, draw_panels, series_styles
-from bench.reporting.record_numbers import benchmark_text, model_text
+from bench.reporting.record_numbers import benchmark_names, model_text
 
 BINS = 10
 
@@ -72,6 +72,7 @@ def confidence_curves(runs: Sequence[ComparedRun]) -> pd.DataFrame:
         UserError: no run has answers with probabilities.
     """
     frames = []
+    scored = benchmark_names([run.record for run in runs])
     for run in runs:
         answers = answer_confidences(run.samples)
         if answers.empty:
@@ -81,7 +82,7 @@ def confidence_curves(runs: Sequence[ComparedRun]) -> pd.DataFrame:
             bins.assign(
                 run=run.record.id,
                 model=model_text(run.record),
-                benchmark=benchmark_text(run.record),
+                benchmark=scored[run.record.id],
                 name="dense"
                 if run.record.is_dense
                 else f"{run.record.label} ({run.record.id[:8]})",

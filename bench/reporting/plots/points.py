@@ -13,7 +13,7 @@ from bench.evaluation.metrics import AVERAGE
 from bench.records import AppliedMethod, Cost, Metric, Record, without_real_saving
 from bench.reporting.record_numbers import (
     NORMAL_QUANTILE,
-    benchmark_text,
+    benchmark_names,
     metric_scale,
     model_text,
 )
@@ -39,7 +39,7 @@ def run_points(
     Raises:
         UserError: no run has this task, or this cost.
     """
-    named = family_names(records, knob)
+    named, scored = family_names(records, knob), benchmark_names(records)
     metrics = {record.id: _headline(record, task) for record in records}
     if all(metric is None for metric in metrics.values()):
         raise unknown_name("task", task, {m.task for r in records for m in r.metrics if m.headline})
@@ -50,7 +50,10 @@ def run_points(
         metric = metrics[record.id]
         if metric is None or metric.value is None:
             continue
-        row = _point(record, metric, named[record.id], knob_value(record, knob))
+        row = _point(record, metric, knob_value(record, knob)) | {
+            "family": named[record.id],
+            "benchmark": scored[record.id],
+        }
         if cost is not None:
             found = _cost(record, cost, scope)
             # Every unit of time is stored in seconds, so "s" marks all measured times.
@@ -70,15 +73,13 @@ def _headline(record: Record, task: str) -> Metric | None:
     return record.metric(task)
 
 
-def _point(record: Record, metric: Metric, family: str, knob: float | None) -> dict[str, object]:
+def _point(record: Record, metric: Metric, knob: float | None) -> dict[str, object]:
     factor, _ = metric_scale(metric.metric)
     percent = " %" if factor == 100.0 else ""
     assert metric.value is not None
     return {
         "run": record.id,
         "model": model_text(record),
-        "benchmark": benchmark_text(record),
-        "family": family,
         "label": record.label,
         "amount": knob,
         "task": metric.task,

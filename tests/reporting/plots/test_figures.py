@@ -308,3 +308,32 @@ def test_runs_without_a_value_are_one_sentence(records):
     ]
     with pytest.raises(UserError, match="--task average: all runs have an empty value"):
         run_points(empty)
+
+
+def test_runs_that_share_a_heading_and_not_what_was_scored_share_no_panel():
+    def on(run, **changed):
+        benchmark = {"name": "exam", "tasks": ["a", "b"], **changed}
+        return run.model_copy(update={"config": {**run.config, "benchmark": benchmark}})
+
+    runs = [
+        on(made("1", 0.7, 100)), on(made("2", 0.6, 90, "prune", ratio=0.1)),
+        on(made("3", 0.9, 80, "prune", ratio=0.2), tasks=["a"]),
+        on(made("4", 0.8, 70, "prune", ratio=0.3), limit=10),
+    ]  # fmt: skip
+    names = dict(run_points(runs)[["run", "benchmark"]].values)
+    assert names["1".ljust(12, "0")] == names["2".ljust(12, "0")]
+    assert len(set(names.values())) == 3
+    assert 'tasks ["a"]' in names["3".ljust(12, "0")]
+    assert "limit 10" in names["4".ljust(12, "0")]
+
+
+def test_seeds_of_a_network_drawn_at_random_share_a_line():
+    def drawn(identifier, seed):
+        run = made(identifier, 0.7, 90, "prune", ratio=0.1)
+        model = run.model.model_copy(update={"source": "fresh:net", "fingerprint": identifier})
+        config = {**run.config, "model": {"seed": seed}}
+        return run.model_copy(update={"model": model, "config": config})
+
+    found = run_points([drawn("1", 1), drawn("2", 2)])
+    assert found["benchmark"].nunique() == 1
+    assert curves.summarize_families(found)["runs"].tolist() == [2]
