@@ -12,17 +12,15 @@ import os
 import re
 from pathlib import Path
 
-from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.object_type import ObjectType
 from hydra.plugins.config_source import ConfigResult, ConfigSource
-from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
 from bench.security import CONFIG_DIR
 
 GROUP = "model"
 ACCEPTED = "a hub id as ORG/NAME, a model folder, FILE.gguf, or torchvision/NAME"
-_SCHEME = "slimbench-models"
+SCHEME = "slimbench-models"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TORCHVISION = "torchvision/"
 
@@ -77,7 +75,7 @@ class ModelNames(ConfigSource):  # type: ignore[misc]  # Hydra has no types
     @staticmethod
     def scheme() -> str:
         """Return the scheme under which the search path names this source."""
-        return _SCHEME
+        return SCHEME
 
     def load_config(self, config_path: str) -> ConfigResult:
         """Return the config of `model/VALUE`."""
@@ -85,7 +83,7 @@ class ModelNames(ConfigSource):  # type: ignore[misc]  # Hydra has no types
         assert config is not None  # Hydra asks `is_config` first
         return ConfigResult(
             provider=self.provider,
-            path=f"{_SCHEME}://",
+            path=f"{SCHEME}://",
             config=OmegaConf.create(config),
             header={"package": None},
         )
@@ -111,11 +109,3 @@ class ModelNames(ConfigSource):  # type: ignore[misc]  # Hydra has no types
 def _value(config_path: str) -> str | None:
     group, slash, value = config_path.partition("/")
     return value if group == GROUP and slash else None
-
-
-class ModelNamesPath(SearchPathPlugin):  # type: ignore[misc]  # Hydra has no types
-    """Appends `ModelNames` to Hydra's search path, after every folder with config files."""
-
-    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Append the source."""
-        search_path.append(provider="slimbench", path=f"{_SCHEME}://")

@@ -10,9 +10,10 @@ import math
 import random
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from pathlib import PurePath
 from typing import cast
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -242,3 +243,55 @@ def sets(override: Override, key: str) -> bool:
 
 def _is_hydras(override: Override) -> bool:
     return sets(override, "hydra")
+
+
+_PLAIN_WORD = re.compile(r"(?!(?:true|false|null|nan|inf)$)[A-Za-z_./][\w./-]*", re.IGNORECASE)
+"""Texts that Hydra's grammar reads as themselves; all others are quoted."""
+
+
+def keyword_overrides(given: Mapping[str, object], over: Mapping[str, object]) -> list[str]:
+    """Return overrides for keyword arguments, and sweeps for the lists in `over`.
+
+    >>> keyword_overrides({"method": ["a", "b"], "costs": {"length": 64}}, {"ratio": [0.2, 0.4]})
+    ['method=[a,b]', 'costs.length=64', '-m', 'ratio=0.2,0.4']
+
+    Raises:
+        UserError: a value is of a type that no config holds, or a sweep has no values.
+    """
+    words = [word for key, value in given.items() for word in _leaf_overrides(key, value)]
+    sweeps = []
+    for key, values in over.items():
+        if isinstance(values, str) or not isinstance(values, Iterable):
+            raise UserError(f"over: {key}={values!r} is no list of values, as in [0.2, 0.4]")
+        texts = [_value_text(key, value) for value in values]
+        if not texts:
+            raise UserError(f"over: {key} has no values to go through")
+        sweeps.append(f"{key}={','.join(texts)}")
+    return [*words, *(["-m"] if sweeps else []), *sweeps]
+
+
+def _leaf_overrides(key: str, value: object) -> Iterator[str]:
+    if isinstance(value, Mapping) and value:
+        for name, inner in value.items():
+            yield from _leaf_overrides(f"{key}.{name}", inner)
+    else:
+        yield f"{key}={_value_text(key, value)}"
+
+
+def _value_text(key: str, value: object) -> str:
+    """Write a Python value in Hydra's grammar."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, str | PurePath):
+        text = str(value)
+        return text if _PLAIN_WORD.fullmatch(text) else quoted_text(text)
+    if isinstance(value, list | tuple):
+        return f"[{','.join(_value_text(key, inner) for inner in value)}]"
+    if isinstance(value, Mapping):
+        inner = (f"{_value_text(key, k)}:{_value_text(key, v)}" for k, v in value.items())
+        return f"{{{','.join(inner)}}}"
+    raise UserError(
+        f"{key}={value!r} is a {type(value).__name__}: give a text, a number, a list or a mapping"
+    )
