@@ -34,8 +34,8 @@ picture: $(READY) browser ## the README's picture of the report, from the record
 	$(BIN)/python -m tests.reporting.html.screenshots build/picture --readme docs/images/report.png
 
 gallery: $(READY) ## the pictures of docs/plots.md, from the records of `make picture`
-	for kind in front curves allocation breakdown calibration; do \
-	  $(BIN)/bench plot $$kind --results-dir build/picture --output docs/images/$$kind.png || exit 1; \
+	for kind in front curves breakdown "allocation latest:camera_p" "calibration latest:dense latest:camera_p"; do \
+	  $(BIN)/bench plot $$kind --results-dir build/picture --output docs/images/$${kind%% *}.png || exit 1; \
 	done
 
 screenshots: $(READY) browser ## every page of the report on build/picture, at 1,400 and 390 pixels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -114,6 +115,10 @@ def _benchmark(record: Record) -> str | None:
     return benchmark.get("name") if isinstance(benchmark, dict) else None
 
 
+DESCRIBING_LINES = 2
+"""Lines of comment in which the first sentence of a config ends."""
+
+
 def describe_config(group: str, name: str) -> str:
     """Return the first comment of a config file, which describes it."""
     file = config_file(group, name)
@@ -125,7 +130,11 @@ def describe_config(group: str, name: str) -> str:
     ]
     # Hydra reads `# @package ...` in the first line; it is a directive and no description.
     described = [line for line in comments if not line.startswith("# @package")]
-    return described[0].removeprefix("# ") if described else ""
+    text = " ".join(line.removeprefix("# ") for line in described[:DESCRIBING_LINES])
+    # The first sentence, which may go on in the next line; a point within a word ends none.
+    whole = re.match(r".*?\.(?= |$)", text)
+    first = described[0].removeprefix("# ") if described else ""
+    return whole[0] if whole and len(whole[0]) > len(first) else first
 
 
 def print_record(record: Record) -> None:

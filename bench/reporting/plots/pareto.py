@@ -73,6 +73,8 @@ def _draw_front_panel(axes: Axes, group: pd.DataFrame, families: dict[str, Serie
                 # Where runs lie close together, a label stays readable on another's bar.
                 path_effects=[withStroke(linewidth=2.5, foreground="white")],
             )
+    # Room for the label of the cheapest run, to the left of it.
+    axes.margins(x=0.12)
     label_unit_axis(axes, first["cost_name"], first["unit"], group["cost"].max())
     label_metric_axis(axes, first["metric"], first["task"], bool(first["higher_is_better"]))
 
