@@ -48,12 +48,15 @@ if TYPE_CHECKING:
     from bench.runner.session import Session
 
 
-# Switches of lm-eval, Hydra and Ray. Those that keep libraries off the hub are restored by `hub`.
+# Switches of lm-eval, Hydra, Ray and slimbench. Those that keep libraries off the hub are restored
+# by `hub`.
 _VARIABLES = (
     "DISABLE_MULTIPROC",
     "HYDRA_FULL_ERROR",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO",
     "RAY_USAGE_STATS_ENABLED",
+    # A job sets it, and may run in this process.
+    plugins.PROJECT_VARIABLE,
 )
 
 

@@ -1,6 +1,7 @@
 """The example of a plug-in, by every command that needs its code; and methods at fault."""
 
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -43,6 +44,8 @@ def test_every_command_finds_the_example(bench, example, tmp_path, capsys):
     assert "zero_weakest" in {row["method"] for row in json.loads(listed)}
     given = ("method=zero_weakest", "benchmark=two_sciences")
     assert bench("run", "-m", *given, "ratio=0,0.4")[0] == 0
+    # Jobs in this process leave no project behind for other folders.
+    assert plugins.PROJECT_VARIABLE not in os.environ
     whole, zeroed = sorted(Store(bench.results).all(), key=lambda r: r.methods[0].config["ratio"])
     with Session() as session:
         models = [rebuild_model(record, session) for record in (whole, zeroed)]
