@@ -9,7 +9,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
 from bench import plugins
-from bench.config import model_names
+from bench.config import overrides
 from bench.config.run_config import method_class
 
 GROUP = "method"
@@ -83,4 +83,4 @@ class SearchPath(SearchPathPlugin):  # type: ignore[misc]  # Hydra has no types
         for folder in plugins.active().configs:
             search_path.append(provider="plug-in", path=f"file://{folder}")
         search_path.append(provider="plug-in", path=f"{_SCHEME}://")
-        search_path.append(provider="slimbench", path=f"{model_names.SCHEME}://")
+        search_path.append(provider="slimbench", path=f"{overrides.SCHEME}://")

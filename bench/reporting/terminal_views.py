@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 from bench.errors import UserError
 from bench.evaluation.metrics import AVERAGE
 from bench.plugins import active, config_file
-from bench.records.foreign_files import read_json, reason_of
+from bench.records.files import read_json, reason_of
 from bench.reporting.cost_table import print_costs
 from bench.sweeps.job import STUDY_FILE
 from bench.ui import console, draw_rows

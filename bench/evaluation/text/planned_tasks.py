@@ -13,7 +13,6 @@ from lm_eval.tasks import TaskManager
 from bench.data import hub
 from bench.errors import UserError, unknown_name
 from bench.evaluation.harness import DocumentSource, hub_source
-from bench.evaluation.harness_logs import quiet_lm_eval
 from bench.evaluation.local_files import LABELS
 from bench.evaluation.metrics import NO_LABEL, TaskAnswers
 from bench.evaluation.task_planning import (
@@ -24,11 +23,12 @@ from bench.evaluation.task_planning import (
     definition_hash,
     evaluated_split,
     folders_of,
+    quiet_lm_eval,
     task_code_errors,
     task_fault,
 )
-from bench.evaluation.text import task_data, task_index
-from bench.evaluation.text.task_index import AggregatedMetric, TaskGroup, TextTask
+from bench.evaluation.text import task_data
+from bench.evaluation.text.task_data import AggregatedMetric, TaskGroup, TextTask
 from bench.schema import BenchmarkConfig
 
 
@@ -57,7 +57,7 @@ def scored_names(benchmark: BenchmarkConfig) -> list[str]:
     if benchmark.suite == "micro":
         return list(benchmark.tasks)
     with quiet_lm_eval():
-        expanded = [task for name in benchmark.tasks for task in task_index.expand_tag(name)]
+        expanded = [task for name in benchmark.tasks for task in task_data.expand_tag(name)]
     return list(dict.fromkeys(expanded))
 
 
@@ -69,11 +69,11 @@ def build_task(name: str, benchmark: BenchmarkConfig) -> PlannedTask:
         UserError: the task is not supported, or the user's rows or metric do not fit it.
     """
     micro = benchmark.suite == "micro"
-    file = task_index.FILES.find_micro(name) if micro else task_index.find_task_file(name)
+    file = task_data.FILES.find_micro(name) if micro else task_data.find_task_file(name)
     with quiet_lm_eval():
         if file is None:
             return _build_group(name, benchmark)
-        definition = task_index.read_task_definition(file)
+        definition = task_data.read_task_definition(file)
         task, source, unlabelled = _build_one(name, definition, benchmark)
     planned = _planned_task(name, {name: task}, {}, {name: source}, benchmark)
     # The embedded data have their labels, and a file of a known task has been checked.
@@ -135,9 +135,9 @@ def _build_group(name: str, benchmark: BenchmarkConfig) -> PlannedTask:
     if name in benchmark.data:
         raise UserError(f"benchmark.data.{name}: {name} is a group; list its tasks instead")
     try:
-        loaded = task_index.load_task_group(name)
+        loaded = task_data.load_task_group(name)
     except (OSError, ValueError) as error:  # raised by `datasets` when data are missing
-        raise hub.unreachable_error(", ".join(task_index.group_data_sets(name)), error) from error
+        raise hub.unreachable_error(", ".join(task_data.group_data_sets(name)), error) from error
     sources = {leaf: _source_of(task) for leaf, task in loaded["tasks"].items()}
     return _planned_task(name, loaded["tasks"], loaded["groups"], sources, benchmark)
 
@@ -150,12 +150,12 @@ def _build_one(
         if name in benchmark.data:
             raise UserError(f"benchmark.data.{name}: {name} loads its data in Python code")
         return *_build_python(definition), ()
-    definition["num_fewshot"] = task_index.num_shots(definition, benchmark.num_fewshot)
+    definition["num_fewshot"] = task_data.num_shots(definition, benchmark.num_fewshot)
     data, source, unlabelled = task_data.load_documents(name, definition, benchmark)
     # With zero shots only the scored split is kept: the harness would process every document of
     # a training split, however large, before it scores the first question.
     present = set(data) if definition["num_fewshot"] else {evaluated_split(definition)}
-    fitted = _with_documents(task_index.restrict_to_splits(definition, present), data)
+    fitted = _with_documents(task_data.restrict_to_splits(definition, present), data)
     if name not in benchmark.data:
         with task_code_errors("lm-eval", name):
             return _construct(fitted), source, ()
@@ -217,7 +217,7 @@ def _planned_task(
         # Set on the built task, since members of a group and Python classes never pass through
         # `_build_one`.
         own = {"num_fewshot": task.get_config("num_fewshot")}
-        task.set_config("num_fewshot", task_index.num_shots(own, benchmark.num_fewshot))
+        task.set_config("num_fewshot", task_data.num_shots(own, benchmark.num_fewshot))
     aggregated = groups[name].aggregate_metric_list if groups else None
     offered = _offered_metrics(aggregated, tasks)
     definitions = _definitions(tasks, groups)
@@ -231,7 +231,7 @@ def _folders(name: str, task: TextTask) -> frozenset[Path]:
     metadata = getattr(task.config, "metadata", None) or {}
     file = Path(str(metadata.get(CONFIG_SOURCE)))
     try:
-        found = file if file.is_file() else task_index.find_task_file(name)
+        found = file if file.is_file() else task_data.find_task_file(name)
     except UserError:  # a member that its group makes, without a file
         found = None
     return folders_of(found) if found else frozenset()
@@ -243,14 +243,14 @@ def _definitions(tasks: dict[str, TextTask], groups: dict[str, TaskGroup]) -> di
     for name, group in groups.items():
         members = [task.task_name for task in group.get_all_tasks()]
         told[name] = [members, group.aggregate_metric_list]
-    return {name: definition_hash(each, task_index.FILES) for name, each in told.items()}
+    return {name: definition_hash(each, task_data.FILES) for name, each in told.items()}
 
 
 def _refuse_unsupported(name: str, task: TextTask) -> None:
     if getattr(task, "MULTIMODAL", False):
         raise UserError(f"task {name!r} needs images or audio; lm_eval benchmarks are text only")
     if getattr(task, "UNSAFE_CODE", False):
-        raise task_index.unsafe_code_error(name)
+        raise task_data.unsafe_code_error(name)
 
 
 def _offered_metrics(

@@ -16,7 +16,7 @@ from bench.evaluation.metrics import (
     sample_score,
 )
 from bench.evaluation.text.planned_tasks import PlannedTask
-from bench.evaluation.text.task_index import TextTask
+from bench.evaluation.text.task_data import TextTask
 
 HarnessResult = TypedDict(
     "HarnessResult",

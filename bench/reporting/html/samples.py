@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import numpy as np
 
 from bench.records import Record, Store
-from bench.records.foreign_files import warn_once
+from bench.records.files import warn_once
 from bench.records.index import samples_table
 from bench.records.store import SAMPLES
 from bench.reporting.leaderboard import Leaderboard, LeaderboardRow
