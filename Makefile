@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo browser test test-all test-real test-gpu coverage check audit format perf clean
+.PHONY: help install demo browser picture gallery screenshots docs test test-all test-real test-gpu coverage check audit format perf clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,6 +28,22 @@ browser:
 	|| { [ "$$(id -u)" = 0 ] && which apt-get >/dev/null 2>&1 && apt-get update -qq \
 	     && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
 	|| echo "no Chromium: the report's browser tests will be skipped"
+
+picture: $(READY) browser ## the README's picture of the report, from the records of a small run
+	$(BIN)/bench run experiment=demo benchmark.limit=100 '~benchmark.perplexity' results_dir=build/picture tracker=none
+	$(BIN)/python -m tests.reporting.html.screenshots build/picture --readme docs/images/report.png
+
+gallery: $(READY) ## the pictures of docs/plots.md, from the records of `make picture`
+	for kind in front curves breakdown "allocation latest:camera_p" "calibration latest:dense latest:camera_p"; do \
+	  $(BIN)/bench plot $$kind --results-dir build/picture --output docs/images/$${kind%% *}.png || exit 1; \
+	done
+
+screenshots: $(READY) browser ## every page of the report on build/picture, at 1,400 and 390 pixels
+	$(BIN)/python -m tests.reporting.html.screenshots build/picture build/screenshots
+
+docs: $(READY) ## the documentation site in build/site; a warning or a dead link is an error
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 test: $(READY) browser ## the tests
 	$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu and not real'

@@ -2,8 +2,8 @@
 
 >>> import bench
 >>> with bench.Session() as session:
-...     dense, pruned = bench.run(["-m", "method=dense,camera_p"], session=session)
->>> print(bench.compare([dense.id, pruned.id]).contrasts)
+...     dense, pruned = bench.run(over={"method": ["dense", "camera_p"]}, session=session)
+>>> print(bench.compare([dense, pruned]).contrasts)
 >>> frame = bench.records.load()
 
 Everything is imported on first use: torch, pandas and Hydra are slow to import.
@@ -12,9 +12,10 @@ Everything is imported on first use: torch, pandas and Hydra are slow to import.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from bench.method import Context, Method
     from bench.records import Record
     from bench.reporting.comparison import Comparison
+    from bench.runner.launch import Runs
     from bench.runner.session import Session
 
 __all__ = ["Context", "Method", "Session", "compare", "plot", "records", "run"]
@@ -34,43 +36,62 @@ _LAZY_CLASSES = {
 }
 
 
-def run(overrides: Sequence[str] = (), *, session: Session | None = None) -> list[Record]:
-    """Execute the runs that the overrides describe, as `bench run` does, and return the records.
+def run(
+    overrides: str | Sequence[str] = (),
+    *,
+    over: Mapping[str, Sequence[object]] | None = None,
+    session: Session | None = None,
+    **config: object,
+) -> Runs:
+    """Execute the runs that the arguments describe, as `bench run` does, and return the records.
 
-    >>> bench.run(["model=micro_moe", "method=camera_p", "method.camera_p.ratio=0.4"])
-    >>> bench.run(["-m", "method=dense,camera_p", "ratio=0.2,0.4"])
+    >>> bench.run(model="micro_moe", method="camera_p", ratio=0.4)
+    >>> bench.run(method=["camera_p", "camera_q"], benchmark="camera_micro")  # one after the other
+    >>> bench.run(over={"method": ["dense", "camera_p"], "ratio": [0.2, 0.4]})  # a sweep
+    >>> bench.run("-m method=dense,camera_p ratio=0.2,0.4")  # the words of the command line
 
-    Calls that share a `session` share its loaded model; without one the model is freed at the end.
+    A keyword is a key of the config, and a mapping holds keys below it. `overrides` are words of
+    the command line, as one text or a list; they come before the keywords. `over` maps keys to
+    values that are run each. Calls that share a `session` share its loaded model; without one the
+    model is freed at the end. A notebook shows the result as a table.
 
     Raises:
-        UserError: the overrides are wrong, or data or weights are missing.
+        UserError: the arguments are wrong, or data or weights are missing.
         RunsFailed: no run succeeded.
     """
-    from bench.runner.launch import launch
+    from bench.config.overrides import keyword_overrides
+    from bench.runner.launch import Runs, launch
     from bench.runner.session import Session
 
+    given = shlex.split(overrides) if isinstance(overrides, str) else list(overrides)
+    given += keyword_overrides(config, over or {})
     if session is not None:
-        return launch(overrides, session).records
+        return Runs(launch(given, session).records)
     with Session() as own:
-        return launch(overrides, own).records
+        return Runs(launch(given, own).records)
 
 
 def compare(
-    runs: Sequence[str], baseline: str | None = None, results_dir: Path | str = "results"
+    runs: Sequence[str | Record],
+    baseline: str | Record | None = None,
+    results_dir: Path | str = "results",
 ) -> Comparison:
-    """Compare recorded runs, named by ids or prefixes, as `bench compare` does.
+    """Compare recorded runs, named by records, ids or prefixes, as `bench compare` does.
+
+    A notebook shows the result as a table.
 
     Raises:
         UserError: a run is unknown, only one is named, or the baseline is ambiguous.
     """
     from bench.reporting.comparison.named_runs import compare_runs
 
-    return compare_runs(runs, baseline, Path(results_dir))[0]
+    against = None if baseline is None else _run_names([baseline])[0]
+    return compare_runs(_run_names(runs), against, Path(results_dir))[0]
 
 
 def plot(
     kind: str,
-    runs: Sequence[str] = (),
+    runs: Sequence[str | Record] = (),
     results_dir: Path | str = "results",
     *,
     task: str = "average",
@@ -89,7 +110,15 @@ def plot(
     request = PlotRequest(Path(results_dir), task, cost, scope, knob)
     # matplotlib applies its settings when artists are created, so they must hold while drawing.
     with plot_settings():
-        return prepare_figure(kind, runs, request).draw()
+        return prepare_figure(kind, _run_names(runs), request).draw()
+
+
+def _run_names(runs: Sequence[str | Record]) -> Sequence[str]:
+    # What is neither a text nor a record is left for the sentence that says what is wrong with it.
+    if isinstance(runs, str):
+        return runs
+    names: list[Any] = [getattr(run, "id", run) for run in runs]
+    return names
 
 
 def __getattr__(name: str) -> object:

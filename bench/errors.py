@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import errno
 import importlib
+import inspect
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -35,6 +37,28 @@ def error_sentence(error: BaseException) -> str:
     """Return an error's type, the first line of its message, and its notes."""
     message = (str(error) or "no message").splitlines()[0]
     return ", ".join([f"{type(error).__name__}: {message}", *getattr(error, "__notes__", ())])
+
+
+def source_line(error: BaseException, package: str) -> str | None:
+    """Return `FILE:LINE` of the innermost code of a package in an error's traceback; None without.
+
+    A module that cannot be parsed has no frame of its own; the error names its line.
+    """
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}"
+    found = None
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if str(frame.f_globals.get("__name__")).partition(".")[0] == package:
+            found = f"{frame.f_code.co_filename}:{line}"
+    return found
+
+
+def class_line(kind: type) -> str:
+    """Return a class with `FILE:LINE` of its definition, as far as it is in a file."""
+    try:
+        return f"{kind.__name__} ({inspect.getsourcefile(kind)}:{inspect.getsourcelines(kind)[1]})"
+    except (OSError, TypeError):
+        return kind.__name__
 
 
 def nearest(word: str, options: Iterable[str]) -> str | None:

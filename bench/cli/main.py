@@ -12,13 +12,13 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from bench.cli.parser import COMMANDS, RAW_COMMANDS, build_parser
+from bench.cli.parser import COMMANDS, RAW_COMMANDS, TRACEBACK_FLAG, build_parser
 from bench.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -44,10 +44,12 @@ with the default threshold of 700, GC takes a fifth of start-up."""
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    # Of every command, and of no argparse parser: `run` and `table` read their words themselves.
+    whole = TRACEBACK_FLAG in given
     try:
-        with _process_settings():
+        with _process_settings(), _tracebacks_shown() if whole else nullcontext():
             _refuse_unreadable_bytes(given)
-            return _run_command(given)
+            return _run_command([word for word in given if word != TRACEBACK_FLAG])
     except UserError as error:
         fail(str(error))
         return EXIT_WRONG_INPUT
@@ -85,6 +87,18 @@ def _run_command(given: list[str]) -> int:
     if getattr(parsed, "what", "runs") == "runs" and "results_dir" in parsed:
         _refuse_absent_folder(parsed.results_dir)
     return int(pkgutil.resolve_name(parsed.handler)(parsed))
+
+
+@contextmanager
+def _tracebacks_shown() -> Iterator[None]:
+    """Print the traceback of any error inside the block, before its sentence."""
+    import traceback
+
+    try:
+        yield
+    except Exception as error:
+        print(redact("".join(traceback.format_exception(error))), file=sys.stderr, end="")
+        raise
 
 
 def _refuse_unreadable_bytes(given: Sequence[str]) -> None:

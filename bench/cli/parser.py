@@ -15,9 +15,10 @@ from typing import Any, NoReturn
 
 from bench.errors import UserError
 
+TRACEBACK_FLAG = "--traceback"
 COMMANDS = (
     "run", "table", "compare", "report", "plot", "ls", "show", "track", "verify", "rescore",
-    "status", "resume", "gc", "export", "convert", "prefetch", "doctor",
+    "status", "resume", "gc", "export", "convert", "prefetch", "doctor", "trust",
 )  # fmt: skip
 LISTABLE = ("models", "methods", "benchmarks", "tables", "runs")
 RAW_COMMANDS = {
@@ -54,6 +55,7 @@ a paper's table: run what is missing, show our numbers next to the published one
   bench table smollm2 --page smollm2.md         a page of the records there are; runs nothing
   bench ls tables                               list all tables
 """
+RUN_WORDS = "a run id or a prefix of it; latest, or latest:METHOD"
 ALLOWED_HELP = (
     "packages=[...], hydra.searchpath=[...], model.trust_remote_code=true: code of others that may "
     "run, which no record can allow; model.path=FOLDER: the model's files on this machine"
@@ -86,7 +88,11 @@ def build_parser() -> CommandParser:
 
     The function takes the parsed arguments and returns the exit code.
     """
-    top = CommandParser(prog="bench", description="Benchmark model-compression methods.")
+    top = CommandParser(
+        prog="bench",
+        description="Benchmark model-compression methods.",
+        epilog=f"{TRACEBACK_FLAG} with any command shows where an error came from.",
+    )
     commands = top.add_subparsers(metavar="COMMAND", required=True, parser_class=CommandParser)
 
     def command(name: str, handler: str, text: str) -> argparse.ArgumentParser:
@@ -123,7 +129,7 @@ def _add_run_commands(command: AddCommand) -> None:
     garbage = command("gc", "gc:run_command", "remove unreferenced files, after asking")
     garbage.add_argument("--yes", action="store_true", help="do not ask")
     verify = command("verify", "verify:run_command", "repeat part of a run and compare the results")
-    verify.add_argument("run", metavar="RUN", help="a run id or a prefix of it")
+    verify.add_argument("run", metavar="RUN", help=RUN_WORDS)
     verify.add_argument("--samples", type=int, default=20, metavar="N", help="per task (20)")
     verify.add_argument(
         "--tolerance", type=_non_negative_number, default=None, help="relative difference allowed"
@@ -132,10 +138,10 @@ def _add_run_commands(command: AddCommand) -> None:
     rescore = command(
         "rescore", "rescore:run_command", "apply the harness's present metrics to stored answers"
     )
-    rescore.add_argument("run", metavar="RUN", help="a run id or a prefix of it")
+    rescore.add_argument("run", metavar="RUN", help=RUN_WORDS)
     _add_allowed(rescore, ALLOWED_HELP)
     export = command("export", "export:run_command", "write the model of a run as a folder")
-    export.add_argument("run", metavar="RUN", help="a run id or a prefix of it")
+    export.add_argument("run", metavar="RUN", help=RUN_WORDS)
     export.add_argument("folder", type=Path, metavar="DIR")
     export.add_argument("--for", dest="engine", metavar="ENGINE", help=ENGINE_HELP)
     export.add_argument("--align", type=int, metavar="N", help="multiple of widths: 64 or 128")
@@ -158,13 +164,13 @@ def _add_record_commands(command: AddCommand) -> None:
     listing = command("ls", "records:ls", "list models, methods, benchmarks, tables or runs")
     listing.add_argument("what", metavar="|".join(LISTABLE))
     show = command("show", "records:show", "show one record")
-    show.add_argument("run", metavar="RUN", help="a run id or a prefix of it")
+    show.add_argument("run", metavar="RUN", help=RUN_WORDS)
     show.add_argument("--command", action="store_true", help="print only the command of the run")
     show.add_argument("--why", metavar="OTHER", help="show only why OTHER has a different id")
     compare = command(
         "compare", "records:compare", "paired statistics between runs over shared samples"
     )
-    compare.add_argument("runs", nargs="*", metavar="RUN")
+    compare.add_argument("runs", nargs="*", metavar="RUN", help=RUN_WORDS)
     compare.add_argument(
         "--baseline", metavar="RUN", help="the run to compare with (the dense run)"
     )
@@ -210,6 +216,13 @@ def _add_record_commands(command: AddCommand) -> None:
     doctor = command(
         "doctor", "doctor:run_command", "installed packages, devices, and what works offline"
     )
+    consent = command(
+        "trust", "trust:run_command", "allow the packages and configs of a project file"
+    )
+    consent.add_argument(
+        "file", nargs="?", type=Path, metavar="FILE", help="default: the nearest slimbench.toml"
+    )
+    consent.add_argument("--yes", action="store_true", help="do not ask")
     for added in (listing, show, compare, plot, report, track):
         _add_results_dir(added)
     for added in (listing, show, compare, plot, doctor):

@@ -19,6 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from bench import plugins
 from bench.config.overrides import GROUP, Overrides, is_own_path, sets, sweep_values, text_of
 from bench.errors import UserError
 from bench.security import package_exists, refuse_foreign_code, refuse_secret
@@ -151,7 +152,8 @@ def check_composed(composed: DictConfig) -> None:
     own = whole.pop("hydra")
     packages = whole.get("packages")
     # Anything else than a list allows nothing; validation says what is wrong with it.
-    refuse_foreign_code(whole, packages if isinstance(packages, list) else ())
+    named = packages if isinstance(packages, list) else ()
+    refuse_foreign_code(whole, (*named, *plugins.active().packages))
     for key, shipped in SHIPPED_HYDRA.items():
         found = own
         for part in key.split("."):

@@ -17,19 +17,17 @@ import os
 import random
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import cast
 
-from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, RangeSweep, ValueType
 from hydra.errors import OverrideParseException
 from hydra.plugins.config_source import ConfigResult, ConfigSource
-from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 from pydantic import TypeAdapter, ValidationError
 
@@ -285,9 +283,61 @@ def _is_hydras(override: Override) -> bool:
     return sets(override, "hydra")
 
 
+_PLAIN_WORD = re.compile(r"(?!(?:true|false|null|nan|inf)$)[A-Za-z_./][\w./-]*", re.IGNORECASE)
+"""Texts that Hydra's grammar reads as themselves; all others are quoted."""
+
+
+def keyword_overrides(given: Mapping[str, object], over: Mapping[str, object]) -> list[str]:
+    """Return overrides for keyword arguments, and sweeps for the lists in `over`.
+
+    >>> keyword_overrides({"method": ["a", "b"], "costs": {"length": 64}}, {"ratio": [0.2, 0.4]})
+    ['method=[a,b]', 'costs.length=64', '-m', 'ratio=0.2,0.4']
+
+    Raises:
+        UserError: a value is of a type that no config holds, or a sweep has no values.
+    """
+    words = [word for key, value in given.items() for word in _leaf_overrides(key, value)]
+    sweeps = []
+    for key, values in over.items():
+        if isinstance(values, str) or not isinstance(values, Iterable):
+            raise UserError(f"over: {key}={values!r} is no list of values, as in [0.2, 0.4]")
+        texts = [_value_text(key, value) for value in values]
+        if not texts:
+            raise UserError(f"over: {key} has no values to go through")
+        sweeps.append(f"{key}={','.join(texts)}")
+    return [*words, *(["-m"] if sweeps else []), *sweeps]
+
+
+def _leaf_overrides(key: str, value: object) -> Iterator[str]:
+    if isinstance(value, Mapping) and value:
+        for name, inner in value.items():
+            yield from _leaf_overrides(f"{key}.{name}", inner)
+    else:
+        yield f"{key}={_value_text(key, value)}"
+
+
+def _value_text(key: str, value: object) -> str:
+    """Write a Python value in Hydra's grammar."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, str | PurePath):
+        text = str(value)
+        return text if _PLAIN_WORD.fullmatch(text) else quoted_text(text)
+    if isinstance(value, list | tuple):
+        return f"[{','.join(_value_text(key, inner) for inner in value)}]"
+    if isinstance(value, Mapping):
+        inner = (f"{_value_text(key, k)}:{_value_text(key, v)}" for k, v in value.items())
+        return f"{{{','.join(inner)}}}"
+    raise UserError(
+        f"{key}={value!r} is a {type(value).__name__}: give a text, a number, a list or a mapping"
+    )
+
+
 GROUP = "model"
 ACCEPTED = "a hub id as ORG/NAME, a model folder, FILE.gguf, or torchvision/NAME"
-_SCHEME = "slimbench-models"
+SCHEME = "slimbench-models"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TORCHVISION = "torchvision/"
 _WITH_REVISION = re.compile(rf"({_HUB_ID.pattern}|\w[\w.-]*)[@:](\w[\w./-]*)")
@@ -357,7 +407,7 @@ class ModelNames(ConfigSource):  # type: ignore[misc]  # Hydra has no types
     @staticmethod
     def scheme() -> str:
         """Return the scheme under which the search path names this source."""
-        return _SCHEME
+        return SCHEME
 
     def load_config(self, config_path: str) -> ConfigResult:
         """Return the config of `model/VALUE`."""
@@ -365,7 +415,7 @@ class ModelNames(ConfigSource):  # type: ignore[misc]  # Hydra has no types
         assert config is not None  # Hydra asks `is_config` first
         return ConfigResult(
             provider=self.provider,
-            path=f"{_SCHEME}://",
+            path=f"{SCHEME}://",
             config=OmegaConf.create(config),
             header={"package": None},
         )
@@ -391,11 +441,3 @@ class ModelNames(ConfigSource):  # type: ignore[misc]  # Hydra has no types
 def _value(config_path: str) -> str | None:
     group, slash, value = config_path.partition("/")
     return value if group == GROUP and slash else None
-
-
-class ModelNamesPath(SearchPathPlugin):  # type: ignore[misc]  # Hydra has no types
-    """Appends `ModelNames` to Hydra's search path, after every folder with config files."""
-
-    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Append the source."""
-        search_path.append(provider="slimbench", path=f"{_SCHEME}://")

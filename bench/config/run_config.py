@@ -23,7 +23,8 @@ from pydantic import (
     field_validator,
 )
 
-from bench.errors import UserError, nearest
+from bench import plugins
+from bench.errors import UserError, class_line, error_sentence, nearest, source_line
 from bench.method import BudgetUnit, Method, RecipeConfig
 from bench.schema import (
     BenchmarkConfig,
@@ -154,7 +155,7 @@ def validate(composed: dict[str, Any]) -> RunConfig:
     for name in packages:
         _refuse_absent_package(name)
     # Before any class is imported: importing a module already runs its code.
-    refuse_foreign_code(chosen, packages)
+    refuse_foreign_code(chosen, (*packages, *plugins.active().packages))
     methods = chosen.pop("method", None) or {}
     if not isinstance(methods, dict):
         raise UserError(f"method={methods!r} names no methods, as in method=[camera_p,camera_q]")
@@ -177,24 +178,48 @@ def _refuse_absent_package(name: str) -> None:
 
 def _build_method(name: str, knobs: object) -> Method:
     """Build a method from its config node, whose `_target_` names a `Method` class."""
-    from hydra.utils import get_class
-
     if not isinstance(knobs, dict) or "_target_" not in knobs:
         raise UserError(f"method.{name} is set but method={name} was not selected")
     fields = {key: value for key, value in knobs.items() if key != "_target_"}
-    try:
-        kind = get_class(knobs["_target_"])
-    # Hydra imports the module here, and a plug-in's module may raise anything.
-    except Exception as error:
-        raise UserError(f"method.{name}._target_={knobs['_target_']}: {error}") from None
-    if not issubclass(kind, Method) or isabstract(kind):
-        raise UserError(f"method.{name}._target_={knobs['_target_']} is not a bench.method.Method")
+    kind = method_class(name, knobs["_target_"])
     _refuse_unfit_numbers(kind, fields, ("method", name))
     try:
         method: Method = kind(**fields)
     except ValidationError as error:
         raise _as_user_error(error, kind, ("method", name)) from None
     return method
+
+
+def method_class(name: str, target: str) -> type[Method]:
+    """Import the class of a method, whose package must be allowed already.
+
+    Raises:
+        UserError: it cannot be imported, or is no complete method; the message says where.
+    """
+    from hydra.utils import get_class
+
+    place = f"method.{name}._target_={target}"
+    try:
+        kind: type = get_class(target)
+    # Hydra imports the module here, and a plug-in's module may raise anything.
+    except Exception as error:
+        cause = error.__cause__ or error
+        module, _, missing = target.rpartition(".")
+        # Hydra takes the last part for a module if the module before it has no such name.
+        if isinstance(cause, ModuleNotFoundError) and cause.name == target:
+            raise UserError(f"{place}: {module} has no class {missing}") from error
+        line = source_line(cause, target.partition(".")[0])
+        where = f" ({line})" if line else ""
+        raise UserError(f"{place}: {error_sentence(cause)}{where}") from error
+    if not issubclass(kind, Method):
+        raise UserError(f"{place} is not a bench.method.Method: derive {class_line(kind)} from it")
+    if isabstract(kind):
+        missing = " and ".join(sorted(getattr(kind, "__abstractmethods__", ())))
+        raise UserError(
+            f"{place}: {class_line(kind)} does not define {missing}, which every "
+            "bench.method.Method does"
+        )
+    return kind
 
 
 LARGEST_INTEGER = 2**63 - 1

@@ -20,6 +20,7 @@ from typing import Any, Self, TypedDict, cast
 
 from torch import nn
 
+from bench import plugins
 from bench.errors import UserError, error_sentence
 from bench.models.bitpacking import packed_modules
 from bench.models.weight_files import read_json_object
@@ -31,8 +32,10 @@ DESCRIPTION_FORMAT = 1
 
 # Class names in a folder, and the modules that hold the classes today. A folder states the name
 # alone, since classes move and folders stay. The first folders state a path, such as
-# `bench.models.anatomy.ragged.RaggedExperts`, of which only the last part is read. Nothing else is
-# ever imported because of a folder, which is untrusted input and must not run code of its choice.
+# `bench.models.anatomy.ragged.RaggedExperts`, of which only the last part is read. A class of a
+# plug-in is stated as `package.module:Class`, and found only while the user's plug-ins include that
+# package. Nothing else is ever imported because of a folder, which is untrusted input and must not
+# run code of its choice.
 MODULE_OF_CLASS = {
     "RaggedExperts": "bench.models.structure.ragged_experts",
     "GatedExpert": "bench.models.structure.ragged_experts",
@@ -188,19 +191,32 @@ def described_class(base: type[nn.Module], description: Description) -> type[nn.
 def _class_name(name: str, module: ReplacedModule) -> str:
     """Return the name under which a folder states a module's class."""
     own = type(module)
-    if MODULE_OF_CLASS.get(own.__qualname__) != own.__module__:
-        # Written all the same, the folder could not be loaded.
-        raise UserError(
-            f"{name} is a {own.__qualname__} of {own.__module__}, which cannot be written to a "
-            "folder: add the class to MODULE_OF_CLASS in bench/models/replaced_modules.py"
-        )
-    return own.__qualname__
+    if MODULE_OF_CLASS.get(own.__qualname__) == own.__module__:
+        return own.__qualname__
+    if own.__module__.partition(".")[0] in plugins.active().packages:
+        return f"{own.__module__}:{own.__qualname__}"
+    # Written all the same, the folder could not be loaded.
+    raise UserError(
+        f"{name} is a {own.__qualname__} of {own.__module__}, which cannot be written to a folder: "
+        "declare its package as a plug-in (CONTRIBUTING.md), so that the folder can be loaded again"
+    )
 
 
 def _class_by_name(spec: Mapping[str, object]) -> type[ReplacedModule]:
-    name = str(spec["class"]).rpartition(".")[2]
-    if name not in MODULE_OF_CLASS:
+    stated = str(spec["class"])
+    module, colon, name = stated.partition(":")
+    if not colon:
+        name = stated.rpartition(".")[2]
+        module = MODULE_OF_CLASS.get(name, "")
+    elif module.partition(".")[0] not in plugins.active().packages:
+        raise ValueError(
+            f"{stated} is a plug-in's module: install the plug-in, or run where its "
+            f"{plugins.PROJECT_FILE} is trusted"
+        )
+    if not module:
         known = ", ".join(MODULE_OF_CLASS)
-        raise ValueError(f"{spec['class']} is not one of the replaced modules {known}")
-    found: type[ReplacedModule] = getattr(importlib.import_module(MODULE_OF_CLASS[name]), name)
+        raise ValueError(f"{stated} is not one of the replaced modules {known}")
+    found: object = getattr(importlib.import_module(module), name)
+    if not (isinstance(found, type) and issubclass(found, ReplacedModule)):
+        raise ValueError(f"{stated} is no ReplacedModule")
     return found

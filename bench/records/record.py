@@ -368,15 +368,19 @@ class Record(_FrozenModel):
         names = [_label(method) for method in self.methods] or ["dense"]
         return " + ".join(_marked(names, untrained=self.untrained))
 
+    def _repr_html_(self) -> str:
+        from bench.records.display import record_html
+
+        return record_html(self)
+
     def metric(self, task: str) -> Metric | None:
         """Return the headline metric of a task, or None if the run did not score it."""
-        found = [m for m in self.metrics if m.task == task and m.headline]
-        return found[0] if found else None
+        return next((m for m in self.metrics if m.task == task and m.headline), None)
 
     def missing_cost(self, quantity: str, scope: str) -> MissingMeasurement | None:
         """Return why a cost is missing, or None if it is there or was not requested."""
-        found = [m for m in self.missing if m.quantity == quantity and m.scope == scope]
-        return found[0] if found else None
+        found = (m for m in self.missing if m.quantity == quantity and m.scope == scope)
+        return next(found, None)
 
     def cost(self, quantity: str, scope: str = "model") -> Cost | None:
         """Return one cost of this run, or None if it was not obtained."""

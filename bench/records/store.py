@@ -21,7 +21,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
-from bench.errors import UserError, nearest
+from bench.errors import UserError, nearest, unknown_name
 from bench.records import files
 from bench.records.files import parse_json, read_regular_file, reason_of, warn_once
 from bench.records.journal import Journal
@@ -33,6 +33,7 @@ WEIGHTS = "weights"
 RECORD_FILES = (RECORD, SAMPLES, CONFIG, f"{WEIGHTS}/config.json", f"{WEIGHTS}/model.safetensors")
 """All that is written into the folder of a record."""
 RESPONSES = "responses.journal"
+LATEST = "latest"
 MARKER = ".slimbench"
 MARKER_TEXT = b"Results of slimbench. `bench gc` cleans up folders that hold this file.\n"
 
@@ -139,9 +140,15 @@ class Store:
     def get(self, prefix: str) -> Record:
         """Return the record whose id starts with `prefix`.
 
+        `latest` is the newest record, and `latest:camera_p` the newest of that method, so that a
+        command can be written before the run that it reads.
+
         Raises:
             UserError: no id or several start with it, or the record is unreadable.
         """
+        word, _, label = prefix.partition(":")
+        if word == LATEST:
+            return self._latest(label)
         ids = self.ids()
         matches = [run_id for run_id in ids if run_id.startswith(prefix)]
         if len(matches) > 1:
@@ -154,6 +161,16 @@ class Store:
         close = nearest(prefix, ids)
         hint = f"did you mean {close!r}?" if close else f"{len(ids)} runs in {self.runs}"
         raise UserError(f"unknown run {prefix!r}: {hint}")
+
+    def _latest(self, label: str) -> Record:
+        """Return the newest record, of a method if `label` is not empty."""
+        records = self.all()
+        found = [record for record in records if label in ("", record.label, record.family)]
+        if found:
+            return found[-1]
+        if not records:
+            raise UserError(f"{LATEST}: there are no runs in {self.runs}")
+        raise unknown_name("method of a run", label, {record.family for record in records})
 
     def ids(self) -> list[str]:
         """Return the ids of all records, sorted."""

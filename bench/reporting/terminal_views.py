@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,9 +14,9 @@ from typing_extensions import TypedDict
 
 from bench.errors import UserError
 from bench.evaluation.metrics import AVERAGE
+from bench.plugins import active, config_file
 from bench.records.files import read_json, reason_of
 from bench.reporting.cost_table import print_costs
-from bench.security import CONFIG_DIR
 from bench.sweeps.job import STUDY_FILE
 from bench.ui import console, draw_rows
 
@@ -47,7 +48,7 @@ def list_configs(group: str) -> list[dict[str, object]]:
     # Hydra takes long to import and only this listing needs it.
     from bench.config.composition import config_names
 
-    return [{group: name, "about": _description(group, name)} for name in config_names(group)]
+    return [{group: name, "about": describe_config(group, name)} for name in config_names(group)]
 
 
 def list_runs(results_dir: Path) -> list[dict[str, object]]:
@@ -114,17 +115,26 @@ def _benchmark(record: Record) -> str | None:
     return benchmark.get("name") if isinstance(benchmark, dict) else None
 
 
-def _description(group: str, name: str) -> str:
+DESCRIBING_LINES = 2
+"""Lines of comment in which the first sentence of a config ends."""
+
+
+def describe_config(group: str, name: str) -> str:
     """Return the first comment of a config file, which describes it."""
-    file = CONFIG_DIR / group / f"{name}.yaml"
-    if not file.is_file():
-        return ""
+    file = config_file(group, name)
+    if file is None:
+        # A plug-in's class is described by its docstring; importing it only to list it is not due.
+        return f"{target}, a plug-in" if (target := active().methods.get(name)) else ""
     comments = [
         line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("# ")
     ]
     # Hydra reads `# @package ...` in the first line; it is a directive and no description.
     described = [line for line in comments if not line.startswith("# @package")]
-    return described[0].removeprefix("# ") if described else ""
+    text = " ".join(line.removeprefix("# ") for line in described[:DESCRIBING_LINES])
+    # The first sentence, which may go on in the next line; a point within a word ends none.
+    whole = re.match(r".*?\.(?= |$)", text)
+    first = described[0].removeprefix("# ") if described else ""
+    return whole[0] if whole and len(whole[0]) > len(first) else first
 
 
 def print_record(record: Record) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bench import plugins
 from bench.config.overrides import Overrides
 from bench.data import hub
 from bench.device.devices import generators_restored
@@ -47,12 +48,15 @@ if TYPE_CHECKING:
     from bench.runner.session import Session
 
 
-# Switches of lm-eval, Hydra and Ray. Those that keep libraries off the hub are restored by `hub`.
+# Switches of lm-eval, Hydra, Ray and slimbench. Those that keep libraries off the hub are restored
+# by `hub`.
 _VARIABLES = (
     "DISABLE_MULTIPROC",
     "HYDRA_FULL_ERROR",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO",
     "RAY_USAGE_STATS_ENABLED",
+    # A job sets it, and may run in this process.
+    plugins.PROJECT_VARIABLE,
 )
 
 
@@ -74,6 +78,15 @@ def host_process_restored() -> Iterator[None]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
+
+
+class Runs(list["Record"]):
+    """A list of records that a notebook shows as one table, a row per run."""
+
+    def _repr_html_(self) -> str:
+        from bench.records.display import runs_html
+
+        return runs_html(self)
 
 
 @dataclass
@@ -114,6 +127,8 @@ def launch(arguments: Sequence[str], session: Session) -> LaunchOutcome:
         # Looked up before anything is composed: resuming or repeating a sweep then needs neither
         # the checks nor the libraries they import.
         results_dir = Path(str(overrides.value("results_dir") or "results"))
+        # The state of a sweep covers plug-ins, which are found from here on.
+        plugins.active()
         known = existing_sweep(results_dir, overrides.arguments)
         if known is not None and not overrides.is_true("force"):
             return _resume_plan(known, session, overrides.texts, reused=True)
@@ -233,8 +248,10 @@ def _sweep_fingerprint(
     kinds = {type(method) for config in configs for method in config.method.values()}
     names = [kind.__module__ for kind in kinds]
     names += [config.model.target for config in configs if config.model.target]
-    packages = {name.partition(".")[0] for name in names}
-    return SweepFingerprint.record_now({file for group in known for file in group}, packages)
+    added = plugins.active()
+    packages = {*(name.partition(".")[0] for name in names), *added.packages}
+    read = {*(file for group in known for file in group), *added.configs}
+    return SweepFingerprint.record_now(read, packages)
 
 
 def print_hydra_info(arguments: list[str]) -> None:

@@ -6,13 +6,14 @@ counts contradict is not claimed in any report.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from bench.errors import UserError
+from bench.errors import UserError, class_line, source_line
 from bench.ui import format_quantity
 
 if TYPE_CHECKING:
@@ -55,11 +56,12 @@ def apply_methods(
         highest = PeakMemory(model.device) if watched else nullcontext()
         with (
             context.progress.phase(f"applying {name}"),
-            _attribute_errors(name),
+            _attribute_errors(name, method),
             highest as peak,
         ):
             began = time.perf_counter()
             report = method.apply(model, method_context)
+            _refuse_wrong_report(name, method, report)
             synchronize(model.device)
             took = time.perf_counter() - began
         # A method that replaces modules may not know of the cache, and the next reader of the
@@ -206,13 +208,33 @@ FORM_WORDS = {
 }
 
 
+def _refuse_wrong_report(name: str, method: Method, report: object) -> None:
+    """Raise unless a method's `apply` returned a report that a record can hold."""
+    from bench.method import MethodReport
+
+    place = f"method {name}: {class_line(type(method))}"
+    if not isinstance(report, MethodReport):
+        raise UserError(
+            f"{place}.apply returned {type(report).__name__} instead of a MethodReport: end it "
+            'with return MethodReport("removed"), or another effect'
+        )
+    try:
+        json.dumps(report.details, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{place}.apply reports details that JSON cannot hold: {error}: use numbers, texts and "
+            "lists"
+        ) from None
+
+
 @contextmanager
-def _attribute_errors(name: str) -> Iterator[None]:
-    """Add the name of the method to an error raised inside the block."""
+def _attribute_errors(name: str, method: Method) -> Iterator[None]:
+    """Add the name of the method, and the line of its code, to an error raised inside the block."""
     try:
         yield
     except Exception as error:
         # A note instead of a new exception: callers still see the type, such as out of memory or
         # UserError.
-        error.add_note(f"while applying method {name}")
+        line = source_line(error, type(method).__module__.partition(".")[0])
+        error.add_note(f"while applying method {name}" + (f" ({line})" if line else ""))
         raise

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from bench import plugins
 from bench.config.overrides import Overrides, text_of
 from bench.errors import UserError
 from bench.runner.inputs import resolve_calibration_inputs
@@ -136,7 +137,9 @@ def _refuse_unsaid(record: Record, given: Overrides) -> None:
     unsaid = []
     packages = given.value("packages")
     stored = list(map(str, record.config.get("packages") or ["methods"]))
-    if not set(stored) <= {"methods", *(packages if isinstance(packages, list) else ())}:
+    said = packages if isinstance(packages, list) else ()
+    # A plug-in's package is installed, or of a project that the user trusts.
+    if not set(stored) <= {"methods", *said, *plugins.active().packages}:
         unsaid.append(f"packages=[{','.join(stored)}]")
         # A third party's methods are found only with the search path that the run was given.
         with suppress(UserError, ValueError):

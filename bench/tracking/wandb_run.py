@@ -34,6 +34,8 @@ from bench.security import redact
 if TYPE_CHECKING:
     from wandb import Run, Table
 
+SWEEP_VARIABLE = "WANDB_SWEEP_ID"
+"""Set by the agent of a W&B sweep for the commands that it starts."""
 WandbMode = Literal["online", "offline", "disabled"]
 WANDB_MODES: tuple[WandbMode, ...] = ("online", "offline", "disabled")
 
@@ -55,7 +57,9 @@ def send_record(
         job_type="run",
         group=record.sweep,
         tags=[record.model.name, *(m.name for m in record.methods), *record.marks],
-        config_of_run={**record.config, "record": record.id},
+        # Flat, so that W&B's tables and filters have a column per key.
+        config_of_run=flat_config(record),
+        run_id=record.id,
     ) as (wandb, run, kept):
         files = (RECORD, CONFIG, SAMPLES) if config.samples else (RECORD, CONFIG)
         _log_record(wandb, run, record, [folder / name for name in files])
@@ -72,11 +76,12 @@ def open_wandb_run(
     group: str | None = None,
     tags: Sequence[str] = (),
     config_of_run: JsonObject | None = None,
+    run_id: str | None = None,
 ) -> Iterator[tuple[ModuleType, Run, str | None]]:
     """Open a W&B run whose files stay in the results folder; yield (wandb, run, URL or folder).
 
     The third is None if W&B is disabled, since then nothing is kept. The run is finished even if
-    the block raises.
+    the block raises. With a `run_id`, sending again continues the same run of the project.
     """
     # Absolute, so that it stays valid if the working directory changes.
     home = (results_dir / "wandb_home").resolve()
@@ -86,10 +91,16 @@ def open_wandb_run(
         import wandb
 
         chosen = wandb_mode(config)
+        if SWEEP_VARIABLE in os.environ:
+            # The agent has named the run that it watches.
+            run_id = os.environ.get("WANDB_RUN_ID", run_id)
         run = wandb.init(
             project=config.project,
             entity=config.entity,
             config=config_of_run,
+            id=run_id,
+            # A run that was sent before is written over.
+            resume=None if run_id is None else "allow",
             dir=str(home),
             mode=chosen,
             # A host program may already have a W&B run open, which must not be taken over.
@@ -115,7 +126,7 @@ def open_wandb_run(
 
 
 def _log_record(wandb: ModuleType, run: Run, record: Record, files: Sequence[Path]) -> None:
-    run.summary.update(wandb_summary(record))
+    run.summary.update(wandb_summary(record) | summary_columns(record))
     metrics = [m.model_dump() for m in record.metrics]
     # Tables hold plain values only, so the parts of a cost become JSON text.
     costs = [{**c.model_dump(), "parts": json.dumps(c.parts)} for c in record.costs]
@@ -146,6 +157,49 @@ def _log_histories(run: Run, record: Record) -> None:
             run.define_metric(f"{method.name}/*", step_metric=f"{method.name}/epoch")
         for line in lines:
             run.log({f"{method.name}/{key}": value for key, value in line.items()})
+
+
+COLUMN_COSTS = ("flops", "parameters", "bytes", "seconds")
+"""Costs with a column of their own: the first of each quantity, as the report plots it."""
+
+
+def summary_columns(record: Record) -> dict[str, float | str]:
+    """Return what W&B's table of runs is sorted by, under short names.
+
+    `method`, `ratio` (of a single method) and `effect`; every headline metric by its task, with
+    `TASK_stderr`; `score` is the average, or the only metric; and `flops`, `parameters`, `bytes`,
+    `seconds`. The full names of `wandb_summary` say what each number is of.
+    """
+    effects = dict.fromkeys(method.effect for method in record.methods)
+    values: dict[str, float | str] = {"method": record.family, "effect": "+".join(effects)}
+    if len(record.methods) == 1 and (ratio := record.methods[0].config.get("ratio")) is not None:
+        values["ratio"] = ratio
+    heads = [metric for metric in record.metrics if metric.headline]
+    score = record.metric("average") or (heads[0] if len(heads) == 1 else None)
+    for name, metric in [*((m.task, m) for m in heads), *([("score", score)] if score else [])]:
+        if metric.value is not None:
+            values[name] = metric.value
+        if metric.stderr is not None:
+            values[f"{name}_stderr"] = metric.stderr
+    for quantity in COLUMN_COSTS:
+        found = next((c for c in record.headline_costs if c.quantity == quantity), None)
+        if found is not None:
+            values[quantity] = found.value
+    return values
+
+
+def flat_config(record: Record) -> JsonObject:
+    """Return config and environment of a record with one key per value, such as `model.name`."""
+    whole = {**record.config, "environment": record.environment}
+    return {**dict(_flat_items(whole, "")), "record": record.id}
+
+
+def _flat_items(node: JsonObject, prefix: str) -> Iterator[tuple[str, object]]:
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from _flat_items(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def wandb_summary(record: Record) -> dict[str, float]:

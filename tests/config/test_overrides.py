@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.config.overrides import Overrides, sweep_values
+from bench.config.overrides import Overrides, keyword_overrides, sweep_values
 from bench.errors import UserError
 
 
@@ -162,3 +162,44 @@ def test_two_keys_are_one_however_they_are_written():
             Overrides.parse(texts).refuse_repeated_keys()
     for texts in (["a=1", "a.b=2"], ["a=1", "b=1"], ["a@p=1", "a@q=1", "a=1"], []):
         Overrides.parse(texts).refuse_repeated_keys()
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**6), 10**6) | st.text(max_size=12)
+    | st.floats(-1e6, 1e6).map(lambda number: number + 0.0),
+    lambda inner: st.lists(inner, max_size=3),
+    max_leaves=5,
+)  # fmt: skip
+
+
+@given(VALUES)
+def test_a_keyword_reaches_hydra_as_the_same_value(value):
+    if isinstance(value, str) and not value.isprintable():
+        return
+    (word,) = keyword_overrides({"a": value}, {})
+    (override,) = Overrides.parse([word]).parsed
+    assert plain(override.value()) == plain(value)
+
+
+def plain(value):
+    """A text that Hydra keeps with its quotes, as the text."""
+    if isinstance(value, list):
+        return [plain(inner) for inner in value]
+    return getattr(value, "text", value)
+
+
+def test_keywords_sweeps_and_mappings_become_words():
+    given = {"method": ["a", "b"], "costs": {"length": 64, "flops": {"causal": True}}}
+    assert keyword_overrides(given, {"ratio": [0.2, 0.4], "model": ["micro_moe", "./mine"]}) == [
+        "method=[a,b]", "costs.length=64", "costs.flops.causal=true",
+        "-m", "ratio=0.2,0.4", "model=micro_moe,./mine",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "over", "said"), [
+    ({"a": {1}}, {}, "is a set: give a text"), ({}, {"a": "bc"}, "is no list of values"),
+    ({}, {"a": 3}, "is no list of values"), ({}, {"a": []}, "has no values to go through"),
+])  # fmt: skip
+def test_what_no_config_holds_is_refused(config, over, said):
+    with pytest.raises(UserError, match=said):
+        keyword_overrides(config, over)

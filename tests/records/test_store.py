@@ -59,6 +59,19 @@ def test_a_prefix_finds_a_run_and_says_what_is_wrong_otherwise(tmp_path):
         store.get("abc00000001x")
 
 
+def test_the_latest_run_is_found_by_its_method(tmp_path):
+    store = Store(tmp_path)
+    with pytest.raises(UserError, match="there are no runs"):
+        store.get("latest")
+    for identifier, ratio, day in (("c", 0.2, 1), ("b", 0.4, 2), ("a", None, 3)):
+        record = make(identifier * 12, ratio).model_copy(update={"started": f"2026-01-0{day}"})
+        store.write(record, [], "")
+    words = ("latest", "latest:camera_p", "latest:camera_p 0.2", "latest:dense")
+    assert [store.get(word).id[0] for word in words] == ["a", "b", "c", "a"]
+    with pytest.raises(UserError, match="did you mean 'camera_p'"):
+        store.get("latest:camera")
+
+
 def test_a_failed_write_leaves_nothing(tmp_path):
     def fill(folder):
         (folder / "half").write_text("half")

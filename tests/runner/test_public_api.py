@@ -18,14 +18,19 @@ pytestmark = pytest.mark.own_session
 
 def test_runs_are_compared_and_drawn(tmp_path):
     with bench.Session() as session:
-        records = bench.run(["-m", *SMALL, "seed=1,2", f"results_dir={tmp_path}"], session=session)
+        records = bench.run(SMALL, over={"seed": [1, 2]}, results_dir=tmp_path, session=session)
     first, second = (record.id for record in records)
+    assert list(bench.run(" ".join(SMALL), seed=1, results_dir=tmp_path)) == [records[0]]
     (difference,) = identity_differences(*records)
     assert difference == {"part": "seed", first: "1", second: "2"}
     comparison = bench.compare([first[:8], second], baseline=first, results_dir=tmp_path)
     assert comparison.baseline.id == first
     assert [candidate.id for candidate in comparison.candidates] == [second]
+    assert bench.compare(records, baseline=records[0], results_dir=tmp_path) == comparison
+    for shown in (records, records[0], comparison):
+        assert records[1].label in shown._repr_html_()
     assert isinstance(bench.plot("front", results_dir=tmp_path), Figure)
+    assert isinstance(bench.plot("front", records, results_dir=tmp_path), Figure)
     assert set(bench.records.load(tmp_path).run) == {first, second}
     with pytest.raises(UserError, match="did you mean 'front'"):
         bench.plot("frond", results_dir=tmp_path)

@@ -27,7 +27,7 @@ def test_the_workflow_tests_every_python_that_we_promise():
     pythons = jobs["test"]["strategy"]["matrix"]["python"]
     lowest = PROJECT["project"]["requires-python"].removeprefix(">=")
     assert lowest == pythons[0] and all(isinstance(version, str) for version in pythons)
-    assert set(jobs) == {"check", "test", "coverage", "wheel", "dependencies"}
+    assert set(jobs) == {"check", "docs", "test", "coverage", "wheel", "dependencies"}
     assert all(job["runs-on"] and job["steps"] for job in jobs.values())
 
 

@@ -19,7 +19,7 @@ def record():
     )  # fmt: skip
     return Record(
         id="c" * 12, started="2026-01-01", finished="2026-01-01", sweep="sweep-1",
-        command="bench run", environment={},
+        command="bench run", environment={"versions": {"torch": "1"}},
         config={"seed": 3, "tracker": {}, "benchmark": {"name": "b"}},
         model=DenseModel(
             name="tiny", source="s", revision=None, fingerprint="f", architecture="A",
@@ -94,7 +94,9 @@ def test_an_offline_run_holds_config_numbers_tables_and_the_record(store, record
     assert (run.run_group, run.project, run.display_name) == ("sweep-1", "slimbench", "tiny dense")
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert config["seed"] == 3
-    assert config["record"] == record.id
+    assert config["record"] == run.run_id == record.id
+    assert config["benchmark.name"] == "b"
+    assert config["environment.versions.torch"] == "1"
     summary = {
         item.key or "/".join(item.nested_key): item.value_json
         for e in sent
@@ -120,6 +122,41 @@ def test_an_offline_run_holds_config_numbers_tables_and_the_record(store, record
     assert costs[1]["note"] == "the machine was loaded"
     assert json.loads(costs[1]["parts"]) == {"p10": 0.25, "p90": 0.75}
     assert tables["missing"]["data"] == [["1x8", "energy", "no counter", None]]
+
+
+def test_sending_again_continues_the_same_run(store, record):
+    for _ in range(2):
+        assert track(record, store, TrackerConfig(mode="offline")) is None
+    files = (store.root / "wandb_home").rglob("run-*.wandb")
+    runs = [e.run.run_id for file in files for e in entries(file)
+            if e.WhichOneof("record_type") == "run"]  # fmt: skip
+    assert set(runs) == {record.id}
+
+
+def test_the_agent_of_a_sweep_finds_the_run_that_it_watches(store, record, monkeypatch):
+    monkeypatch.setenv("WANDB_SWEEP_ID", "swept")
+    monkeypatch.setenv("WANDB_RUN_ID", "watched")
+    assert track(record, store, TrackerConfig(mode="offline")) is None
+    sent = sent_by(store.root / "wandb_home")
+    (run,) = [e.run for e in sent if e.WhichOneof("record_type") == "run"]
+    assert run.run_id == "watched"
+
+
+def test_columns_have_short_names_and_errors(record):
+    average = record.metrics[0].model_copy(
+        update={"task": "average", "metric": "mean", "value": 0.5, "stderr": 0.01}
+    )
+    method = AppliedMethod(
+        name="camera_p", config={"ratio": 0.4}, effect="removed", report={}, seconds=1.0
+    )
+    whole = record.model_copy(update={"metrics": (average, *record.metrics), "methods": (method,)})
+    columns = tracker.summary_columns(whole)
+    first = record.metrics[0]
+    assert columns[first.task] == first.value
+    assert (columns["score"], columns["score_stderr"]) == (0.5, 0.01)
+    assert (columns["method"], columns["ratio"], columns["effect"]) == ("camera_p", 0.4, "removed")
+    assert columns["bytes"] == record.cost("bytes").value
+    assert all(isinstance(value, str | float | int) for value in columns.values())
 
 
 def test_two_records_in_one_process_are_two_runs(store, record):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from html import escape
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ import pandas as pd
 from bench.errors import UserError
 from bench.evaluation.metrics import AVERAGE, averaged_headlines
 from bench.records import Metric, Record
+from bench.records.display import html_table
 from bench.reporting.comparison.contrast import (
     Contrast,
     PairedScores,
@@ -44,6 +46,23 @@ class Comparison:
     candidates: tuple[Record, ...]
     contrasts: tuple[Contrast, ...]
     refused: tuple[str, ...]
+
+    def _repr_html_(self) -> str:
+        """Return the differences as HTML, for notebooks."""
+        labels = {record.id: record.label for record in self.candidates}
+        header = ["run", "task", "metric", self.baseline.label, "candidate", "difference", "95 %",
+                  "p (Holm)"]  # fmt: skip
+        rows = [
+            [
+                labels[row.run], row.task, row.metric, f"{row.baseline:.4g}",
+                f"{row.candidate:.4g}", f"{row.difference:+.4g}",
+                "" if row.low is None else f"[{row.low:+.3g}, {row.high:+.3g}]",
+                "" if row.p_holm is None else f"{row.p_holm:.2g}",
+            ]
+            for row in self.contrasts
+        ]  # fmt: skip
+        refused = "".join(f"<p>{escape(sentence)}</p>" for sentence in self.refused)
+        return html_table(header, rows) + refused
 
 
 def baseline_of(records: Sequence[Record]) -> Record:

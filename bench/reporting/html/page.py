@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 APP_SCRIPTS = (
     "data", "format", "route", "theme", "figure", "grid", "overview", "leaderboard", "pareto",
-    "tables", "samples", "run", "main",
+    "tables", "samples", "run", "compare", "main",
 )  # fmt: skip
 """The page's own scripts. They share one scope, and each uses only those before it."""
 PACKAGE_FILES = importlib.resources.files("bench.reporting.html")

@@ -23,6 +23,8 @@ from bench.reporting.record_numbers import PERCENT_METRICS, metric_identity
 from bench.reporting.tables.builder import tables_of
 from bench.reporting.tables.cell_text import DIGITS, TRUST_MARKS, line_text
 from bench.reporting.tables.table import Table, TableCell
+from bench.reporting.tables.writers import TABLE_FOLDER
+from bench.reporting.terminal_views import describe_config
 
 # Records per compressed chunk: the browser unpacks a chunk to show one run, so a chunk must be
 # small to open fast and large to compress well.
@@ -48,12 +50,12 @@ def write_report(
     results_dir: Path,
     out: Path | None = None,
     share: SampleShare | None = None,
-    tables: Callable[[Sequence[Record]], Iterable[Table]] = tables_of,
+    tables: Callable[[Sequence[Record]], Iterable[Table]] | None = None,
 ) -> WrittenReport:
     """Write one HTML file over all records of a results folder, atomically.
 
     `out` defaults to `report.html` in the folder; `share` limits the embedded samples; `tables`
-    builds the papers' tables from the records.
+    builds the papers' tables from the records: by default those that `bench table` has written.
 
     Raises:
         UserError: the folder does not exist, or the file cannot be written.
@@ -65,10 +67,11 @@ def write_report(
     store, share = Store(results_dir), share or SampleShare()
     records = store.all()
     leaderboard = build_leaderboard(records)
+    built = tables(records) if tables is not None else _built_tables(records, results_dir)
     chunks = list(samples.sample_chunks(leaderboard, store, share))
     content = page.render_page(
         index=_report_index(
-            leaderboard, store, share, chunks, [table_entry(table) for table in tables(records)]
+            leaderboard, store, share, chunks, [table_entry(table) for table in built]
         ),
         details=[
             [run_details(record) for record in chunk] for chunk in _record_chunks(leaderboard)
@@ -81,6 +84,13 @@ def write_report(
     path.chmod(0o644)
     shown = sum(len(chunk["runs"]) for chunk in chunks)
     return WrittenReport(path, len(records), shown, len(content))
+
+
+def _built_tables(records: Sequence[Record], results_dir: Path) -> list[Table]:
+    """Return the papers' tables that somebody asked for; records fill others by chance."""
+    folder = results_dir / TABLE_FOLDER
+    asked = {file.stem for file in folder.glob("*.csv")} if folder.is_dir() else set()
+    return [table for table in tables_of(records) if table.file in asked] if asked else []
 
 
 def _record_chunks(leaderboard: Leaderboard) -> list[list[Record]]:
@@ -112,8 +122,23 @@ def _report_index(
             for at, row in enumerate(leaderboard.rows)
         ],
         "tables": tables,
+        "about": _sentences(leaderboard),
         "share": asdict(share),
         "unreadable": store.unreadable,
+    }
+
+
+def _sentences(leaderboard: Leaderboard) -> dict[str, dict[str, str]]:
+    """Return the sentence in the config of each method, model and benchmark of the report."""
+    names = {
+        "method": {method.name for row in leaderboard.rows for method in row.record.methods},
+        "model": {setting.model for setting in leaderboard.settings},
+        "benchmark": {setting.benchmark for setting in leaderboard.settings},
+    }
+    return {
+        # Names of a stranger's records may hold anything, and a file of a config is looked up.
+        group: {name: describe_config(group, name) for name in sorted(found) if name.isidentifier()}
+        for group, found in names.items()
     }
 
 

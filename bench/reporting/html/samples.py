@@ -8,17 +8,24 @@ dense model's.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
-from bench.records import Store
+import numpy as np
+
+from bench.records import Record, Store
 from bench.records.files import warn_once
 from bench.records.index import samples_table
 from bench.records.store import SAMPLES
 from bench.reporting.leaderboard import Leaderboard, LeaderboardRow
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 QUESTION_COLUMNS = ("task", "filter", "doc_id", "target", "prompt", "choices")
 ANSWER_COLUMNS = (
@@ -61,11 +68,16 @@ class SampleEntry(TypedDict):
     scores: dict[str, float]
 
 
+PackedOutcomes = tuple[str, int, str]
+"""Right and wrong answers of a task: a digest of its questions, their number, and one bit each."""
+
+
 class RunSamples(TypedDict):
-    """The number of all samples of a run, and those that the report carries."""
+    """The number of all samples of a run, those that the report carries, and all outcomes."""
 
     total: int
     samples: list[SampleEntry]
+    outcomes: dict[str, PackedOutcomes]
 
 
 class SampleChunk(TypedDict):
@@ -104,33 +116,77 @@ def _sample_chunk(rows: Iterable[LeaderboardRow], store: Store, per_run: int) ->
     texts: dict[str, int] = {}
     runs: dict[str, RunSamples] = {}
     for row in rows:
-        total, samples = read_samples(store.folder(row.record.id) / SAMPLES, per_run)
-        entries = [_sample_entry(sample, texts) for sample in samples]
-        runs[row.record.id] = {"total": total, "samples": entries}
+        table = readable_table(store.folder(row.record.id) / SAMPLES)
+        entries = [_sample_entry(sample, texts) for sample in chosen_samples(table, per_run)]
+        runs[row.record.id] = {
+            "total": 0 if table is None else table.num_rows,
+            "samples": entries,
+            "outcomes": {} if table is None else packed_outcomes(table, row.record),
+        }
     return {"texts": list(texts), "runs": runs}
 
 
-def read_samples(path: Path, per_run: int) -> tuple[int, list[SampleRow]]:
-    """Return the number of a run's samples, and about `per_run` of them, evenly spaced per task."""
+def readable_table(path: Path) -> pa.Table | None:
+    """Return a run's samples; None if there are none, with a warning if the file is damaged."""
     try:
         table = samples_table(path)
     except FileNotFoundError:
-        return 0, []
+        return None
     except (OSError, ValueError) as error:
         warn_once(path, error)
-        return 0, []
-    if not table.num_rows:
-        return 0, []
+        return None
+    return table if table.num_rows else None
+
+
+def chosen_samples(table: pa.Table | None, per_run: int) -> list[SampleRow]:
+    """Return about `per_run` of a run's samples, evenly spaced per task."""
+    if table is None:
+        return []
     # Two small columns decide which rows are kept; their positions are taken from the order in the
     # file, which is that of the documents and so the same in every run of a setting.
+    positions = _positions(table)
+    # At least one sample of every task, even where that exceeds `per_run`.
+    per_task = max(1, per_run // len(positions))
+    chosen = [p for group in positions.values() for p in evenly_spaced(group, per_task)]
+    rows: list[SampleRow] = table.take(chosen).to_pylist()
+    return rows
+
+
+def _positions(table: pa.Table) -> dict[tuple[str | None, ...], list[int]]:
+    """Return the rows of each task and filter."""
     kinds = table.select([c for c in ("task", "filter") if c in table.column_names])
     positions: dict[tuple[str | None, ...], list[int]] = {}
     for position, kind in enumerate(zip(*kinds.to_pydict().values(), strict=True)):
         positions.setdefault(kind, []).append(position)
-    # At least one sample of every task, even where that exceeds `per_run`.
-    per_task = max(1, per_run // len(positions))
-    chosen = [p for group in positions.values() for p in evenly_spaced(group, per_task)]
-    return table.num_rows, table.take(chosen).to_pylist()
+    return positions
+
+
+def packed_outcomes(table: pa.Table, record: Record) -> dict[str, PackedOutcomes]:
+    """Return the outcomes of every headline metric that is a mean of right and wrong answers.
+
+    Like the forms of `bench compare`, a metric's outcomes count only if their mean is the number in
+    the record. With them the page pairs any two runs over the same questions.
+    """
+    found: dict[str, PackedOutcomes] = {}
+    positions = _positions(table)
+    for metric in record.metrics:
+        if not metric.headline or metric.missing or metric.metric not in table.column_names:
+            continue
+        kinds = [(metric.task, metric.filter), (metric.task, None), (metric.task,)]
+        rows = next((positions[kind] for kind in kinds if kind in positions), None)
+        if rows is None or metric.value is None:
+            continue
+        scores = table[metric.metric].take(rows).to_pylist()
+        if not set(scores) <= {0.0, 1.0} or abs(sum(scores) / len(rows) - metric.value) > 1e-9:
+            continue
+        digest = hashlib.sha256()
+        # What `bench compare` asks of a pair: the same documents, asked in the same words.
+        for name in ("doc_id", "doc_hash", "prompt_hash"):
+            if name in table.column_names:
+                digest.update(repr(table[name].take(rows).to_pylist()).encode())
+        bits = np.packbits(np.array(scores, dtype=bool)).tobytes()
+        found[metric.task] = (digest.hexdigest()[:12], len(rows), base64.b64encode(bits).decode())
+    return found
 
 
 def evenly_spaced(positions: list[int], count: int) -> list[int]:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from bench.errors import UserError
 from bench.reporting.comparison import ComparedRun
 from bench.reporting.plots.style import GREY, SeriesStyle, add_legend, draw_panels, series_styles
-from bench.reporting.record_numbers import benchmark_names, model_text
+from bench.reporting.record_numbers import NORMAL_QUANTILE, benchmark_names, model_text
 
 BINS = 10
 
@@ -56,6 +56,21 @@ def bin_answers(answers: pd.DataFrame) -> pd.DataFrame:
     return means.assign(n=grouped.size()).rename_axis("bin").reset_index()
 
 
+def wilson_interval(share: pd.Series, n: pd.Series) -> tuple[pd.Series, pd.Series]:
+    """Return the 95 % interval of a share of n answers; it stays within 0 and 1.
+
+    Source: Wilson, J. Am. Stat. Assoc. 22 (1927), 209-212.
+    """
+    squared = NORMAL_QUANTILE**2
+    centre = (share + squared / (2 * n)) / (1 + squared / n)
+    half = (
+        NORMAL_QUANTILE
+        / (1 + squared / n)
+        * np.sqrt(share * (1 - share) / n + squared / (4 * n**2))
+    )
+    return centre - half, centre + half
+
+
 def expected_calibration_error(bins: pd.DataFrame) -> float:
     """Return the expected calibration error: the mean gap of the bins, weighted by size.
 
@@ -95,7 +110,10 @@ def confidence_curves(runs: Sequence[ComparedRun]) -> pd.DataFrame:
 
 
 def draw_calibration(frame: pd.DataFrame) -> Figure:
-    """Draw the rows of `confidence_curves`; on the diagonal, accuracy equals confidence."""
+    """Draw the rows of `confidence_curves`; on the diagonal, accuracy equals confidence.
+
+    Bars are 95 % intervals; the grey columns show how many answers are in each bin.
+    """
     styles = series_styles(frame["name"])
     figure, axes = draw_panels(
         frame, lambda axes, rows: _draw_calibration_panel(axes, rows, styles)
@@ -113,11 +131,34 @@ def _draw_calibration_panel(
     axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8)
     for name, line in group.groupby("name", sort=False):
         look = styles[str(name)]
-        axes.plot(
-            line["confidence"], line["accuracy"], color=look.colour, marker=look.marker,
-            linestyle=look.line, label=f"{name}: {line['expected_error'].iloc[0]:.3f}",
+        low, high = wilson_interval(line["accuracy"], line["n"])
+        # Rounding may put an end a hair on the wrong side of a share of exactly 0 or 1.
+        below = (line["accuracy"] - low).clip(lower=0)
+        above = (high - line["accuracy"]).clip(lower=0)
+        axes.errorbar(
+            line["confidence"], line["accuracy"], yerr=[below, above], color=look.colour,
+            marker=look.marker, linestyle=look.line, elinewidth=0.8,
+            label=f"{name}: {line['expected_error'].iloc[0]:.3f}",
         )  # fmt: skip
     axes.set_xlabel("confidence (probability of the answer)")
     axes.set_ylabel("accuracy")
     axes.set_xlim(0, 1.02)
     axes.set_ylim(-0.02, 1.02)
+    _draw_counts(axes, group)
+
+
+def _draw_counts(axes: Axes, group: pd.DataFrame) -> None:
+    """Draw the mean number of answers per bin and run, in the lower quarter of the panel."""
+    counts = group.groupby("bin")["n"].sum() / group["name"].nunique()
+    columns = axes.twinx()
+    columns.bar(
+        (counts.index + 0.5) / BINS, counts, width=0.9 / BINS, color=GREY, alpha=0.25, linewidth=0
+    )
+    columns.set_ylim(0, 4 * counts.max())
+    columns.set_yticks([0, int(counts.max())])
+    columns.set_ylabel("answers per bin", loc="bottom")
+    columns.grid(visible=False)
+    columns.spines["right"].set_visible(False)
+    # The curves are what is read, so that the columns stand behind them.
+    axes.set_zorder(columns.get_zorder() + 1)
+    axes.patch.set_visible(False)

@@ -48,6 +48,9 @@ def summarize_families(frame: pd.DataFrame) -> pd.DataFrame:
 
 def draw_curves(frame: pd.DataFrame, knob: str) -> Figure:
     """Draw the rows of `summarize_families`; the dense model is a horizontal line with a band."""
+    # A panel in which no run has the knob would be empty but for the dense line.
+    panels = frame.groupby(["model", "benchmark"])["amount"]
+    frame = frame[panels.transform(lambda amounts: amounts.notna().any()).astype(bool)]
     # Families without a value of the knob are not drawn and must use up no style.
     with_amount = frame[frame["amount"].notna() | (frame["family"] == "dense")]
     families = series_styles(with_amount["family"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from bench.reporting.plots.style import (
     GREY,
@@ -20,7 +21,7 @@ from bench.reporting.plots.style import (
 
 
 def draw_fronts(frame: pd.DataFrame) -> Figure:
-    """Draw the rows of `run_points(cost=...)`; a grey line joins the Pareto-optimal ones.
+    """Draw the rows of `run_points(cost=...)`; a grey step line is the Pareto front.
 
     Bars are 95 % intervals of the metric, and the spread of a measured cost.
     """
@@ -36,8 +37,14 @@ def _draw_front_panel(axes: Axes, group: pd.DataFrame, families: dict[str, Serie
     # A run whose weights are only zeroed or masked does not have its counted cost in reality, so it
     # cannot make a real run look dominated.
     front = pareto_front(group[~group["unreal"]], higher_is_better=bool(first["higher_is_better"]))
-    # Below everything else and pale: the line is a guide to the eye, not a measurement.
-    axes.plot(front["cost"], front["value"], color=GREY, linewidth=3, alpha=0.5, zorder=1)
+    # Steps, as in the report: between two runs nothing better than the cheaper one is known. Below
+    # everything else and pale: the line is a guide to the eye, not a measurement.
+    axes.step(
+        front["cost"], front["value"], where="post", color=GREY, linewidth=3, alpha=0.5, zorder=1
+    )
+    # A step leaves its run to the right and reaches it from the worse side, so that the corner to
+    # the left on the better side is free of lines.
+    better = 1 if first["higher_is_better"] else -1
     for _, row in group.iterrows():
         look = families[row["family"]]
         axes.errorbar(
@@ -57,11 +64,17 @@ def _draw_front_panel(axes: Axes, group: pd.DataFrame, families: dict[str, Serie
             axes.annotate(
                 f"{row['amount']:g}",
                 (row["cost"], row["value"]),
-                xytext=(5, 4),
+                xytext=(-5, 4 * better),
                 textcoords="offset points",
-                fontsize="x-small",
+                ha="right",
+                va="bottom" if better > 0 else "top",
+                fontsize="small",
                 color=look.colour,
+                # Where runs lie close together, a label stays readable on another's bar.
+                path_effects=[withStroke(linewidth=2.5, foreground="white")],
             )
+    # Room for the label of the cheapest run, to the left of it.
+    axes.margins(x=0.12)
     label_unit_axis(axes, first["cost_name"], first["unit"], group["cost"].max())
     label_metric_axis(axes, first["metric"], first["task"], bool(first["higher_is_better"]))
 

@@ -18,6 +18,8 @@ from bench.reporting.record_numbers import (
     model_text,
 )
 
+COST_WORDS = {"flops": "FLOPs", "macs": "MACs", "seconds": "time", "bytes": "memory"}
+"""Quantities as a reader of a figure calls them."""
 SPREAD_KEYS = (("least", "most"), ("p10", "p90"))
 """Names that costs give to the ends of a measured spread."""
 
@@ -103,7 +105,8 @@ def _cost_columns(cost: Cost) -> dict[str, object]:
         "cost": cost.value,
         "cost_low": low,
         "cost_high": high,
-        "cost_name": f"{cost.quantity.replace('_', ' ')}, {cost.scope}",
+        "cost_name": f"{COST_WORDS.get(cost.quantity, cost.quantity.replace('_', ' '))} of "
+        f"{'the ' if cost.scope == 'model' else ''}{cost.scope}",
         "unit": cost.unit,
     }
 

@@ -202,9 +202,9 @@ def zeroed_handle() -> Line2D:
 
 
 def label_metric_axis(axes: Axes, name: str, task: str, higher_is_better: bool) -> None:
-    """Label the axis of a headline metric, and say so if lower is better."""
+    """Label the axis of a headline metric, and say which direction is better."""
     shown = name.replace("mean", "average") if task == AVERAGE else f"{task} {name}"
-    axes.set_ylabel(shown if higher_is_better else f"{shown} (lower is better)")
+    axes.set_ylabel(f"{shown} ({'higher' if higher_is_better else 'lower'} is better)")
 
 
 def label_unit_axis(axes: Axes, name: str, unit: str, largest: float) -> None:

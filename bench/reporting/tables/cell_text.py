@@ -106,6 +106,27 @@ def line_kinds(table: Table, line: TableLine) -> tuple[str, ...]:
     return tuple(kinds) or ("ours",)
 
 
+def best_cells(table: Table) -> frozenset[tuple[int, int]]:
+    """Return line and column of our best numbers, which a printed table sets in bold.
+
+    Methods are compared within a section and a variant, such as 40 %. Lines without a variant, such
+    as the dense model, compete with none, and the only number of its kind is not the best of them.
+    """
+    groups: dict[tuple[str, str, int], dict[int, float]] = {}
+    for place, line in enumerate(table.lines):
+        for column, cell in enumerate(line.cells):
+            if line.variant and cell.ours is not None:
+                group = groups.setdefault((line.section, line.variant, column), {})
+                group[place] = cell.ours.value
+    found: set[tuple[int, int]] = set()
+    for (_, _, column), values in groups.items():
+        choose = min if table.columns[column].lower_is_better else max
+        best = choose(values.values())
+        if len(values) > 1:
+            found |= {(place, column) for place, value in values.items() if value == best}
+    return frozenset(found)
+
+
 def agreement_text(found: OrderAgreement) -> str:
     """Return one sentence on the order of methods."""
     where = " ".join(filter(None, (found.section, found.variant, found.column)))

@@ -117,13 +117,22 @@ def _markdown_row(cells: list[str]) -> str:
 def _linked_texts(table: Table, line: TableLine, kind: str) -> list[str]:
     """Return a line's texts of one kind; our numbers link to the first run's record."""
     texts = []
-    for head, cell in zip(table.columns, line.cells, strict=True):
+    best = _best_columns(table, line, kind)
+    for column, (head, cell) in enumerate(zip(table.columns, line.cells, strict=True)):
         text = _kind_text(table, cell, head.unit, kind)
         if kind == "ours" and cell.ours is not None:
             text = f"[{text}]({RECORD_LINK.format(run=cell.ours.runs[0])})"
+        text = f"**{text}**" if column in best else text
         # A bare pipe would end the cell.
         texts.append(text.replace("|", r"\|"))
     return texts
+
+
+def _best_columns(table: Table, line: TableLine, kind: str) -> set[int]:
+    """Return the columns in which a line's own number is the best of its kind."""
+    place = table.lines.index(line)
+    found = cell_text.best_cells(table) if kind == "ours" else ()
+    return {column for row, column in found if row == place}
 
 
 # Square brackets are wrapped in braces: a row of a tabular ends in `\\`, and a bracket after it
@@ -150,17 +159,21 @@ def as_latex(table: Table) -> str:
         for line in lines:
             for number, kind in enumerate(cell_text.line_kinds(table, line)):
                 label = "" if number else cell_text.line_text(line)
+                best = _best_columns(table, line, kind)
                 texts = [
-                    _kind_text(table, cell, head.unit, kind)
+                    _escape_latex(_kind_text(table, cell, head.unit, kind))
                     for head, cell in zip(table.columns, line.cells, strict=True)
                 ]
-                body.append(rf"{' & '.join(map(_escape_latex, (label, kind, *texts)))} \\")
+                texts = [rf"\textbf{{{t}}}" if i in best else t for i, t in enumerate(texts)]
+                body.append(rf"{' & '.join((_escape_latex(label), kind, *texts))} \\")
     notes = [_escape_latex(note) + r"\\" for note in cell_text.footnotes(table)]
     notes += [_escape_latex(cell_text.agreement_text(found)) + r"\\" for found in table.agreements]
     caption = rf"\caption{{{_escape_latex(cell_text.heading_text(table))}}}"
     tabular = [rf"\begin{{tabular}}{{{columns}}}", *body, r"\bottomrule", r"\end{tabular}"]
-    small = [r"\par\medskip\footnotesize\raggedright", *notes]
-    whole = [r"\begin{table}", r"\centering", caption, *tabular, *small, r"\end{table}"]
+    # A paragraph that nothing follows would add space below the table.
+    small = [r"\par\medskip\footnotesize\raggedright", *notes] if notes else []
+    label = rf"\label{{tab:{table.file.replace('_', '-')}}}"
+    whole = [r"\begin{table}", r"\centering", caption, label, *tabular, *small, r"\end{table}"]
     return "\n".join([*whole, ""])
 
 
@@ -214,10 +227,13 @@ def _html_rows(table: Table, line: TableLine) -> list[str]:
     found = []
     for number, kind in enumerate(cell_text.line_kinds(table, line)):
         label = "" if number else html.escape(cell_text.line_text(line))
-        cells = "".join(
-            f"<td>{_html_cell(table, cell, head.unit, kind)}</td>"
+        best = _best_columns(table, line, kind)
+        texts = [
+            _html_cell(table, cell, head.unit, kind)
             for head, cell in zip(table.columns, line.cells, strict=True)
-        )
+        ]
+        texts = [f"<b>{text}</b>" if i in best else text for i, text in enumerate(texts)]
+        cells = "".join(f"<td>{text}</td>" for text in texts)
         first = f'<th scope="row">{label}</th><td>{kind}</td>'
         found.append(f'<tr class="{kind}">{first}{cells}</tr>')
     return found

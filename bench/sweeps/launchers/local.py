@@ -21,7 +21,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TypedDict
@@ -33,6 +33,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
+from bench import plugins
 from bench.records import Store
 from bench.sweeps.job import (
     clear_status,
@@ -80,11 +81,16 @@ class RemoteJob:
     devices: tuple[str, ...] = ()
     time_limit_minutes: float | None = None
     memory_gb: float | None = None
+    project: str | None = field(default_factory=plugins.project_in_use)
 
     def __call__(self) -> None:
         """Run the job in this process; its outcome is in its status file."""
         # Relative paths in the overrides refer to the folder where the sweep was started.
         os.chdir(self.working_folder)
+        # The consent was found where the sweep was started; another machine need not have it.
+        if self.project is not None:
+            os.environ[plugins.PROJECT_VARIABLE] = self.project
+        plugins.active()
         # Before anything can initialise CUDA, which reads CUDA_VISIBLE_DEVICES once.
         lease_device(self.devices)
         # A fresh process lacks Hydra's resolvers and singletons; the main process sends the latter.

@@ -11,7 +11,7 @@ from bench.reporting.html.samples import (
     MAX_TEXT_LENGTH,
     SampleShare,
     evenly_spaced,
-    read_samples,
+    readable_table,
     sample_chunks,
 )
 from bench.reporting.leaderboard import build_leaderboard
@@ -73,12 +73,14 @@ def test_answers_and_scores_are_those_of_the_file(tmp_path):
 
 
 def test_missing_empty_and_broken_files_show_nothing(tmp_path):
-    assert read_samples(tmp_path / "none.parquet", 8) == (0, [])
+    assert readable_table(tmp_path / "none.parquet") is None
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 not really")
-    assert read_samples(tmp_path / "bad.parquet", 8) == (0, [])
+    assert readable_table(tmp_path / "bad.parquet") is None
     store = Store(tmp_path)
     store.write(record(0), [], "")
-    assert read_samples(store.folder(record(0).id) / SAMPLES, 8) == (0, [])
+    assert readable_table(store.folder(record(0).id) / SAMPLES) is None
+    (chunk,) = sample_chunks(build_leaderboard([record(0)]), store, SampleShare())
+    assert chunk["runs"][record(0).id] == {"total": 0, "samples": [], "outcomes": {}}
 
 
 def test_long_texts_are_cut(tmp_path):

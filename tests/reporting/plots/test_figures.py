@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import binomtest
 
 from bench.cli.main import main
 from bench.errors import UserError
@@ -297,6 +298,37 @@ def test_a_masked_run_is_never_on_the_front(records):
     (axes,) = pareto.draw_fronts(run_points([*records, masked], cost="flops")).axes
     front = next(line for line in axes.lines if line.get_color() == GREY)
     assert list(front.get_xdata()) == [4e9, 6e9, 8e9]
+    assert front.get_drawstyle() == "steps-post"
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_a_ratio_stands_on_the_side_without_a_line(records, better):
+    frame = run_points(records, cost="flops").assign(higher_is_better=better)
+    (axes,) = pareto.draw_fronts(frame).axes
+    places = [text.xyann for text in axes.texts]
+    assert len(places) == 2
+    # A step goes to the right of its run, and comes from the worse side.
+    assert all(x < 0 and (y > 0) == better for x, y in places)
+    assert ("higher" if better else "lower") + " is better" in axes.get_ylabel()
+
+
+def test_a_panel_without_the_knob_is_not_drawn():
+    other = MODEL.model_copy(update={"name": "elsewhere"})
+    runs = [
+        made("a", 0.7, 1.0), made("b", 0.6, 1.0, "prune", ratio=0.2),
+        made("c", 0.5, 1.0).model_copy(update={"model": other}),
+    ]  # fmt: skip
+    frame = curves.summarize_families(run_points(runs))
+    (axes,) = curves.draw_curves(frame, "ratio").axes
+    assert axes.get_title(loc="left").startswith(MODEL.name)
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 5), (5, 5), (3, 10), (199, 400)])
+def test_intervals_of_bins_are_wilsons(right, n):
+    share, size = pd.Series([right / n]), pd.Series([n])
+    low, high = calibration_curves.wilson_interval(share, size)
+    expected = binomtest(right, n).proportion_ci(method="wilson")
+    assert (low[0], high[0]) == pytest.approx((expected.low, expected.high), abs=1e-9)
 
 
 def test_runs_without_a_value_are_one_sentence(records):

@@ -27,8 +27,9 @@ from bench.reporting.tables import (
     writers,
 )
 from bench.reporting.tables import numbers as numbers_of
+from bench.reporting.tables.cell_text import best_cells
 from bench.reporting.tables.published import PublishedCell
-from bench.reporting.tables.table import OurValue
+from bench.reporting.tables.table import ColumnHead, OurValue, Table, TableCell, TableLine
 from bench.reporting.tables.table_config import MICRO
 from bench.reporting.tables.writers import print_table
 
@@ -471,6 +472,41 @@ def test_latex_is_booktabs_and_escapes_what_latex_would_read():
     rows = [line for line in text.splitlines() if " & " in line]
     assert {line.replace(r"\&", "").count("&") for line in rows} == {3}
     assert text.count(r"\begin{") == text.count(r"\end{")
+    assert r"\label{tab:camera-main}" in text
+
+
+@pytest.mark.parametrize(("form", "bold", "plain"), [
+    ("tex", r"\textbf{59.00 $\pm$0.40}", r"\textbf{62"),
+    ("md", "**[59.00 ±0.40](../runs/000000000abc/record.json)**", "**[62"),
+    ("html", '">59.00 ±0.40</a></b>', "<b><a>62"),
+])  # fmt: skip
+def test_our_best_of_a_variant_is_bold(form, bold, plain):
+    # NAEE's number is over other samples, and still the other one that is compared with.
+    _, text = written(form)
+    assert bold in text
+    assert plain not in text
+
+
+def ours(value):
+    return OurValue(float(value), None, None, None, ())
+
+
+@given(st.lists(st.tuples(st.sampled_from(["", "20%", "40%"]), st.integers(0, 3)), max_size=8),
+       st.booleans())  # fmt: skip
+def test_the_best_are_those_that_none_of_the_same_variant_beats(lines, lower):
+    made = [
+        TableLine("s", variant, str(at), (), (TableCell(ours(value)),))
+        for at, (variant, value) in enumerate(lines)
+    ]
+    table = Table("t", "T", False, (ColumnHead("c", "%", lower),), tuple(made), (), ())
+    expected = {
+        (at, 0)
+        for at, (variant, value) in enumerate(lines)
+        if variant
+        and len(rivals := [v for name, v in lines if name == variant]) > 1
+        and value == (min if lower else max)(rivals)
+    }
+    assert best_cells(table) == expected
 
 
 def test_html_is_one_whole_page_that_links_to_records():

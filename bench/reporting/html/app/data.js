@@ -29,6 +29,12 @@ async function detailsOf(run) {
   return records.find((record) => record.id === run.id);
 }
 
+// What is embedded of a run's samples, packed outcomes included; null when there is nothing.
+async function heldOf(run) {
+  if (!run || run.samples === null) return null;
+  return (await unpack(`samples-${run.samples}`)).runs[run.id];
+}
+
 // The embedded samples of a run, with their texts in place; null when it has none.
 async function samplesOf(run) {
   if (!run || run.samples === null) return null;

@@ -124,19 +124,19 @@ function drawPareto(points, front, task, quantityOf, width, { small = false, log
   };
   return Plot.plot({
     width,
-    height: small ? Math.round(width * 0.55) : Math.max(300, Math.min(520, Math.round(width * 0.55))),
+    height: small ? Math.min(320, Math.round(width * 0.55)) : Math.max(300, Math.min(520, Math.round(width * 0.55))),
     marginLeft: small ? 34 : 48,
     marginRight: small ? 12 : 24,
     marginBottom: small ? 26 : 44,
     marginTop: small ? 10 : 28,
     style: { background: "transparent", fontFamily: "inherit", fontSize: small ? "11px" : "12px", overflow: "visible" },
     x: {
-      label: small ? null : `${words(quantityOf.quantity)}${quantityOf.unit === "B" ? " in bytes" : ""}, ${quantityOf.scope} →`,
+      label: small ? null : `${words(quantityOf.quantity)}${quantityOf.unit === "B" ? " in bytes" : ""}, ${quantityOf.scope}, lower is cheaper →`,
       type: log ? "log" : "linear", nice: !log, inset: 10, line: true,
       tickFormat: (value) => tick(value, quantityOf.unit), ticks: Math.max(2, Math.floor(width / (log ? 200 : 110))),
     },
     y: {
-      label: small ? null : `↑ ${words(task.task)} ${unit(task)}`,
+      label: small ? null : `↑ ${scoreName(task)} ${unit(task)}, ${direction(task)}`,
       grid: true, ticks: small ? 3 : 6, nice: true, inset: 6, reverse: false,
     },
     color: { domain: families, range: families.map((family) => look(family).colour) },

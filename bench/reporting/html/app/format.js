@@ -16,6 +16,11 @@ function score(value, task) {
   return Math.abs(value) >= 1000 ? quantity(value) : fixed(value, 2);
 }
 
+// The number that a task stands for: average, english perplexity, arc easy acc_norm
+const scoreName = (task) => (task.metric === "mean" ? words(task.task) : `${words(task.task)} ${task.metric}`);
+
+const direction = (task) => (task.higher_is_better ? "higher is better" : "lower is better");
+
 const unit = (task) => (task.percent ? "%" : "");
 
 // 2.14 M
@@ -52,7 +57,7 @@ const words = (name) => NAMES[name] ?? name.replaceAll("_", " ");
 
 // A tick of an axis (200k, 1.6G, 18 ms); the unit stands in the axis label.
 function tick(value, unitOf) {
-  return unitOf === "s" ? seconds(value) : d3.format("~s")(value);
+  return unitOf === "s" ? seconds(value) : d3.format(".3~s")(value);
 }
 
 // Effects of methods on weights, in words.

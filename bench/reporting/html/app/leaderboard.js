@@ -43,6 +43,25 @@ function Scored({ pair, answered, task }) {
   return html`${score(pair[0], task)}${pair[1] !== null && html`<span class="error"> ±${(pair[1] * scale).toFixed(task.percent ? 1 : 2)}</span>`}${note}`;
 }
 
+// A cost of choice: its value, and how it compares with the dense run's.
+function costColumn(name) {
+  const at = (run) => run.where.costs.findIndex((one) => nameOf(one) === name);
+  const value = (run) => run.costs[at(run)] ?? null;
+  return {
+    key: "cost", title: words(name.split("|")[0]), hint: `${words(name.split("|")[0])}, ${name.split("|")[1]}; below it, relative to the dense run`, number: true, first: "up",
+    value,
+    cell: (run) => html`<span class="beside">${cost(value(run), run.where.costs[at(run)]?.unit)}<small>${value(run) === null ? "" : factor(shareOf(run, at(run)))}</small></span>`,
+  };
+}
+
+const nameOf = (one) => `${one.quantity}|${one.scope}`;
+
+// Every cost that any of the settings has, the commonest first.
+function costNames(settings) {
+  const names = d3.rollups(settings.flatMap((setting) => setting.costs), (all) => all.length, nameOf);
+  return names.sort((a, b) => b[1] - a[1]).map(([name]) => name);
+}
+
 const METHOD = {
   key: "method", title: "Method", hint: "methods with their ratios", first: "up",
   value: (run) => run.label,
@@ -60,7 +79,7 @@ const SCORE = {
 const RETENTION = {
   key: "retention", title: "Kept", hint: "score, relative to the dense run", number: true, first: "down",
   value: (run) => run.retention,
-  cell: (run) => run.retention === null ? MISSING : html`<span class="retention"><span class="bar" aria-hidden="true"><i style=${{ width: `${Math.max(0, Math.min(1, run.retention)) * 100}%` }}></i></span>${fixed(run.retention * 100, 1)} %</span>`,
+  cell: (run) => run.retention === null ? MISSING : html`<span class="retention"><span class="bar" aria-hidden="true"><i style=${{ width: `${Math.max(0, Math.min(1, run.retention)) * 100}%` }}></i></span><span class="share">${fixed(run.retention * 100, 1)} %</span></span>`,
 };
 const SAVED = {
   key: "effect", title: "Weights", hint: "effect on weights or computation", first: "up",
@@ -75,13 +94,13 @@ function Leaderboard({ route }) {
   const query = Object.fromEntries(route.query);
   const setting = query.setting !== undefined && INDEX.settings[query.setting];
   const hasTasks = setting && setting.tasks.length > 1;
-  const sort = query.sort ?? (setting ? (setting.tasks[0]?.higher_is_better === false ? "score" : "-score") : "-started");
+  const sort = query.sort ?? (setting ? (setting.tasks[0]?.higher_is_better === false ? "score" : "-score") : "-retention");
   const rows = useMemo(() => filtered(query), [route]);
   const columns = useMemo(() => [
     METHOD, ...(setting ? [] : [WHERE]),
-    SCORE, RETENTION, ...shareColumns(INDEX.runs), SAVED,
+    SCORE, RETENTION, ...(query.cost ? [costColumn(query.cost)] : []), ...shareColumns(INDEX.runs), SAVED,
     ...(hasTasks && query.tasks ? taskColumns(setting) : []), STARTED,
-  ], [query.setting, query.tasks]);
+  ], [query.setting, query.tasks, query.cost]);
   const change = (changes) => adjust(route, { page: "", ...changes });
   return html`<main id="main" tabindex="-1" class="wide">
     <h1>Leaderboard</h1>
@@ -94,10 +113,12 @@ function Leaderboard({ route }) {
         options=${[["", "all"], ...FAMILIES.map((family) => [family, family])]} />
       <${Choice} label="Weights" value=${query.effect ?? ""} onChange=${(value) => change({ effect: value })}
         options=${[["", "all"], ...[...new Set(INDEX.runs.map((run) => run.effect))].sort().map((kind) => [kind, kind === "none" ? "unchanged" : kind])]} />
+      <${Choice} label="Cost column" value=${query.cost ?? ""} onChange=${(value) => change({ cost: value })}
+        options=${[["", "none"], ...costNames(setting ? [setting] : INDEX.settings).map((name) => [name, name.split("|").map(words).join(", ")])]} />
     </form>
     <p class="counted"><span role="status">${count(rows.length, "run")}${rows.length < INDEX.runs.length ? ` of ${INDEX.runs.length.toLocaleString("en")}` : ""}</span>
       ${hasTasks && html`<label class="tick"><input type="checkbox" checked=${!!query.tasks} onChange=${(event) => adjust(route, { tasks: event.target.checked ? "1" : "" })} /> every task</label>`}
-      ${setting && html`<a href=${address("pareto", { setting: query.setting })}>Pareto plot</a>`}
+      ${setting && html`<a href=${address("pareto", { setting: query.setting })}>Pareto plot</a> <a href=${address("compare", { setting: query.setting })}>Compare</a>`}
       ${Object.keys(query).some((key) => query[key] && key !== "sort") && html`<a href="#/leaderboard">Clear filters</a>`}</p>
     <${Grid} rows=${rows} columns=${columns} sort=${sort} page=${Number(query.page ?? 0)} caption="Runs"
       onSort=${(value) => change({ sort: value })} onPage=${(value) => adjust(route, { page: value || "" })} />

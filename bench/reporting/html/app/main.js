@@ -1,6 +1,7 @@
 // Frame of every page: header, navigation, footer.
 
-const PAGES = [["overview", "Overview"], ["leaderboard", "Leaderboard"], ["pareto", "Pareto"], ["tables", "Tables"]];
+const PAGES = [["overview", "Overview"], ["leaderboard", "Leaderboard"], ["pareto", "Pareto"], ["compare", "Compare"],
+  ...(INDEX.tables.length ? [["tables", "Tables"]] : [])];
 
 function App() {
   const route = useRoute();
@@ -30,6 +31,7 @@ function App() {
     overview: () => html`<${Overview} />`,
     leaderboard: () => html`<${Leaderboard} route=${route} />`,
     pareto: () => html`<${Pareto} route=${route} />`,
+    compare: () => html`<${Compare} route=${route} />`,
     tables: () => html`<${Tables} route=${route} />`,
     run: () => html`<${RunPage} key=${route.name} id=${route.name} />`,
   }[route.page];

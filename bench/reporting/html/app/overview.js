@@ -18,11 +18,24 @@ function Overview() {
     <p class="lead">${count(runs.length, "run")} of ${count(methods.size, "method")} on ${count(models.size, "model")} and ${count(benchmarks.size, "benchmark")},${" "}
       ${when(runs[runs.length - 1].started).slice(0, 10)} to ${when(runs[0].started).slice(0, 10)}.${" "}
       Each run is compared with the dense model of its own setting: same weights, same questions.</p>
+    <${Legend} />
     <div class="cards">${shown.map((index) => html`<${SettingCard} key=${index} index=${index} runs=${bySetting.get(index)} />`)}</div>
     ${order.length > shown.length && html`<p><button class="plain-button" onClick=${() => setAll(true)}>Show all ${order.length} settings</button></p>`}
     <${Reading} />
     <${Unreadable} />
   </main>`;
+}
+
+// The sentence in the config of a method, model or benchmark; a record may bear any name.
+const sentence = (group, name) => (Object.hasOwn(INDEX.about[group], name) ? INDEX.about[group][name] : "");
+
+// Colours and shapes of the families, each with the sentence of its config.
+function Legend() {
+  const about = (family) => (family === "dense" ? "the model before any method" : family.split(" + ").map((name) => sentence("method", name)).filter(Boolean).join(" "));
+  const items = FAMILIES.map((family) => html`<li><${Mark} family=${family} size=${70} /> <a href=${address("leaderboard", { family })}>${family}</a>${" "}<span class="quiet">${about(family)}</span></li>`);
+  const hollow = INDEX.runs.some((run) => !run.real);
+  return html`<section class="key" aria-label="Legend"><ul>${items}</ul>
+    <p class="quiet">Filled marks: the saving is real.${hollow ? " Hollow marks: weights are only zeroed or masked, or the saving is not confirmed." : ""} The line is the Pareto front.</p></section>`;
 }
 
 function SettingCard({ index, runs }) {
@@ -35,11 +48,12 @@ function SettingCard({ index, runs }) {
   const trade = bestTrade(runs, costAt);
   return html`<article class="card">
     <h2><a href=${address("leaderboard", { setting: index })}>${setting.name}</a></h2>
-    <p class="quiet">${count(runs.length, "run")}${dense && dense.values[0] && html`, dense ${words(task.task)} <b>${score(dense.score, task)}${unit(task)}</b>`}</p>
+    <p class="quiet">${[sentence("model", setting.model), sentence("benchmark", setting.benchmark)].filter(Boolean).join(" ")}</p>
+    <p class="quiet">${count(runs.length, "run")}${dense && dense.values[0] && html`, dense ${scoreName(task)} <b>${score(dense.score, task)}${unit(task)}</b>`}</p>
     ${points.length > 1 && html`<a class="thumbnail" href=${address("pareto", { setting: index })} aria-label="Pareto plot of ${setting.name}">
       <${Figure} label="${words(task.task)} against ${setting.costs[costAt].quantity} of ${points.length} runs"
         draw=${(width) => drawPareto(points, front, task, setting.costs[costAt], width, { small: true })} inputs=${[index]} /></a>
-      <p class="axes quiet">${words(task.task)} ${unit(task)} against ${words(setting.costs[costAt].quantity)}${spread(points) ? ", logarithmic" : ""}</p>`}
+      <p class="axes quiet">↑ ${scoreName(task)} ${unit(task)}, ${direction(task)}. → ${words(setting.costs[costAt].quantity)} of ${setting.costs[costAt].scope}${spread(points) ? ", logarithmic" : ""}, lower is cheaper.</p>`}
     ${trade && html`<p>Cheapest above 95 % of dense: <${RunLink} run=${trade.run} /> keeps ${fixed(trade.run.retention * 100, 1)} % at ${factor(trade.share)} the ${words(setting.costs[costAt].quantity)}.</p>`}
     ${!trade && dense && runs.length > 1 && html`<p class="quiet">No run keeps 95 % of dense at a lower cost.</p>`}
     ${!dense && html`<p class="quiet">No dense run here to compare with.</p>`}
@@ -66,12 +80,12 @@ function shareOf(run, costAt) {
 }
 
 function Reading() {
-  return html`<details class="reading"><summary>How to read this</summary><ul>
+  return html`<section class="reading"><h2>How to read this</h2><ul>
     <li><b>±</b> is one standard error; bars in plots are 95 % intervals (1.96 standard errors).</li>
     <li><b>Kept</b> is the score relative to the dense run with the same weights and questions; only numbers of the same task, metric, filter, shots, split and version are compared.</li>
     <li><b>Removed</b> weights are no longer stored. <b>Zeroed</b> or <b>masked</b> ones still cost time and memory, so no gain in time is shown for them; in plots they are hollow. So are <b>unconfirmed</b> ones: the method claims a saving that the counts do not show.</li>
     <li>FLOPs are counted; times are measured on the machine named on each run's page.</li>
-    <li>Keys: <kbd>Tab</kbd> to move, <kbd>Enter</kbd> to open or sort, <kbd>↑</kbd> <kbd>↓</kbd> from run to run in the leaderboard, <kbd>/</kbd> to search.</li></ul></details>`;
+    <li>Keys: <kbd>Tab</kbd> to move, <kbd>Enter</kbd> to open or sort, <kbd>↑</kbd> <kbd>↓</kbd> from run to run in the leaderboard, <kbd>/</kbd> to search.</li></ul></section>`;
 }
 
 function Unreadable() {

@@ -12,7 +12,7 @@ function RunPage({ id }) {
   return html`<main id="main" tabindex="-1">
     <p class="crumbs"><a href=${address("leaderboard", { setting: run.setting })}>${run.where.name}</a></p>
     <h1><${Mark} family=${run.family} size=${60} /> ${run.label}</h1>
-    <p class="quiet">run <code>${run.id}</code>, started ${when(run.started)} UTC${run.sweep && html`, sweep <a href=${address("leaderboard", { q: run.sweep })}>${run.sweep}</a>`}</p>
+    <p class="quiet">run <code>${run.id}</code>, ${denseRun && html`<a href=${address("compare", { runs: `${run.dense},${run.id}` })}>compared with dense</a>, `}started ${when(run.started)} UTC${run.sweep && html`, sweep <a href=${address("leaderboard", { q: run.sweep })}>${run.sweep}</a>`}</p>
     <dl class="figures">
       ${task && run.values[0] && html`<div><dt>${words(task.task)}</dt><dd><${Scored} pair=${run.values[0]} answered=${run.answered[0]} task=${task} /> ${unit(task)}</dd></div>`}
       ${run.retention !== null && denseRun && html`<div><dt>kept of dense</dt><dd>${fixed(run.retention * 100, 1)} %</dd></div>`}

@@ -54,12 +54,12 @@ function Verdict({ value }) {
   return html`<span class="verdict">${value.toFixed(2)}</span>`;
 }
 
-function Sample({ sample, now, before }) {
+function Sample({ sample, now, before, against = "dense" }) {
   const best = sample.logs.length ? d3.maxIndex(sample.logs) : -1;
   const target = targetText(sample);
   return html`<li class="sample">
     <header><span>${sample.task} <span class="quiet">#${sample.doc}</span></span><span><${Verdict} value=${now} />
-      ${before !== null && before !== now && html`<span class="quiet">dense: ${before === 1 ? "right" : before === 0 ? "wrong" : before.toFixed(2)}</span>`}</span></header>
+      ${before !== null && before !== now && html`<span class="quiet">${against}: ${before === 1 ? "right" : before === 0 ? "wrong" : before.toFixed(2)}</span>`}</span></header>
     ${sample.cut > 0 && html`<p class="quiet">${count(sample.cut, "token")} cut on the left; the model saw only this</p>`}
     ${sample.prompt !== null && html`<pre class="prompt">${sample.prompt}</pre>`}
     ${sample.choices.length > 0 && html`<ul class="choices">${sample.choices.map((choice, at) => html`
