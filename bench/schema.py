@@ -5,6 +5,7 @@ A leaf that imports pydantic only, so that every package can read its own sectio
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, Self
@@ -140,7 +141,15 @@ class ImagesConfig(BaseModel):
     split: Literal["test", "validation"] = "test"
 
 
+def _is_whole(value: object, least: int, most: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+HARNESS_BENCHMARKS = ("lm_eval", "lmms_eval")
+"""Benchmarks that are a harness without tasks; their names say which tasks a run adds."""
+_NAMED_TASKS = 3
 Backend = Literal["prefix_sharing", "padded"]
+MAX_SHOTS = 1000
 Overlong = Literal["truncate", "skip", "refuse"]
 """What happens to a prompt that does not fit into a model together with its answer."""
 
@@ -156,8 +165,22 @@ class BenchmarkConfig(BaseModel):
     `metrics` maps a task to its headline metric, as `METRIC` or `METRIC,FILTER`; a task that is not
     listed uses its first metric. The unweighted mean of the headline metrics is the benchmark's
     `average`. `data` maps a task to a local parquet or JSON Lines file in the real data set's
-    schema, or to a folder with one such file per split; null means no file. `num_fewshot: null`
-    keeps each task's own number of shots.
+    schema, or to a folder with one such file per split; null means no file. A group of tasks is
+    mapped to a folder with one such file or folder per task, under the task's name. `include` lists
+    folders with task files of one's own; Python that these name runs only with `trust_code`.
+
+    `num_fewshot` is the number of shots of all tasks, or a mapping from tasks and groups to theirs;
+    null, and a task that is not in the mapping, keep the task's own number. `limit` is the number
+    of documents of each task, or a share of them between 0 and 1. `batch_size` of `auto` fits
+    batches to the free memory.
+
+    `chat_template` renders the prompts of `lm_eval` by the tokenizer's chat template, or by the one
+    of that name; `chat_template_args` are its further variables, such as `enable_thinking`. With it
+    `fewshot_as_multiturn` makes every shot a turn of the user and one of the assistant, or puts all
+    shots into the user's only turn. `think_end_token` ends the thoughts of a reasoning model, which
+    are no part of its answer. `gen_kwargs` replaces settings of the tasks' generation.
+    `system_prompt` opens every prompt; with `lmms_eval` it replaces the model's own system prompt,
+    and an empty string removes that.
 
     `backend` selects how log-likelihoods and answers are computed: `prefix_sharing` runs tokens
     that requests have in common through the network once; `padded` is the harness's own protocol
@@ -174,10 +197,9 @@ class BenchmarkConfig(BaseModel):
     share the number is over the answered rows, and the record counts the others; beyond it the
     task has no number. 0 accepts none.
 
-    Only `lmms_eval` reads the last three keys. `system_prompt` replaces the model's own system
-    prompt; an empty string removes it. `ocr_tokens` adds TextVQA's OCR tokens to the prompt, as in
-    LLaVA's published numbers; lmms-eval omits them by default. `image_cache_gib` bounds the CPU
-    memory for encoded images; 0 encodes an image again for every question.
+    Only `lmms_eval` reads the last two keys. `ocr_tokens` adds TextVQA's OCR tokens to the prompt,
+    as in LLaVA's published numbers; lmms-eval omits them by default. `image_cache_gib` bounds the
+    CPU memory for encoded images; 0 encodes an image again for every question.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -186,19 +208,63 @@ class BenchmarkConfig(BaseModel):
     harness: Literal["lm_eval", "lmms_eval", "images"] = "lm_eval"
     suite: Literal["real", "micro"] = "real"
     tasks: Annotated[tuple[str, ...], Distinct] = ()
+    include: Annotated[tuple[str, ...], Distinct] = ()
+    trust_code: bool = False
     metrics: dict[str, str] = Field(default_factory=dict)
     perplexity: dict[str, PerplexityConfig] = Field(default_factory=dict)
-    num_fewshot: int | None = Field(default=0, ge=0, le=1000)
-    batch_size: int = Field(default=16, ge=1)
+    num_fewshot: int | dict[str, int] | None = 0
+    batch_size: int | Literal["auto"] = 16
     backend: Backend = "prefix_sharing"
-    limit: int | None = Field(default=None, ge=1)
+    limit: int | float | None = None
     overlong: Overlong = "truncate"
     allow_missing: float = Field(default=0.0, ge=0, le=1)
     data: dict[str, str] = Field(default_factory=dict)
     images: ImagesConfig = ImagesConfig()
     system_prompt: str | None = None
+    chat_template: bool | str = False
+    chat_template_args: dict[str, Any] = Field(default_factory=dict)
+    fewshot_as_multiturn: bool = True
+    think_end_token: str | None = Field(default=None, min_length=1)
+    gen_kwargs: dict[str, Any] = Field(default_factory=dict)
     ocr_tokens: bool = True
     image_cache_gib: float = Field(default=2.0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_tasks(cls, given: Any) -> Any:
+        """Name a harness's benchmark by its tasks, so that records say what was run."""
+        if isinstance(given, dict) and given.get("name") in HARNESS_BENCHMARKS:
+            tasks = list(map(str, given.get("tasks") or ()))
+            if tasks:
+                more = [f"{len(tasks) - _NAMED_TASKS} more"] if len(tasks) > _NAMED_TASKS else []
+                return {**given, "name": f"{given['name']}:{'+'.join(tasks[:_NAMED_TASKS] + more)}"}
+        return given
+
+    @field_validator("limit", mode="before")
+    @classmethod
+    def _number_or_share(cls, limit: Any) -> Any:
+        is_share = isinstance(limit, float) and 0 < limit < 1
+        if limit is None or is_share or _is_whole(limit, 1):
+            return limit
+        raise ValueError("a number of documents from 1 on is needed, or a share between 0 and 1")
+
+    @field_validator("batch_size", mode="before")
+    @classmethod
+    def _number_or_auto(cls, size: Any) -> Any:
+        if size == "auto" or _is_whole(size, 1):
+            return size
+        raise ValueError("a number from 1 on is needed, or auto")
+
+    @field_validator("num_fewshot", mode="before")
+    @classmethod
+    def _number_or_mapping(cls, shots: Any) -> Any:
+        given = shots.values() if isinstance(shots, dict) else [shots]
+        if shots is None or all(_is_whole(each, 0, MAX_SHOTS) for each in given):
+            return shots
+        raise ValueError(
+            f"a number from 0 to {MAX_SHOTS} is needed, null for each task's own, or a mapping "
+            "from tasks to numbers"
+        )
 
     @field_validator("tasks")
     @classmethod
@@ -209,10 +275,18 @@ class BenchmarkConfig(BaseModel):
                 raise ValueError(f"{name!r} is a path: give the name of a task")
         return tasks
 
+    @field_validator("metrics", "chat_template_args", "gen_kwargs", mode="before")
+    @classmethod
+    def _none_is_empty(cls, mapping: Any) -> Any:
+        # Hydra replaces null by any mapping, and lets an empty one only be added to.
+        return {} if mapping is None else mapping
+
     @field_validator("data", mode="before")
     @classmethod
     def _without_blanks(cls, data: Any) -> Any:
         """Drop null entries: config files list them only to make them overridable."""
+        if data is None:
+            return {}
         if not isinstance(data, dict):
             return data
         for task, path in data.items():
@@ -220,6 +294,18 @@ class BenchmarkConfig(BaseModel):
             if path == "":
                 raise ValueError(f"benchmark.data.{task} is empty: give a path, or null for none")
         return {task: path for task, path in data.items() if path is not None}
+
+    @model_validator(mode="after")
+    def _harness_has_tasks(self) -> Self:
+        if self.name in HARNESS_BENCHMARKS:
+            raise ValueError(f"benchmark={self.name} needs benchmark.tasks=[NAME,...]")
+        return self
+
+    @model_validator(mode="after")
+    def _chat_has_a_template(self) -> Self:
+        if self.chat_template_args and not self.chat_template:
+            raise ValueError("benchmark.chat_template_args needs benchmark.chat_template=true")
+        return self
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:

@@ -49,7 +49,10 @@ RESOLVERS = frozenset({"hydra", "now", "oc.deprecated", "oc.env", "oc.select", "
 """Resolvers that look a value up. `oc.create` and its like build nodes, which could name code, when
 all checks are over."""
 
-WIDENING_KEYS = ("packages", "hydra.searchpath", "model.trust_remote_code", "tracker.entity")
+WIDENING_KEYS = (
+    "packages", "hydra.searchpath", "model.trust_remote_code", "benchmark.trust_code",
+    "tracker.entity",
+)  # fmt: skip
 """Keys that let code run, or results leave, beyond what is shipped."""
 LAUNCHER_LIMITS = frozenset({
     "jobs", "devices", "timeout_min", "mem_gb", "num_cpus", "cpus_per_job", "gpus_per_job",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import datasets
@@ -15,6 +16,7 @@ from bench.errors import UserError
 from bench.evaluation import local_files
 from bench.evaluation.harness import DocumentSource, file_source, hub_source
 from bench.evaluation.local_files import TEXT_COLUMNS, RowUse
+from bench.evaluation.named_files import named_files
 from bench.evaluation.row_files import SUFFIXES, RowFile, existing_path, read_rows
 from bench.evaluation.task_planning import (
     Splits,
@@ -34,12 +36,22 @@ class Documents(NamedTuple):
     unlabelled: tuple[int, ...] = ()
 
 
-def load_documents(name: str, definition: TaskDefinition, benchmark: BenchmarkConfig) -> Documents:
-    """Return the splits that the benchmark gives a task, and where they came from."""
-    path = benchmark.data.get(name)
-    if path:
-        local = local_files.load_local_rows(name, path, _row_use(name, definition, benchmark))
-        return Documents(local.splits, local.source, local.unlabelled)
+def load_documents(
+    name: str,
+    definition: TaskDefinition,
+    benchmark: BenchmarkConfig,
+    *,
+    local: str | None = None,
+    folder: Path | None = None,
+) -> Documents:
+    """Return the splits that the benchmark gives a task, and where they came from.
+
+    `local` is the user's file or folder for it; `folder` that of the task file, in which the files
+    lie that the task itself names.
+    """
+    if local:
+        found = local_files.load_local_rows(name, local, _row_use(name, definition, benchmark))
+        return Documents(found.splits, found.source, found.unlabelled)
     if benchmark.suite == "micro":
         data = _documents_from_function(definition, only=_single_split(definition))
         return Documents(data, world_source(name))
@@ -47,6 +59,9 @@ def load_documents(name: str, definition: TaskDefinition, benchmark: BenchmarkCo
         data = _documents_from_function(definition)
         source = DocumentSource("harness", name, None, content_fingerprint(data))
         return Documents(data, source)
+    own = named_files(name, definition, folder)
+    if own is not None:
+        return Documents(*own.load(definition))
     return Documents(*load_from_hub(definition))
 
 
@@ -56,7 +71,8 @@ def _row_use(name: str, definition: TaskDefinition, benchmark: BenchmarkConfig) 
     keeps_rows = name in TEXT_COLUMNS or "process_docs" not in definition
     return RowUse(
         evaluated_split(definition),
-        scored=benchmark.limit if keeps_rows else None,
+        # A share is of all rows, however many there are.
+        scored=benchmark.limit if keeps_rows and isinstance(benchmark.limit, int) else None,
         examples=bool(definition.get("num_fewshot")),
         allow_missing=benchmark.allow_missing,
     )
