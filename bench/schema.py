@@ -5,13 +5,11 @@ A leaf that imports pydantic only, so that every package can read its own sectio
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -20,16 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-
-def _refuse_twice(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Raise if a value stands in a list twice, since its results would count twice."""
-    twice = next((value for value in values if values.count(value) > 1), None)
-    if twice is not None:
-        raise ValueError(f"{twice} is named twice: name it once")
-    return values
-
-
-Distinct = AfterValidator(_refuse_twice)
+from bench.schema_types import BatchSize, Distinct, Limit, NullIsEmpty, Shots
 
 ModelKind = Literal["causal_lm", "image_text", "image_classifier"]
 """Inputs and outputs of a model: text to text, images and text to text, image to class."""
@@ -141,15 +130,10 @@ class ImagesConfig(BaseModel):
     split: Literal["test", "validation"] = "test"
 
 
-def _is_whole(value: object, least: int, most: float = math.inf) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-
-
 HARNESS_BENCHMARKS = ("lm_eval", "lmms_eval")
 """Benchmarks that are a harness without tasks; their names say which tasks a run adds."""
 _NAMED_TASKS = 3
 Backend = Literal["prefix_sharing", "padded"]
-MAX_SHOTS = 1000
 Overlong = Literal["truncate", "skip", "refuse"]
 """What happens to a prompt that does not fit into a model together with its answer."""
 
@@ -174,13 +158,11 @@ class BenchmarkConfig(BaseModel):
     of documents of each task, or a share of them between 0 and 1. `batch_size` of `auto` fits
     batches to the free memory.
 
-    `chat_template` renders the prompts of `lm_eval` by the tokenizer's chat template, or by the one
-    of that name; `chat_template_args` are its further variables, such as `enable_thinking`. With it
-    `fewshot_as_multiturn` makes every shot a turn of the user and one of the assistant, or puts all
-    shots into the user's only turn. `think_end_token` ends the thoughts of a reasoning model, which
-    are no part of its answer. `gen_kwargs` replaces settings of the tasks' generation.
-    `system_prompt` opens every prompt; with `lmms_eval` it replaces the model's own system prompt,
-    and an empty string removes that.
+    `chat_template` renders the prompts of `lm_eval` by the tokenizer's template, or by the one of
+    that name, with the variables `chat_template_args`; `fewshot_as_multiturn` makes every shot a
+    turn. `think_end_token` ends the thoughts before an answer. `gen_kwargs` replaces settings of
+    the tasks' generation. `system_prompt` opens every prompt; with `lmms_eval` it replaces the
+    model's own system prompt, and an empty string removes that.
 
     `backend` selects how log-likelihoods and answers are computed: `prefix_sharing` runs tokens
     that requests have in common through the network once; `padded` is the harness's own protocol
@@ -210,22 +192,22 @@ class BenchmarkConfig(BaseModel):
     tasks: Annotated[tuple[str, ...], Distinct] = ()
     include: Annotated[tuple[str, ...], Distinct] = ()
     trust_code: bool = False
-    metrics: dict[str, str] = Field(default_factory=dict)
+    metrics: Annotated[dict[str, str], NullIsEmpty] = Field(default_factory=dict)
     perplexity: dict[str, PerplexityConfig] = Field(default_factory=dict)
-    num_fewshot: int | dict[str, int] | None = 0
-    batch_size: int | Literal["auto"] = 16
+    num_fewshot: Shots = 0
+    batch_size: BatchSize = 16
     backend: Backend = "prefix_sharing"
-    limit: int | float | None = None
+    limit: Limit = None
     overlong: Overlong = "truncate"
     allow_missing: float = Field(default=0.0, ge=0, le=1)
     data: dict[str, str] = Field(default_factory=dict)
     images: ImagesConfig = ImagesConfig()
     system_prompt: str | None = None
     chat_template: bool | str = False
-    chat_template_args: dict[str, Any] = Field(default_factory=dict)
+    chat_template_args: Annotated[dict[str, Any], NullIsEmpty] = Field(default_factory=dict)
     fewshot_as_multiturn: bool = True
     think_end_token: str | None = Field(default=None, min_length=1)
-    gen_kwargs: dict[str, Any] = Field(default_factory=dict)
+    gen_kwargs: Annotated[dict[str, Any], NullIsEmpty] = Field(default_factory=dict)
     ocr_tokens: bool = True
     image_cache_gib: float = Field(default=2.0, ge=0)
 
@@ -235,36 +217,10 @@ class BenchmarkConfig(BaseModel):
         """Name a harness's benchmark by its tasks, so that records say what was run."""
         if isinstance(given, dict) and given.get("name") in HARNESS_BENCHMARKS:
             tasks = list(map(str, given.get("tasks") or ()))
-            if tasks:
-                more = [f"{len(tasks) - _NAMED_TASKS} more"] if len(tasks) > _NAMED_TASKS else []
-                return {**given, "name": f"{given['name']}:{'+'.join(tasks[:_NAMED_TASKS] + more)}"}
+            more = [f"{len(tasks) - _NAMED_TASKS} more"] if len(tasks) > _NAMED_TASKS else []
+            named = ":".join(filter(None, [given["name"], "+".join(tasks[:_NAMED_TASKS] + more)]))
+            return {**given, "name": named}
         return given
-
-    @field_validator("limit", mode="before")
-    @classmethod
-    def _number_or_share(cls, limit: Any) -> Any:
-        is_share = isinstance(limit, float) and 0 < limit < 1
-        if limit is None or is_share or _is_whole(limit, 1):
-            return limit
-        raise ValueError("a number of documents from 1 on is needed, or a share between 0 and 1")
-
-    @field_validator("batch_size", mode="before")
-    @classmethod
-    def _number_or_auto(cls, size: Any) -> Any:
-        if size == "auto" or _is_whole(size, 1):
-            return size
-        raise ValueError("a number from 1 on is needed, or auto")
-
-    @field_validator("num_fewshot", mode="before")
-    @classmethod
-    def _number_or_mapping(cls, shots: Any) -> Any:
-        given = shots.values() if isinstance(shots, dict) else [shots]
-        if shots is None or all(_is_whole(each, 0, MAX_SHOTS) for each in given):
-            return shots
-        raise ValueError(
-            f"a number from 0 to {MAX_SHOTS} is needed, null for each task's own, or a mapping "
-            "from tasks to numbers"
-        )
 
     @field_validator("tasks")
     @classmethod
@@ -275,20 +231,12 @@ class BenchmarkConfig(BaseModel):
                 raise ValueError(f"{name!r} is a path: give the name of a task")
         return tasks
 
-    @field_validator("metrics", "chat_template_args", "gen_kwargs", mode="before")
-    @classmethod
-    def _none_is_empty(cls, mapping: Any) -> Any:
-        # Hydra replaces null by any mapping, and lets an empty one only be added to.
-        return {} if mapping is None else mapping
-
     @field_validator("data", mode="before")
     @classmethod
     def _without_blanks(cls, data: Any) -> Any:
         """Drop null entries: config files list them only to make them overridable."""
-        if data is None:
-            return {}
         if not isinstance(data, dict):
-            return data
+            return {} if data is None else data
         for task, path in data.items():
             # Not the same as null: an unset variable of a shell would silently score other data.
             if path == "":
@@ -296,19 +244,11 @@ class BenchmarkConfig(BaseModel):
         return {task: path for task, path in data.items() if path is not None}
 
     @model_validator(mode="after")
-    def _harness_has_tasks(self) -> Self:
+    def _keys_agree(self) -> Self:
         if self.name in HARNESS_BENCHMARKS:
             raise ValueError(f"benchmark={self.name} needs benchmark.tasks=[NAME,...]")
-        return self
-
-    @model_validator(mode="after")
-    def _chat_has_a_template(self) -> Self:
         if self.chat_template_args and not self.chat_template:
             raise ValueError("benchmark.chat_template_args needs benchmark.chat_template=true")
-        return self
-
-    @model_validator(mode="after")
-    def _names_differ(self) -> Self:
         # Metrics of tasks, of perplexities and the average share one namespace: the name alone.
         both = {*self.tasks, "average"} & self.perplexity.keys()
         if both:

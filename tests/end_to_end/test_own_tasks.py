@@ -40,8 +40,8 @@ def test_wrong_names_and_settings_are_one_sentence(bench):
         ("benchmark=lm_eval",): "benchmark=lm_eval needs benchmark.tasks=[NAME,...]",
         ("benchmark.limit=1.5",): "benchmark.limit=1.5: a number of documents from 1 on is needed",
         ("benchmark.limit=0",): "benchmark.limit=0: a number of documents from 1 on is needed",
-        ("benchmark.batch_size=many",): "benchmark.batch_size=many: a number from 1 on is needed",
-        ("benchmark.num_fewshot=-1",): "benchmark.num_fewshot=-1: a number from 0 to 1000",
+        ("benchmark.batch_size=many",): "benchmark.batch_size=many: 1 or more is needed, or auto",
+        ("benchmark.num_fewshot=-1",): "benchmark.num_fewshot=-1: 0 to 1000 are needed",
         ("+benchmark.chat_template=true",): "has no chat template",
     }.items():
         code, out, err = bench("run", *arguments)

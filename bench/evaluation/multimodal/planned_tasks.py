@@ -137,7 +137,7 @@ def _refuse_media(name: str, task: LoadedTask) -> None:
     """Raise UserError if the first document shows something else than images."""
     rows = task.dataset[evaluated_split(vars(task.config))]
     try:
-        shown = open_document_images(task.doc_to_visual, rows, 0)
+        shown: list[Any] = [*open_document_images(task.doc_to_visual, rows, 0)]
     except UnfitImage:
         return  # found and counted when it is asked about
     for visual in shown:
