@@ -5,7 +5,7 @@ module of it as a separate copy. The implementations are therefore in `bench.swe
 optional libraries are imported when they are used.
 """
 
-from bench.config import model_names
+from bench.config import overrides
 from bench.sweeps import grid_sweeper, optuna_sweeper
 from bench.sweeps.launchers import joblib_pool, local, ray_cluster, slurm_array
 
@@ -38,9 +38,9 @@ class RayLauncher(ray_cluster.RayLauncher):
     """Jobs on a Ray cluster, started on this machine or an existing one."""
 
 
-class ModelNames(model_names.ModelNames):
+class ModelNames(overrides.ModelNames):
     """Configs of models that are given by hub id, folder or file."""
 
 
-class ModelNamesPath(model_names.ModelNamesPath):
+class ModelNamesPath(overrides.ModelNamesPath):
     """The place of `ModelNames` in Hydra's search path."""

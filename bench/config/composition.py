@@ -24,12 +24,11 @@ from hydra.errors import (
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from bench.config import model_names
 from bench.config.gate import check_overrides
-from bench.config.overrides import Overrides, parse_error, text_of
+from bench.config.overrides import ACCEPTED, GROUP, Overrides, parse_error, text_of
 from bench.config.run_config import RunConfig, validate
 from bench.errors import UserError, nearest, unknown_name
-from bench.records.foreign_files import refuse_unstorable
+from bench.records.files import refuse_unstorable
 from bench.records.record import check_ratio
 from bench.security import CONFIG_DIR, redact, refuse_secret, refuse_shadowed_packages
 
@@ -195,7 +194,7 @@ def _unknown_choice(error: MissingConfigException) -> UserError:
         group, _, folder = group.rpartition("/")
         name = f"{folder}/{name}"
     known = unknown_name(group or "config", name, error.options or [])
-    return UserError(f"{known}; or {model_names.ACCEPTED}") if group == model_names.GROUP else known
+    return UserError(f"{known}; or {ACCEPTED}") if group == GROUP else known
 
 
 def _unknown_key(error: Exception, overrides: Sequence[str]) -> UserError:

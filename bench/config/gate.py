@@ -18,8 +18,7 @@ from hydra.core.override_parser.types import Override, ValueType
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from bench.config import model_names
-from bench.config.overrides import Overrides, sets, sweep_values, text_of
+from bench.config.overrides import GROUP, Overrides, is_own_path, sets, sweep_values, text_of
 from bench.errors import UserError
 from bench.security import refuse_foreign_code, refuse_secret
 
@@ -90,8 +89,8 @@ def check_overrides(overrides: Overrides) -> None:
             continue
         values = [str(value) for value in leaves.values()]
         # A folder or file of the user's own may stand in place of a choice.
-        if override.key_or_group == model_names.GROUP:
-            values = [value for value in values if not model_names.is_own_path(value)]
+        if override.key_or_group == GROUP:
+            values = [value for value in values if not is_own_path(value)]
         if any(".." in value.split("/") for value in values):
             raise UserError(f"{text}: a choice lies inside its config group, so `..` is refused")
 

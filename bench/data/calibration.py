@@ -1,8 +1,12 @@
-"""Calibration text: found and hashed first, cut into rows once a tokenizer is loaded.
+"""Text to calibrate and to test on: found and hashed first, cut into rows with a tokenizer.
 
 Rows of tokens are cut at random, as the GPTQ and CAMERA code does it. A whole text is joined by
 blank lines and tokenised once, and every row starts at a random token. From separate documents,
 every row is a random window of a random document longer than the row.
+
+The embedded text is real English prose that ships with every Python installation: the language
+reference. The pages of `pydoc_data.topics` are split into train and test by a hash of the page
+name, so a page stays in its split whatever a Python version adds, drops or rewords.
 
 Shapes: B rows, L tokens per row.
 """
@@ -17,7 +21,9 @@ import random
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import TYPE_CHECKING
 
 from bench.errors import MissingData, UserError
@@ -27,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bench.data.chat import Tokenizer
+
 
 WIKITEXT2 = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 C4_SHARD = "en/c4-train.00000-of-01024.json.gz"
@@ -190,9 +197,7 @@ def _world_corpus() -> list[str]:
 
 
 def _english_share(rows: int) -> TextShare:
-    from bench.data import english
-
-    return TextShare("english", [english.train_text()], rows)
+    return TextShare("english", [train_text()], rows)
 
 
 def _read_text(path: str) -> str:
@@ -249,3 +254,37 @@ def _cached_token_ids(text: str, tokenizer: Tokenizer) -> array[int]:
 def _token_ids(text: str, tokenizer: Tokenizer) -> list[int]:
     # `verbose=False` silences the warning that the text exceeds the model's context.
     return tokenizer(text, verbose=False)["input_ids"]
+
+
+_BUCKETS = 5
+
+
+def is_test_page(name: str) -> bool:
+    """Tell whether the page called `name` is in the test split (about one page in five)."""
+    # SHA-256, because `hash` of a string differs from process to process (PYTHONHASHSEED).
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % _BUCKETS == 0
+
+
+@cache
+def train_text() -> str:
+    """Return all pages for training and calibration, sorted by name."""
+    return _join(test=False)
+
+
+@cache
+def test_text() -> str:
+    """Return all pages that perplexity is measured on, sorted by name."""
+    return _join(test=True)
+
+
+def fingerprint() -> str:
+    """Return the SHA-256 of the test text; it differs between Python versions."""
+    return hashlib.sha256(test_text().encode()).hexdigest()
+
+
+def _join(*, test: bool) -> str:
+    train = {text.strip() for name, text in topics.items() if not is_test_page(name)}
+    pages = (topics[name].strip() for name in sorted(topics) if is_test_page(name) == test)
+    # A few topics are aliases of one page, and their names may hash to both splits: such a page is
+    # a training page only, or the test text would contain training text.
+    return "\n\n".join(dict.fromkeys(p for p in pages if not test or p not in train))

@@ -17,11 +17,16 @@ from bench.errors import UserError, error_sentence
 from bench.models import checkpoints, text_files_probe
 from bench.models.checkpoints import one_sentence_errors
 from bench.models.classifiers import architectures, serialization
-from bench.models.classifiers.built_networks import fresh_vision_config, is_fresh, is_state_dict
 from bench.models.classifiers.classifier import Classifier, VisionConfig
 from bench.models.model import Model, max_sequence_length
 from bench.models.network import NetworkConfig, embedded_ids, learned_positions
-from bench.models.source import ModelSource, resolve_model
+from bench.models.source import (
+    ModelSource,
+    fresh_vision_config,
+    is_fresh,
+    is_state_dict,
+    resolve_model,
+)
 from bench.models.weight_files import read_json_object
 from bench.schema import ModelConfig
 

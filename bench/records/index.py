@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.errors import UserError
-from bench.records.foreign_files import SAMPLE_COLUMNS, read_table
+from bench.records.files import SAMPLE_COLUMNS, read_table
 from bench.records.record import SCHEMA, JsonObject, Record
 from bench.records.store import RECORD, SAMPLES, Store
 
@@ -96,12 +96,12 @@ def _write_index(path: Path, rows: pa.Table) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from bench.records import atomic_files
+    from bench.records import files
 
     sink = pa.BufferOutputStream()
     pq.write_table(rows, sink, compression="zstd")
     try:
-        atomic_files.write_bytes(path, sink.getvalue().to_pybytes())
+        files.write_bytes(path, sink.getvalue().to_pybytes())
     except OSError:
         return
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from bench.records.foreign_files import read_regular_file
+from bench.records.files import read_regular_file
 
 FORMAT = 1
 MAX_BYTES = 2**33

@@ -22,8 +22,8 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from bench.errors import UserError, nearest
-from bench.records import atomic_files
-from bench.records.foreign_files import parse_json, read_regular_file, reason_of, warn_once
+from bench.records import files
+from bench.records.files import parse_json, read_regular_file, reason_of, warn_once
 from bench.records.journal import Journal
 from bench.records.migrations import READABLE_SCHEMAS, migrate
 from bench.records.record import SCHEMA, JsonObject, Record, checksum
@@ -81,7 +81,7 @@ class Store:
                 on_wait()
             lock.acquire()
         try:
-            atomic_files.repair_interrupted_write(self.folder(run_id))
+            files.repair_interrupted_write(self.folder(run_id))
             self._remove_leftovers(run_id)
             yield
         finally:
@@ -186,7 +186,7 @@ class Store:
 
         self._mark()
         # In this order: a kill in between leaves leftovers, never a run with neither.
-        atomic_files.write_folder(self.folder(record.id), fill)
+        files.write_folder(self.folder(record.id), fill)
         self._remove_unfinished(record.id)
         return self.folder(record.id)
 
@@ -194,7 +194,7 @@ class Store:
         """Write the file by which `bench gc` knows a folder as one of slimbench's."""
         marker = self.root / MARKER
         if not marker.exists():
-            atomic_files.write_bytes(marker, MARKER_TEXT)
+            files.write_bytes(marker, MARKER_TEXT)
 
     def _read(self, path: Path) -> Record | None:
         """Read one record file; note the reason in `unreadable` if it is damaged or too new."""

@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 
 from bench.errors import UserError
 from bench.evaluation.metrics import AVERAGE
-from bench.records.foreign_files import read_json, reason_of
+from bench.records.files import read_json, reason_of
 from bench.reporting.cost_table import print_costs
 from bench.security import CONFIG_DIR
 from bench.sweeps.job import STUDY_FILE

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from bench.errors import UserError
 from bench.records import run_id
-from bench.records.atomic_files import refuse_unwritable
+from bench.records.files import refuse_unwritable
 from bench.runner.identity import (
     class_identity,
     library_versions,

@@ -35,8 +35,7 @@ def apply_methods(
     """
     from bench.device.devices import synchronize
     from bench.device.memory import PeakMemory
-    from bench.measurement.costs import count_size_and_work
-    from bench.measurement.memory import LeakMonitor
+    from bench.measurement.costs import LeakMonitor, count_size_and_work
     from bench.models.hashing import refuse_not_finite
     from bench.records import AppliedMethod
 

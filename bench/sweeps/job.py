@@ -24,8 +24,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from bench.errors import UserError, error_sentence
-from bench.records.atomic_files import disk_errors_as_stopped, write_bytes
-from bench.records.foreign_files import read_json
+from bench.records.files import disk_errors_as_stopped, read_json, write_bytes
 from bench.records.record import utc_now
 from bench.security import redact
 

@@ -24,7 +24,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from bench.config.overrides import range_numbers
 from bench.errors import UserError, optional_module
 from bench.records import Store
-from bench.records.atomic_files import write_bytes
+from bench.records.files import write_bytes
 from bench.security import redact
 from bench.sweeps.grid_sweeper import LaunchingSweeper
 from bench.sweeps.job import STUDY_FILE, objective_value, read_status

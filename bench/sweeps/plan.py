@@ -27,8 +27,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bench.data.digests import file_stamp
 from bench.errors import UserError, nearest
-from bench.records.atomic_files import write_bytes
-from bench.records.foreign_files import read_json, warn_once
+from bench.records.files import read_json, warn_once, write_bytes
 from bench.security import CONFIG_DIR, redact
 
 MAX_FILES = 1_000_000

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bench.errors import error_sentence
 from bench.records import Record, Store
-from bench.records.atomic_files import write_bytes
+from bench.records.files import write_bytes
 from bench.schema import TrackerConfig
 from bench.tracking.wandb_run import Overview
 

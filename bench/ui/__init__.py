@@ -5,8 +5,7 @@ program can filter them or add its own handlers. BENCH_LOG_LEVEL=INFO leaves out
 progress, WARNING the notes as well.
 """
 
-from bench.ui.messages import clean, fail, note, warn
-from bench.ui.progress import SILENT, Progress
+from bench.ui.messages import SILENT, Progress, clean, fail, note, warn
 from bench.ui.results import (
     console,
     draw_rows,

@@ -1,7 +1,11 @@
-"""Messages to the user: one line each, on stderr, through the logger `bench`.
+"""Messages and progress on stderr: one line each, through the logger `bench`.
 
 Texts may come from models, data sets and servers. They are cleaned here and nowhere else: control
 characters are removed, secrets redacted, and no text is interpreted as markup.
+
+Progress is the current phase, its steps and its remaining time. A terminal shows bars, a notebook
+shows its own bars. Elsewhere (Slurm logs, nohup, pipes) a phase is one line, and a long phase one
+more line per tenth.
 """
 
 from __future__ import annotations
@@ -10,9 +14,18 @@ import logging
 import os
 import sys
 import time
-from typing import Protocol, TextIO
+import warnings
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TextIO, TypeVar
 
 from bench.security import redact
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+    from tqdm.std import tqdm
+
 
 LEVEL_VARIABLE = "BENCH_LOG_LEVEL"
 PROGRESS_LEVEL = 15
@@ -122,3 +135,267 @@ def _configured_logger() -> logging.Logger:
 
 
 _log = _configured_logger()
+
+
+Item = TypeVar("Item")
+SECONDS_BETWEEN_LINES = 10.0
+"""Shortest time between two lines about one phase; most phases end before their second line."""
+
+
+@dataclass(eq=False)
+class Phase:
+    """One phase on the display; `total` is None as long as the number of steps is unknown."""
+
+    name: str
+    total: int | None
+    started: float
+    done: int = 0
+
+
+class Display(Protocol):
+    """One way to show phases; phases are closed in reverse order."""
+
+    def open(self, phase: Phase) -> None:
+        """Show a phase that begins."""
+
+    def update(self, phase: Phase) -> None:
+        """Show the changed name, total or number of finished steps of the innermost phase."""
+
+    def close(self, phase: Phase) -> None:
+        """Remove a phase that has ended."""
+
+    def write(self, line: str, level: int) -> None:
+        """Write a message without disturbing the phases."""
+
+
+class Progress:
+    """Named phases, shown one inside the other; `seconds` holds the wall time per phase.
+
+    Everything that takes long receives a `Progress` and calls `track` or `step`.
+    """
+
+    def __init__(self, stream: TextIO | None = None, quiet: bool = False) -> None:
+        """Write to `stream`, by default stderr; `quiet` says nothing at all, warnings included."""
+        self.seconds: dict[str, float] = {}
+        self._quiet = quiet
+        self._stream = stream
+        self._phases: list[Phase] = []
+        self._display: Display | None = None
+
+    @contextmanager
+    def phase(self, name: str, total: int | None = None) -> Iterator[None]:
+        """Show a phase while the block runs and add its wall time to `seconds[name]`."""
+        phase = Phase(clean(name), total, started=time.perf_counter())
+        if not self._phases and not self._quiet:
+            self._display = _choose_display(self._stream)
+        self._phases.append(phase)
+        if self._display:
+            self._display.open(phase)
+        try:
+            yield
+        finally:
+            elapsed = time.perf_counter() - phase.started
+            self.seconds[name] = self.seconds.get(name, 0.0) + elapsed
+            self._phases.remove(phase)
+            if self._display:
+                self._display.close(phase)
+            if not self._phases:
+                self._display = None
+
+    def total(self, total: int) -> None:
+        """Set the number of steps of the current phase, once it is known."""
+        if self._phases:
+            self._phases[-1].total, self._phases[-1].done = total, 0
+            self._update()
+
+    def step(self, count: int = 1, doing: str | None = None) -> None:
+        """Advance the current phase, optionally with a new description."""
+        if self._phases:
+            self._phases[-1].done += count
+            if doing is not None:
+                self._phases[-1].name = clean(doing)
+            self._update()
+
+    def say(self, text: str) -> None:
+        """Write a message above the bars."""
+        if not self._quiet:
+            note(text, self._writer())
+
+    def warn(self, text: str) -> None:
+        """Write a message that the user should not miss."""
+        if not self._quiet:
+            warn(text, self._writer())
+
+    def track(self, items: Iterable[Item], doing: str, total: int | None = None) -> Iterator[Item]:
+        """Yield `items` as one phase named `doing`, one step each."""
+        if total is None and isinstance(items, Sized):
+            total = len(items)
+        with self.phase(doing, total):
+            for item in items:
+                yield item
+                self.step()
+
+    def _update(self) -> None:
+        if self._display:
+            self._display.update(self._phases[-1])
+
+    def _writer(self) -> Display | _Lines | None:
+        if self._display is None and self._stream is not None:
+            return _Lines(self._stream)
+        return self._display
+
+
+class _Lines:
+    """One line per phase, and one per tenth of a phase that takes long."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
+        self._tenths: dict[Phase, int] = {}
+        self._names: dict[Phase, str] = {}
+        self._last_line = 0.0
+
+    def open(self, phase: Phase) -> None:
+        self._tenths[phase], self._names[phase] = 0, phase.name
+        self._log(phase.name)
+
+    def update(self, phase: Phase) -> None:
+        tenth = 10 * phase.done // phase.total if phase.total else 0
+        if tenth <= self._tenths[phase] and phase.name == self._names[phase]:
+            return
+        if time.perf_counter() - self._last_line < SECONDS_BETWEEN_LINES:
+            return
+        self._tenths[phase], self._names[phase] = tenth, phase.name
+        self._log(_progress_text(phase))
+
+    def close(self, phase: Phase) -> None:
+        del self._tenths[phase], self._names[phase]
+
+    def write(self, line: str, level: int) -> None:
+        write_line(self._stream or sys.stderr, line, level)
+
+    def _log(self, text: str) -> None:
+        self._last_line = time.perf_counter()
+        progress_line(text, self)
+
+
+class _TerminalBars:
+    """One rich bar per phase; finished bars disappear."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            SpinnerColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self._bars = Progress(
+            SpinnerColumn(),
+            # Without markup: the name of a task or model may contain square brackets.
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=Console(file=stream, stderr=stream is None, force_terminal=True),
+            transient=True,
+        )
+        self._tasks: dict[Phase, TaskID] = {}
+
+    def open(self, phase: Phase) -> None:
+        if not self._tasks:
+            self._bars.start()
+        self._tasks[phase] = self._bars.add_task(phase.name, total=phase.total)
+
+    def update(self, phase: Phase) -> None:
+        self._bars.update(
+            self._tasks[phase],
+            description=phase.name,
+            total=phase.total,
+            completed=phase.done,
+        )
+
+    def close(self, phase: Phase) -> None:
+        self._bars.remove_task(self._tasks.pop(phase))
+        if not self._tasks:
+            self._bars.stop()
+
+    def write(self, line: str, level: int) -> None:
+        from rich.text import Text
+
+        self._bars.refresh()
+        style = {logging.WARNING: "yellow", logging.ERROR: "red"}.get(level, "")
+        # A styled Text, because `print(style=...)` would colour the bars below as well. soft_wrap:
+        # a path that is folded at the edge of the terminal cannot be copied.
+        self._bars.console.print(Text(line, style), soft_wrap=True)
+
+
+class _NotebookBars:
+    """One bar of tqdm per phase: a widget where ipywidgets is installed, else a line of text."""
+
+    # Not rich: without ipywidgets, its live display shows nothing in a notebook.
+
+    def __init__(self) -> None:
+        self._bars: dict[Phase, tqdm[object]] = {}
+
+    def open(self, phase: Phase) -> None:
+        from tqdm import TqdmWarning
+        from tqdm.auto import tqdm
+
+        with warnings.catch_warnings():
+            # "IProgress not found": the text bar is good enough.
+            warnings.simplefilter("ignore", TqdmWarning)
+            self._bars[phase] = tqdm(total=phase.total, desc=phase.name, leave=False)
+
+    def update(self, phase: Phase) -> None:
+        bar = self._bars[phase]
+        if bar.total != phase.total:
+            bar.reset(phase.total)
+        if bar.desc != f"{phase.name}: ":
+            bar.set_description(phase.name)
+        bar.update(phase.done - bar.n)
+
+    def close(self, phase: Phase) -> None:
+        self._bars.pop(phase).close()
+
+    def write(self, line: str, level: int) -> None:
+        from tqdm.auto import tqdm
+
+        tqdm.write(line, file=sys.stderr)
+
+
+def _choose_display(stream: TextIO | None) -> Display:
+    if stream is None and in_notebook():
+        return _NotebookBars()
+    return _TerminalBars(stream) if is_terminal(stream or sys.stderr) else _Lines(stream)
+
+
+def in_notebook() -> bool:
+    """Tell whether this process is the kernel of a notebook (Jupyter, Colab)."""
+    # IPython in a terminal has a shell as well, but no kernel.
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
+
+
+def _progress_text(phase: Phase) -> str:
+    if not phase.total:
+        return phase.name
+    text = f"{phase.name}: {100 * phase.done // phase.total} % ({phase.done} of {phase.total})"
+    if not 0 < phase.done < phase.total:
+        return text
+    elapsed = time.perf_counter() - phase.started
+    return f"{text}, about {_duration(elapsed / phase.done * (phase.total - phase.done))} left"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+SILENT = Progress(quiet=True)

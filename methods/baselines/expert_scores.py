@@ -19,7 +19,7 @@ from bench.models.expert_hooks import ExpertObserver
 from bench.models.model import Model
 from bench.models.structure.moe_block import MoEBlock
 from methods.baselines.expert_removal import ExpertState, WholeExpertPruning, select_whole_experts
-from methods.moe.calibration_walk import NullObserver, SequentialPruning, require_finite
+from methods.moe.calibration import NullObserver, SequentialPruning, require_finite
 from methods.moe.micro_experts import expert_view
 from methods.moe.pruning import refuse_offloaded, require_calibration
 

@@ -15,8 +15,7 @@ import torch
 from bench.method import Context, MethodReport
 from bench.models.model import Model
 from methods.baselines.expert_removal import WholeExpertPruning, select_whole_experts
-from methods.moe.calibration_statistics import Activations
-from methods.moe.calibration_walk import SequentialPruning, require_finite
+from methods.moe.calibration import Activations, SequentialPruning, require_finite
 from methods.moe.pruning import MicroExpertPruning, refuse_offloaded, require_calibration
 from methods.moe.ranking import lowest, magnitudes
 

@@ -26,8 +26,7 @@ from pydantic import Field
 from torch import Tensor
 
 from bench.models.structure.moe_block import MoEBlock
-from methods.moe.calibration_statistics import Moments, squared_column_norms
-from methods.moe.calibration_walk import require_finite
+from methods.moe.calibration import Moments, require_finite, squared_column_norms
 from methods.moe.least_squares import ExpertGrams
 from methods.moe.micro_experts import SHARED, expert_spans, expert_view
 

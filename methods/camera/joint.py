@@ -33,8 +33,13 @@ from bench.models.structure.expert_view import ExpertView
 from bench.models.structure.model_structure import ModelStructure
 from bench.models.structure.moe_block import MoEBlock
 from methods.camera.allocation import block_lengths, block_size, energy_order
-from methods.moe.calibration_statistics import squared_column_norms
-from methods.moe.calibration_walk import NullObserver, WalkOptions, require_finite, walk_blocks
+from methods.moe.calibration import (
+    NullObserver,
+    WalkOptions,
+    require_finite,
+    squared_column_norms,
+    walk_blocks,
+)
 from methods.moe.pruning import require_calibration
 from methods.moe.quantizer.bit_budget import exact_fraction, solve_multiple_choice_knapsack
 from methods.moe.quantizer.expert_plan import ExpertPlan, matrix_weights, tied_plan

@@ -28,8 +28,14 @@ from bench.method import Context, MethodReport
 from bench.models.model import Model
 from bench.models.structure.moe_block import MoEBlock
 from bench.ui import Progress
-from methods.moe.calibration_statistics import Activations, backpropagate_loss, enable_gradients
-from methods.moe.calibration_walk import CalibratedPruning, require_finite, walk_blocks
+from methods.moe.calibration import (
+    Activations,
+    CalibratedPruning,
+    backpropagate_loss,
+    enable_gradients,
+    require_finite,
+    walk_blocks,
+)
 from methods.moe.micro_experts import expert_spans, expert_view
 from methods.moe.pruning import MicroExpertPruning, refuse_offloaded, require_calibration
 from methods.moe.ranking import energy_share, lowest, lowest_overall

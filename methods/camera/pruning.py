@@ -19,7 +19,7 @@ from bench.models.structure.moe_block import MoEBlock
 from bench.ui import Progress
 from methods.camera.allocation import allocate_least_error
 from methods.camera.analysis import Alpha, BlockEnergies, resolve_alpha
-from methods.moe.calibration_walk import SequentialPruning, walk_blocks
+from methods.moe.calibration import SequentialPruning, walk_blocks
 from methods.moe.least_squares import ExpertGrams, refit_experts
 from methods.moe.micro_experts import (
     SHARED,

@@ -38,7 +38,7 @@ from methods.camera.allocation import (
     rank_blocks,
 )
 from methods.camera.analysis import Alpha, BlockEnergies, energy, resolve_alpha
-from methods.moe.calibration_statistics import Moments, squared_column_norms
+from methods.moe.calibration import Moments, squared_column_norms
 from methods.moe.micro_experts import SHARED, expert_spans
 from methods.moe.quantizer.bit_budget import exact_fraction, level_sizes, mean_bits_of
 from methods.moe.quantizer.expert_plan import ExpertPlan, MatrixPlan, tied_plan

@@ -14,14 +14,13 @@ from torch import Tensor, nn
 
 from bench.errors import UserError
 from bench.method import ALL_FORMS, Context, LayerReport, Method, MethodReport, WeightForm
-from bench.models.layer_stream import LayerStream
 from bench.models.model import Model
-from bench.models.offload import is_offloaded
+from bench.models.offload import LayerStream, is_offloaded
 from bench.models.structure.dense_layer import is_transposed, shape_of, weight_of
 from bench.models.structure.model_structure import ModelStructure
 from bench.ui import Progress
 from methods.dense.units import Kind, Units, describe_in_config, find_units, remove_units
-from methods.moe.calibration_statistics import observe_inputs
+from methods.moe.calibration import observe_inputs
 from methods.moe.pruning import require_calibration
 
 

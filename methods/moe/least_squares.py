@@ -20,8 +20,7 @@ from torch import Tensor
 
 from bench.errors import UserError
 from bench.models.structure.moe_block import MoEBlock
-from methods.moe.calibration_statistics import Gram
-from methods.moe.calibration_walk import NullObserver
+from methods.moe.calibration import Gram, NullObserver
 from methods.moe.micro_experts import SHARED, complement, expert_spans, expert_view
 
 

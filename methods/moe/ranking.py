@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.models.structure.moe_block import MoEBlock
-from methods.moe.calibration_statistics import squared_column_norms
+from methods.moe.calibration import squared_column_norms
 from methods.moe.micro_experts import expert_spans, expert_view
 
 

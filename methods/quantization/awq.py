@@ -27,8 +27,8 @@ from torch.func import functional_call
 from bench.data.calibration import Calibration
 from bench.errors import UserError
 from bench.method import Context, LayerReport, MethodReport
-from bench.models.layer_stream import LayerStream
 from bench.models.model import Model
+from bench.models.offload import LayerStream
 from bench.models.structure.dense_layer import (
     bias_of,
     feed_forwards,
@@ -38,7 +38,7 @@ from bench.models.structure.dense_layer import (
 )
 from bench.models.structure.model_structure import ModelStructure
 from bench.ui import Progress
-from methods.moe.calibration_statistics import Gram, observe_inputs
+from methods.moe.calibration import Gram, observe_inputs
 from methods.moe.pruning import refuse_packed, require_calibration
 from methods.moe.quantizer.grid import Clip, column_groups, round_weights
 from methods.moe.quantizer.layer_walk import UNQUANTIZED_BITS

@@ -26,7 +26,7 @@ from bench.models.model import Model
 from bench.models.structure.expert_view import ExpertView
 from bench.models.structure.model_structure import ModelStructure
 from bench.models.structure.moe_block import MoEBlock
-from methods.moe.calibration_walk import NullObserver, require_finite
+from methods.moe.calibration import NullObserver, require_finite
 from methods.moe.pruning import require_experts
 from methods.moe.quantizer.bit_budget import exact_fraction, solve_multiple_choice_knapsack
 from methods.moe.quantizer.expert_plan import ExpertPlan, uniform_plan

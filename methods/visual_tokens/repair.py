@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from bench.data.prompts import ProcessedPrompts
 from bench.models.vlm.decoder_view import DecoderLayer
 from bench.ui import Progress
-from methods.moe.calibration_statistics import Gram, observe_inputs
+from methods.moe.calibration import Gram, observe_inputs
 from methods.moe.least_squares import refit_columns
 from methods.visual_engine.decoder import VisualEngine
 from methods.visual_engine.settings import RepairedProjections

@@ -20,8 +20,7 @@ from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure
 from methods import checkpoint
 from methods.checkpoint import Checkpoint, CheckpointManager
-from methods.moe.calibration_statistics import Activations
-from methods.moe.calibration_walk import WalkOptions, require_finite, walk_blocks
+from methods.moe.calibration import Activations, WalkOptions, require_finite, walk_blocks
 from methods.moe.pruning import (
     MicroExpertPruning,
     refuse_offloaded,

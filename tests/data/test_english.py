@@ -2,7 +2,7 @@
 
 from pydoc_data.topics import topics
 
-from bench.data import english
+from bench.data import calibration
 
 SIDES = {"if": True, "numbers": True, "while": False, "lambda": False}
 
@@ -10,21 +10,21 @@ SIDES = {"if": True, "numbers": True, "while": False, "lambda": False}
 def test_every_page_is_on_one_side() -> None:
     for name, text in topics.items():
         page = text.strip()
-        assert (page in english.train_text()) != (page in english.test_text()), name
+        assert (page in calibration.train_text()) != (page in calibration.test_text()), name
 
 
 def test_side_follows_from_the_name_alone() -> None:
-    sides = {name: english.is_test_page(name) for name in SIDES}
+    sides = {name: calibration.is_test_page(name) for name in SIDES}
     assert sides == SIDES
-    share = sum(map(english.is_test_page, topics)) / len(topics)
+    share = sum(map(calibration.is_test_page, topics)) / len(topics)
     assert 0.1 < share < 0.35
 
 
 def test_both_sides_are_long_enough() -> None:
-    assert len(english.train_text()) > 200_000
-    assert len(english.test_text()) > 40_000
+    assert len(calibration.train_text()) > 200_000
+    assert len(calibration.test_text()) > 40_000
 
 
 def test_fingerprint_is_of_the_test_text() -> None:
-    assert english.fingerprint() == english.fingerprint()
-    assert len(english.fingerprint()) == 64
+    assert calibration.fingerprint() == calibration.fingerprint()
+    assert len(calibration.fingerprint()) == 64

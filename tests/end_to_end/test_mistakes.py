@@ -14,7 +14,7 @@ from bench.config.run_config import validate
 from bench.errors import UserError
 from bench.evaluation.task_planning import task_code_errors
 from bench.records import Store
-from bench.records.atomic_files import refuse_unwritable
+from bench.records.files import refuse_unwritable
 from tests.records.test_store import make
 
 SEARCH = "sweep=camera_p_pareto"

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from bench.data import english
+from bench.data import calibration
 from bench.models.model import Model
 from bench.schema import ModelConfig
 
@@ -27,7 +27,7 @@ def tokenizer():
     from transformers import PreTrainedTokenizerFast
 
     fast = ByteLevelBPETokenizer()
-    fast.train_from_iterator([english.test_text()[:40_000]], 600, special_tokens=[END])
+    fast.train_from_iterator([calibration.test_text()[:40_000]], 600, special_tokens=[END])
     return PreTrainedTokenizerFast(tokenizer_object=fast._tokenizer, eos_token=END)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 
-from bench.data import english
+from bench.data import calibration
 from bench.data.synthetic.world import documents_by_split
 from bench.errors import UserError
 from bench.evaluation import BenchmarkConfig, PerplexityConfig, evaluate, plan
@@ -136,7 +136,7 @@ def test_a_mean_over_tasks_needs_all_of_them(model, holed, tmp_path):
 
 def test_windows_without_a_finite_loss_are_in_no_perplexity(model, holed, tmp_path):
     file = tmp_path / "text.txt"
-    plain = english.train_text()[:4000]
+    plain = calibration.train_text()[:4000]
     file.write_text(f"{ODD} {plain}")
     text = PerplexityConfig(text="english", window=64, path=str(file))
 
@@ -157,7 +157,7 @@ def test_windows_without_a_finite_loss_are_in_no_perplexity(model, holed, tmp_pa
 def test_a_perplexity_beyond_floating_point_is_missing_with_the_mean_loss(model, tmp_path):
     extreme = with_network(model, lambda network: network.lm_head.weight.mul_(1e5))
     file = tmp_path / "text.txt"
-    file.write_text(english.train_text()[:2000])
+    file.write_text(calibration.train_text()[:2000])
     text = PerplexityConfig(text="english", window=64, path=str(file))
     config = BenchmarkConfig(name="ppl", perplexity={"text": text})
     found = evaluate(extreme, plan(config, offline=True))

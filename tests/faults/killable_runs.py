@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.cli.main import main
-from bench.data import english
+from bench.data import calibration
 from bench.evaluation.response_cache import ResponseCache
 from bench.records import Store
 from bench.ui import Progress
 
 # The whole text has five hundred windows, which would be most of a run's time.
-SHORT_TEXT = Path(tempfile.mkdtemp(prefix="killable-")) / "english.txt"
-SHORT_TEXT.write_text(english.test_text()[:4000], encoding="utf-8")
+SHORT_TEXT = Path(tempfile.mkdtemp(prefix="killable-")) / "calibration.txt"
+SHORT_TEXT.write_text(calibration.test_text()[:4000], encoding="utf-8")
 atexit.register(shutil.rmtree, SHORT_TEXT.parent)
 SMALL = (
     "benchmark.tasks=[arc_easy,boolq]",

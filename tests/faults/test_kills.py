@@ -5,7 +5,7 @@ import random
 import signal
 import time
 
-from bench.records import Store, atomic_files
+from bench.records import Store, files
 from tests.faults.killable_runs import (
     counting,
     die_in,
@@ -39,7 +39,7 @@ def die_at_rename(number):
     """Return what kills a process right after the `number`-th rename of a folder."""
 
     def arm():
-        rename, seen = atomic_files.Path.rename, []
+        rename, seen = files.Path.rename, []
 
         def deadly(self, target):
             found = rename(self, target)
@@ -48,7 +48,7 @@ def die_at_rename(number):
                 os.kill(os.getpid(), signal.SIGKILL)
             return found
 
-        atomic_files.Path.rename = deadly
+        files.Path.rename = deadly
 
     return arm
 

@@ -7,9 +7,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2MoeConfig, Qwen2Moe
 from bench.device.energy_counters import Unavailable
 from bench.errors import UserError
 from bench.measurement import energy
-from bench.measurement.costs import count_costs, measure_costs, without_contradicted
+from bench.measurement.costs import count_costs, disk_bytes, measure_costs, without_contradicted
 from bench.measurement.flops import analytic
-from bench.measurement.memory import disk_bytes
 from bench.measurement.quantities import CostReport, MeasuredPair
 from bench.measurement.roofline import DeviceLimits, device_limits, weight_bytes_read
 from bench.measurement.workload import refuse_long_prompts, workloads

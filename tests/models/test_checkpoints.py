@@ -15,7 +15,7 @@ from bench.measurement.costs import count_costs
 from bench.models import checkpoints
 from bench.models.loading import load_model, skeleton
 from bench.models.source import resolve_model
-from bench.runner.record_builder import describe_dense_model
+from bench.runner.execute import describe_dense_model
 from bench.schema import CostsConfig, ModelConfig
 from tests.models.quantized_folder import write_quantized
 from tests.models.tiny_networks import SIZES, llama, randomise, save, tokens

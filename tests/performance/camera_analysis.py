@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from bench.models.layer_stream import LayerStream
 from bench.models.model import Model
+from bench.models.offload import LayerStream
 from bench.models.structure.model_structure import inspect_model
 from bench.models.structure.moe_block import MoEBlock
 from bench.schema import ModelConfig
 from bench.ui import SILENT
 from methods.camera.analysis import BlockEnergies
-from methods.moe.calibration_walk import WalkOptions, walk_blocks
+from methods.moe.calibration import WalkOptions, walk_blocks
 from tests.performance.figure import Figure
 from tests.performance.interleaved import ratio, times
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bench.evaluation.harness_logs import quiet_lm_eval
+from bench.evaluation.task_planning import quiet_lm_eval
 from bench.evaluation.text.adapter import LmEvalAdapter
 from bench.evaluation.text.lm_eval import cached_templates
 from bench.models import loading, source

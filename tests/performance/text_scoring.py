@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from bench.evaluation.harness_logs import quiet_lm_eval
+from bench.evaluation.task_planning import quiet_lm_eval
 from bench.evaluation.text.adapter import LmEvalAdapter
 from bench.evaluation.text.prefix.trie import Trie
 from bench.evaluation.text.requests import Loglikelihood, LoglikelihoodRequest, Loglikelihoods

@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.data.synthetic.world import TASKS
 from bench.evaluation import BenchmarkConfig, plan
-from bench.evaluation.harness_logs import quiet_lm_eval
+from bench.evaluation.task_planning import quiet_lm_eval
 from bench.evaluation.text.lm_eval import cached_templates
 from bench.evaluation.text.planned_tasks import PlannedTask
 

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from bench.records.atomic_files import write_folder
+from bench.records.files import write_folder
 
 
 def test_a_folder_is_synced_with_everything_below_it(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from bench.errors import UserError
 from bench.records import AppliedMethod, Cost, DenseModel, Metric, Record, Store, run_id
 from bench.records import load as load_frame
 from bench.records import samples as load_samples
-from bench.records.atomic_files import write_bytes, write_folder
+from bench.records.files import write_bytes, write_folder
 
 
 def make(identifier="a" * 12, ratio=None, value=0.5):

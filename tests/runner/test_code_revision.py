@@ -4,18 +4,16 @@ import subprocess
 
 import pytest
 
-from bench.runner import record_builder
+from bench.runner import execute
 
 
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
     """A working tree with one commit that holds this package."""
-    for name in ("bench/runner/record_builder.py", "methods/mine.py", "README.md", ".gitignore"):
+    for name in ("bench/runner/execute.py", "methods/mine.py", "README.md", ".gitignore"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("results/\n")
-    monkeypatch.setattr(
-        record_builder, "__file__", str(tmp_path / "bench/runner/record_builder.py")
-    )
+    monkeypatch.setattr(execute, "__file__", str(tmp_path / "bench/runner/execute.py"))
     for name in ("AUTHOR", "COMMITTER"):
         monkeypatch.setenv(f"GIT_{name}_NAME", "someone")
         monkeypatch.setenv(f"GIT_{name}_EMAIL", "someone@example.org")
@@ -31,11 +29,11 @@ def git(tree, *arguments):
 
 
 def revision():
-    record_builder.code_revision.cache_clear()
+    execute.code_revision.cache_clear()
     try:
-        return record_builder.code_revision()
+        return execute.code_revision()
     finally:
-        record_builder.code_revision.cache_clear()
+        execute.code_revision.cache_clear()
 
 
 def test_a_clean_tree_is_its_commit(tree):
@@ -69,10 +67,10 @@ def test_results_and_notes_leave_it_clean(tree, name):
 
 
 def test_a_package_inside_somebodys_repository_has_no_commit(tree, monkeypatch):
-    installed = tree / "results/site-packages/bench/runner/record_builder.py"
+    installed = tree / "results/site-packages/bench/runner/execute.py"
     installed.parent.mkdir(parents=True)
     installed.touch()
-    monkeypatch.setattr(record_builder, "__file__", str(installed))
+    monkeypatch.setattr(execute, "__file__", str(installed))
     assert revision() is None
 
 

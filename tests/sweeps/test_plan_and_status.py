@@ -12,7 +12,7 @@ import pytest
 
 from bench.errors import Stopped, UserError
 from bench.records import Store
-from bench.records.atomic_files import write_bytes
+from bench.records.files import write_bytes
 from bench.sweeps import (
     RunRequest,
     RunResult,

@@ -6,13 +6,14 @@ import os
 import pty
 import select
 import sys
+import time
 import types
 
 import pytest
 
 from bench import ui
 from bench.ui import messages
-from bench.ui import progress as display
+from bench.ui import messages as display
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +30,7 @@ def everything_is_said():
 def clock(monkeypatch):
     """A clock that the test sets."""
     now = types.SimpleNamespace(seconds=0.0)
-    fake = types.SimpleNamespace(perf_counter=lambda: now.seconds)
+    fake = types.SimpleNamespace(perf_counter=lambda: now.seconds, strftime=time.strftime)
     monkeypatch.setattr(display, "time", fake)
     return now
 

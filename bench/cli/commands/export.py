@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from bench.errors import EXIT_DONE, UserError
 from bench.records import Store
-from bench.records.atomic_files import refuse_unwritable, write_folder
+from bench.records.files import refuse_unwritable, write_folder
 from bench.reporting.model_card import model_card
 from bench.runner.replay import rebuild_model
 from bench.runner.session import Session

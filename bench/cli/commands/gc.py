@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from bench.errors import EXIT_DONE, UserError
 from bench.records import Store
-from bench.records.foreign_files import reason_of
+from bench.records.files import reason_of
 from bench.records.store import MARKER, RECORD
 from bench.sweeps import sweep_jobs
 from bench.sweeps.plan import SWEEPS, load_plan

@@ -108,7 +108,7 @@ def report(given: argparse.Namespace) -> int:
 def track(given: argparse.Namespace) -> int:
     """`bench track [RUN ...]`."""
     from bench.records import Store
-    from bench.records.atomic_files import refuse_unwritable
+    from bench.records.files import refuse_unwritable
     from bench.reporting.wandb_sync import sync_all, sync_runs
 
     store = Store(given.results_dir)

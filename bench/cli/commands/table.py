@@ -19,7 +19,7 @@ from bench.errors import EXIT_WRONG_INPUT, MissingData, RunsFailed, UserError
 from bench.evaluation.task_planning import prefetch_command
 from bench.models.source import resolve_model
 from bench.records import Store
-from bench.records.atomic_files import refuse_unwritable
+from bench.records.files import refuse_unwritable
 from bench.reporting.tables import build_table, load_table_config, table_slots
 from bench.reporting.tables.table_config import PARTS, with_overrides
 from bench.reporting.tables.writers import TABLE_FOLDER, print_table, table_rows, write_table

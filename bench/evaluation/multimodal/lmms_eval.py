@@ -16,7 +16,6 @@ from bench.errors import UserError, library_failures_as_errors
 from bench.evaluation.distributed import hidden_from_harness
 from bench.evaluation.evidence import task_evidence, warn_about
 from bench.evaluation.harness import DocumentSource, ScoredBenchmark
-from bench.evaluation.harness_logs import quiet_lmms_eval
 from bench.evaluation.metrics import (
     EMPTY_ANSWER,
     LoggedSample,
@@ -38,6 +37,7 @@ from bench.evaluation.response_cache import ResponseCache
 from bench.evaluation.task_planning import (
     collect,
     go_offline_if_needed,
+    quiet_lmms_eval,
     reads_hub,
     refuse_missing_data,
     refuse_unknown_tasks,

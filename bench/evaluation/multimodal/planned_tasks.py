@@ -18,7 +18,6 @@ from PIL.Image import Image
 from bench.data.image_files import UnfitImage
 from bench.errors import UserError, unknown_name
 from bench.evaluation.harness import DocumentSource, number_within
-from bench.evaluation.harness_logs import quiet_lmms_eval
 from bench.evaluation.metrics import NO_LABEL, TaskAnswers
 from bench.evaluation.multimodal import derived_metrics, task_data, task_index
 from bench.evaluation.multimodal.task_data import ImageDocuments, open_document_images
@@ -29,6 +28,7 @@ from bench.evaluation.task_planning import (
     definition_hash,
     evaluated_split,
     folders_of,
+    quiet_lmms_eval,
     task_code_errors,
     task_fault,
 )

@@ -19,7 +19,6 @@ from lm_eval.api.model import LM
 from bench.errors import UserError
 from bench.evaluation.evidence import EvidenceLog, task_evidence, warn_about
 from bench.evaluation.harness import SEED, DocumentSource, ScoredBenchmark
-from bench.evaluation.harness_logs import quiet_lm_eval
 from bench.evaluation.metrics import (
     SampleRow,
     TaskAnswers,
@@ -33,6 +32,7 @@ from bench.evaluation.task_planning import (
     collect,
     evaluated_split,
     go_offline_if_needed,
+    quiet_lm_eval,
     reads_hub,
     refuse_missing_data,
     refuse_unknown_tasks,

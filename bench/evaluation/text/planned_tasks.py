@@ -13,7 +13,6 @@ from lm_eval.tasks import TaskManager
 from bench.data import hub
 from bench.errors import UserError, unknown_name
 from bench.evaluation.harness import DocumentSource, hub_source, number_within
-from bench.evaluation.harness_logs import quiet_lm_eval
 from bench.evaluation.local_files import LABELS
 from bench.evaluation.metrics import NO_LABEL, TaskAnswers
 from bench.evaluation.row_files import SUFFIXES, existing_path
@@ -24,6 +23,7 @@ from bench.evaluation.task_planning import (
     definition_hash,
     evaluated_split,
     folders_of,
+    quiet_lm_eval,
     task_code_errors,
     task_fault,
 )

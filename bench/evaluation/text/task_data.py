@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import datasets
 
-from bench.data import english, hub
+from bench.data import calibration, hub
 from bench.data.digests import files_within, state_hash
 from bench.data.synthetic.world import documents, fingerprint
 from bench.data.synthetic.world import documents_by_split as world_splits
@@ -135,8 +135,8 @@ def load_perplexity_text(name: str, config: PerplexityConfig) -> PlannedText:
             f"benchmark.perplexity.{name}.path={config.path}", config.path
         )
     elif config.text == "english":
-        documents = [english.test_text()]
-        source = DocumentSource("embedded", "english", None, english.fingerprint())
+        documents = [calibration.test_text()]
+        source = DocumentSource("embedded", "english", None, calibration.fingerprint())
     else:
         documents, source = _text_from_hub(config, split)
     return PlannedText(name, config, documents, split, source)

@@ -13,7 +13,7 @@ import pandas as pd
 from bench.errors import UserError
 from bench.evaluation import BenchmarkConfig, PlanCache
 from bench.records import Metric, Record
-from bench.records.atomic_files import refuse_unwritable
+from bench.records.files import refuse_unwritable
 from bench.reporting.comparison.comparison import ComparedRun
 from bench.reporting.comparison.metric_forms import metric_rows
 

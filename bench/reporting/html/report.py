@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bench.errors import UserError
 from bench.records import Metric, Record, Store
-from bench.records.atomic_files import refuse_unwritable, write_bytes
+from bench.records.files import refuse_unwritable, write_bytes
 from bench.reporting.html import page, samples
 from bench.reporting.html.samples import SampleChunk, SampleShare
 from bench.reporting.leaderboard import Leaderboard, LeaderboardRow, build_leaderboard

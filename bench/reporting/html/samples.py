@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from bench.records import Store
-from bench.records.foreign_files import warn_once
+from bench.records.files import warn_once
 from bench.records.index import samples_table
 from bench.records.store import SAMPLES
 from bench.reporting.leaderboard import Leaderboard, LeaderboardRow

@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from bench.records.atomic_files import write_bytes
+from bench.records.files import write_bytes
 from bench.reporting.tables import cell_text
 from bench.reporting.tables.table import Table, TableCell, TableLine
 from bench.reporting.terminal_tables import terminal_table, widest_fitting

@@ -34,7 +34,7 @@ from methods.baselines.d2_moe.shared_base_experts import (
     SharedBaseExperts,
     SharedMatrix,
 )
-from methods.moe.calibration_walk import NullObserver, require_finite
+from methods.moe.calibration import NullObserver, require_finite
 
 
 class InputMoments(NullObserver):

@@ -24,8 +24,12 @@ from methods.baselines.d2_moe.factorization import (
     assemble_experts,
 )
 from methods.baselines.expert_scores import ExpertTokenCounts
-from methods.moe.calibration_statistics import backpropagate_loss, enable_gradients
-from methods.moe.calibration_walk import CalibratedPruning, walk_blocks
+from methods.moe.calibration import (
+    CalibratedPruning,
+    backpropagate_loss,
+    enable_gradients,
+    walk_blocks,
+)
 from methods.moe.micro_experts import replace_child
 from methods.moe.pruning import LayerEntry, refuse_offloaded, require_calibration
 

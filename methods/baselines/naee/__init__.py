@@ -28,14 +28,14 @@ from torch import Tensor, nn
 
 from bench.errors import UserError
 from bench.method import Context, MethodReport, WeightForm
-from bench.models.layer_stream import LayerStream
 from bench.models.model import Model
+from bench.models.offload import LayerStream
 from bench.models.structure.model_structure import ModelStructure
 from bench.models.structure.moe_block import MoEBlock
 from bench.ui import Progress
 from methods.baselines.expert_removal import ExpertState, RemovedExperts, WholeExpertPruning
 from methods.baselines.router_masks import dense_routing_weights, route
-from methods.moe.calibration_walk import require_finite
+from methods.moe.calibration import require_finite
 from methods.moe.pruning import LayerEntry, refuse_offloaded, require_calibration
 
 # Tokens per chunk: all experts run on a chunk at once, [CHUNK, E, D] outputs in float64.

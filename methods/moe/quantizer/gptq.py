@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from methods.moe.calibration_statistics import Gram
+from methods.moe.calibration import Gram
 from methods.moe.quantizer.grid import Clip, QuantGrid, QuantizedMatrix, quantize_groups
 
 # Attempts to factorize a Hessian; the damping grows tenfold after each failure.

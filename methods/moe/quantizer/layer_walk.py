@@ -18,15 +18,14 @@ from bench.errors import UserError
 from bench.models.bitpacking.packed_modules import PackedExpert, PackedExperts
 from bench.models.bitpacking.packed_shape import Level, PackedShape
 from bench.models.expert_hooks import ExpertObserver, observe_experts
-from bench.models.layer_stream import LayerStream
 from bench.models.model import Model
-from bench.models.offload import onloaded
+from bench.models.offload import LayerStream, onloaded
 from bench.models.structure.dense_layer import is_projection, shape_of
 from bench.models.structure.expert_view import gated_projections
 from bench.models.structure.moe_block import MoEBlock
 from bench.models.structure.ragged_experts import activation_of
 from bench.ui import Progress
-from methods.moe.calibration_statistics import Gram, observe_inputs
+from methods.moe.calibration import Gram, observe_inputs
 from methods.moe.micro_experts import replace_child
 from methods.moe.quantizer.bit_budget import BitCount, weights_by_bits
 from methods.moe.quantizer.expert_plan import matrix_weights

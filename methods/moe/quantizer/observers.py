@@ -12,8 +12,7 @@ from torch import Tensor
 
 from bench.models.expert_hooks import ExpertObserver
 from bench.models.structure.moe_block import MoEBlock
-from methods.moe.calibration_statistics import Gram
-from methods.moe.calibration_walk import NullObserver, require_finite
+from methods.moe.calibration import Gram, NullObserver, require_finite
 from methods.moe.quantizer.expert_plan import ExpertPlan, uniform_plan
 from methods.moe.quantizer.rounding import ExpertHessians
 

@@ -18,7 +18,7 @@ from bench.models.bitpacking.packed_modules import PackedLinear
 from bench.models.bitpacking.packed_shape import PackedShape
 from bench.models.structure.dense_layer import weight_of
 from bench.models.structure.expert_view import ExpertView
-from methods.moe.calibration_statistics import Gram
+from methods.moe.calibration import Gram
 from methods.moe.quantizer.expert_plan import ExpertPlan, MatrixPlan
 from methods.moe.quantizer.gptq import gptq, inverse_factor
 from methods.moe.quantizer.grid import Clip, QuantizedMatrix, round_to_nearest, row_bits

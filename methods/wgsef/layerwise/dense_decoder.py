@@ -22,7 +22,7 @@ from bench.models.model import Model
 from bench.models.offload import is_offloaded
 from bench.models.structure.dense_layer import find_heads, weight_of
 from bench.models.structure.model_structure import ModelStructure
-from methods.moe.calibration_statistics import Gram, observe_inputs
+from methods.moe.calibration import Gram, observe_inputs
 from methods.moe.least_squares import refit_columns, refit_error
 from methods.moe.pruning import LayerEntry, require_calibration
 from methods.wgsef.groups import transformer

@@ -15,7 +15,7 @@ from torch import Tensor
 from bench.method import Context, MethodReport
 from bench.models.model import Model
 from bench.models.structure.moe_block import MoEBlock
-from methods.moe.calibration_walk import SequentialPruning, require_finite
+from methods.moe.calibration import SequentialPruning, require_finite
 from methods.moe.least_squares import ExpertGrams, refit_experts
 from methods.moe.micro_experts import channels_per_expert, expert_spans, expert_view
 from methods.moe.pruning import (

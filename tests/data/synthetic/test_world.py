@@ -16,7 +16,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from bench.data.synthetic import Split
-from bench.data.synthetic.world import prose, question_sets, questions
+from bench.data.synthetic.world import entities, question_sets
 from bench.data.synthetic.world.entities import build_world
 from bench.data.synthetic.world.question_sets import write_parquet
 
@@ -66,9 +66,9 @@ each_task = pytest.mark.parametrize("task", question_sets.TASKS)
 
 
 @cache
-def prompts(task: str, split: Split) -> list[questions.RenderedQuestion]:
+def prompts(task: str, split: Split) -> list[entities.RenderedQuestion]:
     return [
-        questions.render_question(task, document)
+        entities.render_question(task, document)
         for document in question_sets.documents(task, split)
     ]
 
@@ -113,7 +113,7 @@ def test_rendering_is_that_of_the_harness(task: str) -> None:
     for doc in docs:
         requests = harness.construct_requests(doc, harness.fewshot_context(doc, 0))
         choices = tuple(request.args for request in requests)
-        prompt = questions.render_question(task, doc)
+        prompt = entities.render_question(task, doc)
         assert prompt.choices == choices
         lengths = tuple(map(len, harness.doc_to_choice(doc)))
         assert prompt.lengths == lengths
@@ -190,18 +190,18 @@ def test_positions_of_the_answer_are_balanced(task: str) -> None:
     assert max(counts.values()) - min(counts.values()) <= 1
 
 
-def longest(prompt: questions.RenderedQuestion) -> int:
+def longest(prompt: entities.RenderedQuestion) -> int:
     return max(range(len(prompt.lengths)), key=prompt.lengths.__getitem__)
 
 
-def shortest(prompt: questions.RenderedQuestion) -> int:
+def shortest(prompt: entities.RenderedQuestion) -> int:
     return min(range(len(prompt.lengths)), key=prompt.lengths.__getitem__)
 
 
 @pytest.mark.parametrize("chooser", [longest, shortest])
 @each_task
 def test_length_does_not_give_the_answer_away(
-    task: str, chooser: Callable[[questions.RenderedQuestion], int]
+    task: str, chooser: Callable[[entities.RenderedQuestion], int]
 ) -> None:
     questions = prompts(task, "test")
     uneven = [prompt for prompt in questions if len(set(prompt.lengths)) > 1]
@@ -229,7 +229,7 @@ def test_prior_of_the_answers_does_not_give_them_away(task: str) -> None:
     assert hits - chance < 0.1 * 400
 
 
-def _choice(prompt: questions.RenderedQuestion, index: int) -> str:
+def _choice(prompt: entities.RenderedQuestion, index: int) -> str:
     context, continuation = prompt.choices[index]
     return continuation if len(set(prompt.choices)) > 1 else context
 
@@ -252,7 +252,7 @@ def test_arithmetic_is_right() -> None:
     }
     for document in question_sets.documents("mathqa", "test"):
         name, x, y = re.findall(r"\w+", document["annotated_formula"])
-        prompt = questions.render_question("mathqa", document)
+        prompt = entities.render_question("mathqa", document)
         assert int(prompt.choices[prompt.gold][1]) == signs[name](int(x), int(y))
         assert len({choice for _, choice in prompt.choices}) == 5
 
@@ -271,6 +271,6 @@ def test_a_story_is_about_people_of_its_side(side: Split) -> None:
     names = {person.name for person in place.people if person.split == side}
     others = {person.name for person in place.people if person.split != side}
     for seed in range(20):
-        words = set(re.findall(r"\w+", prose.tell_story(random.Random(seed), place, side)))
+        words = set(re.findall(r"\w+", question_sets.tell_story(random.Random(seed), place, side)))
         assert words & names
         assert not words & others

@@ -14,7 +14,7 @@ from lm_eval.evaluator import evaluate as harness
 from bench.data.synthetic.world import TASKS
 from bench.errors import UserError
 from bench.evaluation import BenchmarkConfig, evaluate, plan
-from bench.evaluation.harness_logs import quiet_lm_eval
+from bench.evaluation.task_planning import quiet_lm_eval
 from bench.evaluation.text.adapter import LmEvalAdapter
 from bench.schema import ModelConfig
 from bench.ui import SILENT

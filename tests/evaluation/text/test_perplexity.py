@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from bench.data import english
+from bench.data import calibration
 from bench.errors import UserError
 from bench.evaluation import BenchmarkConfig, PerplexityConfig, evaluate, plan
 from bench.evaluation.text.perplexity import consecutive_windows, perplexity, random_windows
@@ -32,7 +32,7 @@ def brute_force(model, windows):
 
 def test_english_against_a_direct_loop(model):
     found = measured(model, PerplexityConfig(text="english", window=128), limit=6)
-    tokens = model.tokenizer(english.test_text())["input_ids"]
+    tokens = model.tokenizer(calibration.test_text())["input_ids"]
     means = brute_force(model, [tokens[i * 128 : (i + 1) * 128] for i in range(6)])
     (metric,) = found.metrics
     mean = sum(means) / 6
@@ -86,7 +86,7 @@ def test_too_little_text_is_refused():
 
 def test_a_text_file_is_measured_and_its_faults_are_named(model, tmp_path):
     file = tmp_path / "mine.txt"
-    file.write_text(english.train_text()[:2000])
+    file.write_text(calibration.train_text()[:2000])
     found = measured(model, PerplexityConfig(text="english", window=32, path=str(file)))
     (metric,) = found.metrics
     tokens = model.tokenizer(file.read_text())["input_ids"]

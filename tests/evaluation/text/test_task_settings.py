@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bench.errors import UserError
 from bench.evaluation import BenchmarkConfig, evaluate, plan, rescore
-from bench.evaluation.harness_logs import quiet_lm_eval
+from bench.evaluation.task_planning import quiet_lm_eval
 from bench.models.model import Model
 from bench.schema import ModelConfig
 from bench.ui import Progress

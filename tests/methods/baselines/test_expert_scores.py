@@ -9,7 +9,7 @@ from bench.ui import SILENT
 from methods.baselines.expert_scores import ExpertFrequency, Reap
 from methods.baselines.micro_expert_controls import ActivationOnly, Magnitude, RandomMicroExperts
 from methods.camera.loss_aware import CameraLossAware
-from methods.moe.calibration_statistics import Activations
+from methods.moe.calibration import Activations
 from methods.moe.micro_experts import SHARED, expert_spans, expert_view, zero_micro_experts
 from methods.moe.ranking import magnitudes
 from tests.methods.method_application import applied, block_inputs, model_of, network_of, zeroed

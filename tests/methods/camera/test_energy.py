@@ -8,8 +8,7 @@ from bench.models.structure.model_structure import inspect_model
 from bench.schema import ModelConfig
 from bench.ui import SILENT
 from methods.camera.analysis import BlockEnergies, energy
-from methods.moe.calibration_statistics import Moments, squared_column_norms
-from methods.moe.calibration_walk import WalkOptions, walk_blocks
+from methods.moe.calibration import Moments, WalkOptions, squared_column_norms, walk_blocks
 from methods.moe.micro_experts import zero_micro_experts
 from tests.models.tiny_networks import ARCHITECTURES, build, tokens, unfuse
 

@@ -17,8 +17,13 @@ from methods.camera.loss_aware import (
     output_metrics,
     sensitivity,
 )
-from methods.moe.calibration_statistics import Activations, Moments, squared_column_norms
-from methods.moe.calibration_walk import WalkOptions, walk_blocks
+from methods.moe.calibration import (
+    Activations,
+    Moments,
+    WalkOptions,
+    squared_column_norms,
+    walk_blocks,
+)
 from methods.moe.micro_experts import expert_spans, expert_view
 from tests.methods.method_application import applied, model_of, network_of, zeroed
 from tests.models.tiny_networks import ARCHITECTURES, build, tokens

@@ -116,7 +116,7 @@ def test_ratio_is_reached_on_either_base_in_every_scope(scope, base):
 def test_goes_from_the_lowest_energies_shared_and_routed_pooled(sequential):
     from bench.ui import SILENT
     from methods.camera.analysis import BlockEnergies
-    from methods.moe.calibration_walk import WalkOptions, walk_blocks
+    from methods.moe.calibration import WalkOptions, walk_blocks
 
     network = build("deepseek_v2")
     walk = WalkOptions(batch=2, chunk=100, sequential=sequential)

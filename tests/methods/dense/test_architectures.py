@@ -18,7 +18,7 @@ from bench.schema import ModelConfig
 from methods.camera.joint import CameraPQ
 from methods.camera.pruning import CameraP
 from methods.camera.quantization import CameraQ, CameraQDagger
-from methods.moe.calibration_walk import NullObserver
+from methods.moe.calibration import NullObserver
 from methods.quantization.awq import Awq
 from methods.quantization.uniform import Rtn
 from tests.methods.dense.architectures import (

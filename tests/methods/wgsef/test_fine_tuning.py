@@ -10,7 +10,7 @@ from bench.models.expert_hooks import observe_experts
 from bench.models.model import Model
 from bench.models.structure.model_structure import inspect_model
 from bench.schema import ModelConfig
-from methods.moe.calibration_statistics import Activations
+from methods.moe.calibration import Activations
 from methods.moe.micro_experts import expert_spans, expert_view
 from methods.wgsef.fine_tuning import WgsefFinetune
 from tests.models.tiny_networks import ARCHITECTURES, build, llama, tokens

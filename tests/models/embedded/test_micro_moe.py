@@ -17,8 +17,8 @@ from transformers import (
     Qwen2MoeForCausalLM,
 )
 
-from bench.data import english
-from bench.data.synthetic.world import question_sets, questions
+from bench.data import calibration
+from bench.data.synthetic.world import entities, question_sets
 from bench.models.embedded.micro_moe import FOLDER, recipe
 
 CHANCE = {
@@ -67,7 +67,7 @@ def test_small_numbers_are_one_token(tokenizer: PreTrainedTokenizerFast) -> None
 def test_context_and_answer_meet_between_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     for task in question_sets.TASKS:
         for document in question_sets.documents(task, "test")[:50]:
-            for context, continuation in questions.render_question(task, document).choices:
+            for context, continuation in entities.render_question(task, document).choices:
                 parts = [tokenizer(text)["input_ids"] for text in (context, continuation)]
                 assert tokenizer(context + continuation)["input_ids"] == parts[0] + parts[1]
 
@@ -76,7 +76,7 @@ def test_log_is_of_this_world_and_this_english() -> None:
     assert LOG["world"] == {"seed": question_sets.SEED, "fingerprint": question_sets.fingerprint()}
     same_python = LOG["versions"]["python"].split(".")[:2] == [*platform.python_version_tuple()][:2]
     if same_python:
-        assert LOG["english"]["fingerprint"] == english.fingerprint()
+        assert LOG["english"]["fingerprint"] == calibration.fingerprint()
 
 
 def test_every_task_is_learned_and_none_is_saturated() -> None:
@@ -101,19 +101,19 @@ def test_perplexity_is_what_the_log_says_and_beats_word_counts(
 ) -> None:
     measured = recipe.english_perplexity(model, tokenizer)
     assert measured < unigram_perplexity(tokenizer) / 3
-    if LOG["english"]["fingerprint"] == english.fingerprint():
+    if LOG["english"]["fingerprint"] == calibration.fingerprint():
         assert measured == pytest.approx(LOG["results"]["english_perplexity"], rel=0.01)
 
 
 def unigram_perplexity(tokenizer: PreTrainedTokenizerFast) -> float:
-    counts = Counter(tokenizer(english.train_text(), verbose=False)["input_ids"])
-    test = tokenizer(english.test_text(), verbose=False)["input_ids"]
+    counts = Counter(tokenizer(calibration.train_text(), verbose=False)["input_ids"])
+    test = tokenizer(calibration.test_text(), verbose=False)["input_ids"]
     total = counts.total() + len(tokenizer)
     return math.exp(-sum(math.log((counts[token] + 1) / total) for token in test) / len(test))
 
 
 def test_no_expert_is_idle(model: Qwen2MoeForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    texts = tokenizer(english.train_text(), verbose=False)["input_ids"][:4096]
+    texts = tokenizer(calibration.train_text(), verbose=False)["input_ids"][:4096]
     texts += tokenizer("\n".join(question_sets.corpus()[::200]))["input_ids"][:4096]
     with torch.no_grad():
         output = model(input_ids=torch.tensor(texts).view(-1, 512), output_router_logits=True)

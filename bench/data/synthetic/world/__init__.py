@@ -4,6 +4,7 @@ Everything is a pure function of a seed. Test questions are about people, substa
 routines, number pairs and passages that occur in no training question.
 """
 
+from bench.data.synthetic.world.entities import RenderedQuestion, WorldDocument, render_question
 from bench.data.synthetic.world.question_sets import (
     SEED,
     TASKS,
@@ -15,7 +16,6 @@ from bench.data.synthetic.world.question_sets import (
     prose_texts,
     question_texts,
 )
-from bench.data.synthetic.world.questions import RenderedQuestion, WorldDocument, render_question
 
 __all__ = [
     "SEED",

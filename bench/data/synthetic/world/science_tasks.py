@@ -12,12 +12,15 @@ from typing import NamedTuple
 
 from bench.data.synthetic import Split
 from bench.data.synthetic.world import vocabulary
-from bench.data.synthetic.world.entities import BEHAVIOURS, Person, Substance, entities_of_split
-from bench.data.synthetic.world.questions import (
+from bench.data.synthetic.world.entities import (
+    BEHAVIOURS,
     DrawContext,
+    Person,
+    Substance,
     WorldQuestion,
     arc_document,
     distractors,
+    entities_of_split,
     insert_answer,
 )
 from bench.data.synthetic.world.vocabulary import GOODS

@@ -23,8 +23,8 @@ from transformers import (
 )
 from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
 
-from bench.data import english
-from bench.data.synthetic.world import question_sets, questions
+from bench.data import calibration
+from bench.data.synthetic.world import entities, question_sets
 from bench.models.embedded.micro_moe.text import (
     WeightedRows,
     english_batches,
@@ -187,10 +187,10 @@ def task_accuracy(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     task: str,
-    documents: Sequence[questions.WorldDocument],
+    documents: Sequence[entities.WorldDocument],
 ) -> float:
     """Return the fraction of correct answers: ``acc`` or ``acc_norm``, as usual for the task."""
-    prompts = [questions.render_question(task, document) for document in documents]
+    prompts = [entities.render_question(task, document) for document in documents]
     pairs = [pair for prompt in prompts for pair in prompt.choices]
     scores = iter(log_probabilities(model, tokenizer, pairs))
     right = 0
@@ -206,7 +206,7 @@ def english_perplexity(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, width: int = 512
 ) -> float:
     """Return the perplexity on the English test text, in windows of ``width`` tokens."""
-    stream = torch.tensor(tokenizer(english.test_text(), verbose=False)["input_ids"])
+    stream = torch.tensor(tokenizer(calibration.test_text(), verbose=False)["input_ids"])
     windows = stream[: len(stream) // width * width].view(-1, width)
     total, count = 0.0, 0
     for window in windows.split(4):
@@ -255,7 +255,7 @@ def train_and_save(folder: Path, settings: MicroMoeRecipe) -> None:
     curve = train(model, world_text, english_text, settings)
     log = training_log(settings, model, time.monotonic() - started, LIBRARIES)
     log["world"] = {"seed": question_sets.SEED, "fingerprint": question_sets.fingerprint()}
-    log["english"] = {"fingerprint": english.fingerprint()}
+    log["english"] = {"fingerprint": calibration.fingerprint()}
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     # Scored as users load it: after the rounding to bfloat16, and through the files.

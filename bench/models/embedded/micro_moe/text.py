@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from bench.data import english
-from bench.data.synthetic.world import question_sets, questions
+from bench.data import calibration
+from bench.data.synthetic.world import entities, question_sets
 from bench.models.embedded.training import END, PAD, byte_level_bpe
 
 _WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -33,7 +33,7 @@ def training_documents(seed: int) -> list[TrainingDocument]:
     found = [TrainingDocument(text) for text in question_sets.prose_texts(seed)]
     for task in question_sets.TASKS:
         prompts = (
-            questions.render_question(task, doc)
+            entities.render_question(task, doc)
             for doc in question_sets.documents(task, "train", seed)
         )
         found += [TrainingDocument(*prompt.choices[prompt.gold]) for prompt in prompts]
@@ -47,7 +47,7 @@ def train_tokenizer(
     # Repeated often enough that BPE merges every number below 100 into one token.
     numbers = [" ".join(map(str, range(100)))] * 1000
     texts = [context + answer for context, answer in documents]
-    everything = [*texts, english.train_text(), *numbers]
+    everything = [*texts, calibration.train_text(), *numbers]
     tokenizer = byte_level_bpe(everything, vocabulary, _WORDS, [END, PAD])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, model_max_length=1024
@@ -114,7 +114,7 @@ def english_batches(
     tokenizer: PreTrainedTokenizerFast, rng: random.Random, *, rows: int, width: int
 ) -> Iterator[WeightedRows]:
     """Yield batches of windows at random positions of the English training text, without end."""
-    stream = torch.tensor(tokenizer(english.train_text(), verbose=False)["input_ids"])
+    stream = torch.tensor(tokenizer(calibration.train_text(), verbose=False)["input_ids"])
     while True:
         starts = [rng.randrange(len(stream) - width) for _ in range(rows)]
         tokens = torch.stack([stream[start : start + width] for start in starts])

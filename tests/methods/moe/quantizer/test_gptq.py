@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench.models.bitpacking.packed_shape import Level, PackedShape
-from methods.moe.calibration_statistics import Gram
+from methods.moe.calibration import Gram
 from methods.moe.quantizer.gptq import gptq, inverse_factor
 from methods.moe.quantizer.grid import fit_grid, round_to_nearest, row_bits
 

@@ -1,7 +1,8 @@
-"""Files of a results folder, which may come from somebody else, read within bounds.
+"""Files of a results folder: written atomically, and read within bounds.
 
-Nothing here waits, follows a link or fills the memory: what is no regular file, too large or nested
-too deep is refused by its kind, before it is opened or parsed.
+A write goes to a temporary in the same folder, then flush, fsync, rename. What is read may come
+from somebody else: nothing here waits, follows a link or fills the memory. What is no regular file,
+too large or nested too deep is refused by its kind, before it is opened or parsed.
 """
 
 from __future__ import annotations
@@ -10,16 +11,20 @@ import json
 import math
 import os
 import re
+import shutil
 import stat
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from bench.errors import UserError
+from bench.errors import FULL_DISK_ERRNOS, UNWRITABLE_ERRNOS, Stopped, UserError
 from bench.ui import clean, warn
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
 
 MAX_JSON_BYTES = 64 * 2**20
 MAX_TABLE_BYTES = 2**33
@@ -223,3 +228,124 @@ def _holds(kind: pa.DataType, wanted: str) -> bool:
     if wanted == "text":
         return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
     return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically: a reader sees either the old content or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, because a rename is atomic within one file system only.
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            # Before the rename: otherwise a power cut could leave the new name with empty content.
+            os.fsync(file.fileno())
+        Path(name).replace(path)
+    except BaseException:  # Ctrl-C included: no temporary file may stay behind
+        Path(name).unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
+    """Create a folder in one step: `fill` writes into a temporary one, which is then renamed.
+
+    An existing folder is replaced: it is moved aside first and removed last.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        fill(temporary)
+        # A folder has to be synced as well: its entries are its content.
+        for path_inside in temporary.rglob("*"):
+            _sync(path_inside)
+        # mkdtemp makes folders private (0700); records are shared like any other file.
+        temporary.chmod(0o755)
+        _swap(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(path.parent)
+
+
+def refuse_unwritable(key: str, target: Path, *, folder: bool = False) -> None:
+    """Raise if a file, or a folder, cannot be written at `target`; called before any work.
+
+    `key` is the option that the user gave. Nothing stays behind.
+
+    Raises:
+        UserError: it cannot be written, whatever is freed.
+        OSError: the disk is full at the moment.
+    """
+    due, other = (target.is_dir, "file") if folder else (target.is_file, "folder")
+    if os.path.lexists(target) and not due():
+        raise UserError(f"{key}={target}: cannot be written (it is a {other} or something else)")
+    parent = target if target.is_dir() else target.parent
+    while not os.path.lexists(parent) and parent != parent.parent:
+        parent = parent.parent
+    try:
+        # Writes a file, since permission bits do not tell (read-only mounts, quotas, root).
+        with tempfile.TemporaryFile(dir=parent) as probe:
+            probe.write(b"\0")
+    except (OSError, ValueError) as error:  # ValueError: a name that no system takes
+        if isinstance(error, OSError) and error.errno in FULL_DISK_ERRNOS:
+            raise
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{key}={target}: cannot be written ({reason})") from None
+
+
+def _swap(new: Path, path: Path) -> None:
+    """Rename `new` to `path`; delete an existing folder only once `new` is in place."""
+    if not path.exists():
+        new.rename(path)
+        return
+    # POSIX cannot replace a non-empty folder by a rename, so two renames are needed. A kill between
+    # them leaves `path` missing; `repair_interrupted_write` brings the old folder back.
+    old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".old-{path.name}."))
+    path.rename(old / path.name)
+    new.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def repair_interrupted_write(path: Path) -> None:
+    """Clean up after a kill in the middle of `write_folder`; call with exclusive access to `path`.
+
+    The old folder is restored if the kill came between the two renames; temporary folders are
+    removed.
+    """
+    for old in path.parent.glob(f".old-{path.name}.*"):
+        if not path.exists() and (old / path.name).exists():
+            (old / path.name).rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    for unfinished in path.parent.glob(f".{path.name}.*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside the folder survive a power cut."""
+    # On POSIX a rename is an entry of the folder, which has to be synced in addition to the file.
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    # By descriptor, since a folder cannot be opened as a Python file.
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def disk_errors_as_stopped(results_dir: Path) -> Iterator[None]:
+    """Convert out-of-space errors into `Stopped`, so that a later run can resume."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNWRITABLE_ERRNOS:
+            raise
+        raise Stopped(
+            f"results_dir={results_dir}: {error.strerror}; "
+            "free some space and run the same command to resume"
+        ) from error
