@@ -10,7 +10,6 @@ from pathlib import PurePath
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -19,16 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-
-def _refuse_twice(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Raise if a value stands in a list twice, since its results would count twice."""
-    twice = next((value for value in values if values.count(value) > 1), None)
-    if twice is not None:
-        raise ValueError(f"{twice} is named twice: name it once")
-    return values
-
-
-Distinct = AfterValidator(_refuse_twice)
+from bench.schema_types import BatchSize, Distinct, Limit, NullIsEmpty, Shots
 
 ModelKind = Literal["causal_lm", "image_text", "image_classifier"]
 """Inputs and outputs of a model: text to text, images and text to text, image to class."""
@@ -161,6 +151,9 @@ class ImagesConfig(BaseModel):
     split: Literal["test", "validation"] = "test"
 
 
+HARNESS_BENCHMARKS = ("lm_eval", "lmms_eval")
+"""Benchmarks that are a harness without tasks; their names say which tasks a run adds."""
+_NAMED_TASKS = 3
 Backend = Literal["prefix_sharing", "padded"]
 Overlong = Literal["truncate", "skip", "refuse"]
 """What happens to a prompt that does not fit into a model together with its answer."""
@@ -177,8 +170,20 @@ class BenchmarkConfig(BaseModel):
     `metrics` maps a task to its headline metric, as `METRIC` or `METRIC,FILTER`; a task that is not
     listed uses its first metric. The unweighted mean of the headline metrics is the benchmark's
     `average`. `data` maps a task to a local parquet or JSON Lines file in the real data set's
-    schema, or to a folder with one such file per split; null means no file. `num_fewshot: null`
-    keeps each task's own number of shots.
+    schema, or to a folder with one such file per split; null means no file. A group of tasks is
+    mapped to a folder with one such file or folder per task, under the task's name. `include` lists
+    folders with task files of one's own; Python that these name runs only with `trust_code`.
+
+    `num_fewshot` is the number of shots of all tasks, or a mapping from tasks and groups to theirs;
+    null, and a task that is not in the mapping, keep the task's own number. `limit` is the number
+    of documents of each task, or a share of them between 0 and 1. `batch_size` of `auto` fits
+    batches to the free memory.
+
+    `chat_template` renders the prompts of `lm_eval` by the tokenizer's template, or by the one of
+    that name, with the variables `chat_template_args`; `fewshot_as_multiturn` makes every shot a
+    turn. `think_end_token` ends the thoughts before an answer. `gen_kwargs` replaces settings of
+    the tasks' generation. `system_prompt` opens every prompt; with `lmms_eval` it replaces the
+    model's own system prompt, and an empty string removes that.
 
     `backend` selects how log-likelihoods and answers are computed: `prefix_sharing` runs tokens
     that requests have in common through the network once; `padded` is the harness's own protocol
@@ -195,10 +200,9 @@ class BenchmarkConfig(BaseModel):
     share the number is over the answered rows, and the record counts the others; beyond it the
     task has no number. 0 accepts none.
 
-    Only `lmms_eval` reads the last three keys. `system_prompt` replaces the model's own system
-    prompt; an empty string removes it. `ocr_tokens` adds TextVQA's OCR tokens to the prompt, as in
-    LLaVA's published numbers; lmms-eval omits them by default. `image_cache_gib` bounds the CPU
-    memory for encoded images; 0 encodes an image again for every question.
+    Only `lmms_eval` reads the last two keys. `ocr_tokens` adds TextVQA's OCR tokens to the prompt,
+    as in LLaVA's published numbers; lmms-eval omits them by default. `image_cache_gib` bounds the
+    CPU memory for encoded images; 0 encodes an image again for every question.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -207,19 +211,37 @@ class BenchmarkConfig(BaseModel):
     harness: Literal["lm_eval", "lmms_eval", "images"] = "lm_eval"
     suite: Literal["real", "micro"] = "real"
     tasks: Annotated[tuple[str, ...], Distinct] = ()
-    metrics: dict[str, str] = Field(default_factory=dict)
+    include: Annotated[tuple[str, ...], Distinct] = ()
+    trust_code: bool = False
+    metrics: Annotated[dict[str, str], NullIsEmpty] = Field(default_factory=dict)
     perplexity: dict[str, PerplexityConfig] = Field(default_factory=dict)
-    num_fewshot: int | None = Field(default=0, ge=0, le=1000)
-    batch_size: int = Field(default=16, ge=1)
+    num_fewshot: Shots = 0
+    batch_size: BatchSize = 16
     backend: Backend = "prefix_sharing"
-    limit: int | None = Field(default=None, ge=1)
+    limit: Limit = None
     overlong: Overlong = "truncate"
     allow_missing: float = Field(default=0.0, ge=0, le=1)
     data: dict[str, str] = Field(default_factory=dict)
     images: ImagesConfig = ImagesConfig()
     system_prompt: str | None = None
+    chat_template: bool | str = False
+    chat_template_args: Annotated[dict[str, Any], NullIsEmpty] = Field(default_factory=dict)
+    fewshot_as_multiturn: bool = True
+    think_end_token: str | None = Field(default=None, min_length=1)
+    gen_kwargs: Annotated[dict[str, Any], NullIsEmpty] = Field(default_factory=dict)
     ocr_tokens: bool = True
     image_cache_gib: float = Field(default=2.0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_tasks(cls, given: Any) -> Any:
+        """Name a harness's benchmark by its tasks, so that records say what was run."""
+        if isinstance(given, dict) and given.get("name") in HARNESS_BENCHMARKS:
+            tasks = list(map(str, given.get("tasks") or ()))
+            more = [f"{len(tasks) - _NAMED_TASKS} more"] if len(tasks) > _NAMED_TASKS else []
+            named = ":".join(filter(None, [given["name"], "+".join(tasks[:_NAMED_TASKS] + more)]))
+            return {**given, "name": named}
+        return given
 
     @field_validator("tasks")
     @classmethod
@@ -235,7 +257,7 @@ class BenchmarkConfig(BaseModel):
     def _without_blanks(cls, data: Any) -> Any:
         """Drop null entries: config files list them only to make them overridable."""
         if not isinstance(data, dict):
-            return data
+            return {} if data is None else data
         for task, path in data.items():
             # Not the same as null: an unset variable of a shell would silently score other data.
             if path == "":
@@ -243,7 +265,11 @@ class BenchmarkConfig(BaseModel):
         return {task: path for task, path in data.items() if path is not None}
 
     @model_validator(mode="after")
-    def _names_differ(self) -> Self:
+    def _keys_agree(self) -> Self:
+        if self.name in HARNESS_BENCHMARKS:
+            raise ValueError(f"benchmark={self.name} needs benchmark.tasks=[NAME,...]")
+        if self.chat_template_args and not self.chat_template:
+            raise ValueError("benchmark.chat_template_args needs benchmark.chat_template=true")
         # Metrics of tasks, of perplexities and the average share one namespace: the name alone.
         both = {*self.tasks, "average"} & self.perplexity.keys()
         if both:

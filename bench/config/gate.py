@@ -51,8 +51,8 @@ RESOLVERS = frozenset({"hydra", "now", "oc.deprecated", "oc.env", "oc.select", "
 all checks are over."""
 
 WIDENING_KEYS = (
-    "packages", "hydra.searchpath", "model.trust_remote_code", "tracker.entity",
-    "hydra.sweeper.max_jobs",
+    "packages", "hydra.searchpath", "model.trust_remote_code", "benchmark.trust_code",
+    "tracker.entity", "hydra.sweeper.max_jobs",
 )  # fmt: skip
 """Keys that let code run, results leave, or a sweep grow beyond what is shipped."""
 LAUNCHER_LIMITS = frozenset({

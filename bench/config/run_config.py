@@ -132,6 +132,9 @@ def identity_of(plain: dict[str, Any], *, calibrated: bool, prompted: bool) -> d
     if not chosen["costs"]["measure"]:
         for key in ("measure", "timing"):
             chosen["costs"].pop(key)
+    # What the folders of tasks hold is part of the id by the definitions of the tasks.
+    for key in ("include", "trust_code"):
+        chosen["benchmark"].pop(key, None)
     for key in ("folder", "download"):
         chosen["benchmark"]["images"].pop(key)
     # A list of pairs, since keys of objects are sorted before hashing and the order of methods

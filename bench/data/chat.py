@@ -60,8 +60,8 @@ ChatMessage = dict[str, str | list[dict[str, str]]]
 VICUNA_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
-    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] + ' ' }}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image>\n' }}{% else %}{{ part['text'] + ' ' }}{% endif %}"
     "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 
@@ -95,21 +95,53 @@ def render_chat(
             f"the question holds {token} {placed} times, each of which stands for an image, but "
             f"has {images}"
         )
-    messages: list[ChatMessage] = []
-    if system:
-        messages.append({"role": "system", "content": [{"type": "text", "text": system}]})
+    messages = _opening(system)
     for number, (question, answer) in enumerate(turns):
         placeholders = [{"type": "image"}] * (images - placed) if number == 0 else []
         content = [*placeholders, {"type": "text", "text": question}]
         messages.append({"role": "user", "content": content})
         if answer is not None:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return _rendered(processor, messages, add_generation_prompt=turns[-1][1] is None)
+
+
+IMAGE_HERE = None
+"""Stands for an image among the parts of a question."""
+
+
+def render_interleaved(
+    processor: Processor, parts: Sequence[str | None], *, system: str | None
+) -> str:
+    """Return the prompt of one question whose images stand among its texts, as `IMAGE_HERE`.
+
+    Raises:
+        UnfitImage: a text holds the token that stands for an image.
+    """
+    token = getattr(processor, "image_token", None)
+    texts = [part for part in parts if part is not None]
+    if token and any(token in text for text in texts):
+        raise UnfitImage(f"its text holds {token}, which stands for an image")
+    content: list[dict[str, str]] = [
+        {"type": "image"} if part is IMAGE_HERE else {"type": "text", "text": part}
+        for part in parts
+    ]
+    messages: list[ChatMessage] = [*_opening(system), {"role": "user", "content": content}]
+    return _rendered(processor, messages, add_generation_prompt=True)
+
+
+def _opening(system: str | None) -> list[ChatMessage]:
+    return [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
+
+
+def _rendered(
+    processor: Processor, messages: Sequence[ChatMessage], *, add_generation_prompt: bool
+) -> str:
     try:
         return processor.apply_chat_template(
             messages,
             chat_template=chat_template(processor),
             tokenize=False,
-            add_generation_prompt=turns[-1][1] is None,
+            add_generation_prompt=add_generation_prompt,
         )
     except Exception as error:  # a template is a program, which may raise anything
         raise UserError(f"the model's chat template fails: {error_sentence(error)}") from error

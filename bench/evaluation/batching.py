@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 
 from bench.device import devices
 from bench.device.memory import is_out_of_memory
 from bench.errors import UserError
-from bench.models.network import NetworkConfig
+from bench.models.model import Model
+from bench.models.network import NetworkConfig, text_config
 from bench.ui import Progress
 
 Item = TypeVar("Item")
@@ -31,20 +32,32 @@ def attempt(work: Callable[[], Result]) -> Result | None:
 
 
 class AdaptiveBatches:
-    """A batch size that shrinks when memory runs out and stays small from then on."""
+    """A batch size that shrinks when memory runs out and stays small from then on.
 
-    def __init__(self, size: int, device: torch.device, progress: Progress) -> None:
+    `tokens` bounds the tokens of a batch as well, padding included.
+    """
+
+    def __init__(
+        self, size: int, device: torch.device, progress: Progress, tokens: int | None = None
+    ) -> None:
         self.size = size
+        self._tokens = tokens
         self._device = device
         self._progress = progress
 
     def map(
-        self, items: Sequence[Item], work: Callable[[Sequence[Item]], list[Result]]
+        self,
+        items: Sequence[Item],
+        work: Callable[[Sequence[Item]], list[Result]],
+        lengths: Sequence[int] = (),
     ) -> Iterator[list[Result]]:
-        """Yield the results of one batch after the other, in the order of the items."""
+        """Yield the results of one batch after the other, in the order of the items.
+
+        `lengths` are the tokens of the items, the longest first; without them tokens are unbounded.
+        """
         begin = 0
         while begin < len(items):
-            batch = items[begin : begin + self.size]
+            batch = items[begin : begin + self._size_for(lengths[begin] if lengths else None)]
             # A batch is retried from its first item, so results keep the order of the items
             # whatever the sizes. The size never grows back: memory that ran out once will run out
             # again.
@@ -54,6 +67,11 @@ class AdaptiveBatches:
                 continue
             begin += len(batch)
             yield results
+
+    def _size_for(self, length: int | None) -> int:
+        if self._tokens is None or length is None:
+            return self.size
+        return max(1, min(self.size, self._tokens // max(1, length)))
 
     def _halve(self, tried: int) -> None:
         if tried == 1:
@@ -115,6 +133,22 @@ def estimate_token_budget(
     fitting = int(free / bytes_per_token(config, dtype))
     most = MAX_TOKENS_BY_DEVICE.get(device.type, MAX_TOKENS)
     return TokenBudget(min(most, max(MIN_TOKENS, fitting)), device, progress)
+
+
+MAX_AUTO_ROWS = 512
+"""Rows of a batch of short texts with `batch_size=auto`; more are no faster."""
+MAX_AUTO_IMAGES = 64
+"""Rows of a first batch of images, whose memory nobody knows before they are encoded."""
+
+
+def batches_for(model: Model, size: int | Literal["auto"], progress: Progress) -> AdaptiveBatches:
+    """Return batches of texts of the size asked for; `auto` fills the free memory with tokens."""
+    if size != "auto":
+        return AdaptiveBatches(size, model.device, progress)
+    network = model.network
+    dtype = next((each.dtype for each in network.parameters()), torch.float32)
+    budget = estimate_token_budget(text_config(network), dtype, model.device, progress)
+    return AdaptiveBatches(MAX_AUTO_ROWS, model.device, progress, budget.tokens)
 
 
 def bytes_per_token(config: NetworkConfig, dtype: torch.dtype) -> int:

@@ -107,7 +107,7 @@ class PlanCache:
 
     def plan(self, benchmark: BenchmarkConfig, *, offline: bool) -> PlannedBenchmark:
         """Return `plan(...)`, or the result of an earlier call with the same arguments."""
-        paths = [path for path in benchmark.data.values() if path]
+        paths = [*benchmark.include, *filter(None, benchmark.data.values())]
         paths += [text.path for text in benchmark.perplexity.values() if text.path]
         # A million pictures are not looked at before every run of a sweep.
         if benchmark.images.folder and benchmark.images.data != "imagenet":

@@ -30,7 +30,7 @@ class Seen:
 
     `cut` tokens were removed on the left; `prompt` is then the text that was left. `spans` says
     that a token lies across the join of prompt and answer. `unanswered` is the reason why there is
-    no answer.
+    no answer. `thoughts` came before the answer and are no part of it.
     """
 
     prompt_tokens: int
@@ -41,6 +41,7 @@ class Seen:
     finish: Finish | None = None
     unanswered: str | None = None
     image_sizes: tuple[str, ...] = ()
+    thoughts: str | None = None
 
 
 @dataclass
@@ -65,6 +66,8 @@ class EvidenceLog:
         }
         if seen[0].image_sizes:
             columns["image_sizes"] = list(seen[0].image_sizes)
+        if seen[0].thoughts is not None:
+            columns["thoughts"] = [each.thoughts or "" for each in seen]
         # Otherwise the prompt stays the harness's text, all of which the model saw.
         if seen[0].prompt is not None:
             columns["prompt"] = seen[0].prompt

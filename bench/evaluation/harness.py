@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
@@ -25,6 +26,15 @@ if TYPE_CHECKING:
 
 SEED = 1234
 """Seed of few-shot examples (the harnesses' default) and of sampled generation."""
+
+
+def number_within(limit: float | None, available: int) -> int:
+    """Return how many of the available documents a limit leaves, by lm-eval's rule for shares."""
+    if limit is None:
+        return available
+    return min(available, limit if isinstance(limit, int) else math.ceil(available * limit))
+
+
 ATTEMPT_FIELDS = ("tokens_per_batch", "halved", "padded_tokens", "computed_tokens")
 """Fields of a backend report that depend on free memory and on what an interrupted attempt did."""
 

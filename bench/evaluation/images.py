@@ -19,7 +19,7 @@ from bench.data.image_files import UnfitImage
 from bench.data.image_sets import ImageSet, Splits
 from bench.errors import UserError
 from bench.evaluation.batching import AdaptiveBatches
-from bench.evaluation.harness import DocumentSource, Origin, ScoredBenchmark
+from bench.evaluation.harness import DocumentSource, Origin, ScoredBenchmark, number_within
 from bench.evaluation.metrics import (
     NON_FINITE_LOGITS,
     SampleRow,
@@ -40,6 +40,10 @@ if TYPE_CHECKING:
     from bench.data.chat import Tokenizer
 
 ACCURACY = "acc"
+
+
+MAX_AUTO_CLASSIFIED = 1024
+"""Images of a first batch with `batch_size=auto`; more are no faster."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,9 @@ class ImageHarness:
             return _sample_rows(task, indices, label_B, probability_BK, finite_B)
 
         network.eval()
-        batches = AdaptiveBatches(self.benchmark.batch_size, model.device, progress)
+        size = self.benchmark.batch_size
+        first = MAX_AUTO_CLASSIFIED if size == "auto" else size
+        batches = AdaptiveBatches(first, model.device, progress)
         keys = [request_key("image", task, index) for index in range(count)]
         with progress.phase(f"{model.name} on {task}", count):
             rows = cache.get_or_compute_batched(
@@ -140,7 +146,7 @@ def plan_images(benchmark: BenchmarkConfig, *, offline: bool) -> ImageHarness:
         splits = splits.for_selection()
     scored = splits.test
     if benchmark.limit is not None:
-        scored = image_sets.Subset(scored, range(min(benchmark.limit, len(scored))))
+        scored = image_sets.Subset(scored, range(number_within(benchmark.limit, len(scored))))
     return ImageHarness(benchmark, splits, scored, _sources(splits, scored))
 
 

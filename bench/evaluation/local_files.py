@@ -46,6 +46,17 @@ IMAGE_TASK_COLUMNS = {
         "index", "question", "hint", "answer", "A", "B", "C", "D", "category", "L2-category",
         "image", "source", "split",
     ),
+    "ocrbench": ("image", "question", "answer", "dataset", "question_type"),
+    "chartqa": ("image", "question", "answer", "type"),
+    "docvqa_val": ("image", "question", "answers", "questionId"),
+    "mmmu_val": ("id", "question", "options", "question_type", "answer", "image_1"),
+    "mmstar": ("index", "image", "question", "answer", "category", "l2_category"),
+    "realworldqa": ("image", "question", "answer"),
+    "ai2d": ("image", "question", "options", "answer"),
+    "seedbench": (
+        "image", "question", "choice_a", "choice_b", "choice_c", "choice_d", "answer", "data_type",
+        "question_id",
+    ),
 }  # fmt: skip
 """Columns of the real data sets that each image task reads."""
 IMAGE_COLUMNS = ("id", "image")
@@ -374,14 +385,27 @@ def _read_parquet_table(files: list[Path], key: str) -> datasets.Dataset:
     rows = datasets.Dataset(pyarrow.concat_tables(tables))
     if not len(rows):
         raise UserError(f"{key}: {files[0].name} has no rows")
-    if "image" in rows.column_names and not isinstance(rows.features["image"], datasets.Image):
+    for column, kind in _stored_images(rows).items():
         try:
-            rows = rows.cast_column("image", datasets.Image())
+            rows = rows.cast_column(column, kind)
         except (TypeError, ValueError, pyarrow.ArrowException) as error:
             raise UserError(
-                f"{key}: column 'image' must hold an image's bytes and path, as hub data sets do"
+                f"{key}: column {column!r} must hold an image's bytes and path, as hub data sets do"
             ) from error
     return rows
+
+
+def _stored_images(rows: datasets.Dataset) -> dict[str, datasets.Image | datasets.List]:
+    """Return the columns whose values are those of image files, and what they are to become."""
+    found: dict[str, datasets.Image | datasets.List] = {}
+    for name, kind in rows.features.items():
+        inner = kind.feature if isinstance(kind, datasets.List) else kind
+        if isinstance(inner, datasets.Image):
+            continue
+        if (isinstance(inner, dict) and set(inner) == {"bytes", "path"}) or name == "image":
+            is_list = isinstance(kind, datasets.List)
+            found[name] = datasets.List(datasets.Image()) if is_list else datasets.Image()
+    return found
 
 
 def _require_columns(rows: datasets.Dataset, columns: tuple[str, ...], where: str) -> None:

@@ -270,7 +270,7 @@ def refuse_changed_questions(stored: Sequence[SampleRow], found: Sequence[Sample
         now = present.get((task, document), {})
         changed = dict.fromkeys(
             word
-            for column, word in ASKED.items()
+            for column, word in _asked(row).items()
             if task in tasks and row.get(column) and row[column] != now.get(column)
         )
         if changed:
@@ -279,6 +279,14 @@ def refuse_changed_questions(stored: Sequence[SampleRow], found: Sequence[Sample
                 f"{', '.join(changed)}), so its stored answers cannot be scored: undo the edit of "
                 "the task, or evaluate again with `bench run`"
             )
+
+
+def _asked(row: SampleRow) -> dict[str, str]:
+    # A prompt that the model's own template rendered cannot be rendered again without the model.
+    rendered = row.get("question_hash")
+    return {
+        column: word for column, word in ASKED.items() if column != "prompt_hash" or not rendered
+    }
 
 
 def align_rows(rows: Sequence[SampleRow]) -> tuple[SampleRow, ...]:

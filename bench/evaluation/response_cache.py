@@ -88,16 +88,17 @@ class ResponseCache:
     ) -> list[Response]:
         """Return the responses to `items`, computed in their order in batches.
 
-        In a distributed evaluation, processes partition the items by `sizes` and exchange responses
-        at the end. In a single process, the responses of an interrupted run are a prefix of that
-        order, so a resumed run forms the batches that the interrupted one would have formed, and
-        its numbers are bit-identical.
+        `sizes` are the tokens of each item. In a distributed evaluation, processes partition the
+        items by them and exchange responses at the end. In a single process, the responses of an
+        interrupted run are a prefix of that order, so a resumed run forms the batches that the
+        interrupted one would have formed, and its numbers are bit-identical.
         """
         from bench.evaluation.distributed import current_process_group
 
         def compute_shard(shard: list[int]) -> Iterator[IndexedResponses[Response]]:
             indices = iter(shard)
-            for responses in batches.map([items[index] for index in shard], work):
+            lengths = [sizes[index] for index in shard]
+            for responses in batches.map([items[index] for index in shard], work, lengths):
                 # zip stops at the end of a batch without consuming the next index, since
                 # `responses` comes first.
                 yield [(i, response) for response, i in zip(responses, indices, strict=False)]

@@ -82,13 +82,18 @@ class TaskFiles:
         ours = self.ours / f"{name}.yaml"
         if not ours.is_file():
             return None
-        (line,) = _INCLUDE.findall(ours.read_text())
-        file = self.harness_folder / str(line)
+        (name,) = _included_names(ours.read_text())
+        file = self.harness_folder / name
         return file if file.is_file() else None
 
 
 def folders_of(file: Path) -> frozenset[Path]:
     """Return the folders of a task file and of the files that it includes, with their code."""
+    return frozenset(each.parent for each in included_files(file))
+
+
+def included_files(file: Path) -> frozenset[Path]:
+    """Return a task file and the files that it includes, and those that these include."""
     seen: set[Path] = set()
     waiting = [file]
     while waiting:
@@ -96,12 +101,20 @@ def folders_of(file: Path) -> frozenset[Path]:
         if current not in seen and current.is_file():
             seen.add(current)
             text = current.read_text(encoding="utf-8", errors="replace")
-            waiting += [current.parent / name for name in _INCLUDE.findall(text)]
-    return frozenset(each.parent for each in seen)
+            waiting += [current.parent / name for name in _included_names(text)]
+    return frozenset(seen)
+
+
+def _included_names(text: str) -> list[str]:
+    """Return the files that a task file includes: one, or a list of them."""
+    return [name for names in _INCLUDE.findall(text) for name in _FILE_NAME.findall(names)]
 
 
 # Read by a pattern: task files contain `!function` tags, which a plain YAML loader rejects.
-_INCLUDE = re.compile(r"^include: *[\"']?([^\s\"']+)", re.MULTILINE)
+_INCLUDE = re.compile(
+    r"^[\"']?include[\"']?[ \t]*:((?:[ \t]*[^\s#][^\r\n]*)|(?:\s*\n[ \t]*-[^\r\n]+)+)", re.MULTILINE
+)
+_FILE_NAME = re.compile(r"[^\s\"',\[\]-][^\s\"',\[\]]*")
 
 
 @cache
@@ -119,12 +132,14 @@ def evaluated_split(definition: Mapping[str, Any]) -> str:
     return str(definition.get("test_split") or definition.get("validation_split")).strip()
 
 
-def refuse_unknown_data(benchmark: BenchmarkConfig, tasks: Iterable[str]) -> None:
-    """Raise UserError if `benchmark.data` names a task that is not scored."""
+def refuse_unknown_tasks(benchmark: BenchmarkConfig, tasks: Iterable[str]) -> None:
+    """Raise UserError if a mapping from tasks names one that is not scored."""
     known = list(tasks)
-    for name in benchmark.data:
-        if name not in known:
-            raise unknown_name("task in benchmark.data", name, known)
+    shots = benchmark.num_fewshot
+    for key, mapping in {"data": benchmark.data, "num_fewshot": shots}.items():
+        for name in mapping if isinstance(mapping, dict) else ():
+            if name not in known:
+                raise unknown_name(f"task in benchmark.{key}", name, known)
 
 
 def reads_hub(benchmark: BenchmarkConfig) -> bool:
@@ -167,9 +182,11 @@ def refuse_missing_data(benchmark: BenchmarkConfig, missing: list[str], local_ke
 
 def prefetch_command(benchmark: BenchmarkConfig) -> str:
     """Return the command that downloads the data of a benchmark as it was chosen."""
-    command = f"bench prefetch benchmark={benchmark.name}"
+    # The name of a harness's benchmark goes on with its tasks.
+    choice = benchmark.name.partition(":")[0]
+    command = f"bench prefetch benchmark={choice}"
     # What the shipped file says itself would only make the command long.
-    if _shipped_tasks(benchmark.name) != list(benchmark.tasks):
+    if _shipped_tasks(choice) != list(benchmark.tasks):
         command += f' "benchmark.tasks=[{",".join(benchmark.tasks)}]"'
     return command
 
@@ -259,8 +276,8 @@ CONFIG_SOURCE = "config_source"
 def definition_hash(definition: object, files: TaskFiles) -> str:
     """Return a hash of a task as its harness resolved it: settings, and the code that they name.
 
-    Code in the harness's task folders counts by its content; the rest of the harness and other
-    installed libraries by their version.
+    Code in the harness's task folders, and in a user's own, counts by its content, with all that
+    lies in its folder; the rest of the harness and other installed libraries by their version.
     """
     described = json.dumps(_described(definition, files), sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()
@@ -300,6 +317,10 @@ def _described_code(value: Any, files: TaskFiles) -> str:
         # Harnesses load these files by path, under names by which Python does not find them.
         inside = file.with_suffix("").relative_to(files.harness_folder.parents[1])
         return f"{name} {code_hash(file, '.'.join(inside.parts), f'{files.package}.tasks')}"
+    # lm-eval names the modules of a user's folder by their paths.
+    if "/" in module:
+        folder = file.parent.name
+        return f"{value.__qualname__} {code_hash(file, f'{folder}.{file.stem}', folder)}"
     if module_file(module, own="") is None:
         return name
     return f"{name} {code_hash(file, module, module)}"

@@ -239,8 +239,8 @@ class _BenchmarkLeaves(_Leaves):
     tasks: Sequence[str] = ()
     metrics: JsonObject = {}
     perplexity: dict[str, JsonObject] = {}
-    num_fewshot: int | None = None
-    limit: int | None = None
+    num_fewshot: int | dict[str, int] | None = None
+    limit: int | float | None = None
     data: JsonObject = {}
     images: JsonObject = {}
 

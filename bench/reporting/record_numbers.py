@@ -34,11 +34,16 @@ MAX_NAMED = 3
 MODEL_KEYS = ("dtype", "max_length", "seed")
 BENCHMARK_KEYS = (
     "tasks", "metrics", "perplexity", "num_fewshot", "limit", "overlong", "allow_missing",
-    "system_prompt", "ocr_tokens",
+    "system_prompt", "ocr_tokens", "chat_template", "chat_template_args", "fewshot_as_multiturn",
+    "think_end_token", "gen_kwargs",
 )  # fmt: skip
 """Keys of the benchmark config that decide what is evaluated and what counts as an answer. Together
 with MODEL_KEYS, which decide what is loaded, they identify a setting."""
-USUAL = {"overlong": "truncate", "allow_missing": 0.0, "ocr_tokens": True}
+USUAL: dict[str, object] = {
+    "overlong": "truncate", "allow_missing": 0.0, "ocr_tokens": True, "chat_template": False,
+    "chat_template_args": {}, "fewshot_as_multiturn": True, "think_end_token": None,
+    "gen_kwargs": {},
+}  # fmt: skip
 """Values of keys that headings and settings leave out."""
 HASH_DIGITS = 8
 MAX_DIFFERENCE_CHARS = 24
@@ -161,7 +166,7 @@ def benchmark_text(record: Record) -> str:
         parts.append(f"max_length {max_length}")
     parts += [
         f"{name} {benchmark[name]}"
-        for name in ("overlong", "allow_missing")
+        for name in ("overlong", "allow_missing", "chat_template", "think_end_token", "gen_kwargs")
         if benchmark.get(name, USUAL[name]) != USUAL[name]
     ]
     return f"{benchmark['name']} ({', '.join(parts)})" if parts else str(benchmark["name"])

@@ -78,7 +78,11 @@ def provenance_of(config: RunConfig, inputs: RunInputs) -> dict[str, object]:
 
 
 def chat_template_of(config: RunConfig, model: Model) -> object:
-    """Return the template that questions about images were rendered with, None for text tasks."""
+    """Return the template that prompts were rendered with, None if they are plain text."""
+    if config.benchmark.harness == "lm_eval":
+        from bench.evaluation.text.chat import select_template
+
+        return select_template(config.benchmark, model.tokenizer, model.name)
     if config.benchmark.harness != "lmms_eval":
         return None
     from bench.data.chat import chat_template

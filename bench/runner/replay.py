@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from bench.runner.session import Session
 
 REMOTE_CODE = "model.trust_remote_code"
-REPEATABLE_KEYS = ("packages", "hydra.searchpath", REMOTE_CODE, "model.path")
+TASK_CODE = "benchmark.trust_code"
+REPEATABLE_KEYS = ("packages", "hydra.searchpath", REMOTE_CODE, TASK_CODE, "model.path")
 """Keys that a record asks for and the person at the keyboard allows; a path is checked by the
 fingerprint of the weights that lie there."""
 _GROUP_NAME = re.compile(r"\w[\w.+-]*")
@@ -104,7 +105,9 @@ def recorded_config(record: Record, allowed: Sequence[str] = ()) -> RunConfig:
                 f"run {record.id} names a method {name!r}, which is no name of a config"
             )
     _refuse_unsaid(record, given)
-    base = compose_run_config([f"method=[{','.join(knobs)}]", *given.texts])
+    # The run's own benchmark, which may have keys that the default one lacks, is taken whole.
+    texts = [text_of(each) for each in given.parsed if each.key_or_group != TASK_CODE]
+    base = compose_run_config([f"method=[{','.join(knobs)}]", *texts])
     methods = {}
     for name, method in base.method.items():
         kind = type(method)
@@ -117,7 +120,13 @@ def recorded_config(record: Record, allowed: Sequence[str] = ()) -> RunConfig:
     path = given.value("model.path")
     if path is not None:
         stored_model["path"] = path
-    chosen = {"method": methods, "model": stored_model, "packages": list(base.packages)}
+    benchmark = {**record.config["benchmark"], "trust_code": given.is_true(TASK_CODE)}
+    chosen = {
+        "method": methods,
+        "model": stored_model,
+        "benchmark": benchmark,
+        "packages": list(base.packages),
+    }
     return validate({**record.config, **chosen})
 
 
@@ -150,6 +159,8 @@ def _refuse_unsaid(record: Record, given: Overrides) -> None:
         unsaid.append(f"{REMOTE_CODE}=true")
         if model.get("path") is not None:
             unsaid.append(f"model.path={model['path']}")
+    if record.config["benchmark"].get("trust_code") and not given.is_true(TASK_CODE):
+        unsaid.append(f"{TASK_CODE}=true")
     if unsaid:
         raise UserError(
             f"run {record.id} used {', '.join(unsaid)}, which no record can allow: if you trust "

@@ -69,7 +69,8 @@ def test_a_group_is_aggregated_by_the_harness(model):
     for task in planned.harness.tasks:
         group.add(task.tasks[task.name])
     tasks = {task.name: task.tasks[task.name] for task in planned.harness.tasks}
-    whole = PlannedTask("pair", tasks, {"pair": group}, {}, ("acc", None), {}, frozenset())
+    headlines = {"pair": ("acc", None)}
+    whole = PlannedTask("pair", tasks, {"pair": group}, {}, headlines, {}, frozenset(), {})
     metrics = evaluate(
         model, replace(planned, harness=replace(planned.harness, tasks=(whole,)))
     ).metrics

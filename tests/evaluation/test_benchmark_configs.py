@@ -13,6 +13,7 @@ from bench.evaluation import BenchmarkConfig, evaluate, plan
 
 NAMES = sorted(p.stem for p in (Path(conf.__file__).parent / "benchmark").glob("*.yaml"))
 MICRO = [name for name in NAMES if name.endswith("micro")]
+HARNESSES = {"lm_eval": ("mmlu", "gsm8k"), "lmms_eval": ("mmstar", "chartqa")}
 
 
 def composed(*overrides):
@@ -22,12 +23,22 @@ def composed(*overrides):
     return BenchmarkConfig(**plain["benchmark"])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted({*NAMES} - HARNESSES.keys()))
 def test_it_composes_under_its_own_name(name):
     benchmark = composed(f"+benchmark={name}")
     assert benchmark.name == name
     assert set(benchmark.metrics) == set(benchmark.tasks)
     assert benchmark.tasks or benchmark.perplexity or benchmark.harness == "images"
+
+
+@pytest.mark.parametrize("name", HARNESSES)
+def test_a_harness_takes_any_of_its_tasks_and_is_named_by_them(name):
+    tasks = HARNESSES[name]
+    benchmark = composed(f"+benchmark={name}", f"benchmark.tasks=[{','.join(tasks)}]")
+    assert (benchmark.name, benchmark.tasks) == (f"{name}:{'+'.join(tasks)}", tasks)
+    open_keys = [f"benchmark.data={{{tasks[0]}:x}}", "benchmark.gen_kwargs={until:[x]}"]
+    changed = composed(f"+benchmark={name}", f"benchmark.tasks=[{','.join(tasks)}]", *open_keys)
+    assert changed.data == {tasks[0]: "x"} and changed.gen_kwargs == {"until": ["x"]}
 
 
 @pytest.mark.parametrize("name", ["nine_tasks", "nine_tasks_micro", "camera", "camera_micro"])

@@ -14,7 +14,7 @@ from bench.data.synthetic.world import TASKS, documents_by_split
 from bench.errors import UserError
 from bench.evaluation import BenchmarkConfig, PerplexityConfig, evaluate, plan
 from bench.evaluation.local_files import LABELS, TEXT_COLUMNS
-from bench.evaluation.text.task_data import restrict_to_splits
+from bench.evaluation.text.task_definitions import restrict_to_splits
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "real_tasks"
 

@@ -183,7 +183,7 @@ def test_a_label_that_is_no_choice_is_found_in_any_task_of_choices(model, tmp_pa
     found = evaluate(model, local(path, allow_missing=0.4, **options))
     assert [row["doc_id"] for row in found.samples if row["missing"]] == [2, 4]
     assert (headline(found, "cola").n, headline(found, "cola").missing) == (3, 2)
-    assert not local(path, limit=2, **options).harness.tasks[0].unlabelled
+    assert local(path, limit=2, **options).harness.tasks[0].unlabelled == {"cola": ()}
 
 
 def test_a_label_in_a_known_task_may_be_absent_if_that_is_allowed(model, tmp_path):

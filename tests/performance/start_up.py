@@ -55,7 +55,7 @@ def _first_forward() -> Figure:
 def _commands(folder: Path) -> tuple[list[str], list[str]]:
     """Write the embedded ARC documents as a file that both can read; return both commands."""
     from bench.evaluation.text import task_data
-    from bench.evaluation.text.task_data import FILES
+    from bench.evaluation.text.task_index import FILES
     from bench.models.embedded.micro_moe import FOLDER
 
     file = folder / "arc.parquet"

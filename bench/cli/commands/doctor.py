@@ -17,7 +17,7 @@ from bench.device.devices import describe_device
 from bench.errors import UserError
 from bench.evaluation import plan
 from bench.models.source import resolve_model
-from bench.schema import BenchmarkConfig, ModelConfig
+from bench.schema import HARNESS_BENCHMARKS, BenchmarkConfig, ModelConfig
 from bench.security import CONFIG_DIR
 from bench.ui import print_rows
 
@@ -75,6 +75,8 @@ def _find_model(name: str) -> str:
 
 
 def _find_data(name: str) -> str:
+    if name in HARNESS_BENCHMARKS:
+        return "data of the tasks that are named: benchmark.tasks=[NAME,...]"
     config = _shipped("benchmark", name, BenchmarkConfig)
     texts = {text.text for text in config.perplexity.values()}
     if config.harness == "images":

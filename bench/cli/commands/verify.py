@@ -101,7 +101,10 @@ def verify(
     config = recorded_config(record, allowed)
     refuse_changed_data(config, record, session)
     # Never beyond the run's own limit: further samples were not scored and could not be compared.
-    limit = min(samples, config.benchmark.limit or samples)
+    scored = config.benchmark.limit or samples
+    if isinstance(scored, float):  # a share of each task
+        scored = int(frame.groupby("task")["doc_id"].nunique().min())
+    limit = min(samples, scored)
     # Rows without an answer are compared as well, however large their share of this part.
     part = config.benchmark.model_copy(update={"limit": limit, "allow_missing": 1.0})
     model = rebuild_model(record, store, session, allowed)

@@ -20,7 +20,7 @@ from PIL.Image import Image
 
 from bench.data.image_files import UnfitImage
 from bench.errors import UserError
-from bench.evaluation.batching import AdaptiveBatches
+from bench.evaluation.batching import MAX_AUTO_IMAGES, AdaptiveBatches
 from bench.evaluation.evidence import EvidenceLog, Seen
 from bench.evaluation.harness import select_backend
 from bench.evaluation.metrics import SampleRow
@@ -28,7 +28,12 @@ from bench.evaluation.multimodal import shared_prefix
 from bench.evaluation.multimodal.generation import Answer, Generation, ImageQuestion
 from bench.evaluation.multimodal.planned_tasks import PlannedTask
 from bench.evaluation.multimodal.prompts import PromptEncoder, VisionFeatureCache, image_hash
-from bench.evaluation.multimodal.task_data import DocToVisual, open_document_images
+from bench.evaluation.multimodal.task_data import (
+    DocToParts,
+    DocToVisual,
+    open_document_images,
+    open_document_parts,
+)
 from bench.evaluation.response_cache import ResponseCache, request_key
 from bench.models.model import Model
 from bench.schema import BenchmarkConfig
@@ -40,7 +45,8 @@ class LmmsEvalAdapter(lmms):  # type: ignore[misc]  # the harness has no types
 
     Questions about the same images are answered one after the other, so that a small cache holds
     their features and their prefill is shared. `answers_by_document` maps (task, document) to the
-    full prompt and the answer, `evidence` to what the model saw.
+    full prompt and the answer, `evidence` to what the model saw. `doc_to_parts` has the functions
+    of tasks that show images among their texts.
     """
 
     def __init__(
@@ -57,6 +63,7 @@ class LmmsEvalAdapter(lmms):  # type: ignore[misc]  # the harness has no types
             )
         model.network.eval()
         self.answers_by_document: dict[tuple[str, int], Answer] = {}
+        self.doc_to_parts: dict[str, DocToParts] = {}
         self.evidence = EvidenceLog()
         self._overlong = benchmark.overlong
         self.backend_report = select_backend(
@@ -68,7 +75,8 @@ class LmmsEvalAdapter(lmms):  # type: ignore[misc]  # the harness has no types
         own, replaced = model.config.system_prompt, benchmark.system_prompt
         self._prompts = PromptEncoder(model, own if replaced is None else replaced)
         self._features = VisionFeatureCache(model, int(benchmark.image_cache_gib * 2**30))
-        self._batches = AdaptiveBatches(benchmark.batch_size, model.device, progress)
+        size = MAX_AUTO_IMAGES if benchmark.batch_size == "auto" else benchmark.batch_size
+        self._batches = AdaptiveBatches(size, model.device, progress)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Return one answer per request; requests with equal settings share batches."""
@@ -110,7 +118,12 @@ class LmmsEvalAdapter(lmms):  # type: ignore[misc]  # the harness has no types
         text, _, doc_to_visual, document, task, split = request.args
         # Images are opened late: the decoded images of a whole task may exceed the memory.
         opening = partial(self._open, doc_to_visual, document, task, split)
-        return ImageQuestion(text, opening, f"task {task}, document {document}")
+        name = f"task {task}, document {document}"
+        doc_to_parts = self.doc_to_parts.get(task)
+        if doc_to_parts is None:
+            return ImageQuestion(text, opening, name)
+        parts = partial(open_document_parts, doc_to_parts, self.task_dict[task][split], document)
+        return ImageQuestion(text, lambda: _images_of(parts()), name, parts)
 
     def _by_image(self, requests: list[Instance], indices: list[int]) -> list[int]:
         """Group questions about the same images, in the order of the first question of each group.
@@ -151,6 +164,7 @@ class StoredAnswers(lmms):  # type: ignore[misc]  # the harness has no types
     def __init__(self, tasks: Sequence[PlannedTask], rows: Sequence[SampleRow]) -> None:
         super().__init__()
         self.answers_by_document: dict[tuple[str, int], Answer] = {}
+        self.doc_to_parts: dict[str, DocToParts] = {}  # not read: no image is opened
         self.evidence = EvidenceLog()
         self._indices = {task.name: task.indices for task in tasks}
         self._rows = {(row["task"], row["doc_id"]): row for row in rows}
@@ -176,6 +190,10 @@ class StoredAnswers(lmms):  # type: ignore[misc]  # the harness has no types
 
     loglikelihood = LmmsEvalAdapter.loglikelihood
     generate_until_multi_round = LmmsEvalAdapter.generate_until_multi_round
+
+
+def _images_of(parts: Sequence[str | Image]) -> list[Image]:
+    return [part for part in parts if not isinstance(part, str)]
 
 
 def _answer_fields(generation: Generation, questions: Sequence[ImageQuestion]) -> list[list[Any]]:

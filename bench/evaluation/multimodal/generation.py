@@ -59,11 +59,24 @@ class GenerationOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class ImageQuestion:
-    """A task's text for one document, its images, opened on demand, and its name in errors."""
+    """A task's text for one document, its images, opened on demand, and its name in errors.
+
+    `open_parts` returns texts and images in the order in which they are shown; without it the
+    images stand before the text, or where the text itself places them.
+    """
 
     text: str
     open_images: Callable[[], list[Image.Image]]
     name: str = "a question"
+    open_parts: Callable[[], list[str | Image.Image]] | None = None
+
+    def rendered(self, prompts: PromptEncoder) -> tuple[str, list[Image.Image]]:
+        """Return the full prompt, and its images in order."""
+        if self.open_parts is None:
+            images = self.open_images()
+            return prompts.render(self.text, len(images)), images
+        parts = self.open_parts()
+        return prompts.render_parts(parts), [part for part in parts if not isinstance(part, str)]
 
 
 @dataclass(frozen=True)
@@ -129,8 +142,7 @@ class Generation:
         whole: list[tuple[int, str, list[Image.Image]]] = []
         for index, question in enumerate(questions):
             try:
-                images = question.open_images()
-                whole.append((index, self._prompts.render(question.text, len(images)), images))
+                whole.append((index, *question.rendered(self._prompts)))
             except UnfitImage as error:
                 answers[index] = Answer(None, "", None, Seen(0, 0, unanswered=str(error)))
         keys = [image_hash(images) if images else None for _, _, images in whole]

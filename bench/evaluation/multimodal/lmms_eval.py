@@ -40,7 +40,7 @@ from bench.evaluation.task_planning import (
     quiet_lmms_eval,
     reads_hub,
     refuse_missing_data,
-    refuse_unknown_data,
+    refuse_unknown_tasks,
 )
 from bench.models.model import Model
 from bench.models.network import text_config
@@ -151,7 +151,7 @@ def plan_multimodal(benchmark: BenchmarkConfig, *, offline: bool) -> MultimodalH
         MissingData: data are neither cached nor reachable on the hub.
         UserError: the config names a task, a metric or a file that does not exist or fit.
     """
-    refuse_unknown_data(benchmark, benchmark.tasks)
+    refuse_unknown_tasks(benchmark, benchmark.tasks)
     if benchmark.perplexity:
         raise UserError(
             "benchmark.perplexity needs benchmark.harness=lm_eval: it is measured on text"
@@ -176,6 +176,8 @@ def _run_harness(lm: LmmsEvalAdapter | StoredAnswers, planned: PlannedTask) -> H
 
     # The adapter looks up the images of a request here.
     lm.task_dict[planned.name] = planned.task.dataset
+    if planned.doc_to_parts is not None:
+        lm.doc_to_parts[planned.name] = planned.doc_to_parts
     with (
         library_failures_as_errors(f"task {planned.name!r} of lmms-eval"),
         quiet_lmms_eval(),

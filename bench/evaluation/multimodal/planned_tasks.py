@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import datasets
 from lmms_eval.api.task import ConfigurableTask
@@ -15,10 +17,11 @@ from PIL.Image import Image
 
 from bench.data.image_files import UnfitImage
 from bench.errors import UserError, unknown_name
-from bench.evaluation.harness import DocumentSource
+from bench.evaluation.harness import DocumentSource, number_within
 from bench.evaluation.metrics import NO_LABEL, TaskAnswers
 from bench.evaluation.multimodal import derived_metrics, task_data, task_index
 from bench.evaluation.multimodal.task_data import ImageDocuments, open_document_images
+from bench.evaluation.multimodal.task_needs import media_error
 from bench.evaluation.row_files import DataRow
 from bench.evaluation.task_planning import (
     TaskDefinition,
@@ -43,7 +46,7 @@ class LoadedTask(ConfigurableTask):  # type: ignore[misc]  # the harness has no 
     def download(self, dataset_kwargs: dict[str, object] | None = None) -> None:
         """Install the documents, and a copy without images for code that reads text only."""
         split = evaluated_split(vars(self.config))
-        images = [n for n, kind in self._rows.features.items() if isinstance(kind, datasets.Image)]
+        images = task_data.image_columns(self._rows)
         self.dataset = datasets.DatasetDict({split: self._rows})
         self.dataset_no_image = datasets.DatasetDict({split: self._rows.remove_columns(images)})
 
@@ -54,6 +57,7 @@ class PlannedTask:
 
     `indices` are the indices of its documents in the whole data set, `headline` is its metric.
     `definition` is a hash of the harness's own definition, `folders` are those of its files.
+    `doc_to_parts` is the function of a task that shows images among its texts.
     """
 
     name: str
@@ -64,6 +68,7 @@ class PlannedTask:
     headline: str
     definition: str
     folders: frozenset[Path]
+    doc_to_parts: task_data.DocToParts | None = None
 
     def images(self, position: int) -> list[Image]:
         """Return the images shown with a document, given its position in `indices`."""
@@ -85,20 +90,61 @@ def build_task(name: str, benchmark: BenchmarkConfig) -> PlannedTask:
         definition = task_index.read_task_definition(file, benchmark)
         identity = definition_hash(definition, task_index.FILES)
         documents = task_data.load_image_documents(name, definition, benchmark)
-        indices = select_documents(name, documents.rows, benchmark.limit)
+        limit = number_within(benchmark.limit, len(documents.rows))
+        indices = select_documents(name, documents.rows, limit)
         rows = documents.rows.select(indices)
         if name in benchmark.data:
             _refuse_unlabelled_rows(name, rows, indices, benchmark)
             rows = _with_whole_labels(rows)
         task = _loaded_task(name, _with_local_images(definition, documents), rows, benchmark)
+        parts = _doc_to_parts(task, evaluated_split(definition))
+        _refuse_media(name, task)
         if name in benchmark.data:
             _refuse_unfit_rows(name, task, indices, benchmark)
     headline = _headline(name, list(task.aggregation()), benchmark)
     split = evaluated_split(definition)
     folders = folders_of(task_index.FILES.find_included(name) or file)
     return PlannedTask(
-        name, task, split, tuple(indices), documents.source, headline, identity, folders
+        name, task, split, tuple(indices), documents.source, headline, identity, folders, parts
     )
+
+
+def _doc_to_parts(task: LoadedTask, split: str) -> task_data.DocToParts | None:
+    """Return the function that puts images among texts, None if the task has none.
+
+    It is what lmms-eval's chat models call; without one they show the images first, too.
+    """
+    doc_to_messages = task.config.doc_to_messages
+    if doc_to_messages is None:
+        return None
+    takes_options = "lmms_eval_specific_kwargs" in inspect.signature(doc_to_messages).parameters
+    options = {"lmms_eval_specific_kwargs": task.lmms_eval_specific_kwargs} if takes_options else {}
+
+    def doc_to_parts(document: DataRow) -> list[str | Image]:
+        content = [
+            part for each in doc_to_messages(document, **options) for part in each["content"]
+        ]
+        return [part["text"] if part["type"] == "text" else part["url"] for part in content]
+
+    # MMMU's function changes how its module words all questions from its first call on. Called
+    # before any question is built, it words those of a first run and of a later one alike.
+    with contextlib.suppress(Exception):
+        doc_to_parts(task.dataset[split][0])
+    return doc_to_parts
+
+
+def _refuse_media(name: str, task: LoadedTask) -> None:
+    """Raise UserError if the first document shows something else than images."""
+    rows = task.dataset[evaluated_split(vars(task.config))]
+    try:
+        shown: list[Any] = [*open_document_images(task.doc_to_visual, rows, 0)]
+    except UnfitImage:
+        return  # found and counted when it is asked about
+    for visual in shown:
+        # The path of a video, or the samples of a sound.
+        kind = "video" if isinstance(visual, str) else "audio" if isinstance(visual, dict) else None
+        if kind is not None:
+            raise media_error(name, kind)
 
 
 def _with_local_images(definition: TaskDefinition, documents: ImageDocuments) -> TaskDefinition:
@@ -133,7 +179,7 @@ def _refuse_unlabelled_rows(
 
     However many are allowed to be missing: the tasks' own code fails on such rows.
     """
-    images = [n for n, kind in rows.features.items() if isinstance(kind, datasets.Image)]
+    images = task_data.image_columns(rows)
     faults = {
         str(index): fault
         for index, document in zip(indices, rows.remove_columns(images), strict=True)
@@ -155,16 +201,19 @@ def _refuse_unfit_rows(
     be decoded twice; those that fail are found when they are asked about.
     """
     rows = task.dataset[evaluated_split(vars(task.config))]
-    images = [n for n, kind in rows.features.items() if isinstance(kind, datasets.Image)]
+    images = task_data.image_columns(rows)
     stored = rows
     for column in images:
-        stored = stored.cast_column(column, datasets.Image(decode=False))
+        undecoded = datasets.Image(decode=False)
+        is_list = not isinstance(rows.features[column], datasets.Image)
+        stored = stored.cast_column(column, datasets.List(undecoded) if is_list else undecoded)
     key_of_file = f"benchmark.data.{name}={benchmark.data[name]}"
     unfit: dict[str, str] = {}
     known: dict[tuple[str, ...], str | None] = {}
     for position, document in enumerate(stored):
         # Data sets ask many questions about one image: each is decoded once.
-        parts = [document[column] or {} for column in images] or [document]
+        parts = [part or {} for column in images for part in _as_list(document[column])]
+        parts = parts or [document]
         key = tuple(
             hashlib.sha256(part.get("bytes") or b"").hexdigest() + str(part.get("path"))
             + str(part.get("imageId"))
@@ -180,6 +229,10 @@ def _refuse_unfit_rows(
             f"{key_of_file}: {answers.describe()}; mend the file, or accept a share "
             f"by benchmark.allow_missing, now {benchmark.allow_missing:g}"
         )
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 YES_OR_NO = ("pope", "mme")

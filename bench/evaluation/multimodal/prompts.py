@@ -44,6 +44,11 @@ class PromptEncoder:
             self._processor, [(question, None)], images=images, system=self._system
         )
 
+    def render_parts(self, parts: Sequence[str | Image.Image]) -> str:
+        """Return the full prompt of a question with its images in their places."""
+        places = [part if isinstance(part, str) else chat.IMAGE_HERE for part in parts]
+        return chat.render_interleaved(self._processor, places, system=self._system)
+
     def encode(self, prompt: str, images: Sequence[Image.Image]) -> EncodedPrompt:
         """Return the processor's output for one prompt."""
         outputs = chat.encode_chats(self._processor, [prompt], [images])

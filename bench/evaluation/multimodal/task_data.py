@@ -57,6 +57,23 @@ class DocToVisual(Protocol):
         """Open the images of a document."""
 
 
+class DocToParts(Protocol):
+    """A task's function from a document to its texts and images, in the order shown."""
+
+    def __call__(self, document: DataRow) -> list[str | Image.Image]:
+        """Open the images of a document, and put them among its texts."""
+
+
+def image_columns(rows: datasets.Dataset) -> list[str]:
+    """Return the columns that hold an image, or a list of images."""
+    return [name for name, kind in rows.features.items() if _holds_images(kind)]
+
+
+def _holds_images(kind: object) -> bool:
+    inner = kind[0] if isinstance(kind, list) and kind else getattr(kind, "feature", kind)
+    return isinstance(inner, datasets.Image)
+
+
 def open_document_images(
     doc_to_visual: DocToVisual, rows: datasets.Dataset, position: int
 ) -> list[Image.Image]:
@@ -65,18 +82,33 @@ def open_document_images(
     Raises:
         UnfitImage: an image is absent, or no model can be shown it.
     """
+    return open_images(lambda: list(doc_to_visual(_decoded(rows, position))))
 
-    def opened() -> list[Image.Image]:
-        document = rows[position]  # `datasets` decodes the images of a row here
-        for column, feature in rows.features.items():
-            if isinstance(feature, datasets.Image):
-                if document[column] is None:
-                    raise UnfitImage(f"it has no image in column {column!r}")
-                # Before the task's own code, which converts to RGB.
-                refuse_clipped(document[column])
-        return list(doc_to_visual(document))
 
-    return open_images(opened)
+def open_document_parts(
+    doc_to_parts: DocToParts, rows: datasets.Dataset, position: int
+) -> list[str | Image.Image]:
+    """Open the images of one document of a task, among its texts.
+
+    Raises:
+        UnfitImage: an image is absent, or no model can be shown it.
+    """
+    return open_images(lambda: doc_to_parts(_decoded(rows, position)))
+
+
+def _decoded(rows: datasets.Dataset, position: int) -> DataRow:
+    document: DataRow = rows[position]  # `datasets` decodes the images of a row here
+    columns = image_columns(rows)
+    for column in columns:
+        value = document[column]
+        # Data sets with columns for several images leave those open that a question does not show.
+        if value is None and len(columns) == 1:
+            raise UnfitImage(f"it has no image in column {column!r}")
+        # Before the task's own code, which converts to RGB.
+        for image in value if isinstance(value, list) else [value]:
+            if image is not None:
+                refuse_clipped(image)
+    return document
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,15 @@ from pathlib import Path
 from lmms_eval.utils import load_yaml_config
 from omegaconf import OmegaConf
 
-from bench.errors import UserError, nearest
+from bench.errors import UserError, nearest, unknown_name
+from bench.evaluation.multimodal.task_needs import is_judges, judge_error, refuse_needs
+from bench.evaluation.task_packages import missing_package
 from bench.evaluation.task_planning import TaskDefinition, TaskFiles, task_code_errors
 from bench.schema import BenchmarkConfig
 
 FILES = TaskFiles("lmms_eval", "lmms-eval", ours=Path(__file__).parent / "tasks" / "micro")
+GENERATION_SETTINGS = ("until", "max_new_tokens")
+"""Settings that greedy decoding reads."""
 SUBMISSION_METRIC = "submission"
 """Name of metrics that write a file for a server and have no value."""
 _TASK = re.compile(r"^task[ \t]*:[ \t]*[\"']?([\w.+-]+)[\"']?[ \t]*\r?$", re.MULTILINE)
@@ -51,15 +55,21 @@ def read_task_definition(file: Path, benchmark: BenchmarkConfig) -> TaskDefiniti
     """Return a definition with its includes merged and its functions imported.
 
     Raises:
-        UserError: the task needs a package that is not installed, does not decode greedily, or is
-            not a generate_until task.
+        UserError: the task needs a package that is not installed, a judge, a video or to execute
+            code, does not decode greedily, or is not a generate_until task.
     """
     definition = _with_includes(file)
-    _refuse_unsupported(file.stem, definition)
+    # A file may be named otherwise than its task.
+    name = str(definition.get("task") or file.stem)
+    asked = {**(definition.get("generation_kwargs") or {}), **benchmark.gen_kwargs}
+    _refuse_unknown_settings(benchmark)
+    _refuse_unsupported(name, definition | {"generation_kwargs": asked})
+    refuse_needs(name, definition, FILES.harness_folder)
+    definition["generation_kwargs"] = asked
     metrics = [m for m in definition["metric_list"] if m["metric"] != SUBMISSION_METRIC]
     definition["metric_list"] = metrics
     if not metrics:
-        raise UserError(f"task {file.stem!r} only writes a submission file; it has no metric")
+        raise UserError(f"task {name!r} only writes a submission file; it has no metric")
     prompts = (definition.get("lmms_eval_specific_kwargs") or {}).get("default", {})
     if "ocr" in prompts:
         prompts["ocr"] = benchmark.ocr_tokens
@@ -75,10 +85,21 @@ def _with_includes(file: Path) -> TaskDefinition:
         with task_code_errors("lmms-eval", file.stem):
             loaded: TaskDefinition = load_yaml_config(str(file), mode="full")
     except ImportError as error:
-        raise UserError(
-            f"lmms-eval's {file.name} needs a package that is not installed: {error}"
-        ) from error
+        raise missing_package("lmms_eval", file.stem, error) from error
+    except UserError as error:
+        # Some modules make a client of the judge when they are imported.
+        if is_judges(error.__cause__):
+            raise judge_error(file.stem, "openai") from error
+        raise
     return loaded
+
+
+def _refuse_unknown_settings(benchmark: BenchmarkConfig) -> None:
+    for name in benchmark.gen_kwargs:
+        if name not in GENERATION_SETTINGS:
+            raise unknown_name(
+                "setting of lmms_eval in benchmark.gen_kwargs", name, GENERATION_SETTINGS
+            )
 
 
 def _refuse_unsupported(name: str, definition: TaskDefinition) -> None:

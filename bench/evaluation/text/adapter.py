@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM, TemplateLM
@@ -20,11 +20,19 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from bench.data.tokenization import appended_tokens, encode_texts
 from bench.errors import UserError
-from bench.evaluation.batching import AdaptiveBatches
+from bench.evaluation.batching import batches_for
 from bench.evaluation.evidence import EvidenceLog, Seen, check_length
 from bench.evaluation.metrics import NON_FINITE_LOGITS, SampleRow
 from bench.evaluation.response_cache import IndexedResponses, ResponseCache, request_key
+from bench.evaluation.text.chat import (
+    ChatRenderer,
+    Conversation,
+    TextMessage,
+    conversation_of,
+    conversation_text,
+)
 from bench.evaluation.text.generation import (
+    Generated,
     GenerationRequest,
     GenerationSettings,
     context_limit,
@@ -61,24 +69,30 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
     """Serves the harness's requests with a `Model` and reports the backend used.
 
     `scorer` computes the log-likelihoods that the response cache does not hold. `evidence` holds
-    what the model saw of each request.
+    what the model saw of each request. `chat` renders prompts that are conversations, and
+    `think_end` is the token that ends the thoughts before an answer.
     """
 
     def __init__(
         self,
         model: Model,
-        batch_size: int,
+        batch_size: int | Literal["auto"],
         progress: Progress,
         backend: Backend = "prefix_sharing",
         cache: ResponseCache | None = None,
         overlong: Overlong = "truncate",
+        *,
+        chat: ChatRenderer | None = None,
+        think_end: str | None = None,
     ) -> None:
         super().__init__()
         model.network.eval()
         self.tokenizer = model.tokenizer
+        self._chat = chat or ChatRenderer(model.tokenizer, None, {}, progress)
+        self._think_end = think_end
         self.evidence = EvidenceLog()
         self._overlong = overlong
-        self.batches = AdaptiveBatches(batch_size, model.device, progress)
+        self.batches = batches_for(model, batch_size, progress)
         self.scorer, self.backend_report = select_scorer(model, backend, self.batches, progress)
         self._cache = cache or ResponseCache()
         self._model = model
@@ -93,6 +107,22 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
                 "text; it is left out, since no answer can follow it (lm-eval scores only what "
                 "comes after it)"
             )
+
+    @property
+    def tokenizer_name(self) -> str:
+        """A name by which the harness could cache requests, which it does not."""
+        return self._model.name
+
+    @property
+    def conversations(self) -> Mapping[str, Conversation]:
+        """The conversations behind prompts that a chat template rendered."""
+        return self._chat.conversations
+
+    def apply_chat_template(
+        self, chat_history: list[TextMessage], add_generation_prompt: bool = True
+    ) -> str:
+        """Return the prompt of a conversation."""
+        return self._chat.render(chat_history, add_generation_prompt=add_generation_prompt)
 
     @property
     def eot_token_id(self) -> int:
@@ -238,6 +268,7 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
             self.batches,
             self._cache,
             self._progress,
+            self._think_end,
         )
         answers = dict(zip(asked, generated, strict=True))
         found = [answers.get(index) for index in range(len(requests))]
@@ -248,13 +279,28 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
             if answer is None:
                 seen = replace(seen, unanswered=prompt.left_out or NON_FINITE_LOGITS)
             else:
-                seen = replace(seen, finish=answer.finish)
+                seen = replace(seen, finish=answer.finish, thoughts=answer.thoughts)
             self.evidence.requests[task, request.doc_id].append(seen)
             if task not in self.evidence.settings:
-                settings = GenerationSettings(self._model, request.args[1])
+                settings = GenerationSettings(self._model, request.args[1], self._think_end)
                 self.evidence.settings[task] = settings.in_force
+        self._warn_about_thoughts(requests, found)
         # The harness's filters take strings only.
         return ["" if answer is None else answer.text for answer in found]
+
+    def _warn_about_thoughts(
+        self, requests: Sequence[Instance], found: Sequence[Generated | None]
+    ) -> None:
+        """Say which tasks have answers without the token that ends the thoughts."""
+        pairs = [pair for pair in zip(requests, found, strict=True) if pair[1] is not None]
+        endless = Counter(r.task_name for r, answer in pairs if answer and answer.thoughts == "")
+        if endless:
+            asked = Counter(request.task_name for request, _ in pairs)
+            named = ", ".join(f"{task} {count} of {asked[task]}" for task, count in endless.items())
+            self._progress.warn(
+                f"answers without {self._think_end} are scored whole, as in lm-eval ({named}); "
+                "benchmark.gen_kwargs.max_gen_toks gives thoughts more room"
+            )
 
     def _fit_prompt(self, request: Instance) -> FittedPrompt:
         """Return a prompt as tokens, cut on the left to leave room for its answer."""
@@ -296,10 +342,21 @@ class StoredAnswers(LM):  # type: ignore[misc]  # the harness has no types
         super().__init__()
         # The rows of a document's other filters hold the same answers.
         self._rows = {(row["task"], row["doc_id"]): row for row in rows}
+        self.conversations: dict[str, Conversation] = {}
         self.evidence = EvidenceLog()
         for document, row in self._rows.items():
             if row.get("missing") is not None:
                 self.evidence.requests[document] = [Seen(0, 0, unanswered=row["missing"])]
+
+    tokenizer_name = "stored answers"
+
+    def apply_chat_template(
+        self, chat_history: list[TextMessage], add_generation_prompt: bool = True
+    ) -> str:
+        """Return the messages as they are, since the model's template is not at hand."""
+        text = conversation_text(chat_history, add_generation_prompt)
+        self.conversations[text] = conversation_of(chat_history, add_generation_prompt)
+        return text
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Return the log-likelihood of each continuation and whether it is the greedy one."""

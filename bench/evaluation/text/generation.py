@@ -6,6 +6,7 @@ Suffixes: B batch, T padded length.
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,15 +18,16 @@ from lm_eval.models.utils import (
     postprocess_generated_text,
 )
 from lm_eval.models.utils_hf import stop_sequences_criteria
-from transformers import LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList
 
-from bench.errors import UserError
+from bench.errors import UserError, nearest
 from bench.evaluation.batching import AdaptiveBatches
 from bench.evaluation.evidence import Finish, settings_in_force, tokens_until_stop
 from bench.evaluation.harness import SEED
 from bench.evaluation.networks import NonFiniteRows, language_model, pad_left
 from bench.evaluation.response_cache import ResponseCache, request_key
 from bench.models.model import Model
+from bench.schema import BenchmarkConfig
 from bench.ui import Progress
 
 
@@ -37,11 +39,15 @@ class GenerationRequest(NamedTuple):
 
 
 class Generated(NamedTuple):
-    """A text before any filter, how it ended, and its tokens up to there."""
+    """A text before any filter, how it ended, its tokens up to there, and what came before it.
+
+    `thoughts` are what a reasoning model wrote before its answer, None unless they were looked for.
+    """
 
     text: str
     finish: Finish
     tokens: int
+    thoughts: str | None = None
 
 
 def context_limit(options: Mapping[str, object], longest: int, name: str) -> int:
@@ -59,16 +65,39 @@ def context_limit(options: Mapping[str, object], longest: int, name: str) -> int
     )
 
 
+def check_generation(benchmark: BenchmarkConfig, tasks: Sequence[str]) -> None:
+    """Raise UserError unless settings of generation have a task, and transformers knows them."""
+    for key in ("gen_kwargs", "think_end_token"):
+        if getattr(benchmark, key) and not tasks:
+            raise UserError(f"benchmark.{key}: none of benchmark.tasks generates a text")
+    known = {*vars(GenerationConfig()), *HARNESS_SETTINGS}
+    for name in benchmark.gen_kwargs:
+        if name not in known or name.startswith("_"):
+            close = nearest(name, known)
+            hint = (
+                f"did you mean {close!r}?" if close else "transformers' GenerationConfig lists them"
+            )
+            raise UserError(f"unknown setting {name!r} in benchmark.gen_kwargs: {hint}")
+
+
+HARNESS_SETTINGS = (
+    "until", "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens",
+)  # fmt: skip
+"""Settings of generation that lm-eval reads itself."""
+
+
 def generate(
     model: Model,
     requests: Sequence[GenerationRequest],
     batches: AdaptiveBatches,
     cache: ResponseCache,
     progress: Progress,
+    think_end: str | None = None,
 ) -> list[Generated | None]:
     """Return one continuation per context; contexts with equal settings share batches.
 
     None stands for a continuation that the network cannot compute: its logits are not finite.
+    `think_end` is the token that ends the thoughts before an answer.
 
     A task that samples several answers repeats its request, and each repetition is drawn
     independently.
@@ -81,11 +110,11 @@ def generate(
         # Longest first: padding stays small, and a batch that does not fit fails at the start.
         group.sort(key=lambda index: -len(requests[index].context))
         options = requests[group[0]].options
-        settings = GenerationSettings(model, options)
+        settings = GenerationSettings(model, options, think_end)
         contexts = [requests[index].context for index in group]
         keys = _request_keys(contexts, options)
         keyed = list(zip(keys, contexts, strict=True))
-        sizes = list(map(len, contexts))
+        sizes = [len(context) + settings.new_tokens for context in contexts]
         responses = cache.get_or_compute_batched(
             keys, keyed, sizes, batches, settings.run, progress
         )
@@ -111,10 +140,13 @@ def _request_keys(contexts: Sequence[list[int]], options: Mapping[str, object]) 
 class GenerationSettings:
     """One set of generation settings, ready to run on batches of contexts."""
 
-    def __init__(self, model: Model, options: Mapping[str, object]) -> None:
+    def __init__(
+        self, model: Model, options: Mapping[str, object], think_end: str | None = None
+    ) -> None:
         self._model = model
+        self._think_end = think_end
         settings = dict(normalize_gen_kwargs(options))
-        self._new_tokens = int(settings.pop("max_gen_toks"))
+        self.new_tokens = int(settings.pop("max_gen_toks"))
         tokenizer, own = model.tokenizer, language_model(model).generation_config
         # The model's own end tokens end a row as well, whatever the tokenizer calls EOS.
         ends = own.eos_token_id
@@ -131,7 +163,7 @@ class GenerationSettings:
         pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
         self._pad_token = int(eos if pad is None else pad)
         self.in_force = settings_in_force(
-            own.to_diff_dict(), settings, max_gen_toks=self._new_tokens, until=self._stop
+            own.to_diff_dict(), settings, max_gen_toks=self.new_tokens, until=self._stop
         )
 
     def run(self, keyed: Sequence[tuple[str, list[int]]]) -> list[list[Any] | None]:
@@ -167,7 +199,7 @@ class GenerationSettings:
         output_BT = language_model(self._model).generate(
             input_ids=ids_BT.to(device),
             attention_mask=mask_BT.to(device),
-            max_length=width + self._new_tokens,
+            max_length=width + self.new_tokens,
             stopping_criteria=stop_sequences_criteria(tokenizer, self._stop, width, len(contexts)),
             logits_processor=LogitsProcessorList([lost]),
             # A checkpoint's generation config may ask to replace NaN by 0, which is no answer.
@@ -194,12 +226,39 @@ class GenerationSettings:
         before = decode(row[:finite], skip_special_tokens=False) if finite >= 0 else ""
         if finite >= 0 and not any(stop in before for stop in self._stop):
             return None
-        whole = self._text(row)
-        text: str = postprocess_generated_text(whole, self._stop, None)
-        if text != whole:
-            return [text, "stop", tokens_until_stop(row, self._text, self._stop)]
+        thinking, thoughts, answer = self._without_thoughts(row)
+        text: str = postprocess_generated_text(answer, self._stop, None)
+        if text != answer:
+            tokens = tokens_until_stop(row[thinking:], self._text, self._stop)
+            return [text, "stop", thinking + tokens, thoughts]
         end = next((index for index, token in enumerate(row) if token in self._ends), None)
-        return [text, "length", len(row)] if end is None else [text, "eos", end]
+        if end is None:
+            return [text, "length", len(row), thoughts]
+        return [text, "eos", end, thoughts]
+
+    def _without_thoughts(self, row: Sequence[int]) -> tuple[int, str | None, str]:
+        """Return the number of tokens of the thoughts before an answer, their text, and the answer.
+
+        As in lm-eval, the last of several ends counts, and thoughts that have not ended are the
+        answer. The text is None if no thoughts are looked for.
+        """
+        whole, end = self._text(row), self._think_end
+        if end is None:
+            return 0, None, whole
+
+        def ends(count: int) -> int:
+            # With special tokens: some tokenizers call the end of thoughts one, and drop it.
+            text: str = self._model.tokenizer.decode(row[:count], skip_special_tokens=False)
+            return text.count(end)
+
+        total = ends(len(row))
+        if not total:
+            return 0, "", whole.lstrip()
+        thinking = bisect_left(range(len(row)), total, key=ends)
+        thoughts, found, answer = whole.rpartition(end)
+        if not found:
+            thoughts, answer = self._text(row[:thinking]), self._text(row[thinking:])
+        return thinking, thoughts, answer.lstrip()
 
     def _text(self, tokens: Sequence[int]) -> str:
         text: str = self._model.tokenizer.decode(tokens, skip_special_tokens=True)

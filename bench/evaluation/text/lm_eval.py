@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import lm_eval.utils
+from jinja2.sandbox import SandboxedEnvironment
 from lm_eval.api.model import LM
 
 from bench.errors import UserError
@@ -34,12 +35,13 @@ from bench.evaluation.task_planning import (
     quiet_lm_eval,
     reads_hub,
     refuse_missing_data,
-    refuse_unknown_data,
+    refuse_unknown_tasks,
 )
 from bench.evaluation.text import perplexity, planned_tasks, task_data
 from bench.evaluation.text.adapter import LmEvalAdapter, StoredAnswers
-from bench.evaluation.text.generation import context_limit
-from bench.evaluation.text.planned_tasks import PlannedTask
+from bench.evaluation.text.chat import ChatRenderer, check_chat, select_template
+from bench.evaluation.text.generation import check_generation, context_limit
+from bench.evaluation.text.planned_tasks import PlannedTask, TextTask
 from bench.evaluation.text.sample_rows import (
     HarnessResult,
     Unanswered,
@@ -83,6 +85,11 @@ class TextHarness:
         return {name: found for task in self.tasks for name, found in task.definitions.items()}
 
     @property
+    def leaves(self) -> list[TextTask]:
+        """All tasks, those of groups included."""
+        return [task for planned in self.tasks for task in planned.tasks.values()]
+
+    @property
     def folders(self) -> frozenset[Path]:
         """Folders of the harness's task files and of their code."""
         return frozenset().union(*(task.folders for task in self.tasks))
@@ -93,9 +100,18 @@ class TextHarness:
 
     def check_tokenizer(self, model: ModelConfig, tokenizer: Tokenizer, network: nn.Module) -> None:
         """Raise UserError unless special tokens and lengths suffice for every task."""
+        benchmark, leaves = self.benchmark, self.leaves
         longest = max_sequence_length(model, network)
-        leaves = [task for planned in self.tasks for task in planned.tasks.values()]
         generating = [task for task in leaves if task.OUTPUT_TYPE == "generate_until"]
+        check_chat(benchmark, tokenizer, model.name)
+        check_generation(benchmark, [task.task_name for task in generating])
+        thinks = benchmark.chat_template_args.get("enable_thinking")
+        chosen = [task.task_name for task in leaves if task not in generating]
+        if thinks and chosen:
+            raise UserError(
+                f"benchmark.chat_template_args.enable_thinking: task {chosen[0]} scores given "
+                "answers, before which no thoughts can be written; name generating tasks only"
+            )
         if leaves and tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
             raise UserError(
                 f"the tokenizer of model {model.name} has neither an end-of-text nor a BOS token, "
@@ -122,8 +138,17 @@ class TextHarness:
         benchmark = self.benchmark
         # One adapter for all tasks: choosing its scorer runs a numerical probe and estimates free
         # memory.
+        template = select_template(benchmark, model.tokenizer, model.name)
+        chat = ChatRenderer(model.tokenizer, template, benchmark.chat_template_args, progress)
         adapter = LmEvalAdapter(
-            model, benchmark.batch_size, progress, benchmark.backend, cache, benchmark.overlong
+            model,
+            benchmark.batch_size,
+            progress,
+            benchmark.backend,
+            cache,
+            benchmark.overlong,
+            chat=chat,
+            think_end=benchmark.think_end_token,
         )
         scored = self._score_tasks(adapter, adapter.evidence, model.name, progress)
         warn_about(scored.evidence, model.max_length, progress)
@@ -148,7 +173,7 @@ class TextHarness:
         return scored
 
     def _score_tasks(
-        self, lm: LM, log: EvidenceLog, name: str, progress: Progress
+        self, lm: LmEvalAdapter | StoredAnswers, log: EvidenceLog, name: str, progress: Progress
     ) -> ScoredBenchmark:
         """Let the harness put its requests to a model of its kind; `log` is what was seen."""
         scored = ScoredBenchmark([], [])
@@ -158,11 +183,15 @@ class TextHarness:
         return scored
 
     def _score_task(
-        self, task: PlannedTask, lm: LM, log: EvidenceLog, progress: Progress
+        self,
+        task: PlannedTask,
+        lm: LmEvalAdapter | StoredAnswers,
+        log: EvidenceLog,
+        progress: Progress,
     ) -> ScoredBenchmark:
-        result = _run_harness(lm, task, self.benchmark.limit)
+        result = _run_harness(lm, task, self.benchmark)
         unanswered = unanswered_documents(task, result, log)
-        rows = sample_rows(task, result, log, unanswered)
+        rows = sample_rows(task, result, log, unanswered, lm.conversations)
         if any(unanswered.values()):
             result = answered_only(task, result, unanswered)
             progress.warn(
@@ -189,8 +218,12 @@ def plan_text(benchmark: BenchmarkConfig, *, offline: bool) -> TextHarness:
         MissingData: data are neither cached nor reachable on the hub.
         UserError: the config names a task, a metric, a file or a text that does not exist or fit.
     """
-    scored = planned_tasks.scored_names(benchmark)
-    refuse_unknown_data(benchmark, scored)
+    use_sandboxed_templates()
+    outlines = planned_tasks.outline_tasks(benchmark)
+    known = {
+        name for each in outlines for leaf in each.leaves for name in each.chain(leaf.task_name)
+    }
+    refuse_unknown_tasks(benchmark, known)
     texts = benchmark.perplexity
     hub_texts = any(text.text != "english" and not text.path for text in texts.values())
     go_offline_if_needed(offline=offline, needs_hub=reads_hub(benchmark) or hub_texts)
@@ -200,7 +233,8 @@ def plan_text(benchmark: BenchmarkConfig, *, offline: bool) -> TextHarness:
             return task_data.load_perplexity_text(name, texts[name])
 
     missing: list[str] = []
-    tasks = collect(scored, lambda name: planned_tasks.build_task(name, benchmark), missing)
+    named = {outline.name: outline for outline in outlines}
+    tasks = collect(named, lambda name: planned_tasks.build_task(named[name], benchmark), missing)
     loaded = collect(texts, load_text, missing)
     refuse_missing_data(
         benchmark, missing, "benchmark.data.TASK=PATH, benchmark.perplexity.NAME.path=PATH"
@@ -208,7 +242,7 @@ def plan_text(benchmark: BenchmarkConfig, *, offline: bool) -> TextHarness:
     return TextHarness(benchmark, tuple(tasks), tuple(loaded))
 
 
-def _run_harness(lm: LM, planned: PlannedTask, limit: int | None) -> HarnessResult:
+def _run_harness(lm: LM, planned: PlannedTask, benchmark: BenchmarkConfig) -> HarnessResult:
     """Let lm-eval build requests, collect responses and aggregate."""
     from lm_eval.evaluator import evaluate
 
@@ -219,9 +253,12 @@ def _run_harness(lm: LM, planned: PlannedTask, limit: int | None) -> HarnessResu
         result: HarnessResult = evaluate(
             lm,
             {"tasks": planned.tasks, "groups": planned.groups},
-            limit=limit,
+            limit=benchmark.limit,
             bootstrap_iters=_BOOTSTRAP_RESAMPLES,
             log_samples=True,
+            system_instruction=benchmark.system_prompt or None,
+            apply_chat_template=benchmark.chat_template,
+            fewshot_as_multiturn=benchmark.fewshot_as_multiturn,
         )
     return result
 
@@ -317,15 +354,17 @@ def task_metrics(
         # Results are keyed `METRIC,FILTER`; standard errors stand among them as
         # `METRIC_stderr,FILTER`, and keys without a comma are labels and counts.
         keys = [key for key in scores if "," in key and "_stderr," not in key]
-        headline = _headline_key(planned, keys) if name == planned.name else None
+        headline = _headline_key(planned, name, keys)
         metrics += [
             _metric(benchmark, planned, result, name, key, headline=key == headline) for key in keys
         ]
     return metrics
 
 
-def _headline_key(planned: PlannedTask, keys: Sequence[str]) -> str | None:
-    metric, through = planned.headline
+def _headline_key(planned: PlannedTask, name: str, keys: Sequence[str]) -> str | None:
+    if name not in planned.headlines:
+        return None
+    metric, through = planned.headlines[name]
     candidates = [key for key in keys if key.partition(",")[0] == metric]
     return next((key for key in candidates if through in (None, key.partition(",")[2])), None)
 
@@ -368,6 +407,20 @@ def _leaf_tasks(planned: PlannedTask, name: str) -> list[str]:
     if name in planned.tasks:
         return [name]
     return [task.task_name for task in planned.groups[name].get_all_tasks()]
+
+
+def use_sandboxed_templates() -> None:
+    """Render lm-eval's templates without access to Python: those of a user's folder are foreign."""
+    plain = lm_eval.utils.env
+    if isinstance(plain, SandboxedEnvironment):
+        return
+    sandboxed = SandboxedEnvironment(
+        loader=plain.loader,
+        undefined=plain.undefined,
+        keep_trailing_newline=plain.keep_trailing_newline,
+    )
+    sandboxed.filters.update(plain.filters)
+    lm_eval.utils.env = sandboxed
 
 
 @contextmanager

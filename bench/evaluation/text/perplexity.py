@@ -19,7 +19,7 @@ from bench.data.tokenization import encode_texts
 from bench.errors import UserError
 from bench.evaluation import batching
 from bench.evaluation.batching import AdaptiveBatches
-from bench.evaluation.harness import ScoredBenchmark
+from bench.evaluation.harness import ScoredBenchmark, number_within
 from bench.evaluation.metrics import SampleRow, TaskAnswers, settle_metrics, task_metric
 from bench.evaluation.networks import LanguageModel, language_model
 from bench.evaluation.response_cache import ResponseCache, request_key
@@ -49,7 +49,8 @@ def measure_perplexity(
     """Return the perplexity of a text, and one sample row per window."""
     windows = cut_windows(model, text, text.config.windows or benchmark.limit)
     tokens = _TOKENS_PER_CPU_BATCH if model.device.type == "cpu" else _TOKENS_PER_BATCH
-    size = max(1, min(benchmark.batch_size, tokens // text.config.window))
+    fitting = max(1, tokens // text.config.window)
+    size = fitting if benchmark.batch_size == "auto" else min(benchmark.batch_size, fitting)
     model.network.eval()
     network = language_model(model)
     losses = cache.get_or_compute_batched(
@@ -64,7 +65,7 @@ def measure_perplexity(
     return ScoredBenchmark(metrics, _sample_rows(text, windows, losses), missing=missing)
 
 
-def cut_windows(model: Model, text: PlannedText, limit: int | None) -> list[list[int]]:
+def cut_windows(model: Model, text: PlannedText, limit: float | None) -> list[list[int]]:
     """Cut the text into the windows of its protocol; keep the first `limit`.
 
     Raises:
@@ -79,10 +80,9 @@ def cut_windows(model: Model, text: PlannedText, limit: int | None) -> list[list
 
     try:
         if text.config.protocol == "gptq_c4":
-            return random_windows(
-                text.documents, encode, window, min(C4_WINDOWS, limit or C4_WINDOWS)
-            )
-        return consecutive_windows(text.documents, encode, window)[:limit]
+            return random_windows(text.documents, encode, window, number_within(limit, C4_WINDOWS))
+        windows = consecutive_windows(text.documents, encode, window)
+        return windows[: number_within(limit, len(windows))]
     except UserError as error:
         raise UserError(f"benchmark.perplexity.{text.name}: {error}") from error
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, TypedDict, cast
 
 from lm_eval.tasks import TaskManager
 
 from bench.data import hub
 from bench.errors import UserError, unknown_name
-from bench.evaluation.harness import DocumentSource, hub_source
+from bench.evaluation.harness import DocumentSource, hub_source, number_within
 from bench.evaluation.local_files import LABELS
 from bench.evaluation.metrics import NO_LABEL, TaskAnswers
+from bench.evaluation.row_files import SUFFIXES, existing_path
 from bench.evaluation.task_planning import (
-    CONFIG_SOURCE,
     Splits,
     TaskDefinition,
     content_fingerprint,
@@ -27,140 +27,234 @@ from bench.evaluation.task_planning import (
     task_code_errors,
     task_fault,
 )
-from bench.evaluation.text import task_data
-from bench.evaluation.text.task_data import AggregatedMetric, TaskGroup, TextTask
+from bench.evaluation.text import task_data, task_definitions, task_index
+from bench.evaluation.text.task_index import Leaf, Outline
 from bench.schema import BenchmarkConfig
+
+
+class TextTask(Protocol):
+    """A task of lm-eval, as far as we use it ourselves."""
+
+    OUTPUT_TYPE: str
+    multiple_input: int
+    eval_docs: Sequence[Any]
+    DATASET_PATH: str | None
+    DATASET_NAME: str | None
+    config: object
+
+    @property
+    def task_name(self) -> str:
+        """The name under which the harness reports the task."""
+
+    def get_config(self, key: str) -> Any:
+        """Return a setting, such as the number of shots."""
+
+    def set_config(self, key: str, value: object, update: bool = False) -> None:
+        """Change a setting; `update` changes some entries of a mapping."""
+
+    def set_fewshot_seed(self, seed: int) -> None:
+        """Seed the choice of few-shot examples."""
+
+    def aggregation(self) -> dict[str, object]:
+        """Return a function per metric."""
+
+    def doc_to_choice(self, document: object, rule: object = None) -> list[str]:
+        """Return the choices of a multiple-choice question."""
+
+    def doc_to_text(self, document: object, rule: object = None) -> str | int:
+        """Return the question, or the number of the right one among several contexts."""
+
+    def doc_to_target(self, document: object, rule: object = None) -> object:
+        """Return the right answer, or its number."""
+
+    def resolve_field(self, document: object, field: object = None) -> str | None:
+        """Return a field of a document, given by its name or a template."""
+
+    def build_qa_turn(self, **parts: object) -> list[Any]:
+        """Return the messages that ask a question and answer it."""
+
+
+class AggregatedMetric(Protocol):
+    """A metric that a group reports over its tasks."""
+
+    metric: str
+
+
+class TaskGroup(Protocol):
+    """A group of tasks of lm-eval."""
+
+    aggregate_metric_list: list[AggregatedMetric] | None
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the tasks and groups directly below."""
+
+    def add(self, item: object) -> None:
+        """Add a task or a group, in place of one of the same name."""
+
+    def get_all_tasks(self) -> list[TextTask]:
+        """Return the tasks below the group."""
 
 
 @dataclass(frozen=True)
 class PlannedTask:
     """One scored name: a task, or a group of tasks whose scores the harness aggregates.
 
-    `groups` is empty unless the name is that of a group. `headline` is the metric that represents
-    the name, and the filter through which it is read; filter None means the first one.
+    `groups` is empty unless the name is that of a group. `headlines` are the metric that represents
+    the name, and the filter through which it is read; filter None means the first one. A group that
+    the harness gives no score is represented by those of its members.
     `definitions` holds a hash of each task's and each group's definition, `folders` those of the
-    task files and of their code. `unlabelled` are the documents whose label means nothing.
+    task files and of their code. `unlabelled` are, by task, the documents whose label means
+    nothing.
     """
 
     name: str
     tasks: dict[str, TextTask]
     groups: dict[str, TaskGroup]
     sources: dict[str, DocumentSource]
-    headline: tuple[str, str | None]
+    headlines: dict[str, tuple[str, str | None]]
     definitions: dict[str, str]
     folders: frozenset[Path]
-    unlabelled: tuple[int, ...] = ()
+    unlabelled: dict[str, tuple[int, ...]]
 
 
-def scored_names(benchmark: BenchmarkConfig) -> list[str]:
-    """Return the names to score: those of `tasks`, with each tag expanded to its tasks."""
-    if benchmark.suite == "micro":
-        return list(benchmark.tasks)
+class BuiltTask(TypedDict):
+    """A task on its data, with what is known of them."""
+
+    task: TextTask
+    source: DocumentSource
+    unlabelled: tuple[int, ...]
+
+
+def outline_tasks(benchmark: BenchmarkConfig) -> list[Outline]:
+    """Return what a benchmark's names stand for, with each tag expanded; no data are loaded.
+
+    Raises:
+        UserError: a name is unknown, or a task is named twice.
+    """
     with quiet_lm_eval():
-        expanded = [task for name in benchmark.tasks for task in task_data.expand_tag(name)]
-    return list(dict.fromkeys(expanded))
+        index = task_index.index_of(benchmark.include)
+        found: dict[str, Outline] = {}
+        owners: dict[str, str] = {}
+        for name in benchmark.tasks:
+            if benchmark.suite == "micro":
+                task_index.FILES.find_micro(name)
+            for outline in task_index.outlines(name, index):
+                for leaf in outline.leaves:
+                    # Twice under one name, its samples would be counted twice.
+                    owner = owners.setdefault(leaf.task_name, name)
+                    if owner != name:
+                        raise UserError(
+                            f"benchmark.tasks: {leaf.task_name} is in {owner} and in {name}: name "
+                            "it once"
+                        )
+                found[outline.name] = outline
+    return list(found.values())
 
 
-def build_task(name: str, benchmark: BenchmarkConfig) -> PlannedTask:
+def build_task(outline: Outline, benchmark: BenchmarkConfig) -> PlannedTask:
     """Build one task or one group of tasks.
 
     Raises:
-        Unreachable: its data are neither cached nor reachable on the hub.
-        UserError: the task is not supported, or the user's rows or metric do not fit it.
+        Unreachable: data are neither cached nor reachable on the hub.
+        UserError: a task is not supported, or the user's rows or metric do not fit it.
     """
-    micro = benchmark.suite == "micro"
-    file = task_data.FILES.find_micro(name) if micro else task_data.find_task_file(name)
     with quiet_lm_eval():
-        if file is None:
-            return _build_group(name, benchmark)
-        definition = task_data.read_task_definition(file)
-        task, source, unlabelled = _build_one(name, definition, benchmark)
-    planned = _planned_task(name, {name: task}, {}, {name: source}, benchmark)
-    # The embedded data have their labels, and a file of a known task has been checked.
-    if not (micro or (name in LABELS and name in benchmark.data)):
-        unlabelled = _unlabelled_documents(name, task, benchmark)
-    return replace(planned, unlabelled=unlabelled)
+        definitions = {
+            leaf.task_name: _definition(leaf, outline, benchmark) for leaf in outline.leaves
+        }
+        data = _local_data(outline, benchmark)
+        built: dict[str, BuiltTask] = {}
+        unreachable: dict[str, hub.DatasetUnreachable] = {}
+        for leaf in outline.leaves:
+            name = leaf.task_name
+            try:
+                built[name] = _build_one(leaf, definitions[name], data.get(name), benchmark)
+            except hub.DatasetUnreachable as error:
+                # The tasks of a group often share one data set.
+                unreachable[str(definitions[name].get("dataset_path") or error)] = error
+        if len(unreachable) == 1:
+            raise next(iter(unreachable.values()))
+        if unreachable:
+            raise hub.DatasetUnreachable("; ".join(map(str, unreachable.values())))
+        for group in outline.groups.values():
+            for child in list(group):
+                if isinstance(child, Leaf):
+                    group.add(built[child.task_name]["task"])
+        return _planned_task(outline, built, benchmark)
 
 
-class ChoiceTask(Protocol):
-    """A multiple-choice task of lm-eval; with `multiple_input` the contexts are the choices."""
+def _definition(leaf: Leaf, outline: Outline, benchmark: BenchmarkConfig) -> TaskDefinition:
+    """Return a task's definition with the shots and generation settings of the benchmark."""
+    if benchmark.suite == "micro":
+        file = task_index.FILES.find_micro(leaf.task_name)
+        definition = task_definitions.read_micro_definition(file)
+    else:
+        definition = task_definitions.read_definition(leaf, trust_code=benchmark.trust_code)
+    chain, own = outline.chain(leaf.task_name), definition.get("num_fewshot")
+    asked = task_definitions.requested_shots(benchmark, chain, own)
+    shots = task_definitions.num_shots(own, asked)
+    # A Python class has its settings in itself, where None says nothing about its own shots.
+    return definition if "class" in definition else {**definition, "num_fewshot": shots}
 
-    multiple_input: int
-    eval_docs: Iterable[object]
 
-    def doc_to_target(self, document: object) -> object:
-        """Return the right choice, its index, or a list of such."""
-
-    def doc_to_choice(self, document: object) -> list[str]:
-        """Return the choices."""
-
-
-def _unlabelled_documents(name: str, task: TextTask, benchmark: BenchmarkConfig) -> tuple[int, ...]:
-    """Return the scored documents whose label is none of their choices.
-
-    The harness counts them as wrong, so that a public test split (label -1) scores 0 %.
+def _local_data(outline: Outline, benchmark: BenchmarkConfig) -> dict[str, str]:
+    """Return the user's file or folder of each task that has one.
 
     Raises:
-        UserError: they are more than the benchmark allows.
+        UserError: a folder for a group lacks one of its tasks.
     """
-    choosing = cast("ChoiceTask", task)
-    if task.OUTPUT_TYPE != "multiple_choice" or choosing.multiple_input:
-        return ()
-    documents = list(islice(choosing.eval_docs, benchmark.limit))
-    unlabelled = [
-        index
-        for index, document in enumerate(documents)
-        if not _is_label(choosing.doc_to_target(document), choosing.doc_to_choice(document))
-    ]
-    answers = TaskAnswers(len(documents), {str(index): NO_LABEL for index in unlabelled})
-    if unlabelled and not answers.suffice(benchmark.allow_missing):
+    names = [leaf.task_name for leaf in outline.leaves]
+    data = {name: benchmark.data[name] for name in names if name in benchmark.data}
+    for name in outline.groups:
+        if name not in benchmark.data:
+            continue
+        key = f"benchmark.data.{name}={benchmark.data[name]}"
+        folder = existing_path(benchmark.data[name], key)
+        for leaf in names:
+            if leaf not in data and name in outline.chain(leaf):
+                data[leaf] = str(_member_data(folder, leaf, key))
+    return data
+
+
+def _member_data(folder: Path, task: str, key: str) -> Path:
+    candidates = [folder / task, *(folder / f"{task}{suffix}" for suffix in SUFFIXES)]
+    candidates += [folder / f"{task}{suffix}.gz" for suffix in (".jsonl", ".json")]
+    found = next((each for each in candidates if each.exists()), None)
+    if found is None:
         raise UserError(
-            f"task {name}: {answers.describe()}; give a split that holds the answers, or accept a "
-            f"share by benchmark.allow_missing, now {benchmark.allow_missing:g}"
+            f"{key}: the folder of a group holds a file or a folder for each of its tasks, and "
+            f"there is no {task}.jsonl"
         )
-    return tuple(unlabelled)
-
-
-def _is_label(target: object, choices: Sequence[str]) -> bool:
-    """Whether a target is an index of a choice, a choice, or a list of such."""
-    if isinstance(target, list):
-        return bool(target) and all(_is_label(each, choices) for each in target)
-    if isinstance(target, int):
-        return 0 <= target < len(choices)
-    # Other types, such as numpy's, are left to the harness.
-    return target in choices if isinstance(target, str) else target is not None
-
-
-def _build_group(name: str, benchmark: BenchmarkConfig) -> PlannedTask:
-    if name in benchmark.data:
-        raise UserError(f"benchmark.data.{name}: {name} is a group; list its tasks instead")
-    try:
-        loaded = task_data.load_task_group(name)
-    except (OSError, ValueError) as error:  # raised by `datasets` when data are missing
-        raise hub.unreachable_error(", ".join(task_data.group_data_sets(name)), error) from error
-    sources = {leaf: _source_of(task) for leaf, task in loaded["tasks"].items()}
-    return _planned_task(name, loaded["tasks"], loaded["groups"], sources, benchmark)
+    return found
 
 
 def _build_one(
-    name: str, definition: TaskDefinition, benchmark: BenchmarkConfig
-) -> tuple[TextTask, DocumentSource, tuple[int, ...]]:
-    """Build one task; return it with the source of its data and the documents without a label."""
+    leaf: Leaf, definition: TaskDefinition, local: str | None, benchmark: BenchmarkConfig
+) -> BuiltTask:
+    """Build one task, with the source of its data and the documents without a label."""
+    name = leaf.task_name
     if "class" in definition:
-        if name in benchmark.data:
+        if local:
             raise UserError(f"benchmark.data.{name}: {name} loads its data in Python code")
-        return *_build_python(definition), ()
-    definition["num_fewshot"] = task_data.num_shots(definition, benchmark.num_fewshot)
-    data, source, unlabelled = task_data.load_documents(name, definition, benchmark)
+        task, source = _build_python(definition)
+        return {"task": task, "source": source, "unlabelled": ()}
+    file = leaf.entry.yaml_path
+    data, source, unlabelled = task_data.load_documents(
+        name, definition, benchmark, local=local, folder=file.parent if file else None
+    )
     # With zero shots only the scored split is kept: the harness would process every document of
     # a training split, however large, before it scores the first question.
     present = set(data) if definition["num_fewshot"] else {evaluated_split(definition)}
-    fitted = _with_documents(task_data.restrict_to_splits(definition, present), data)
-    if name not in benchmark.data:
+    fitted = _with_documents(task_definitions.restrict_to_splits(definition, present), data)
+    if local:
+        task = _construct_local(fitted, f"benchmark.data.{name}={local}")
+    else:
         with task_code_errors("lm-eval", name):
-            return _construct(fitted), source, ()
-    task = _construct_local(fitted, f"benchmark.data.{name}={benchmark.data[name]}")
-    return task, source, unlabelled
+            task = _construct(fitted)
+    # The embedded data have their labels, and a file of a known task has been checked.
+    if benchmark.suite != "micro" and not (name in LABELS and local):
+        unlabelled = _unlabelled_documents(name, task, benchmark)
+    return {"task": task, "source": source, "unlabelled": unlabelled}
 
 
 def _with_documents(definition: TaskDefinition, data: Splits) -> TaskDefinition:
@@ -172,7 +266,7 @@ def _build_python(definition: TaskDefinition) -> tuple[TextTask, DocumentSource]
     """Build a task that is a Python class of the harness and loads its data itself."""
     try:
         task = _construct(definition)
-    except (OSError, ValueError) as error:  # as in `_build_group`
+    except (OSError, ValueError) as error:  # raised by `datasets` when data are missing
         raise hub.unreachable_error(str(definition["class"].DATASET_PATH), error) from error
     return task, _source_of(task)
 
@@ -205,36 +299,88 @@ def _construct(definition: TaskDefinition) -> TextTask:
     return task
 
 
+def _unlabelled_documents(name: str, task: TextTask, benchmark: BenchmarkConfig) -> tuple[int, ...]:
+    """Return the scored documents whose label means nothing: no choice, or an empty answer.
+
+    The harness counts them as wrong, so that a public test split scores 0 %.
+
+    Raises:
+        UserError: they are more than the benchmark allows.
+    """
+    scored = number_within(benchmark.limit, len(task.eval_docs))
+    documents = list(islice(task.eval_docs, scored))
+    unlabelled = [i for i, document in enumerate(documents) if not _is_labelled(task, document)]
+    answers = TaskAnswers(len(documents), {str(index): NO_LABEL for index in unlabelled})
+    if unlabelled and not answers.suffice(benchmark.allow_missing):
+        raise UserError(
+            f"task {name}: {answers.describe()}; give a split that holds the answers, or accept a "
+            f"share by benchmark.allow_missing, now {benchmark.allow_missing:g}"
+        )
+    return tuple(unlabelled)
+
+
+def _is_labelled(task: TextTask, document: object) -> bool:
+    """Whether a document has an answer against which the harness can score."""
+    # Code of the task compares with whatever it finds in the document: its target may be a word
+    # that stands for nothing, as in ifeval.
+    if callable(task.get_config("process_results")) or task.OUTPUT_TYPE == "loglikelihood_rolling":
+        return True
+    if task.multiple_input:
+        return True
+    target = task.doc_to_target(document)
+    if task.get_config("doc_to_choice") is not None:
+        return _is_label(target, task.doc_to_choice(document))
+    return not _is_blank(target)
+
+
+def _is_label(target: object, choices: Sequence[str]) -> bool:
+    """Whether a target is an index of a choice, a choice, or a list of such."""
+    if isinstance(target, list):
+        return bool(target) and all(_is_label(each, choices) for each in target)
+    if isinstance(target, int):
+        return 0 <= target < len(choices)
+    # Other types, such as numpy's, are left to the harness.
+    return target in choices if isinstance(target, str) else target is not None
+
+
+def _is_blank(target: object) -> bool:
+    """Whether a target is an empty text, or a list of nothing else: no answer equals it."""
+    if isinstance(target, list):
+        return all(map(_is_blank, target))
+    return target is None or (isinstance(target, str) and not target.strip())
+
+
 def _planned_task(
-    name: str,
-    tasks: dict[str, TextTask],
-    groups: dict[str, TaskGroup],
-    sources: dict[str, DocumentSource],
-    benchmark: BenchmarkConfig,
+    outline: Outline, built: dict[str, BuiltTask], benchmark: BenchmarkConfig
 ) -> PlannedTask:
+    name = outline.name
+    tasks = {leaf: each["task"] for leaf, each in built.items()}
+    groups = cast("dict[str, TaskGroup]", outline.groups)
     for leaf, task in tasks.items():
         _refuse_unsupported(leaf, task)
-        # Set on the built task, since members of a group and Python classes never pass through
-        # `_build_one`.
-        own = {"num_fewshot": task.get_config("num_fewshot")}
-        task.set_config("num_fewshot", task_data.num_shots(own, benchmark.num_fewshot))
-    aggregated = groups[name].aggregate_metric_list if groups else None
-    offered = _offered_metrics(aggregated, tasks)
+        # Set on the built task, since Python classes have their own settings.
+        own = task.get_config("num_fewshot")
+        asked = task_definitions.requested_shots(benchmark, outline.chain(leaf), own)
+        task.set_config("num_fewshot", task_definitions.num_shots(own, asked))
+        if benchmark.gen_kwargs and task.OUTPUT_TYPE == "generate_until":
+            task.set_config("generation_kwargs", dict(benchmark.gen_kwargs), update=True)
     definitions = _definitions(tasks, groups)
-    headline = _headline(name, offered, benchmark)
-    folders = frozenset().union(*(_folders(leaf, task) for leaf, task in tasks.items()))
-    return PlannedTask(name, tasks, groups, sources, headline, definitions, folders)
-
-
-def _folders(name: str, task: TextTask) -> frozenset[Path]:
-    # Of the members of a group lm-eval says where their files lie; of the others we know it.
-    metadata = getattr(task.config, "metadata", None) or {}
-    file = Path(str(metadata.get(CONFIG_SOURCE)))
-    try:
-        found = file if file.is_file() else task_data.find_task_file(name)
-    except UserError:  # a member that its group makes, without a file
-        found = None
-    return folders_of(found) if found else frozenset()
+    headlines = {
+        shown: _headline(shown, offered, benchmark)
+        for shown, offered in _shown_metrics(name, tasks, groups)
+    }
+    files = [leaf.entry.yaml_path for leaf in outline.leaves]
+    folders = frozenset().union(*(folders_of(file) for file in files if file))
+    return PlannedTask(
+        name,
+        tasks,
+        groups,
+        {leaf: each["source"] for leaf, each in built.items()},
+        headlines,
+        definitions,
+        folders,
+        {leaf: each["unlabelled"] for leaf, each in built.items()},
+    )
 
 
 def _definitions(tasks: dict[str, TextTask], groups: dict[str, TaskGroup]) -> dict[str, str]:
@@ -243,22 +389,28 @@ def _definitions(tasks: dict[str, TextTask], groups: dict[str, TaskGroup]) -> di
     for name, group in groups.items():
         members = [task.task_name for task in group.get_all_tasks()]
         told[name] = [members, group.aggregate_metric_list]
-    return {name: definition_hash(each, task_data.FILES) for name, each in told.items()}
+    return {name: definition_hash(each, task_index.FILES) for name, each in told.items()}
 
 
 def _refuse_unsupported(name: str, task: TextTask) -> None:
     if getattr(task, "MULTIMODAL", False):
-        raise UserError(f"task {name!r} needs images or audio; lm_eval benchmarks are text only")
+        raise task_definitions.multimodal_error(name)
     if getattr(task, "UNSAFE_CODE", False):
-        raise task_data.unsafe_code_error(name)
+        raise task_definitions.unsafe_code_error(name)
 
 
-def _offered_metrics(
-    aggregated: Iterable[AggregatedMetric] | None, tasks: dict[str, TextTask]
-) -> list[str]:
-    if aggregated:
-        return [metric.metric for metric in aggregated]
-    return list(dict.fromkeys(metric for task in tasks.values() for metric in task.aggregation()))
+def _shown_metrics(
+    name: str, tasks: dict[str, TextTask], groups: dict[str, TaskGroup]
+) -> Iterator[tuple[str, list[str]]]:
+    """Yield the rows that stand for a name, with the metrics that the harness reports there."""
+    if name not in groups:
+        yield name, list(tasks[name].aggregation())
+    elif aggregated := groups[name].aggregate_metric_list:
+        yield name, list(dict.fromkeys(metric.metric for metric in aggregated))
+    else:
+        for child in groups[name]:
+            inner = child.task_name if hasattr(child, "task_name") else child.name
+            yield from _shown_metrics(inner, tasks, groups)
 
 
 def _headline(name: str, offered: list[str], benchmark: BenchmarkConfig) -> tuple[str, str | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias, TypedDict
 
 from bench.evaluation.evidence import EvidenceLog, count_ties
@@ -15,8 +15,8 @@ from bench.evaluation.metrics import (
     SampleRow,
     sample_score,
 )
-from bench.evaluation.text.planned_tasks import PlannedTask
-from bench.evaluation.text.task_data import TextTask
+from bench.evaluation.text.chat import Conversation
+from bench.evaluation.text.planned_tasks import PlannedTask, TextTask
 
 HarnessResult = TypedDict(
     "HarnessResult",
@@ -38,8 +38,9 @@ def unanswered_documents(
     planned: PlannedTask, result: HarnessResult, log: EvidenceLog
 ) -> Unanswered:
     """Find the documents without an answer or a label, in the responses and in what was seen."""
-    unlabelled = dict.fromkeys(planned.unlabelled, NO_LABEL)
-    found: Unanswered = {name: dict(unlabelled) for name in planned.tasks}
+    found: Unanswered = {
+        name: dict.fromkeys(planned.unlabelled.get(name, ()), NO_LABEL) for name in planned.tasks
+    }
     for name, samples in result["samples"].items():
         for sample in samples:
             document = sample["doc_id"]
@@ -63,18 +64,37 @@ def _no_answer(task: TextTask, sample: LoggedSample) -> str | None:
 
 
 def sample_rows(
-    planned: PlannedTask, result: HarnessResult, log: EvidenceLog, unanswered: Unanswered
+    planned: PlannedTask,
+    result: HarnessResult,
+    log: EvidenceLog,
+    unanswered: Unanswered,
+    conversations: Mapping[str, Conversation],
 ) -> list[SampleRow]:
-    """Return one row per scored document and filter; without an answer it has no scores."""
+    """Return one row per scored document and filter; without an answer it has no scores.
+
+    `conversations` are those behind the prompts that a chat template rendered.
+    """
     return [
-        _sample_row(name, planned.tasks[name], sample, log, unanswered[name].get(sample["doc_id"]))
+        _sample_row(
+            name,
+            planned.tasks[name],
+            sample,
+            log,
+            unanswered[name].get(sample["doc_id"]),
+            conversations.get(sample["arguments"][0][0]),
+        )
         for name, samples in result["samples"].items()
         for sample in samples
     ]
 
 
 def _sample_row(
-    name: str, task: TextTask, sample: LoggedSample, log: EvidenceLog, missing: str | None
+    name: str,
+    task: TextTask,
+    sample: LoggedSample,
+    log: EvidenceLog,
+    missing: str | None,
+    conversation: Conversation | None,
 ) -> SampleRow:
     first = sample["arguments"][0]
     return {
@@ -83,11 +103,13 @@ def _sample_row(
         "doc_id": sample["doc_id"],
         "doc_hash": sample["doc_hash"],
         "prompt_hash": sample["prompt_hash"],
+        # Without the model's template no prompt can be rendered to compare.
+        **({} if conversation is None else {"question_hash": conversation.question}),
         "target": str(sample["target"]),
         "prompt": first[0],
         "choices": _choices(task, sample),
         **_responses(task, sample),
-        "in_examples": _in_examples(task, sample["doc"], first[0]),
+        "in_examples": _in_examples(task, sample["doc"], first[0], conversation),
         **log.columns(name, sample["doc_id"]),
         **{
             metric: None if missing else sample_score(sample[metric])
@@ -129,11 +151,16 @@ def _responses(task: TextTask, sample: LoggedSample) -> SampleRow:
     return {**responses, "tied_choices": count_ties(asked)}
 
 
-def _in_examples(task: TextTask, document: object, prompt: str) -> bool | None:
+def _in_examples(
+    task: TextTask, document: object, prompt: str, conversation: Conversation | None
+) -> bool | None:
     """Return whether a document is among its own few-shot examples; None if there are none."""
     examples = getattr(task, "fewshot_cfg", None)
     if not task.get_config("num_fewshot") or examples is None:
         return None
+    # Between turns stands what the template puts there.
+    if conversation is not None and conversation.repeats:
+        return True
     # Rendered as an example, exactly as the harness does it in `fewshot_context`: it leaves out the
     # document itself, but not a second row of the same text. That row may have another answer, but
     # the question alone may also be the beginning of a longer one.

@@ -83,7 +83,9 @@ class PaddedScorer:
 
     def score(self, requests: Sequence[LoglikelihoodRequest]) -> Iterator[Loglikelihoods]:
         """Yield the results of each batch, longest inputs first."""
-        for batch in self._batches.map(_group_by_input(requests), self._score):
+        inputs = _group_by_input(requests)
+        lengths = [len(tokens) for tokens, _ in inputs]
+        for batch in self._batches.map(inputs, self._score, lengths):
             yield [result for results in batch for result in results]
 
     @torch.no_grad()

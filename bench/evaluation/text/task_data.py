@@ -1,26 +1,21 @@
-"""Definitions of lm-eval's tasks, found by name without its full index, and their documents.
-
-Documents and texts of perplexities come from a file, the embedded world or the hub.
-"""
+"""Documents of one task and texts of perplexities: a file, the embedded world, the hub."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+import glob
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypedDict
+from typing import Any, NamedTuple
 
 import datasets
-from lm_eval.tasks import TaskManager
-from lm_eval.tasks._yaml_loader import load_yaml
 
 from bench.data import calibration, hub
-from bench.data.hub import unreachable_error
+from bench.data.digests import files_within, state_hash
 from bench.data.synthetic.world import documents, fingerprint
 from bench.data.synthetic.world import documents_by_split as world_splits
-from bench.errors import UserError, nearest
+from bench.errors import UserError, error_sentence
 from bench.evaluation import local_files
 from bench.evaluation.harness import DocumentSource, file_source, hub_source
 from bench.evaluation.local_files import TEXT_COLUMNS, RowUse
@@ -28,11 +23,10 @@ from bench.evaluation.row_files import SUFFIXES, RowFile, existing_path, read_ro
 from bench.evaluation.task_planning import (
     Splits,
     TaskDefinition,
-    TaskFiles,
     content_fingerprint,
     evaluated_split,
+    hub_options,
     load_from_hub,
-    task_code_errors,
 )
 from bench.schema import BenchmarkConfig, PerplexityConfig
 
@@ -45,12 +39,22 @@ class Documents(NamedTuple):
     unlabelled: tuple[int, ...] = ()
 
 
-def load_documents(name: str, definition: TaskDefinition, benchmark: BenchmarkConfig) -> Documents:
-    """Return the splits that the benchmark gives a task, and where they came from."""
-    path = benchmark.data.get(name)
-    if path:
-        local = local_files.load_local_rows(name, path, _row_use(name, definition, benchmark))
-        return Documents(local.splits, local.source, local.unlabelled)
+def load_documents(
+    name: str,
+    definition: TaskDefinition,
+    benchmark: BenchmarkConfig,
+    *,
+    local: str | None = None,
+    folder: Path | None = None,
+) -> Documents:
+    """Return the splits that the benchmark gives a task, and where they came from.
+
+    `local` is the user's file or folder for it; `folder` that of the task file, in which the files
+    lie that the task itself names.
+    """
+    if local:
+        found = local_files.load_local_rows(name, local, _row_use(name, definition, benchmark))
+        return Documents(found.splits, found.source, found.unlabelled)
     if benchmark.suite == "micro":
         data = _documents_from_function(definition, only=_single_split(definition))
         return Documents(data, world_source(name))
@@ -58,6 +62,9 @@ def load_documents(name: str, definition: TaskDefinition, benchmark: BenchmarkCo
         data = _documents_from_function(definition)
         source = DocumentSource("harness", name, None, content_fingerprint(data))
         return Documents(data, source)
+    own = named_files(name, definition, folder)
+    if own is not None:
+        return Documents(*own.load(definition))
     return Documents(*load_from_hub(definition))
 
 
@@ -67,7 +74,8 @@ def _row_use(name: str, definition: TaskDefinition, benchmark: BenchmarkConfig) 
     keeps_rows = name in TEXT_COLUMNS or "process_docs" not in definition
     return RowUse(
         evaluated_split(definition),
-        scored=benchmark.limit if keeps_rows else None,
+        # A share is of all rows, however many there are.
+        scored=benchmark.limit if keeps_rows and isinstance(benchmark.limit, int) else None,
         examples=bool(definition.get("num_fewshot")),
         allow_missing=benchmark.allow_missing,
     )
@@ -170,223 +178,109 @@ def _text_from_file(key: str, path: str) -> tuple[Sequence[str], DocumentSource]
     return documents, file_source([file])
 
 
-FILES = TaskFiles("lm_eval", "lm-eval", ours=Path(__file__).parent / "tasks" / "micro")
+BUILDERS = frozenset({"arrow", "csv", "json", "parquet", "text"})
+"""Formats that `datasets` reads without a data set on the hub."""
 
 
-class TextTask(Protocol):
-    """A task of lm-eval, as far as we use it ourselves."""
+@dataclass(frozen=True)
+class NamedFiles:
+    """Files that a task file names itself, and what is handed to `datasets` to load them.
 
-    OUTPUT_TYPE: str
-    multiple_input: bool
-    DATASET_PATH: str | None
-    DATASET_NAME: str | None
-    config: object
+    lm-eval leaves them to `datasets`, which takes relative names from the working folder and
+    remembers files by path and time. Here they are taken from the task file's own folder first, and
+    are identified by their content.
+    """
 
-    @property
-    def task_name(self) -> str:
-        """The name under which the harness reports the task."""
+    task: str
+    location: str
+    files: tuple[Path, ...]
+    options: dict[str, Any]
 
-    def get_config(self, key: str) -> int | None:
-        """Return a setting, such as the number of shots."""
+    def load(self, definition: TaskDefinition) -> tuple[Splits, DocumentSource]:
+        """Return the splits and their source.
 
-    def set_config(self, key: str, value: int) -> None:
-        """Change a setting."""
-
-    def set_fewshot_seed(self, seed: int) -> None:
-        """Seed the choice of few-shot examples."""
-
-    def aggregation(self) -> dict[str, object]:
-        """Return a function per metric."""
-
-    def doc_to_choice(self, document: object, rule: object = None) -> list[str]:
-        """Return the choices of a multiple-choice question."""
-
-    def doc_to_text(self, document: object, rule: object = None) -> str | int:
-        """Return the question, or the number of the right one among several contexts."""
-
-    def doc_to_target(self, document: object, rule: object = None) -> object:
-        """Return the right answer, or its number."""
-
-    def resolve_field(self, document: object, field: object = None) -> str | None:
-        """Return a field of a document, given by its name or a template."""
-
-    def build_qa_turn(self, **parts: object) -> list[Any]:
-        """Return the messages that ask a question and answer it."""
-
-
-class AggregatedMetric(Protocol):
-    """A metric that a group reports over its tasks."""
-
-    metric: str
+        Raises:
+            UserError: `datasets` cannot read the files.
+        """
+        content = state_hash({str(file): file for file in self.files})
+        # `datasets` knows a file again by its path, size and time, and would return what the file
+        # held before.
+        cache = Path(datasets.config.HF_DATASETS_CACHE) / "slimbench" / content
+        path, part = definition["dataset_path"], definition.get("dataset_name")
+        try:
+            data: Splits = datasets.load_dataset(
+                self.options.pop("path", path), part, cache_dir=str(cache), **self.options
+            )
+        except Exception as error:  # of a reader for each format
+            reason = error_sentence(error.__cause__ or error)
+            raise UserError(
+                f"task {self.task}: its data {self.location} cannot be read: {reason}"
+            ) from error
+        # Where the folder lies is no part of its content.
+        root = os.path.commonpath([file.parent for file in self.files])
+        named = {os.path.relpath(file, root): file for file in self.files}
+        return data, DocumentSource("file", self.location, None, state_hash(named))
 
 
-class TaskGroup(Protocol):
-    """A group of tasks of lm-eval."""
-
-    aggregate_metric_list: list[AggregatedMetric] | None
-
-    def get_all_tasks(self) -> list[TextTask]:
-        """Return the tasks below the group."""
-
-
-class LoadedTasks(TypedDict):
-    """Tasks and groups that lm-eval's task manager builds from names."""
-
-    tasks: dict[str, TextTask]
-    groups: dict[str, TaskGroup]
-
-
-@cache
-def find_task_file(name: str) -> Path | None:
-    """Return the file of a task, or None for a group or a tag.
+def named_files(task: str, definition: TaskDefinition, folder: Path | None) -> NamedFiles | None:
+    """Return the files of this machine that a task names, None if it names a data set of the hub.
 
     Raises:
-        UserError: no task, group or tag has this name.
+        UserError: a file does not exist.
     """
-    return FILES.find_included(name) or _search_task_files(name)
-
-
-def _search_task_files(name: str) -> Path | None:
-    """Search all task files for a name."""
-    # Scanning bytes for a pattern takes half a second, the harness's index five: it parses every
-    # file as YAML. A file with both `task:` and `group:` of this name defines a group.
-    task, mention, group = (
-        _key_line_pattern(["task"], name),
-        _key_line_pattern(["group", "tag"], name),
-        _key_line_pattern(["group"]),
-    )
-    member = re.compile(rb"^[ \t]*-[ \t]*[\"']?" + re.escape(name).encode() + rb"\b", re.MULTILINE)
-    any_name = _key_line_pattern(["task", "group"])
-    names: set[bytes] = set()
-    is_group = False
-    for file in sorted(FILES.harness_folder.rglob("*.yaml")):
-        content = file.read_bytes()
-        if task.search(content) and not group.search(content):
-            return file
-        # A name that only ever occurs as a group, a tag or a member of one has no file of its own;
-        # the harness's index must resolve it.
-        is_group = is_group or bool(mention.search(content) or member.search(content))
-        names.update(any_name.findall(content))
-    if is_group:
+    path, options = str(definition.get("dataset_path")), hub_options(definition)
+    if path not in BUILDERS:
+        place = _place(path, folder) if _is_path(path) else None
+        if place is None or not place.is_dir():
+            return None
+        files = tuple(files_within(place).values())
+        return NamedFiles(task, str(place), files, {**options, "path": str(place)})
+    wanted = options.get("data_files")
+    if wanted is None or any("://" in name for name in _names(wanted)):
         return None
-    raise _unknown_task(name, [each.decode() for each in names])
+    options["data_files"] = _resolved(task, wanted, folder)
+    files = tuple(map(Path, _names(options["data_files"])))
+    shown = str(files[0] if len(files) == 1 else files[0].parent)
+    return NamedFiles(task, shown, files, options)
 
 
-def _key_line_pattern(keys: list[str], name: str | None = None) -> re.Pattern[bytes]:
-    """Match a line of YAML that gives one of the keys this value, or any value."""
-    value = r"([\w.+-]+)" if name is None else re.escape(name)
-    key = "|".join(keys)
-    line = rf"^[\"']?(?:{key})[\"']?[ \t]*:[ \t]*[\"']?{value}[\"']?[ \t]*\r?$"
-    return re.compile(line.encode(), re.MULTILINE)
+def _is_path(path: str) -> bool:
+    return path.startswith(("/", "./", "../", "~"))
 
 
-def _unknown_task(name: str, names: list[str]) -> UserError:
-    """Build the error for a task that does not exist, with the nearest name as a hint."""
-    close = nearest(name, names)
-    hint = f"did you mean {close!r}?" if close else "`lm-eval ls tasks` lists them"
-    return UserError(f"unknown task {name!r} in benchmark.tasks: {hint}")
+def _names(files: object) -> Iterator[str]:
+    if isinstance(files, Mapping | list | tuple):
+        for each in files.values() if isinstance(files, Mapping) else files:
+            yield from _names(each)
+    else:
+        yield str(files)
 
 
-def read_task_definition(file: Path) -> TaskDefinition:
-    """Return a definition with its includes merged and its functions imported.
-
-    Raises:
-        UserError: the task executes generated code, or needs a package that is not installed.
-        Unreachable: its functions load data from the hub on import.
-    """
-    if file.parent == FILES.ours:
-        return _read_micro_definition(file)
-    # Checked before functions are resolved: resolving imports the task's Python modules.
-    if load_yaml(file, resolve_func=False).get("unsafe_code"):
-        raise unsafe_code_error(file.stem)
-    try:
-        with task_code_errors("lm-eval", file.stem):
-            definition: TaskDefinition = load_yaml(file)
-    except ImportError as error:
-        raise UserError(
-            f"lm-eval's {file.name} needs a package that is not installed: {error}"
-        ) from error
-    except OSError as error:
-        raise unreachable_error(f"data loaded by {file.name}", error) from error
-    return definition
+def _resolved(task: str, files: Any, folder: Path | None) -> Any:
+    """Return the same structure with absolute names, wildcards written out."""
+    if isinstance(files, Mapping):
+        return {split: _resolved(task, each, folder) for split, each in files.items()}
+    found = [file for name in _names(files) for file in _matches(task, name, folder)]
+    return found if len(found) != 1 else found[0]
 
 
-def unsafe_code_error(task: str) -> UserError:
-    """Build the error for a task that runs what a model wrote."""
-    return UserError(
-        f"task {task!r} executes generated code, which slimbench refuses: remove it from "
-        "benchmark.tasks"
+def _matches(task: str, name: str, folder: Path | None) -> list[str]:
+    places = [Path(name).expanduser()]
+    if folder is not None and not places[0].is_absolute():
+        places.insert(0, folder / name)
+    for place in places:
+        found = sorted(glob.glob(str(place), recursive=True))  # noqa: PTH207 (absolute patterns)
+        if found:
+            return [str(Path(file).absolute()) for file in found]
+    looked = " or ".join(dict.fromkeys(str(place.parent.absolute()) for place in places))
+    raise UserError(
+        f"task {task}: its file {name!r} is not in {looked}: put it there, or give it by "
+        f"benchmark.data.{task}=PATH"
     )
 
 
-def _read_micro_definition(file: Path) -> TaskDefinition:
-    """Read one of our files; its include is relative to the harness's folder."""
-    # lm-eval resolves includes relative to the including file, and where lm-eval is installed is
-    # known at run time only; so the include is taken out and merged here.
-    ours: TaskDefinition = load_yaml(file, recursive=False)
-    theirs: TaskDefinition = load_yaml(FILES.harness_folder / ours.pop("include"))
-    return {**theirs, **ours}
-
-
-def num_shots(definition: TaskDefinition, requested: int | None) -> int:
-    """Return a task's number of shots by the harness's rule."""
-    # A task that declares 0 shots stays at 0, as in lm-eval: its prompt is written for zero shots.
-    own = definition.get("num_fewshot")
-    return int(own or 0) if own == 0 or requested is None else requested
-
-
-def restrict_to_splits(definition: TaskDefinition, present: set[str]) -> TaskDefinition:
-    """Return the definition with only the splits in `present`.
-
-    If nothing else is left to draw few-shot examples from, they come from the scored split. It is
-    then declared as the test split, because only there does the harness exclude the scored document
-    from its own examples.
-    """
-    scored = evaluated_split(definition)
-    keys = ("training_split", "validation_split", "test_split", "fewshot_split")
-    kept = {key: name if (name := definition.get(key)) in present else None for key in keys}
-    examples = dict(definition.get("fewshot_config") or {})
-    if examples.get("split") not in present:
-        examples.pop("split", None)
-    if not {*kept.values(), examples.get("split")} - {None, scored} and "samples" not in examples:
-        kept = dict.fromkeys(keys) | {"test_split": scored, "fewshot_split": scored}
-    return {**definition, **kept, "fewshot_config": examples or None}
-
-
-@cache
-def _task_manager() -> TaskManager:
-    return TaskManager()
-
-
-def expand_tag(name: str) -> list[str]:
-    """Return the tasks that carry a tag; a task or a group is returned as it is."""
-    # Checked first, so that a benchmark of plain tasks never builds the index.
-    if find_task_file(name) is not None:
-        return [name]
-    manager = _task_manager()
-    if name not in manager.task_index:
-        raise _unknown_task(name, manager.all_tasks)
-    return sorted(manager.task_index[name].tags) if name in manager.all_tags else [name]
-
-
-def load_task_group(name: str) -> LoadedTasks:
-    """Let the harness build a group with all its members."""
-    loaded: LoadedTasks = _task_manager().load([name])
-    return loaded
-
-
-def group_data_sets(name: str) -> list[str]:
-    """Return the hub data sets that the members of a group read."""
-    return sorted(_member_data_sets(name))
-
-
-def _member_data_sets(name: str) -> set[str]:
-    entry = _task_manager().task_index.get(name)
-    if entry is None:
-        return set()
-    config: TaskDefinition = entry.cfg or {}
-    members = config.get("task", [])
-    if isinstance(members, str):
-        return {str(config.get("dataset_path", name))}
-    named = [m if isinstance(m, str) else str(m.get("task") or m.get("group")) for m in members]
-    return set().union(*(_member_data_sets(member) for member in [*named, *sorted(entry.tags)]))
+def _place(path: str, folder: Path | None) -> Path | None:
+    places = [Path(path).expanduser()]
+    if folder is not None and not places[0].is_absolute():
+        places.insert(0, folder / path)
+    return next((place for place in places if place.exists()), None)

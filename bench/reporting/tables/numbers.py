@@ -178,7 +178,8 @@ def _record_mismatch(column: TableColumn, record: Record) -> str | None:
     # Not comparable even where the identity matches: a limit is not part of the published one.
     limit = None if column.task is None else _limit(record, column.task)
     if limit is not None:
-        return f"ours covers only the first {limit} samples"
+        covered = f"{limit:.0%} of the" if isinstance(limit, float) else f"the first {limit}"
+        return f"ours covers only {covered} samples"
     if metric.missing:
         return f"ours leaves out {metric.missing} samples without an answer"
     if column.of is not None and metric.n != column.of:

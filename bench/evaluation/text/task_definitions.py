@@ -1,0 +1,155 @@
+"""Definitions of lm-eval's tasks: what may be run, and the settings that a benchmark changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml  # type: ignore[import-untyped]
+from lm_eval.api import metrics  # noqa: F401 (fills the registry)
+from lm_eval.api.registry import metric_registry
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from bench.data.hub import unreachable_error
+from bench.errors import UserError
+from bench.evaluation.task_packages import missing_package
+from bench.evaluation.task_planning import (
+    TaskDefinition,
+    evaluated_split,
+    included_files,
+    task_code_errors,
+)
+from bench.evaluation.text.task_index import FILES
+
+if TYPE_CHECKING:
+    from bench.evaluation.text.task_index import Leaf
+    from bench.schema import BenchmarkConfig
+
+
+def read_definition(leaf: Leaf, *, trust_code: bool = False) -> TaskDefinition:
+    """Return the definition of a task with its includes merged and its functions imported.
+
+    Raises:
+        UserError: the task executes generated code, needs images or a package that is not
+            installed, or is a user's own and has code that is not trusted.
+        Unreachable: its functions load data from the hub on import.
+    """
+    name, file = leaf.task_name, leaf.entry.yaml_path
+    if file is None:  # defined inside its group
+        return {**leaf.overrides}
+    # Checked before functions are resolved: resolving imports the task's Python modules.
+    plain = {**load_yaml(file, resolve_func=False), **leaf.overrides}
+    if plain.get("unsafe_code"):
+        raise unsafe_code_error(name)
+    if plain.get("doc_to_image") or plain.get("doc_to_audio"):
+        raise multimodal_error(name)
+    if not trust_code:
+        _refuse_foreign_code(name, file, plain)
+    try:
+        with task_code_errors("lm-eval", name):
+            definition: TaskDefinition = {**load_yaml(file), **leaf.overrides}
+    except ImportError as error:
+        raise missing_package("lm_eval", name, error) from error
+    except OSError as error:
+        raise unreachable_error(f"data loaded by {file.name}", error) from error
+    return definition
+
+
+def read_micro_definition(file: Path) -> TaskDefinition:
+    """Read one of our files; its include is relative to the harness's folder."""
+    # lm-eval resolves includes relative to the including file, and where lm-eval is installed is
+    # known at run time only; so the include is taken out and merged here.
+    ours: TaskDefinition = load_yaml(file, recursive=False)
+    theirs: TaskDefinition = load_yaml(FILES.harness_folder / ours.pop("include"))
+    return {**theirs, **ours}
+
+
+def _refuse_foreign_code(name: str, file: Path, definition: TaskDefinition) -> None:
+    """Raise if a task that is not the harness's own would run code besides the harness's.
+
+    Raises:
+        UserError: a file names a Python function, or the task a metric that is fetched with its
+            code.
+    """
+    harness = FILES.harness_folder.resolve()
+    foreign = [each for each in included_files(file) if not each.is_relative_to(harness)]
+    for each in foreign:
+        events = yaml.parse(each.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        if any(getattr(event, "tag", None) == "!function" for event in events):
+            raise _untrusted(name, f"{each.name} names Python code (!function)")
+    if not foreign:
+        return
+    for metric in definition.get("metric_list") or ():
+        wanted = str(metric.get("metric"))
+        computed = definition.get("process_results") is not None
+        if metric.get("hf_evaluate") or not (computed or wanted in metric_registry):
+            raise _untrusted(name, f"its metric {wanted!r} is fetched from the hub with its code")
+
+
+def _untrusted(name: str, reason: str) -> UserError:
+    return UserError(
+        f"task {name!r} of benchmark.include: {reason}, which runs only with "
+        "benchmark.trust_code=true in this command, if you trust it"
+    )
+
+
+def unsafe_code_error(task: str) -> UserError:
+    """Build the error for a task that runs what a model wrote."""
+    return UserError(
+        f"task {task!r} executes generated code, which slimbench refuses: remove it from "
+        "benchmark.tasks"
+    )
+
+
+def multimodal_error(task: str) -> UserError:
+    """Build the error for a task of lm-eval about images or audio."""
+    return UserError(f"task {task!r} needs images or audio; lm_eval benchmarks are text only")
+
+
+def num_shots(own: int | None, requested: int | None) -> int:
+    """Return a task's number of shots by the harness's rule."""
+    # A task that declares 0 shots stays at 0, as in lm-eval: its prompt is written for zero shots.
+    return int(own or 0) if own == 0 or requested is None else requested
+
+
+def requested_shots(benchmark: BenchmarkConfig, chain: list[str], own: int | None) -> int | None:
+    """Return the shots that a benchmark asks of a task; None stands for its own number.
+
+    `chain` holds the task's name and those of the groups around it, innermost first.
+
+    Raises:
+        UserError: the task is named with shots, and its prompt is written for none.
+    """
+    asked = benchmark.num_fewshot
+    if not isinstance(asked, Mapping):
+        return asked
+    named = next((name for name in chain if name in asked), None)
+    if named is None:
+        return None
+    if own == 0 and named == chain[0] and asked[named]:
+        raise UserError(
+            f"benchmark.num_fewshot.{named}={asked[named]}: the prompt of this task is written for "
+            "zero shots, and lm-eval keeps it so: leave it out"
+        )
+    return asked[named]
+
+
+def restrict_to_splits(definition: TaskDefinition, present: set[str]) -> TaskDefinition:
+    """Return the definition with only the splits in `present`.
+
+    If nothing else is left to draw few-shot examples from, they come from the scored split. It is
+    then declared as the test split, because only there does the harness exclude the scored document
+    from its own examples. A task that has no other split itself is left as it is.
+    """
+    scored = evaluated_split(definition)
+    keys = ("training_split", "validation_split", "test_split", "fewshot_split")
+    kept = {key: name if (name := definition.get(key)) in present else None for key in keys}
+    examples = dict(definition.get("fewshot_config") or {})
+    if examples.get("split") not in present:
+        examples.pop("split", None)
+    own = {*(definition.get(key) for key in keys)} - {None, scored}
+    left = {*kept.values(), examples.get("split")} - {None, scored}
+    if own and not left and "samples" not in examples:
+        kept = dict.fromkeys(keys) | {"test_split": scored, "fewshot_split": scored}
+    return {**definition, **kept, "fewshot_config": examples or None}

@@ -1,0 +1,308 @@
+"""lm-eval's tasks, groups and tags by name, without an index of all of them.
+
+lm-eval parses 14,000 files before it knows one name. Here the files of one folder after the other
+are searched for lines that give a name, and only files with the name asked for are parsed, by
+lm-eval's own code. Groups are put together by lm-eval as well, of tasks that are not built yet.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.group import Group
+from lm_eval.tasks._factory import TaskFactory
+from lm_eval.tasks._index import Entry, Kind, TaskIndex
+from lm_eval.tasks._yaml_loader import load_yaml
+from yaml import YAMLError  # type: ignore[import-untyped]
+
+from bench.errors import UserError, nearest
+from bench.evaluation.row_files import existing_path
+from bench.evaluation.task_planning import TaskDefinition, TaskFiles
+
+FILES = TaskFiles("lm_eval", "lm-eval", ours=Path(__file__).parent / "tasks" / "micro")
+NOT_INDEXED = frozenset({"__pycache__", ".ipynb_checkpoints"})
+"""Folders whose files lm-eval passes over."""
+_TOP_KEY = re.compile(
+    rb"""^["']?(task|group|tag|include)["']?[ \t]*:[ \t]*([^\r\n]*)"""  # a key of the file itself
+    rb"""|^[ \t]*-[ \t]*["']?([^\s"'#:]+)["']?[ \t]*(?:#[^\r\n]*)?\r?$""",  # an element of a list
+    re.MULTILINE,
+)
+_WORD = re.compile(rb"[^\s\[\]\"',#]+")
+
+
+@dataclass(frozen=True)
+class NamedFiles:
+    """The task files of one folder by the names in them.
+
+    `defining` are those with a task or group of this name, `tagged` those that may carry the tag.
+    """
+
+    defining: Mapping[str, tuple[Path, ...]]
+    tagged: Mapping[str, tuple[Path, ...]]
+
+
+class NameIndex(dict[str, Entry]):
+    """lm-eval's index, filled with each name when it is asked for.
+
+    The tasks of a user's own folders are in it from the start.
+    """
+
+    def __init__(self, own: Mapping[str, Entry], folder: Path | None = None) -> None:
+        super().__init__(own)
+        self.own = frozenset(own)
+        self._folder = folder or FILES.harness_folder
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self.find(name) is not None
+
+    def __missing__(self, name: str) -> Entry:
+        entry = self.find(name)
+        if entry is None:
+            raise KeyError(name)
+        return entry
+
+    def find(self, name: str) -> Entry | None:
+        """Return the entry of a task, a group or a tag, None if there is none of this name."""
+        found = super().get(name)
+        if found is None:
+            found = self._defined(name) or self._tag(name)
+            if found is not None:
+                self[name] = found
+        return found
+
+    def _defined(self, name: str) -> Entry | None:
+        for file in self._defining_files(name):
+            # As in lm-eval, the first file of a folder that has the name wins.
+            entry = _entries_of(file).get(name)
+            if entry is not None and entry.kind is not Kind.TAG:
+                return entry
+        return None
+
+    def _defining_files(self, name: str) -> Iterator[Path]:
+        included = FILES.find_included(name)
+        if included is not None:
+            yield included
+        for folder in self._folders(name):
+            yield from _named_files(folder).defining.get(name, ())
+
+    def _tag(self, name: str) -> Entry | None:
+        tag = Entry(name, Kind.TAG, None, tags=set())
+        for folder in self._folders(name):
+            for file in _named_files(folder).tagged.get(name, ()):
+                found = _entries_of(file).get(name)
+                tag.tags |= found.tags if found is not None and found.kind is Kind.TAG else set()
+        return tag if tag.tags else None
+
+    def _folders(self, name: str) -> list[Path]:
+        """Return the folders of tasks, those whose names are like the one asked for first."""
+        return sorted(_task_folders(self._folder), key=lambda folder: -_likeness(folder.name, name))
+
+    def names(self) -> set[str]:
+        """Return all names, for a hint at the nearest."""
+        found = set(self)
+        for folder in _task_folders(self._folder):
+            found |= _named_files(folder).defining.keys()
+        return found
+
+
+def _likeness(folder: str, name: str) -> int:
+    """Return how many characters of a folder's name the name of a task begins with."""
+    same = 0
+    for one, other in zip(folder.lower(), name.lower(), strict=False):
+        if one != other:
+            break
+        same += 1
+    return same
+
+
+@cache
+def _task_folders(root: Path) -> tuple[Path, ...]:
+    """Return the folders of tasks and, last, the root itself for files that lie there."""
+    inner = [each for each in root.iterdir() if each.is_dir() and each.name not in NOT_INDEXED]
+    return (*sorted(inner), root)
+
+
+@cache
+def _named_files(folder: Path) -> NamedFiles:
+    is_root = folder == FILES.harness_folder
+    files = folder.glob("*.yaml") if is_root else folder.rglob("*.yaml")
+    defining: dict[str, list[Path]] = defaultdict(list)
+    tagged: dict[str, list[Path]] = defaultdict(list)
+    for file in sorted(files, key=Path.as_posix):
+        if NOT_INDEXED.isdisjoint(file.parts):
+            names, tags = _names_in(file)
+            for name in names:
+                defining[name].append(file)
+            for tag in tags:
+                tagged[tag].append(file)
+    return NamedFiles(_frozen(defining), _frozen(tagged))
+
+
+def _frozen(files: Mapping[str, list[Path]]) -> dict[str, tuple[Path, ...]]:
+    return {name: tuple(found) for name, found in files.items()}
+
+
+@cache
+def _names_in(file: Path) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the names that a file, with all that it includes, may define, and those of its tags.
+
+    Names are found by their lines: parsing a file takes ten times as long. A name too many costs
+    a parse, and one that is missing would be a task that cannot be found.
+    """
+    names: set[str] = set()
+    tags: set[str] = set()
+    try:
+        content = file.read_bytes()
+    except OSError:  # included and not there: lm-eval says so where the file is used
+        return frozenset(), frozenset()
+    for key, value, element in _TOP_KEY.findall(content):
+        words = {word.decode(errors="replace") for word in _WORD.findall(value)}
+        if key == b"include":
+            for word in words:
+                inner = _names_in(file.parent / word)
+                names |= inner[0]
+                tags |= inner[1]
+        elif key == b"tag":
+            tags |= words
+        elif key:
+            names |= words
+        else:
+            tags.add(element.decode(errors="replace"))
+    return frozenset(names), frozenset(tags)
+
+
+@cache
+def _entries_of(file: Path) -> dict[str, Entry]:
+    """Return what lm-eval finds in one file."""
+    entries: dict[str, Entry] = {}
+    try:
+        config = load_yaml(file, resolve_func=False)
+        TaskIndex.process_cfg(config, file, entries)
+    # lm-eval passes over a file that it cannot read, too.
+    except Exception:
+        return {}
+    return entries
+
+
+def index_of(include: tuple[str, ...]) -> NameIndex:
+    """Return the index with the tasks of a user's own folders.
+
+    Raises:
+        UserError: a folder does not exist or has no task file.
+    """
+    folders = []
+    for given in include:
+        key = f"benchmark.include={given}"
+        folder = existing_path(given, key)
+        if folder.is_file():
+            raise UserError(f"{key} is a file: give the folder in which it lies")
+        files = sorted(folder.rglob("*.yaml"))
+        if not files:
+            raise UserError(f"{key}: no task file NAME.yaml is in this folder")
+        for file in files:
+            _refuse_unreadable(file, key)
+        folders.append(folder.resolve())
+    return NameIndex(TaskIndex.build(folders))
+
+
+def _refuse_unreadable(file: Path, key: str) -> None:
+    """Raise for a file that lm-eval would pass over in silence."""
+    try:
+        load_yaml(file, resolve_func=False)
+    except (OSError, ValueError, YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{key}: {file.name} cannot be read as a task file: {reason}") from error
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A task that is not built yet: its entry, and the settings that a group or a tag gives it."""
+
+    entry: Entry
+    overrides: TaskDefinition
+
+    @property
+    def task_name(self) -> str:
+        """The name under which the harness reports the task."""
+        return str(self.overrides.get("task") or self.entry.name)
+
+
+class _OutlineFactory(TaskFactory):  # type: ignore[misc]  # the harness has no types
+    """lm-eval's factory of groups, with leaves in place of tasks, whose data would be loaded."""
+
+    def _build_task(self, entry: Entry, overrides: TaskDefinition | None) -> Leaf:
+        return Leaf(entry, dict(overrides or {}))
+
+    def _build_group_members(
+        self,
+        member_list: list[Any],
+        group_name: str,
+        overrides: TaskDefinition,
+        registry: NameIndex,
+    ) -> list[Any]:
+        members = []
+        for member in member_list:
+            name = member if isinstance(member, str) else member.get("task")
+            if isinstance(name, str) and "group" not in (member or ()) and name not in registry:
+                if isinstance(member, str):
+                    raise UserError(f"group {group_name!r} has a task {name!r}, which is unknown")
+                # lm-eval would build a task that is defined inside its group at once.
+                inner = f"{group_name}::{name}"
+                registry[inner] = Entry(inner, Kind.TASK, None, cfg={})
+                member = {**member, "task": inner}  # noqa: PLW2901
+            members.append(member)
+        built: list[Any] = super()._build_group_members(members, group_name, overrides, registry)
+        return built
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a name stands for: its leaves in order, and its groups by name, outermost first."""
+
+    name: str
+    leaves: tuple[Leaf, ...]
+    groups: dict[str, Group]
+
+    def chain(self, leaf: str) -> list[str]:
+        """Return a leaf's name and those of the groups around it, innermost first."""
+        around = [name for name, group in self.groups.items() if leaf in dict(_leaves(group))]
+        return [leaf, *reversed(around)]
+
+
+def outlines(name: str, index: NameIndex) -> list[Outline]:
+    """Return what a name stands for: a task, a group with its tasks, or each task of a tag.
+
+    Raises:
+        UserError: no task, group or tag has this name.
+    """
+    entry = index.find(name)
+    if entry is None:
+        raise unknown_task(name, index)
+    built = _OutlineFactory().build(entry, registry=index)
+    if isinstance(built, list):
+        return [Outline(leaf.task_name, (leaf,), {}) for leaf in built]
+    if isinstance(built, Leaf):
+        return [Outline(built.task_name, (built,), {})]
+    groups = {built.name: built, **{group.name: group for group in built.get_all_groups()}}
+    return [Outline(name, tuple(dict(_leaves(built)).values()), groups)]
+
+
+def _leaves(group: Group) -> Iterator[tuple[str, Leaf]]:
+    for child in group:
+        if isinstance(child, Group):
+            yield from _leaves(child)
+        else:
+            yield child.task_name, child
+
+
+def unknown_task(name: str, index: NameIndex) -> UserError:
+    """Build the error for a task that does not exist, with the nearest name as a hint."""
+    close = nearest(name, sorted(index.names()))
+    hint = f"did you mean {close!r}?" if close else "`lm-eval ls tasks` lists them"
+    return UserError(f"unknown task {name!r} in benchmark.tasks: {hint}")

@@ -1,0 +1,166 @@
+"""Task files of a user's own: found, trusted or not, scored as lm-eval scores them."""
+
+import pytest
+
+from bench.errors import UserError
+from bench.evaluation import BenchmarkConfig, evaluate, plan
+from bench.evaluation.text import task_index
+from tests.evaluation.text.own_tasks import row, write_rows, write_tasks
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_tasks(tmp_path / "mine")
+
+
+def planned(folder, *tasks, **settings):
+    settings = {"num_fewshot": None, "include": (str(folder),), **settings}
+    return plan(BenchmarkConfig(name="mine", tasks=tasks, **settings), offline=True)
+
+
+def test_tasks_of_each_kind_are_scored_from_files_beside_them(model, folder):
+    names = ("colour_choice", "colour_written", "colour_last", "colour_whole")
+    plan_ = planned(folder, *names)
+    assert {source.origin for source in plan_.sources.values()} == {"file"}
+    found = evaluate(model, plan_)
+    shown = {m.task: m for m in found.metrics if m.headline}
+    assert {name: shown[name].n for name in names} == {
+        "colour_choice": 7, "colour_written": 5, "colour_last": 5, "colour_whole": 5,
+    }  # fmt: skip
+    assert {m.filter for m in found.metrics if m.task == "colour_written"} == {"strict", "loose"}
+
+
+def test_a_changed_byte_of_the_data_is_seen_at_once(folder):
+    before = planned(folder, "colour_choice")
+    file = folder / "choice.jsonl"
+    stamp = file.stat()
+    file.write_text(file.read_text().replace("number 3", "number 9"))
+    import os
+
+    os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    after = planned(folder, "colour_choice")
+    assert before.fingerprints != after.fingerprints
+    (task,) = after.harness.leaves
+    assert "number 9" in task.eval_docs[3]["question"]
+
+
+def test_where_a_folder_lies_changes_nothing(folder, tmp_path):
+    elsewhere = write_tasks(tmp_path / "other" / "place")
+    one, other = (planned(each, "colour_written") for each in (folder, elsewhere))
+    assert one.fingerprints == other.fingerprints
+    # The files that a definition names are absolute in neither.
+    assert one.definitions == other.definitions
+
+
+CODE = """
+import pathlib
+pathlib.Path(__file__).with_name("ran").touch()
+def process_docs(dataset):
+    return dataset.select(range(2))
+"""
+
+
+@pytest.fixture
+def with_code(folder):
+    (folder / "utils.py").write_text(CODE)
+    (folder / "coded.yaml").write_text(
+        "include: choice.yaml\ntask: colour_coded\nprocess_docs: !function utils.process_docs\n"
+    )
+    return folder
+
+
+def test_python_in_a_folder_runs_only_with_consent(with_code):
+    with pytest.raises(UserError, match=r"coded.yaml names Python code.*benchmark.trust_code=true"):
+        planned(with_code, "colour_coded")
+    # Indexing the folder runs nothing either.
+    planned(with_code, "colour_choice")
+    assert not (with_code / "ran").exists()
+    found = planned(with_code, "colour_coded", trust_code=True)
+    assert (with_code / "ran").exists()
+    assert len(found.harness.leaves[0].eval_docs) == 2
+
+
+def test_the_code_of_a_folder_is_part_of_the_definition(with_code, forget_sources):
+    before = planned(with_code, "colour_coded", trust_code=True).definitions
+    file = with_code / "utils.py"
+    file.write_text(file.read_text().replace("range(2)", "range(1)"))
+    forget_sources()
+    assert planned(with_code, "colour_coded", trust_code=True).definitions != before
+
+
+@pytest.mark.parametrize("tail", [
+    "metric_list: [{metric: colour_metric, aggregation: mean, higher_is_better: true}]\n",
+    "metric_list: [{metric: f1, hf_evaluate: true, aggregation: mean}]\n",
+])  # fmt: skip
+def test_a_metric_that_is_fetched_with_its_code_is_refused(folder, tail):
+    (folder / "fetched.yaml").write_text(f"include: choice.yaml\ntask: colour_fetched\n{tail}")
+    with pytest.raises(UserError, match="is fetched from the hub with its code"):
+        planned(folder, "colour_fetched")
+
+
+def test_an_included_file_names_code_as_well(with_code):
+    (with_code / "inner.yaml").write_text("include: coded.yaml\ntask: colour_inner\n")
+    with pytest.raises(UserError, match=r"task 'colour_inner'.*coded.yaml names Python code"):
+        planned(with_code, "colour_inner")
+
+
+@pytest.mark.parametrize("template", [
+    "{{ cycler.__init__.__globals__.os.system('touch ran') }}",
+    "{{ ''.__class__.__mro__ }}",
+])  # fmt: skip
+def test_a_template_reaches_no_python(folder, template, monkeypatch):
+    monkeypatch.chdir(folder)
+    (folder / "sly.yaml").write_text(
+        f'include: choice.yaml\ntask: colour_sly\ndoc_to_text: "{template}"\n'
+    )
+    with pytest.raises(UserError, match="task 'colour_sly' of lm-eval cannot be set up"):
+        planned(folder, "colour_sly")
+    assert not (folder / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda f: f / "nowhere", "nowhere: no such file or folder"),
+        (lambda f: f / "choice.yaml", "choice.yaml is a file: give the folder in which it lies"),
+        (lambda f: write_rows(f / "x.jsonl", []).parent / "empty", "no task file NAME.yaml"),
+    ],
+)
+def test_a_folder_without_tasks_is_one_sentence(folder, change, reason):
+    (folder / "empty").mkdir()
+    with pytest.raises(UserError, match=reason):
+        planned(change(folder), "colour_choice")
+
+
+def test_a_broken_file_is_named(folder):
+    (folder / "broken.yaml").write_text("task: [unclosed")
+    with pytest.raises(UserError, match=r"broken.yaml cannot be read as a task file"):
+        planned(folder, "colour_choice")
+
+
+def test_a_file_that_is_not_there_is_named_with_the_cure(folder):
+    (folder / "choice.jsonl").unlink()
+    with pytest.raises(UserError, match=r"'choice.jsonl' is not in .*benchmark.data.colour_choice"):
+        planned(folder, "colour_choice")
+
+
+def test_a_data_set_of_the_hub_is_named_with_the_cure(folder):
+    (folder / "far.yaml").write_text(
+        "include: choice.yaml\ntask: colour_far\ndataset_path: someone/colours\n"
+        "dataset_kwargs: null\n"
+    )
+    with pytest.raises(UserError, match=r"someone/colours.*bench prefetch.*benchmark.data.TASK"):
+        planned(folder, "colour_far")
+
+
+def test_an_unknown_task_is_refused_with_the_nearest_of_ones_own(folder, monkeypatch):
+    # Without the harness's 14,000 names, which take seconds to list.
+    monkeypatch.setattr(task_index, "_task_folders", lambda root: ())
+    with pytest.raises(UserError, match=r"unknown task 'colour_chioce'.*'colour_choice'"):
+        planned(folder, "colour_chioce")
+
+
+def test_files_of_ones_own_may_replace_those_of_a_task(model, folder, tmp_path):
+    file = write_rows(tmp_path / "mine.jsonl", map(row, range(3)))
+    found = evaluate(model, planned(folder, "colour_choice", data={"colour_choice": str(file)}))
+    assert {m.n for m in found.metrics} == {3}
