@@ -117,10 +117,9 @@ class ModelConfig(BaseModel):
 class PerplexityConfig(BaseModel):
     """One perplexity: the text, the windowing protocol and the window length in tokens.
 
-    `gptq_wikitext2` joins the documents of the test split and cuts them into consecutive windows,
-    `gptq_c4` draws 256 random windows with seed 0, `consecutive` applies the first protocol to any
-    text. `windows` keeps the first so many of them, `benchmark.limit` if it is null. `path`
-    replaces the text by a local file.
+    `gptq_wikitext2` joins the documents of the test split and cuts them into consecutive windows, as
+    `consecutive` does with any text; `gptq_c4` draws 256 random windows with seed 0. `windows` keeps
+    the first so many, `benchmark.limit` if it is null. `path` replaces the text by a local file.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -137,9 +136,8 @@ class ImagesConfig(BaseModel):
 
     `data` names a data set in `bench.data.image_catalogue`, `folder` is its location; `download`
     lets torchvision fetch what the folder lacks. `size` is for `data=folder` alone, a folder of
-    images of your own: height and width to which they are resized and cropped. `split` is `test`,
-    or `validation` for the part of the training images that is held out for choosing
-    hyperparameters.
+    images of your own: height and width to which they are resized and cropped. `split` is `test`, or
+    `validation`: training images that are held out for choosing hyperparameters.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -187,22 +185,21 @@ class BenchmarkConfig(BaseModel):
 
     `backend` selects how log-likelihoods and answers are computed: `prefix_sharing` runs tokens
     that requests have in common through the network once; `padded` is the harness's own protocol
-    with one row per request. Results are the same. A model that does not support prefix sharing
-    falls back to the padded backend, and the record states the backend used and the reason.
+    with one row per request. Results are the same. A model without prefix sharing falls back to it,
+    and the record states the backend used and the reason.
 
     `overlong` selects what happens to a prompt that does not fit into the model together with its
     answer: `truncate` removes tokens on its left as lm-eval does, so that numbers stay comparable
     with published ones; `skip` leaves the document without an answer; `refuse` ends the run. A
     question about an image is never cut.
 
-    `allow_missing` is the share of a task's rows that may have no answer: log-likelihoods that are
-    not finite, an empty text, a row without a label, an image that cannot be shown. Up to this
-    share the number is over the answered rows, and the record counts the others; beyond it the
-    task has no number. 0 accepts none.
+    `allow_missing` is the share of a task's rows that may have no answer (log-likelihoods that are
+    not finite, an empty text, no label, an image that cannot be shown). Up to it the number is over
+    the answered rows, and the record counts the others; beyond it the task has no number.
 
-    Only `lmms_eval` reads the last two keys. `ocr_tokens` adds TextVQA's OCR tokens to the prompt,
-    as in LLaVA's published numbers; lmms-eval omits them by default. `image_cache_gib` bounds the
-    CPU memory for encoded images; 0 encodes an image again for every question.
+    Only `lmms_eval` reads these two: `ocr_tokens` adds TextVQA's OCR tokens, as LLaVA's published
+    numbers do and lmms-eval by default does not; `image_cache_gib` bounds the CPU memory for encoded
+    images, 0 encodes an image again for every question.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -236,12 +233,12 @@ class BenchmarkConfig(BaseModel):
     @classmethod
     def _name_the_tasks(cls, given: Any) -> Any:
         """Name a harness's benchmark by its tasks, so that records say what was run."""
-        if isinstance(given, dict) and given.get("name") in HARNESS_BENCHMARKS:
-            tasks = list(map(str, given.get("tasks") or ()))
-            more = [f"{len(tasks) - _NAMED_TASKS} more"] if len(tasks) > _NAMED_TASKS else []
-            named = ":".join(filter(None, [given["name"], "+".join(tasks[:_NAMED_TASKS] + more)]))
-            return {**given, "name": named}
-        return given
+        if not isinstance(given, dict) or given.get("name") not in HARNESS_BENCHMARKS:
+            return given
+        tasks = list(map(str, given.get("tasks") or ()))
+        more = [f"{len(tasks) - _NAMED_TASKS} more"] if len(tasks) > _NAMED_TASKS else []
+        named = ":".join(filter(None, [given["name"], "+".join(tasks[:_NAMED_TASKS] + more)]))
+        return {**given, "name": named}
 
     @field_validator("tasks")
     @classmethod
@@ -389,8 +386,7 @@ class PromptsConfig(BaseModel):
         return self
 
 
-WANDB_INIT_SECONDS = 20.0
-"""A healthy server answers much sooner; the client's own limit is 90 s."""
+WANDB_INIT_SECONDS = 20.0  # A healthy server answers much sooner; the client's own limit is 90 s.
 
 
 class TrackerConfig(BaseModel):

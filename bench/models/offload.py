@@ -1,4 +1,4 @@
-"""Models larger than their device: weights elsewhere, onloaded, and run one layer at a time.
+"""Weights in CPU memory or on disk, onloaded while a layer changes; the device map of large models.
 
 accelerate keeps a model larger than its device in pieces: a hook on every module fetches the
 module's weights before its forward and drops them afterwards. This suffices to run the model, but a
@@ -7,20 +7,6 @@ method that changes a layer needs the weights to stay, and the changed ones to b
 The device maps `offload_cpu` and `offload_disk` keep every decoder layer in CPU memory or on disk
 and everything else on the device; other maps are accelerate's own. The folder for weights on disk
 lives as long as the network.
-
-A decoder run one layer at a time over many rows, so that a method can change each layer in turn.
-
-Shapes: B rows, L tokens per row, D d_model.
-
-Everything that a layer receives besides the hidden states (masks, positions, rotary embeddings) is
-recorded by sending the rows through a decoder whose layers return their input. All rows have the
-same length and no padding, so in most decoders it depends only on the number of rows in a batch and
-is stored once for each; where layers also receive the tokens (DeepSeek-V4), it is stored for each
-batch. Some layers hand more than hidden states to the next one (GLM-5's chosen keys): what a layer
-returns besides them is passed on where the decoder passes it.
-
-A model larger than its device runs the same way: the weights of one layer at a time are on the
-device, and hidden states wait in CPU memory.
 """
 
 from __future__ import annotations
@@ -32,13 +18,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, Self, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from bench.errors import UserError, error_sentence
-from bench.models.network import TransformersNetwork, replaced_forward, text_config
+from bench.models.network import replaced_forward
 from bench.models.structure.model_structure import inspect_model
 
 
@@ -303,198 +288,3 @@ def remove_folder_with(network: nn.Module, folder: str) -> None:
     """Remove a folder once the network is garbage-collected."""
     # Not `atexit`: a sweep loads many models in one process, each with its weights on disk.
     weakref.finalize(network, shutil.rmtree, folder, ignore_errors=True)
-
-
-LayerArguments = tuple[tuple[object, ...], dict[str, object]]
-
-# Of what a layer may return: the hidden states alone, or a tuple that starts with them.
-LONGEST_OUTPUT = 3
-
-
-@dataclass(frozen=True)
-class _FromLayer:
-    """Stands for a part of what a layer returned, in the arguments of a later layer."""
-
-    layer: int
-    part: int
-
-
-class LayerStream:
-    """Hidden states of all rows at the input of the current decoder layer.
-
-    As a context manager it also onloads the weights of the current layer, so that they can be
-    changed until the stream moves to another layer or the block ends.
-    """
-
-    def __init__(
-        self, network: nn.Module, layers: tuple[nn.Module, ...], tokens_BL: Tensor, batch: int
-    ) -> None:
-        self.layers = layers
-        # Of each batch, in order; equal ones share an entry.
-        self._arguments: list[list[LayerArguments]] = []
-        self._states: list[Tensor] = []
-        # Of each batch, what the layers so far returned besides the hidden states.
-        self._returned: list[dict[_FromLayer, object]] = []
-        whole = cast(TransformersNetwork, network)
-        _refuse_more_tokens_than_positions(whole, tokens_BL.shape[1])
-        self._device = execution_device(whole.get_input_embeddings())
-        offloaded = any(is_offloaded(layer) for layer in layers)
-        # Hidden states of all calibration rows can exceed the weights of one layer many times; a
-        # model that was offloaded for lack of memory has no room for them on the device.
-        self._waiting = torch.device("cpu") if offloaded else self._device
-        self._onloaded_index: int | None = None
-        self._onload_stack = ExitStack()
-        for rows_BL in torch.split(tokens_BL, batch):
-            self._enter(whole.get_decoder(), rows_BL)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._onload_stack.close()
-
-    @torch.no_grad()
-    def run(self, index: int, *, advance: bool) -> None:
-        """Send all rows through layer `index`; with `advance` the outputs become the next inputs.
-
-        Hooks and observers on the layer see every row exactly once per call.
-        """
-        self.onload_layer(index)
-        for place, state_BLD in enumerate(self._states):
-            returned = self._returned[place]
-            args, kwargs = self._arguments[place][index]
-            output = self.layers[index](
-                state_BLD.to(self._device),
-                *(_resolved(value, returned) for value in args),
-                **{name: _resolved(value, returned) for name, value in kwargs.items()},
-            )
-            if advance:
-                # Some decoder layers return (hidden states, ...), others the tensor alone.
-                output_BLD, *more = output if isinstance(output, tuple) else (output,)
-                self._states[place] = output_BLD.to(self._waiting)
-                for part, value in enumerate(more, start=1):
-                    returned[_FromLayer(index, part)] = value
-                waited_for = _references(self._arguments[place][index + 1 :])
-                for key in returned.keys() - waited_for:
-                    del returned[key]
-
-    def onload_layer(self, index: int) -> None:
-        """Write back the weights of the previous layer and onload those of layer `index`."""
-        # A layer is usually run twice (observe, then advance after the change). Its weights are
-        # written back once, when the stream leaves it.
-        if self._onloaded_index != index:
-            self._onload_stack.close()
-            self._onload_stack.enter_context(onloaded(self.layers[index]))
-            self._onloaded_index = index
-
-    @torch.no_grad()
-    def _enter(self, decoder: nn.Module, rows_BL: Tensor) -> None:
-        """Store the embeddings of some rows, and each layer's arguments for this batch size."""
-        rows_BL = rows_BL.to(self._device)
-        state_BLD, arguments = _record(decoder, self.layers, rows_BL)
-        self._states.append(state_BLD.to(self._waiting))
-        self._returned.append({})
-        # Only the last batch may have another number of rows, so the one before is compared.
-        if self._arguments and _equal(self._arguments[-1], arguments):
-            arguments = self._arguments[-1]
-        self._arguments.append(arguments)
-
-
-def _references(arguments: list[LayerArguments]) -> set[_FromLayer]:
-    """Return what layers with these arguments wait for."""
-    values = [value for args, kwargs in arguments for value in (*args, *kwargs.values())]
-    return {value for value in values if isinstance(value, _FromLayer)}
-
-
-def _resolved(value: object, returned: dict[_FromLayer, object]) -> object:
-    return returned[value] if isinstance(value, _FromLayer) else value
-
-
-def _equal(one: object, other: object) -> bool:
-    """Whether two nested containers hold equal tensors and values."""
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.shape == other.shape and torch.equal(one, other)
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_equal(one[k], other[k]) for k in one)
-    if isinstance(one, tuple | list) and isinstance(other, tuple | list):
-        return len(one) == len(other) and all(map(_equal, one, other))
-    # Objects such as masks of flex attention have no equality: the same one, or unequal.
-    plain = isinstance(one, bool | int | float | str | _FromLayer)
-    return one is other or (plain and one == other)
-
-
-def _refuse_more_tokens_than_positions(network: TransformersNetwork, length: int) -> None:
-    """Raise if a decoder with a table of positions (GPT-2, OPT) gets more tokens than it has."""
-    limit = getattr(text_config(cast(nn.Module, network)), "max_position_embeddings", None)
-    tables = [
-        part
-        for part in network.get_decoder().modules()
-        if isinstance(part, nn.Embedding) and part is not network.get_input_embeddings()
-    ]
-    # Rotary positions have no table, and no end.
-    if limit is not None and tables and length > limit:
-        raise UserError(
-            f"calibration.length={length} is more than the {limit} positions of "
-            f"{type(network).__name__}: lower calibration.length"
-        )
-
-
-class _CutStateError(Exception):
-    """A decoder took the first element of what a layer returned."""
-
-
-def _record(
-    decoder: nn.Module, layers: tuple[nn.Module, ...], rows_BL: Tensor
-) -> tuple[Tensor, list[LayerArguments]]:
-    """Return the embeddings of some rows and the arguments of each layer.
-
-    Raises:
-        UserError: the decoder expects something else of its layers than hidden states, or a short
-            tuple that starts with them.
-    """
-    failure: Exception = _CutStateError()
-    for length in range(LONGEST_OUTPUT + 1):
-        try:
-            with _recorded_arguments(layers, length) as (inputs, arguments):
-                decoder(input_ids=rows_BL, use_cache=False)
-        # What unpacking raises depends on what was unpacked; other faults end the loop as well,
-        # with the last attempt's message.
-        except (_CutStateError, TypeError, ValueError, AttributeError) as error:
-            failure = error
-        else:
-            return inputs[0], arguments
-    raise UserError(
-        f"{type(decoder).__name__} cannot be run one layer at a time, which this method needs: "
-        f"{error_sentence(failure)}"
-    )
-
-
-@contextmanager
-def _recorded_arguments(
-    layers: tuple[nn.Module, ...], length: int
-) -> Iterator[tuple[list[Tensor], list[LayerArguments]]]:
-    """Make layers return their input and record the arguments of their calls.
-
-    They return the tensor alone at `length` 0, else a tuple of that length.
-    """
-    inputs: list[Tensor] = []
-    arguments: list[LayerArguments] = []
-
-    # One forward of the decoder with pass-through layers records the arguments of all layers and
-    # computes none of them; `inputs[0]` is the embedding output. Trap: a decoder whose layers
-    # return a tuple takes its elements, which cuts a tensor along the batch: into as many as it
-    # expects, if there are as many rows.
-    def passing(hidden_BLD: Tensor, *args: object, **kwargs: object) -> Tensor | tuple[object, ...]:
-        if not isinstance(hidden_BLD, Tensor) or (inputs and hidden_BLD.shape != inputs[0].shape):
-            raise _CutStateError("a layer's output is cut")
-        inputs.append(hidden_BLD)
-        arguments.append((args, kwargs))
-        if not length:
-            return hidden_BLD
-        layer = len(arguments) - 1
-        return (hidden_BLD, *(_FromLayer(layer, part) for part in range(1, length)))
-
-    with ExitStack() as stack:
-        for layer in layers:
-            stack.enter_context(replaced_forward(layer, passing))
-        yield inputs, arguments

@@ -6,18 +6,18 @@ import hashlib
 import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, get_args
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    ValidationError,
     field_validator,
-    model_validator,
 )
 
 from bench.method import Effect, LayerReport
+from bench.records.leaves import ConfigLeaves, EnvironmentLeaves, ProvenanceLeaves, with_leaves
+from bench.records.leaves import JsonObject as JsonObject  # noqa: PLC0414  # part of this module's interface
 
 SCHEMA = 3
 ID_DIGITS = 12
@@ -26,10 +26,6 @@ UNCONFIRMED = "unconfirmed"
 """Stands for the effect of a method whose report the counts contradict."""
 FRESH = "fresh:"
 """Prefix of a model's source whose weights are drawn at random."""
-JsonObject: TypeAlias = dict[str, Any]
-"""A JSON object whose keys are not known here, such as the config of a run or its provenance."""
-SHOWN_ORIGINS = frozenset({"embedded", "file"})
-"""Origins of data that reports name together with its location."""
 LARGEST_WHOLE_FLOAT = 2**53
 How = Literal["counted", "measured", "analytic"]
 """How a cost was obtained."""
@@ -212,83 +208,6 @@ class MissingMeasurement(_FrozenModel):
     how: How | None = None
 
 
-class _Leaves(BaseModel):
-    """The values of a free JSON object that reports read; any may be absent, others are kept.
-
-    A record may come from somebody else. What has another type would stop the reports of all runs,
-    so its record is set aside when it is read.
-    """
-
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-
-class _ModelLeaves(_Leaves):
-    name: str | None = None
-    source: str | None = None
-    path: str | None = None
-    kind: str | None = None
-    dtype: str | None = None
-    max_length: int | None = None
-    seed: int | None = None
-    trust_remote_code: bool | None = None
-
-
-class _BenchmarkLeaves(_Leaves):
-    name: str
-    harness: str | None = None
-    tasks: Sequence[str] = ()
-    metrics: JsonObject = {}
-    perplexity: dict[str, JsonObject] = {}
-    num_fewshot: int | dict[str, int] | None = None
-    limit: int | float | None = None
-    data: JsonObject = {}
-    images: JsonObject = {}
-
-
-class _TrackerLeaves(_Leaves):
-    samples: bool = True
-
-
-class _ConfigLeaves(_Leaves):
-    model: _ModelLeaves = _ModelLeaves()
-    method: dict[str, JsonObject] = {}
-    benchmark: _BenchmarkLeaves
-    calibration: JsonObject = {}
-    prompts: JsonObject = {}
-    costs: JsonObject = {}
-    tracker: _TrackerLeaves = _TrackerLeaves()
-    offline: bool = False
-    packages: Sequence[str] = ()
-
-
-class _SourceLeaves(_Leaves):
-    origin: str | None = None
-    location: str | None = None
-    fingerprint: str | None = None
-
-    @model_validator(mode="after")
-    def _named_where_it_is_shown(self) -> _SourceLeaves:
-        if self.origin in SHOWN_ORIGINS and self.location is None:
-            raise ValueError(f"origin={self.origin} needs a location")
-        return self
-
-
-class _IdentityLeaves(_Leaves):
-    files: dict[str, str] = {}
-
-
-class _ProvenanceLeaves(_Leaves):
-    data: dict[str, _SourceLeaves] = {}
-    calibration: str | None = None
-    prompts: str | None = None
-    identity: _IdentityLeaves | None = None
-
-
-class _EnvironmentLeaves(_Leaves):
-    threads: int | None = None
-    versions: dict[str, str | None] = {}
-
-
 class Record(_FrozenModel):
     """One run; `id` is a hash of its inputs, see `run_id`.
 
@@ -317,17 +236,17 @@ class Record(_FrozenModel):
     @field_validator("config")
     @classmethod
     def _config_fits_reports(cls, config: JsonObject) -> JsonObject:
-        return _with_leaves(config, _ConfigLeaves)
+        return with_leaves(config, ConfigLeaves)
 
     @field_validator("provenance")
     @classmethod
     def _provenance_fits_reports(cls, provenance: JsonObject) -> JsonObject:
-        return _with_leaves(provenance, _ProvenanceLeaves)
+        return with_leaves(provenance, ProvenanceLeaves)
 
     @field_validator("environment")
     @classmethod
     def _environment_fits_reports(cls, environment: JsonObject) -> JsonObject:
-        return _with_leaves(environment, _EnvironmentLeaves)
+        return with_leaves(environment, EnvironmentLeaves)
 
     @property
     def untrained(self) -> bool:
@@ -410,18 +329,6 @@ def check_ratio(ratio: object) -> None:
     # The index and plots keep ratios as floats, which hold no larger whole number exactly.
     if isinstance(ratio, int) and abs(ratio) > LARGEST_WHOLE_FLOAT:
         raise ValueError(f"ratio={ratio}: whole numbers go up to {LARGEST_WHOLE_FLOAT}")
-
-
-def _with_leaves(found: JsonObject, leaves: type[_Leaves]) -> JsonObject:
-    """Return a JSON object as it is; raise `ValueError` unless reports can read its values."""
-    try:
-        leaves.model_validate(found)
-    except ValidationError as error:
-        fault = error.errors(include_input=False, include_url=False)[0]
-        key = ".".join(map(str, fault["loc"]))
-        reason = fault["msg"].removeprefix("Value error, ")
-        raise ValueError(f"{key}: {reason[0].lower()}{reason[1:]}") from None
-    return found
 
 
 def without_real_saving(methods: Sequence[AppliedMethod]) -> str | None:

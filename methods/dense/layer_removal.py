@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from bench.errors import UserError
 from bench.method import Context, LayerReport, Method, MethodReport
+from bench.models.layer_stream import LayerStream
 from bench.models.model import Model
 from bench.models.network import text_config
-from bench.models.offload import LayerStream
 from bench.models.structure.model_structure import ModelStructure
 from bench.ui import Progress
 from methods.dense.sparsity import count_zeroed

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from bench.errors import UserError
 from bench.method import ALL_FORMS, Context, LayerReport, Method, MethodReport, WeightForm
+from bench.models.layer_stream import LayerStream
 from bench.models.model import Model
-from bench.models.offload import LayerStream, is_offloaded
+from bench.models.offload import is_offloaded
 from bench.models.structure.dense_layer import is_transposed, shape_of, weight_of
 from bench.models.structure.model_structure import ModelStructure
 from bench.ui import Progress

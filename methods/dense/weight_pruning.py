@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from bench.errors import UserError
 from bench.method import ALL_FORMS, Context, LayerReport, Method, MethodReport, WeightForm
+from bench.models.layer_stream import LayerStream
 from bench.models.model import Model
-from bench.models.offload import LayerStream, onloaded
+from bench.models.offload import onloaded
 from bench.models.structure.dense_layer import is_projection, weight_of
 from bench.models.structure.model_structure import ModelStructure
 from methods.dense.sparsity import Pattern, magnitude_mask, sparsegpt, wanda_mask

@@ -22,8 +22,8 @@ from torch.nn.functional import cross_entropy
 
 from bench.errors import UserError
 from bench.models.expert_hooks import ExpertObserver, RouterWeights, observe_experts
+from bench.models.layer_stream import LayerStream
 from bench.models.model import Model
-from bench.models.offload import LayerStream
 from bench.models.structure.dense_layer import weight_of
 from bench.models.structure.moe_block import MoEBlock
 from bench.ui import Progress

@@ -28,8 +28,8 @@ from bench.data.calibration import Calibration
 from bench.errors import UserError
 from bench.method import Context, LayerReport, MethodReport
 from bench.models.bitpacking.packed_shape import GridKind
+from bench.models.layer_stream import LayerStream
 from bench.models.model import Model
-from bench.models.offload import LayerStream
 from bench.models.structure.dense_layer import (
     bias_of,
     feed_forwards,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench.errors import UserError
-from bench.models.offload import LayerStream
+from bench.models.layer_stream import LayerStream
 from bench.models.structure.model_structure import inspect_model
 from tests.models.tiny_networks import (
     ARCHITECTURES,

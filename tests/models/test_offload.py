@@ -7,8 +7,9 @@ from bench.data.calibration import Calibration
 from bench.errors import UserError
 from bench.measurement.costs import count_costs
 from bench.method import Context
+from bench.models.layer_stream import LayerStream
 from bench.models.loading import load_model
-from bench.models.offload import LayerStream, is_offloaded, onloaded
+from bench.models.offload import is_offloaded, onloaded
 from bench.models.source import resolve_model
 from bench.schema import CostsConfig, ModelConfig
 from methods.baselines.micro_expert_controls import RandomMicroExperts

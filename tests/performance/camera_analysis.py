@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from bench.models.expert_hooks import observe_experts
+from bench.models.layer_stream import LayerStream
 from bench.models.model import Model
-from bench.models.offload import LayerStream
 from bench.models.structure.model_structure import inspect_model
 from bench.models.structure.moe_block import MoEBlock
 from bench.schema import ModelConfig

@@ -45,8 +45,9 @@ def figures(tree: SourceTree) -> list[Figure]:
     uncommented = sorted(modules, key=lambda module: module.comments * 33 - module.lines)
     retired = tree.retired()
     return [
-        # 345 when the layout was drawn; a new capability may add a file, if no other can hold it.
-        Figure("Python files", len(modules), "at most 360", len(modules) <= 360),
+        # 345 when the layout was drawn; a new method, engine or harness may add a file, if no other
+        # can hold it.
+        Figure("Python files", len(modules), "at most 385", len(modules) <= 385),
         Figure("median lines of a file", tree.median, "at least 110", tree.median >= 110),
         Figure(
             "lines of the longest file",

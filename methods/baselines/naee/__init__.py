@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from bench.errors import UserError
 from bench.method import Context, MethodReport, WeightForm
+from bench.models.layer_stream import LayerStream
 from bench.models.model import Model
-from bench.models.offload import LayerStream
 from bench.models.structure.model_structure import ModelStructure
 from bench.models.structure.moe_block import MoEBlock
 from bench.ui import Progress

@@ -18,8 +18,9 @@ from bench.errors import UserError
 from bench.models.bitpacking.packed_modules import PackedExpert, PackedExperts
 from bench.models.bitpacking.packed_shape import Level, PackedShape
 from bench.models.expert_hooks import ExpertObserver, observe_experts
+from bench.models.layer_stream import LayerStream
 from bench.models.model import Model
-from bench.models.offload import LayerStream, onloaded
+from bench.models.offload import onloaded
 from bench.models.structure.dense_layer import is_projection, shape_of
 from bench.models.structure.expert_view import activation_of, gated_projections
 from bench.models.structure.moe_block import MoEBlock

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.errors import UserError
-from bench.models.offload import LayerStream
+from bench.models.layer_stream import LayerStream
 from bench.models.structure.model_structure import inspect_model
 from bench.ui import SILENT
 from methods.baselines.naee import (

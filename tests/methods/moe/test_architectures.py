@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench.models.expert_hooks import observe_experts
-from bench.models.offload import LayerStream
+from bench.models.layer_stream import LayerStream
 from bench.models.structure.model_structure import inspect_model
 from methods.baselines.expert_removal import drop_experts, router_mode
 from methods.baselines.expert_scores import Reap

@@ -11,7 +11,7 @@ from bench.measurement.model_size import count_size
 from bench.method import Context
 from bench.models.bitpacking.packed_modules import packed_linears
 from bench.models.expert_hooks import observe_experts
-from bench.models.offload import LayerStream
+from bench.models.layer_stream import LayerStream
 from bench.models.structure.model_structure import ModelStructure, inspect_model
 from methods.camera.allocation import energy_order
 from methods.camera.joint import CameraPQ

@@ -1,0 +1,123 @@
+"""Types of what reports read in the free JSON objects of a record: config, provenance, identity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ValidationError,
+    model_validator,
+)
+
+JsonObject: TypeAlias = dict[str, Any]
+"""A JSON object whose keys are not known here, such as the config of a run or its provenance."""
+SHOWN_ORIGINS = frozenset({"embedded", "file"})
+"""Origins of data that reports name together with its location."""
+
+
+class Leaves(BaseModel):
+    """The values of a free JSON object that reports read; any may be absent, others are kept.
+
+    A record may come from somebody else. What has another type would stop the reports of all runs,
+    so its record is set aside when it is read.
+    """
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+
+class ModelLeaves(Leaves):
+    """Of the section `model`."""
+
+    name: str | None = None
+    source: str | None = None
+    path: str | None = None
+    kind: str | None = None
+    dtype: str | None = None
+    max_length: int | None = None
+    seed: int | None = None
+    trust_remote_code: bool | None = None
+
+
+class BenchmarkLeaves(Leaves):
+    """Of the section `benchmark`."""
+
+    name: str
+    harness: str | None = None
+    tasks: Sequence[str] = ()
+    metrics: JsonObject = {}
+    perplexity: dict[str, JsonObject] = {}
+    num_fewshot: int | dict[str, int] | None = None
+    limit: int | float | None = None
+    data: JsonObject = {}
+    images: JsonObject = {}
+
+
+class TrackerLeaves(Leaves):
+    """Of the section `tracker`."""
+
+    samples: bool = True
+
+
+class ConfigLeaves(Leaves):
+    """Of a run's config."""
+
+    model: ModelLeaves = ModelLeaves()
+    method: dict[str, JsonObject] = {}
+    benchmark: BenchmarkLeaves
+    calibration: JsonObject = {}
+    prompts: JsonObject = {}
+    costs: JsonObject = {}
+    tracker: TrackerLeaves = TrackerLeaves()
+    offline: bool = False
+    packages: Sequence[str] = ()
+
+
+class SourceLeaves(Leaves):
+    """Of the source of one data set."""
+
+    origin: str | None = None
+    location: str | None = None
+    fingerprint: str | None = None
+
+    @model_validator(mode="after")
+    def _named_where_it_is_shown(self) -> SourceLeaves:
+        if self.origin in SHOWN_ORIGINS and self.location is None:
+            raise ValueError(f"origin={self.origin} needs a location")
+        return self
+
+
+class IdentityLeaves(Leaves):
+    """Of what decides a run's id."""
+
+    files: dict[str, str] = {}
+
+
+class ProvenanceLeaves(Leaves):
+    """Of a record's provenance."""
+
+    data: dict[str, SourceLeaves] = {}
+    calibration: str | None = None
+    prompts: str | None = None
+    identity: IdentityLeaves | None = None
+
+
+class EnvironmentLeaves(Leaves):
+    """Of a record's environment."""
+
+    threads: int | None = None
+    versions: dict[str, str | None] = {}
+
+
+def with_leaves(found: JsonObject, leaves: type[Leaves]) -> JsonObject:
+    """Return a JSON object as it is; raise `ValueError` unless reports can read its values."""
+    try:
+        leaves.model_validate(found)
+    except ValidationError as error:
+        fault = error.errors(include_input=False, include_url=False)[0]
+        key = ".".join(map(str, fault["loc"]))
+        reason = fault["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{key}: {reason[0].lower()}{reason[1:]}") from None
+    return found
