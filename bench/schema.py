@@ -117,9 +117,9 @@ class ModelConfig(BaseModel):
 class PerplexityConfig(BaseModel):
     """One perplexity: the text, the windowing protocol and the window length in tokens.
 
-    `gptq_wikitext2` joins the documents of the test split and cuts them into consecutive windows, as
-    `consecutive` does with any text; `gptq_c4` draws 256 random windows with seed 0. `windows` keeps
-    the first so many, `benchmark.limit` if it is null. `path` replaces the text by a local file.
+    `gptq_wikitext2` joins the documents of the test split and cuts consecutive windows, as does
+    `consecutive` with any text; `gptq_c4` draws 256 random windows with seed 0. `windows` keeps the
+    first so many, `benchmark.limit` if it is null. `path` replaces the text by a local file.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -136,8 +136,8 @@ class ImagesConfig(BaseModel):
 
     `data` names a data set in `bench.data.image_catalogue`, `folder` is its location; `download`
     lets torchvision fetch what the folder lacks. `size` is for `data=folder` alone, a folder of
-    images of your own: height and width to which they are resized and cropped. `split` is `test`, or
-    `validation`: training images that are held out for choosing hyperparameters.
+    images of your own: height and width to which they are resized and cropped. `split` is `test`
+    or `validation`, training images that are held out for choosing hyperparameters.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -198,8 +198,8 @@ class BenchmarkConfig(BaseModel):
     the answered rows, and the record counts the others; beyond it the task has no number.
 
     Only `lmms_eval` reads these two: `ocr_tokens` adds TextVQA's OCR tokens, as LLaVA's published
-    numbers do and lmms-eval by default does not; `image_cache_gib` bounds the CPU memory for encoded
-    images, 0 encodes an image again for every question.
+    numbers do and lmms-eval by default does not; `image_cache_gib` bounds the CPU memory for
+    encoded images, 0 encodes an image again for every question.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
