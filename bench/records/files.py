@@ -374,11 +374,15 @@ def _discard(folder: Path, own: Collection[str]) -> None:
     """Delete `own` files of a folder, and the folder if nothing else is in it."""
     # What is left takes a little space; `bench gc` names it.
     with suppress(OSError):
+        inner = {(folder / name).parent for name in own} - {folder}
+        # A link in place of a folder leads to files of somebody else.
+        linked = {path for path in inner if path.is_symlink()}
         for name in own:
-            (folder / name).unlink(missing_ok=True)
-        for inner in {(folder / name).parent for name in own} - {folder}:
-            if inner.is_dir():
-                inner.rmdir()
+            if (folder / name).parent not in linked:
+                (folder / name).unlink(missing_ok=True)
+        for path in inner - linked:
+            if path.is_dir():
+                path.rmdir()
         folder.rmdir()
 
 

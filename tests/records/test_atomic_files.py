@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.records.files import repair_interrupted_write, write_folder
+from bench.records.files import foreign_entries, repair_interrupted_write, write_folder
 
 
 def test_a_folder_is_synced_with_everything_below_it(tmp_path, monkeypatch):
@@ -80,3 +80,37 @@ def test_nothing_is_deleted_behind_a_link(tmp_path):
     write(tmp_path / "made", record="new")
     repair_interrupted_write(tmp_path / "made", OWN)
     assert contents(elsewhere) == {"record.json": "precious"}
+
+
+NESTED = ("record.json", "weights/config.json")
+
+
+def test_files_of_a_folder_inside_go_with_it_and_others_stay(tmp_path):
+    made = tmp_path / "made"
+    write(made, record="old")
+    write(made / "weights", config="old", notes="mine")
+    write_folder(made, lambda folder: write(folder, record="new"), NESTED)
+    assert contents(tmp_path) == {"made/record.json": "new", "made/weights/notes.json": "mine"}
+
+
+def test_what_is_not_ours_is_named_at_any_depth(tmp_path):
+    write(tmp_path, record="ours", notes="mine")
+    write(tmp_path / "weights", config="ours", more="mine")
+    write(tmp_path / "other", config="mine")
+    found = [str(path.relative_to(tmp_path)) for path in foreign_entries(tmp_path, NESTED)]
+    assert found == ["notes.json", "other", "weights/more.json"]
+    (tmp_path / "folder" / "record.json").mkdir(parents=True)
+    (tmp_path / "folder" / "weights").write_text("no folder")
+    found = [path.name for path in foreign_entries(tmp_path / "folder", NESTED)]
+    assert found == ["record.json", "weights"]
+
+
+def test_a_folder_inside_that_is_a_link_is_not_followed(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    write(elsewhere, config="precious")
+    half = tmp_path / ".made.abcd_123"
+    write(half, record="half")
+    (half / "weights").symlink_to(elsewhere)
+    assert foreign_entries(half, NESTED) == [half / "weights"]
+    repair_interrupted_write(tmp_path / "made", NESTED)
+    assert contents(elsewhere) == {"config.json": "precious"}
