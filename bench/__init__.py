@@ -60,10 +60,14 @@ def run(
         RunsFailed: no run succeeded.
     """
     from bench.config.overrides import keyword_overrides
+    from bench.errors import refuse_bare_text
     from bench.runner.launch import Runs, launch
     from bench.runner.session import Session
 
-    given = shlex.split(overrides) if isinstance(overrides, str) else list(overrides)
+    if isinstance(overrides, str):
+        overrides = shlex.split(overrides)
+    refuse_bare_text("overrides", overrides, 'bench.run(["model=micro_moe", "ratio=0.4"])')
+    given = [*overrides]
     given += keyword_overrides(config, over or {})
     if session is not None:
         return Runs(launch(given, session).records)

@@ -352,6 +352,8 @@ RANDOM_END = "[a-z0-9_]{8}"
 
 
 def _temporary_folders(path: Path, prefix: str) -> list[Path]:
+    if not path.parent.is_dir():
+        return []
     pattern = re.compile(rf"{re.escape(prefix)}\.{RANDOM_END}")
     found = (entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name))
     return sorted(entry for entry in found if stat.S_ISDIR(entry.lstat().st_mode))

@@ -19,13 +19,14 @@ ROWS = torch.arange(5, 69).view(2, 32)
 
 def test_an_exported_run_loads_in_one_call_and_in_a_run(bench, tmp_path):
     bench("run", "method=camera_p", "ratio=0.4", *QUICK)
-    (record,) = Store(bench.results).all()
+    store = Store(bench.results)
+    (record,) = store.all()
     code, out, _ = bench("export", record.id[:6], str(tmp_path / "out"))
     assert code == 0
     assert "slimbench" in out
 
     model = open_folder(tmp_path / "out")
-    expected = rebuild_model(record, Session()).network(ROWS).logits
+    expected = rebuild_model(record, store, Session()).network(ROWS).logits
     torch.testing.assert_close(model.network(ROWS).logits, expected, rtol=1e-5, atol=1e-5)
     card = (tmp_path / "out" / "README.md").read_text()
     for said in (record.id, record.model.fingerprint, "open_folder", '"ratio": 0.4', "removed"):
@@ -64,7 +65,8 @@ def test_a_folder_for_an_engine_says_what_it_saves_and_loads_in_transformers(
     one_run, bench, tmp_path
 ):
     shutil.copytree(one_run, bench.results)
-    (record,) = Store(bench.results).all()
+    store = Store(bench.results)
+    (record,) = store.all()
     code, out, _ = bench("export", record.id, str(tmp_path / "out"), "--for", "vllm")
     assert code == 0
     # The widest expert of a ranking over layers is whole, so that padding is all that is left.
@@ -72,7 +74,7 @@ def test_a_folder_for_an_engine_says_what_it_saves_and_loads_in_transformers(
     assert saved in " ".join(out.split())
     stock, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report.values())
-    expected = rebuild_model(record, Session()).network(ROWS).logits
+    expected = rebuild_model(record, store, Session()).network(ROWS).logits
     torch.testing.assert_close(stock.eval()(ROWS).logits, expected, rtol=1e-5, atol=1e-5)
     card = (tmp_path / "out" / "README.md").read_text()
     weights = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))

@@ -168,11 +168,11 @@ def test_a_network_of_torchvision_scores_a_folder_of_images(bench, tmp_path):
         (tmp_path / "images" / name).mkdir(parents=True)
         Image.new("RGB", (40, 40), (80 * number, 0, 0)).save(tmp_path / "images" / name / "0.png")
     chosen = [
-        "model=torchvision/mobilenet_v3_small", "model.classes=3", "model.size=32",
+        "model=torchvision/mobilenet_v3_small", "model.size=32",
         "benchmark=images", "benchmark.images.data=folder", "benchmark.images.size=32",
         f"benchmark.images.folder={tmp_path / 'images'}",
     ]  # fmt: skip
-    code, _, said = bench("run", *chosen)
+    code, _, said = bench("run", *chosen, "model.classes=3")
     assert code == 0, said
     (record,) = Store(bench.results).all()
     assert record.model.name == "torchvision/mobilenet_v3_small"

@@ -9,7 +9,6 @@ from bench.device.energy_counters import Unavailable
 from bench.measurement import energy
 
 TIMING = (
-    "lengths=[24]",
     "new_tokens=2",
     "rounds=5",
     "max_rounds=5",
@@ -22,8 +21,9 @@ SHORT = ["benchmark=perplexity_micro", "ratio=0.5"]
 
 @pytest.fixture
 def record(bench):
-    def call(*arguments):
-        code, out, err = bench("run", *SHORT, *MEASURED, *arguments)
+    def call(*arguments, lengths="[24]"):
+        given = (*SHORT, *MEASURED, f"costs.timing.lengths={lengths}")
+        code, out, err = bench("run", *given, *arguments)
         assert code == 0, err
         (folder,) = (bench.results / "runs").iterdir()
         return json.loads((folder / "record.json").read_text()), out
@@ -80,7 +80,7 @@ def test_what_cannot_be_measured_is_one_sentence_before_anything_is_loaded(bench
 
 
 def test_lengths_that_the_model_cannot_take_are_named_beside_the_others(record):
-    made, out = record("costs.measure=[memory]", "costs.timing.lengths=[24,5000]")
+    made, out = record("costs.measure=[memory]", lengths="[24,5000]")
     reason = "micro_moe supports 1024 positions; a prompt of 5000 and 2 new tokens exceed them"
     assert {"scope": "1x5000", "quantity": "latency", "reason": reason, "how": None} in made[
         "missing"

@@ -171,7 +171,7 @@ def test_numbers_of_options(refused, arguments):
 
 
 @pytest.mark.parametrize("call", [
-    lambda: bench.run("method=camera_p"), lambda: bench.run([1]), lambda: bench.run(5),
+    lambda: bench.run([1]), lambda: bench.run(5),
     lambda: bench.compare("1a2b"), lambda: bench.plot("front", "1a2b"),
 ])  # fmt: skip
 def test_a_text_where_a_list_is_due(call):

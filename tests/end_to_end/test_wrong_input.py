@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import Llama4TextConfig, Llama4ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from bench.data.synthetic.world import documents_by_split
 from bench.models import embedded
@@ -42,11 +42,12 @@ def dense_model(tmp_path, capsys):
 
 @pytest.fixture
 def foreign_experts(tmp_path, capsys):
-    config = GptOssConfig(
-        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, head_dim=8,
-        num_key_value_heads=2, intermediate_size=32, num_local_experts=4, num_experts_per_tok=2,
+    config = Llama4TextConfig(
+        vocab_size=2048, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, head_dim=8,
+        num_key_value_heads=2, intermediate_size=32, intermediate_size_mlp=32, num_local_experts=4,
+        num_experts_per_tok=1,
     )  # fmt: skip
-    return saved(GptOssForCausalLM(config), tmp_path / "gpt_oss", capsys)
+    return saved(Llama4ForCausalLM(config), tmp_path / "llama4", capsys)
 
 
 def saved(network, folder, capsys):
@@ -109,7 +110,8 @@ def test_a_dense_model_with_a_method_that_chooses_experts(refused, dense_model):
 @pytest.mark.parametrize("method", ["camera_p", "camera_q", "naee", "d2_moe", "reap"])
 def test_experts_that_are_not_understood(refused, foreign_experts, method):
     said = refused("model=local", f"model.path={foreign_experts}", f"method={method}")
-    assert "GptOss" in said
+    assert "Llama4ForCausalLM" in said
+    assert "its experts are called without the router's weights" in said
 
 
 def test_a_ratio_that_would_remove_every_expert(refused):

@@ -56,7 +56,7 @@ def third_party(tmp_path, monkeypatch):
     "hydra.run.dir=/tmp/elsewhere", "hydra.sweep.dir=/tmp/elsewhere", "hydra.sweep.subdir=../..",
     "hydra.output_subdir=.hydra", "hydra.job.chdir=true", "hydra/job_logging=default",
     "+hydra.job_logging.handlers.x={class: logging.FileHandler, filename: /tmp/x}",
-    "hydra.hydra_logging.root={handlers: [x]}", "~hydra.callbacks", "hydra.help.template=x",
+    "hydra.hydra_logging.root={handlers: [x]}", "hydra.help.template=x",
 ])  # fmt: skip
 def test_of_hydras_own_config_a_list_can_be_set(override):
     with pytest.raises(UserError, match=NOT_SETTABLE):
