@@ -1,7 +1,8 @@
-"""Planning shared by both harnesses: task files, splits, missing data; their logs suppressed.
+"""Planning shared by both harnesses: task files, splits, missing data; lm-eval's logs suppressed.
 
 The harnesses' own logs, prints and progress bars are silent: progress is shown by `bench.ui`, and a
-second bar on the same terminal would break it.
+second bar on the same terminal would break it. lmms-eval, which imports for seconds, stays out of
+here: a run on text does without.
 """
 
 from __future__ import annotations
@@ -10,14 +11,13 @@ import functools
 import hashlib
 import importlib.util
 import inspect
-import io
 import json
 import logging
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -25,8 +25,6 @@ from typing import Any, TypeAlias, TypeVar
 
 import datasets
 import lm_eval.api.task
-import lmms_eval.evaluator
-from loguru import logger
 from omegaconf import OmegaConf
 
 from bench.data import hub
@@ -344,31 +342,5 @@ def quiet_lm_eval() -> Iterator[None]:
         lm_eval.api.task.tqdm = bar
         harness_log.setLevel(level)
         datasets.utils.logging.set_verbosity(verbosity)
-        if bars:
-            datasets.enable_progress_bars()
-
-
-@contextmanager
-def quiet_lmms_eval() -> Iterator[None]:
-    """Suppress the logs, progress bars and prints of lmms-eval, and the bars of `datasets`."""
-    bars = datasets.utils.logging.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    # All names, because task modules log under their own.
-    logger.disable("")
-    bar = lmms_eval.api.task.tqdm
-
-    def hidden_bar(*args: object, **options: object) -> object:
-        # One bar sets `disable` explicitly; ours must win, so functools.partial is not enough.
-        return bar(*args, **{**options, "disable": True})
-
-    for module in (lmms_eval.api.task, lmms_eval.evaluator):
-        module.tqdm = hidden_bar
-    try:
-        with redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        for module in (lmms_eval.api.task, lmms_eval.evaluator):
-            module.tqdm = bar
-        logger.enable("")
         if bars:
             datasets.enable_progress_bars()

@@ -32,12 +32,15 @@ from bench.evaluation.multimodal.derived_metrics import (
     HarnessScores,
     derive_metrics,
 )
-from bench.evaluation.multimodal.planned_tasks import PlannedTask, scoring_unit
+from bench.evaluation.multimodal.planned_tasks import (
+    PlannedTask,
+    quiet_lmms_eval,
+    scoring_unit,
+)
 from bench.evaluation.response_cache import ResponseCache
 from bench.evaluation.task_planning import (
     collect,
     go_offline_if_needed,
-    quiet_lmms_eval,
     reads_hub,
     refuse_missing_data,
     refuse_unknown_tasks,

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
+import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
+import lmms_eval.evaluator
 from lmms_eval.api.task import ConfigurableTask
+from loguru import logger
 from PIL.Image import Image
 
 from bench.data.image_files import UnfitImage
@@ -28,7 +31,6 @@ from bench.evaluation.task_planning import (
     definition_hash,
     evaluated_split,
     folders_of,
-    quiet_lmms_eval,
     task_code_errors,
     task_fault,
 )
@@ -338,3 +340,29 @@ def _unit_rule(name: str) -> UnitRule | None:
 def _family(name: str, families: Iterable[str]) -> str | None:
     """Return which of these families of tasks a task belongs to."""
     return next((key for key in families if name == key or name.startswith(f"{key}_")), None)
+
+
+@contextlib.contextmanager
+def quiet_lmms_eval() -> Iterator[None]:
+    """Suppress the logs, progress bars and prints of lmms-eval, and the bars of `datasets`."""
+    bars = datasets.utils.logging.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    # All names, because task modules log under their own.
+    logger.disable("")
+    bar = lmms_eval.api.task.tqdm
+
+    def hidden_bar(*args: object, **options: object) -> object:
+        # One bar sets `disable` explicitly; ours must win, so functools.partial is not enough.
+        return bar(*args, **{**options, "disable": True})
+
+    for module in (lmms_eval.api.task, lmms_eval.evaluator):
+        module.tqdm = hidden_bar
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        for module in (lmms_eval.api.task, lmms_eval.evaluator):
+            module.tqdm = bar
+        logger.enable("")
+        if bars:
+            datasets.enable_progress_bars()
