@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -92,6 +93,9 @@ def build_parser() -> CommandParser:
         prog="bench",
         description="Benchmark model-compression methods.",
         epilog=f"{TRACEBACK_FLAG} with any command shows where an error came from.",
+    )
+    top.add_argument(
+        "--version", action="version", version=f"slimbench {metadata.version('slimbench')}"
     )
     commands = top.add_subparsers(metavar="COMMAND", required=True, parser_class=CommandParser)
 

@@ -3,9 +3,11 @@
 import pkgutil
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
+from bench.cli.main import main
 from bench.cli.parser import COMMANDS, RAW_COMMANDS, build_parser
 
 ARGUMENTS = {
@@ -22,6 +24,11 @@ def test_every_command_has_a_handler(command):
     assert callable(pkgutil.resolve_name(parsed.handler))
     if command in RAW_COMMANDS:
         assert parsed.handler == RAW_COMMANDS[command]
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"slimbench {version('slimbench')}\n"
 
 
 @pytest.mark.parametrize("code", ["import bench", "from bench.cli.main import main; main(['-h'])"])
