@@ -1,6 +1,7 @@
 """What every test has: no network, a fixed thread count, a results folder of its own."""
 
 import functools
+import gc
 import os
 import socket
 
@@ -80,3 +81,10 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_collection_finish():
+    """Leave out of garbage collection what importing and collecting made, which stays anyway."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)

@@ -88,6 +88,7 @@ def test_variables_are_restored_after_an_error(monkeypatch):
     ["run", "modell=x"], ["run", "--cfg", "job"], ["--help"], ["nonsense"], ["ls", "tables"],
 ])  # fmt: skip
 def test_a_command_leaves_the_process_as_it_was(arguments, capsys):
+    threshold = gc.get_threshold()
     gc.set_threshold(500, 7, 3)
     previous = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     before = state()
@@ -96,7 +97,7 @@ def test_a_command_leaves_the_process_as_it_was(arguments, capsys):
         assert state() == before
     finally:
         signal.signal(signal.SIGUSR1, previous)
-        gc.set_threshold(700, 10, 10)
+        gc.set_threshold(*threshold)
 
 
 def test_a_command_runs_outside_the_main_thread(capsys):
