@@ -118,8 +118,7 @@ def launch(arguments: Sequence[str], session: Session) -> LaunchOutcome:
         UserError: one of the alternatives is wrong; nothing was run.
         RunsFailed: no run of the sweep succeeded.
     """
-    overrides = Overrides.parse(arguments)
-    overrides.refuse_repeated_keys()
+    overrides = Overrides.parse(arguments).without_repeats()
     with host_process_restored():
         # Libraries read the offline switch only once, when they are imported.
         if overrides.is_true("offline"):
@@ -272,8 +271,7 @@ def print_hydra_info(arguments: list[str]) -> None:
         for name, value in vars(asked).items()
         if value
     ]
-    overrides = Overrides.parse(others)
-    overrides.refuse_repeated_keys()
+    overrides = Overrides.parse(others).without_repeats()
     with host_process_restored(), hydra_errors_as_user_errors(arguments):
         admitted = admit(overrides)
         _run_hydra(admitted, None, LaunchOutcome(), flags)
