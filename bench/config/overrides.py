@@ -117,17 +117,27 @@ class Overrides:
         except ValidationError:
             return False
 
-    def refuse_repeated_keys(self) -> None:
-        """Raise if a key is given twice, of which Hydra would take the last without a word."""
-        seen: dict[str, str] = {}
+    def without_repeats(self) -> Overrides:
+        """Return the overrides with each key once; a word that is repeated means one thing.
+
+        Scripts add their own settings to a user's, such as `offline=true`. A sweep over values
+        that are given twice would run every pair of them.
+
+        Raises:
+            UserError: a key has two values, of which Hydra would take the last without a word.
+        """
+        first: dict[str, Override] = {}
         for override in self.parsed:
-            key, text = override.key_or_group.replace("/", "."), text_of(override)
+            key = override.key_or_group.replace("/", ".")
             # A group may stand in several places of the config.
             if override.package is not None:
                 key += f"@{override.package}"
-            if key in seen:
-                raise UserError(f"{seen[key]} and {text} both say {key}: give one of them")
-            seen[key] = text
+            known = first.setdefault(key, override)
+            if _meaning(known) != _meaning(override):
+                raise UserError(
+                    f"{text_of(known)} and {text_of(override)} both set {key}: give one of them"
+                )
+        return replace(self, parsed=tuple(first.values()))
 
     def refuse_several_values(self) -> None:
         """Raise if a key has several values, which only a sweep can go through."""
@@ -153,6 +163,14 @@ class Overrides:
             else text_of(override)
             for override in self.parsed
         ]
+
+
+def _meaning(override: Override) -> tuple[object, str]:
+    """Return what an override does to its key: its kind, and its value in one spelling."""
+    if override.is_sweep_override():
+        return override.type, text_of(override).partition("=")[2]
+    # 1, 1.0 and true are equal in Python, and three values in a config.
+    return override.type, repr(override.value())
 
 
 MAX_CHARACTERS, MAX_LEVELS, MAX_VALUES = 100_000, 30, 100_000

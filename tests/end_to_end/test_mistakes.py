@@ -114,7 +114,7 @@ def test_an_override_that_cannot_be_meant(refused, asked, said):
 def test_one_key_twice(refused, asked):
     said = refused("run", *asked, "tracker=none")
     texts = [text for text in asked if text not in ("-m", "seed=1")]
-    assert f"bench: {texts[0]} and {texts[1]} both say " in said
+    assert f"bench: {texts[0]} and {texts[1]} both set " in said
     assert "give one of them" in said
 
 
