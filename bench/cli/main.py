@@ -6,6 +6,7 @@ command again to resume.
 
 from __future__ import annotations
 
+import errno
 import gc
 import pkgutil
 import signal
@@ -206,6 +207,10 @@ def _report_unexpected(error: BaseException) -> int:
         cause = f"{error.filename or 'the disk'}: {error.strerror}; free some space"
         fail(f"{cause} and run the same command to resume")
         return EXIT_INTERRUPTED
+    # A path that no system takes, in whatever option it was given.
+    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        fail(f"{str(error.filename)[:60]}...: {error.strerror}")
+        return EXIT_WRONG_INPUT
     fail(f"failed: {_save_traceback(error)}")
     if isinstance(error, MemoryError):
         fail("use less memory: a lower benchmark.batch_size, or a smaller model or calibration")

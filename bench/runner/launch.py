@@ -259,13 +259,18 @@ def print_hydra_info(arguments: list[str]) -> None:
     from bench.config.sweep_checks import admit
 
     # Without the flags that name config folders or a pickled job to run again.
-    parser = argparse.ArgumentParser("bench run", add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        "bench run", add_help=False, allow_abbrev=False, exit_on_error=False
+    )
     parser.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
     parser.add_argument("--info", "-i", nargs="?", const="all")
     parser.add_argument("--package", "-p")
     for flag in ("--resolve", "--hydra-help", "--version"):
         parser.add_argument(flag, action="store_true")
-    asked, others = parser.parse_known_args(arguments)
+    try:
+        asked, others = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from None
     flags = [
         f"--{name.replace('_', '-')}" if value is True else f"--{name}={value}"
         for name, value in vars(asked).items()

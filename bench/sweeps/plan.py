@@ -161,6 +161,12 @@ def find_sweep(results_dir: Path, name: str) -> SweepPlan:
     Raises:
         UserError: no sweep matches, or several do.
     """
+    # Nothing is the beginning of every name, so a single sweep would be found.
+    if not name:
+        raise UserError(
+            "the name of a sweep is empty, as an unset shell variable is: give its beginning, or "
+            "latest"
+        )
     plans = all_sweeps(results_dir)
     if name == "latest":
         matches = plans[-1:]

@@ -155,6 +155,19 @@ def test_a_results_folder_that_is_not_there(refused, tmp_path, command):
     assert "no such folder" in refused(*command, "--results-dir", str(tmp_path / "missing"))
 
 
+@pytest.mark.parametrize("command", [
+    ["ls", "runs", "--results-dir", "a" * 5000], ["gc", "--results-dir", "a" * 300],
+    ["run", "results_dir=" + "a" * 5000], ["run", f"model.path={'a' * 300}", "model=local"],
+])  # fmt: skip
+def test_a_path_that_no_system_takes(refused, command):
+    assert "ile name too long" in refused(*command)
+
+
+@pytest.mark.parametrize("flags", [["--cfg", "jobb"], ["--cfg"], ["-c"]])
+def test_a_flag_of_hydras_without_its_word(refused, flags):
+    assert "argument --" in refused("run", *flags)
+
+
 def test_lists_that_need_no_results_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["ls", "models"]) == 0
