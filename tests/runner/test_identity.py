@@ -426,7 +426,8 @@ def test_the_code_of_replaced_modules_counts_whoever_wrote_it(
     file = tmp_path / "replacing.py"
     file.write_text(
         "from bench.models.replaced_modules import ReplacedModule\nfactor = 1\n"
-        "class Linear(ReplacedModule):\n    def spec(self): ...\n    def from_spec(self, spec): ...\n"
+        "class Linear(ReplacedModule):\n"
+        "    def spec(self): ...\n    def from_spec(self, spec): ...\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     own = importlib.import_module("replacing").Linear()
