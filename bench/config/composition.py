@@ -258,7 +258,18 @@ def _unknown_key(error: Exception, overrides: Sequence[str]) -> UserError:
         name = parent.split(".")[1]
         return UserError(f"{key} is set but method={name} was not selected: add method={name}")
     hint = f"did you mean {hints!r}? " if hints else ""
+    given = Overrides.parse(overrides).setting(key)
+    if parent in OPEN_MAPPINGS and given and hints not in siblings:
+        others = f"{parent} has {', '.join(siblings)}" if siblings else f"{parent} is empty"
+        return UserError(f"{given[0]} is new, and {others}: write +{given[0]} to add it")
     return UserError(f"unknown key {key!r}: {hint}allowed here: {', '.join(siblings) or 'nothing'}")
+
+
+OPEN_MAPPINGS = frozenset(
+    f"benchmark.{name}"
+    for name in ("metrics", "perplexity", "data", "chat_template_args", "gen_kwargs")
+)
+"""Keys whose entries are named by the user: tasks, texts, and settings of others' functions."""
 
 
 def _known_keys(overrides: list[str]) -> list[str]:
