@@ -249,6 +249,11 @@ def _unknown_key(error: Exception, overrides: Sequence[str]) -> UserError:
         if override.is_add() and override.key_or_group == key:
             text = text_of(override)
             return UserError(f"{text} adds a key that exists: write {text.removeprefix('+')}")
+        if override.key_or_group == key and isinstance(override.value(), dict):
+            return UserError(
+                f"{text_of(override)} is a mapping where a name is needed: write {key}=NAME, and "
+                "what to change in it by dotted keys, as in method.camera_p.ratio=0.4"
+            )
     # The keys that exist are found by composing again without the wrong override.
     known = _known_keys(Overrides.parse(overrides).without(key).first_values())
     hints = nearest(key, known)

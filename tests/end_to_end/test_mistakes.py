@@ -89,6 +89,7 @@ def refused(tmp_path, monkeypatch, capsys):
     ("ratio=${hydra:job.num}", "cannot refer to Hydra's own"),
     ("benchmark.data.gsm8k=x.jsonl", "write +benchmark.data.gsm8k=x.jsonl to add it"),
     ("benchmark.gen_kwargs.top_k=5", "benchmark.gen_kwargs is empty: write +benchmark.gen_kwargs"),
+    ("method={a:b}", "method={a:b} is a mapping where a name is needed: write method=NAME"),
     ("results_dir=null", "results_dir=null: a path is needed"),
     ("results_dir=5", "write results_dir=./NAME"),
     ("results_dir=true", "results_dir=true: a path is needed"),
