@@ -65,11 +65,8 @@ class Overrides:
         except OverrideParseException as error:
             raise parse_error(error) from None
         # Hydra's grammar allows it and its config loader then fails on the value.
-        for override in parsed:
-            if not override.key_or_group:
-                raise UserError(
-                    f"{text_of(override)!r} has no key: write KEY=VALUE, as in ratio=0.4"
-                )
+        for text in (text_of(override) for override in parsed if not override.key_or_group):
+            raise UserError(f"{text!r} has no key: write KEY=VALUE, as in ratio=0.4")
         return cls(bool(flags), parsed)
 
     @property
@@ -94,8 +91,7 @@ class Overrides:
 
     def setting(self, key: str) -> list[str]:
         """Return the overrides that set a key, or anything below it."""
-        found = [override for override in self.parsed if sets(override, key)]
-        return [text_of(override) for override in found]
+        return [text_of(override) for override in self.parsed if sets(override, key)]
 
     def without(self, key: str) -> Overrides:
         """Return the overrides that do not set a key, or anything below it."""
@@ -118,25 +114,19 @@ class Overrides:
             return False
 
     def without_repeats(self) -> Overrides:
-        """Return the overrides with each key once; a word that is repeated means one thing.
-
-        Scripts add their own settings to a user's, such as `offline=true`. A sweep over values
-        that are given twice would run every pair of them.
+        """Return the overrides with each key once: a word that is repeated means one thing.
 
         Raises:
             UserError: a key has two values, of which Hydra would take the last without a word.
         """
         first: dict[str, Override] = {}
         for override in self.parsed:
-            key = override.key_or_group.replace("/", ".")
             # A group may stand in several places of the config.
-            if override.package is not None:
-                key += f"@{override.package}"
-            known = first.setdefault(key, override)
-            if _meaning(known) != _meaning(override):
-                raise UserError(
-                    f"{text_of(known)} and {text_of(override)} both set {key}: give one of them"
-                )
+            place = "" if override.package is None else f"@{override.package}"
+            key = override.key_or_group.replace("/", ".") + place
+            if _meaning(known := first.setdefault(key, override)) != _meaning(override):
+                both = f"{text_of(known)} and {text_of(override)} both set {key}"
+                raise UserError(f"{both}: give one of them")
         return replace(self, parsed=tuple(first.values()))
 
     def refuse_several_values(self) -> None:
@@ -166,11 +156,10 @@ class Overrides:
 
 
 def _meaning(override: Override) -> tuple[object, str]:
-    """Return what an override does to its key: its kind, and its value in one spelling."""
-    if override.is_sweep_override():
-        return override.type, text_of(override).partition("=")[2]
-    # 1, 1.0 and true are equal in Python, and three values in a config.
-    return override.type, repr(override.value())
+    """Return what an override does to its key, with its value in one spelling."""
+    # As text, since 1, 1.0 and true are equal in Python. Of a sweep, as it was written.
+    swept = override.is_sweep_override()
+    return override.type, text_of(override).partition("=")[2] if swept else repr(override.value())
 
 
 MAX_CHARACTERS, MAX_LEVELS, MAX_VALUES = 100_000, 30, 100_000
