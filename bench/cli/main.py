@@ -6,6 +6,7 @@ command again to resume.
 
 from __future__ import annotations
 
+import errno
 import gc
 import pkgutil
 import signal
@@ -137,12 +138,14 @@ def _process_settings() -> Iterator[None]:
     # to save what a later run resumes from.
     signals = (signal.SIGTERM, signal.SIGUSR1) if in_main_thread else ()
     handlers = {number: signal.signal(number, _interrupt) for number in signals}
+    repeated = _lost_interrupts_repeated() if in_main_thread else nullcontext()
     # In a C locale a table with an accented name would otherwise end in an encoding error.
     stream, errors = sys.stdout, getattr(sys.stdout, "errors", None)
     if isinstance(stream, TextIOWrapper) and errors in ("strict", "surrogateescape"):
         stream.reconfigure(errors="replace")
     try:
-        yield
+        with repeated:
+            yield
     finally:
         if isinstance(stream, TextIOWrapper) and errors is not None:
             stream.reconfigure(errors=errors)
@@ -150,6 +153,39 @@ def _process_settings() -> Iterator[None]:
             # None: the handler was not installed from Python and cannot be set again.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         gc.set_threshold(*threshold)
+
+
+_REPEATED_AFTER = 0.05
+"""Seconds; long enough for the destructor that lost an interrupt to have ended."""
+
+
+@contextmanager
+def _lost_interrupts_repeated() -> Iterator[None]:
+    """Raise an interrupt again that Python has dropped, since it came in a destructor.
+
+    What is raised in `__del__` or in a callback of a weak reference is printed and forgotten. A
+    scheduler sends its signal only once: the run would work on until it is killed.
+    """
+    before, timers = sys.unraisablehook, []
+
+    def repeat(lost: sys.UnraisableHookArgs) -> None:
+        if not issubclass(lost.exc_type, KeyboardInterrupt):
+            before(lost)
+            return
+        # A signal of the system also ends a wait of the main thread.
+        main_thread = threading.main_thread().ident
+        timer = threading.Timer(_REPEATED_AFTER, signal.pthread_kill, [main_thread, signal.SIGTERM])
+        timer.daemon = True
+        timers.append(timer)
+        timer.start()
+
+    sys.unraisablehook = repeat
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+        for timer in timers:
+            timer.cancel()
 
 
 def _report_exit(error: SystemExit) -> int:
@@ -171,6 +207,10 @@ def _report_unexpected(error: BaseException) -> int:
         cause = f"{error.filename or 'the disk'}: {error.strerror}; free some space"
         fail(f"{cause} and run the same command to resume")
         return EXIT_INTERRUPTED
+    # A path that no system takes, in whatever option it was given.
+    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        fail(f"{str(error.filename)[:60]}...: {error.strerror}")
+        return EXIT_WRONG_INPUT
     fail(f"failed: {_save_traceback(error)}")
     if isinstance(error, MemoryError):
         fail("use less memory: a lower benchmark.batch_size, or a smaller model or calibration")

@@ -249,6 +249,11 @@ def _unknown_key(error: Exception, overrides: Sequence[str]) -> UserError:
         if override.is_add() and override.key_or_group == key:
             text = text_of(override)
             return UserError(f"{text} adds a key that exists: write {text.removeprefix('+')}")
+        if override.key_or_group == key and isinstance(override.value(), dict):
+            return UserError(
+                f"{text_of(override)} is a mapping where a name is needed: write {key}=NAME, and "
+                "what to change in it by dotted keys, as in method.camera_p.ratio=0.4"
+            )
     # The keys that exist are found by composing again without the wrong override.
     known = _known_keys(Overrides.parse(overrides).without(key).first_values())
     hints = nearest(key, known)
@@ -258,7 +263,18 @@ def _unknown_key(error: Exception, overrides: Sequence[str]) -> UserError:
         name = parent.split(".")[1]
         return UserError(f"{key} is set but method={name} was not selected: add method={name}")
     hint = f"did you mean {hints!r}? " if hints else ""
+    given = Overrides.parse(overrides).setting(key)
+    if parent in OPEN_MAPPINGS and given and hints not in siblings:
+        others = f"{parent} has {', '.join(siblings)}" if siblings else f"{parent} is empty"
+        return UserError(f"{given[0]} is new, and {others}: write +{given[0]} to add it")
     return UserError(f"unknown key {key!r}: {hint}allowed here: {', '.join(siblings) or 'nothing'}")
+
+
+OPEN_MAPPINGS = frozenset(
+    f"benchmark.{name}"
+    for name in ("metrics", "perplexity", "data", "chat_template_args", "gen_kwargs")
+)
+"""Keys whose entries are named by the user: tasks, texts, and settings of others' functions."""
 
 
 def _known_keys(overrides: list[str]) -> list[str]:

@@ -65,11 +65,8 @@ class Overrides:
         except OverrideParseException as error:
             raise parse_error(error) from None
         # Hydra's grammar allows it and its config loader then fails on the value.
-        for override in parsed:
-            if not override.key_or_group:
-                raise UserError(
-                    f"{text_of(override)!r} has no key: write KEY=VALUE, as in ratio=0.4"
-                )
+        for text in (text_of(override) for override in parsed if not override.key_or_group):
+            raise UserError(f"{text!r} has no key: write KEY=VALUE, as in ratio=0.4")
         return cls(bool(flags), parsed)
 
     @property
@@ -94,8 +91,7 @@ class Overrides:
 
     def setting(self, key: str) -> list[str]:
         """Return the overrides that set a key, or anything below it."""
-        found = [override for override in self.parsed if sets(override, key)]
-        return [text_of(override) for override in found]
+        return [text_of(override) for override in self.parsed if sets(override, key)]
 
     def without(self, key: str) -> Overrides:
         """Return the overrides that do not set a key, or anything below it."""
@@ -117,17 +113,21 @@ class Overrides:
         except ValidationError:
             return False
 
-    def refuse_repeated_keys(self) -> None:
-        """Raise if a key is given twice, of which Hydra would take the last without a word."""
-        seen: dict[str, str] = {}
+    def without_repeats(self) -> Overrides:
+        """Return the overrides with each key once: a word that is repeated means one thing.
+
+        Raises:
+            UserError: a key has two values, of which Hydra would take the last without a word.
+        """
+        first: dict[str, Override] = {}
         for override in self.parsed:
-            key, text = override.key_or_group.replace("/", "."), text_of(override)
             # A group may stand in several places of the config.
-            if override.package is not None:
-                key += f"@{override.package}"
-            if key in seen:
-                raise UserError(f"{seen[key]} and {text} both say {key}: give one of them")
-            seen[key] = text
+            place = "" if override.package is None else f"@{override.package}"
+            key = override.key_or_group.replace("/", ".") + place
+            if _meaning(known := first.setdefault(key, override)) != _meaning(override):
+                both = f"{text_of(known)} and {text_of(override)} both set {key}"
+                raise UserError(f"{both}: give one of them")
+        return replace(self, parsed=tuple(first.values()))
 
     def refuse_several_values(self) -> None:
         """Raise if a key has several values, which only a sweep can go through."""
@@ -153,6 +153,13 @@ class Overrides:
             else text_of(override)
             for override in self.parsed
         ]
+
+
+def _meaning(override: Override) -> tuple[object, str]:
+    """Return what an override does to its key, with its value in one spelling."""
+    # As text, since 1, 1.0 and true are equal in Python. Of a sweep, as it was written.
+    swept = override.is_sweep_override()
+    return override.type, text_of(override).partition("=")[2] if swept else repr(override.value())
 
 
 MAX_CHARACTERS, MAX_LEVELS, MAX_VALUES = 100_000, 30, 100_000

@@ -216,6 +216,18 @@ def code_files(file: Path, module: str, own: str) -> dict[str, Path]:
     return seen
 
 
+def imported_libraries(file: Path, module: str, own: str) -> set[str]:
+    """Return the installed libraries, by top-level module, that the code of `code_files` imports.
+
+    Those of which an id has the version in any case are left out.
+    """
+    found: set[str] = set()
+    for name, place in code_files(file, module, own).items():
+        found |= {each.partition(".")[0] for each in _imported_names(place, name) if each}
+    known = _BY_IMPORTS | sys.stdlib_module_names | {own}
+    return {top for top in found - known if _places_of(top) and module_file(top, own) is None}
+
+
 def _files_with(file: Path, module: str) -> tuple[dict[str, Path], dict[str, Path]]:
     """Return modules that may be imported along with one, and the data that it may read."""
     top = module.partition(".")[0]

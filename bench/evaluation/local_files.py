@@ -222,14 +222,24 @@ def _is_text(value: object) -> bool:
 
 
 def _are_texts(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(map(_is_text, value))
+    # Of one answer a model always chooses the right one.
+    return (
+        isinstance(value, list)
+        and len(value) > 1
+        and all(isinstance(text, str) and text.strip() for text in value)
+    )
 
 
 def _are_choices(value: object) -> bool:
     if not isinstance(value, dict):
         return False
     texts, labels = value.get("text"), value.get("label")
-    return _are_texts(texts) and _are_texts(labels) and len(texts or ()) == len(labels or ())
+    # A letter that stands twice says nothing of which answer is right.
+    return (
+        _are_texts(texts)
+        and _are_texts(labels)
+        and len(texts or ()) == len(labels or ()) == len(set(labels or ()))
+    )
 
 
 def _are_endings(value: object) -> bool:
@@ -237,16 +247,22 @@ def _are_endings(value: object) -> bool:
 
 
 def _are_lettered(value: object) -> bool:
-    return isinstance(value, str) and _count_options(value) > 0
+    return isinstance(value, str) and _count_options(value) > 1
+
+
+def _has_blank(value: object) -> bool:
+    return isinstance(value, str) and "_" in value
 
 
 TEXT_FORM = (_is_text, "a string")
 COLUMN_FORMS = {
     "choices": (
         _are_choices,
-        "an object of two lists of strings of one length, 'text' and 'label'",
+        "an object of 'text' and 'label', lists of two or more strings each, of one length, none "
+        "of them empty, no label twice",
     ),
-    "endings": (_are_endings, f"a list of {HELLASWAG_ENDINGS} strings"),
+    "endings": (_are_endings, f"a list of {HELLASWAG_ENDINGS} strings, none of them empty"),
+    "sentence": (_has_blank, "a string with _ in place of the word that is asked for"),
     "options": (_are_lettered, "a string such as 'a ) 1 , b ) 2 , c ) 3 , d ) 4 , e ) 5'"),
 }
 """Columns that hold more than plain text: what their values must be, as a check and in words."""

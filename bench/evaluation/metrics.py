@@ -58,7 +58,8 @@ NON_FINITE_LOGLIKELIHOOD = "a log-likelihood is not finite"
 NON_FINITE_LOGITS = "the logits are not finite"
 EMPTY_ANSWER = "the generated text is empty"
 NO_LABEL = "the row has no label"
-"""Reasons why a sample has no answer."""
+NO_NUMBER = "what the harness makes of the answers is no finite number"
+"""Reasons why a sample has no answer, or a task no number."""
 NAMED_ROWS = 5
 """Rows that a sentence about missing answers names; the samples of a run name all of them."""
 NAMED_REASONS = 5
@@ -106,11 +107,12 @@ def settle_metrics(
 
     `metrics` are over the answered rows. Returns them, and what is missing from the headlines.
     """
+    metrics, gaps = _finite_only(metrics)
     if not answers.unanswered:
-        return list(metrics), []
+        return metrics, gaps
     missing = len(answers.unanswered)
     if answers.suffice(allowed):
-        return [metric.model_copy(update={"missing": missing}) for metric in metrics], []
+        return [metric.model_copy(update={"missing": missing}) for metric in metrics], gaps
     blank = {"value": None, "stderr": None, "n": answers.total - missing, "missing": missing}
     reason = f"{answers.describe()}; benchmark.allow_missing={allowed:g}"
     return (
@@ -121,6 +123,30 @@ def settle_metrics(
             if metric.headline
         ],
     )
+
+
+def aggregate_number(value: Any) -> float:
+    """Return an aggregate of a harness as a number; NaN for a table by subject or a text."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _finite_only(metrics: Sequence[Metric]) -> tuple[list[Metric], list[MissingMeasurement]]:
+    """Drop values that are no finite number, and return what headlines lose by that."""
+    finite = [metric.value is not None and math.isfinite(metric.value) for metric in metrics]
+    none = {"value": None, "stderr": None}
+    gaps = [
+        MissingMeasurement(scope=metric.task, quantity=metric.metric, reason=NO_NUMBER)
+        for metric, fits in zip(metrics, finite, strict=True)
+        if metric.headline and not fits
+    ]
+    kept = [
+        metric if fits else metric.model_copy(update=none)
+        for metric, fits in zip(metrics, finite, strict=True)
+    ]
+    return kept, gaps
 
 
 @dataclass(frozen=True)

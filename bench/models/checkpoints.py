@@ -338,6 +338,11 @@ class Quantization:
     parameters: int = 0
 
     @property
+    def library(self) -> str:
+        """The package that unpacks the weights."""
+        return _QUANTIZERS[self.method][0]
+
+    @property
     def dequantized(self) -> bool:
         """Whether the network computes with dense weights, dequantized when it is loaded."""
         # transformers takes one scheme for all dense layers when it dequantizes; with several, it

@@ -145,8 +145,10 @@ def _gguf_source(config: ModelConfig, *, offline: bool) -> ModelSource:
     dtype = select_dtype(config.dtype, select_device(config.device))
     folder = checkpoints.converted_gguf(file, dtype)
     files = read_files(folder, remote_code=False)
-    source = ModelSource(config, folder, fingerprint([file]), None, files=files, file=file)
-    return _with_adapter(source, (file,), offline=offline)
+    # The conversion counts as well: it is what is loaded, and another version of gguf may differ.
+    weights = (file, *find_weight_files(folder))
+    source = ModelSource(config, folder, fingerprint(weights), None, files=files, file=file)
+    return _with_adapter(source, weights, offline=offline)
 
 
 def _with_adapter(source: ModelSource, files: tuple[Path, ...], *, offline: bool) -> ModelSource:

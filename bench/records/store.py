@@ -146,7 +146,13 @@ class Store:
         Raises:
             UserError: no id or several start with it, or the record is unreadable.
         """
-        word, _, label = prefix.partition(":")
+        word, colon, label = prefix.partition(":")
+        # Nothing is the beginning of every id, so a single run would be found.
+        if not prefix or (colon and not label):
+            raise UserError(
+                f"the name of a run is {prefix!r}, as with an unset shell variable: give the "
+                f"beginning of an id, {LATEST}, or {LATEST}:METHOD"
+            )
         if word == LATEST:
             return self._latest(label)
         ids = self.ids()

@@ -15,17 +15,26 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args, get_origin
 
 from bench.config.run_config import identity_of
-from bench.data.digests import code_files, code_hash, contents_hash, digest, module_file, state_hash
+from bench.data.digests import (
+    code_files,
+    code_hash,
+    contents_hash,
+    digest,
+    imported_libraries,
+    module_file,
+    state_hash,
+)
 from bench.errors import UserError
 
 if TYPE_CHECKING:
     from bench.config.run_config import RunConfig
     from bench.method import Method
+    from bench.models.checkpoints import Quantization
     from bench.records import Record
 
 _COUNTING_CODE = ("data", "device", "evaluation", "measurement", "models", "method.py", "runner")
@@ -179,8 +188,11 @@ def scoring_code_identity() -> str:
     )
 
 
-def library_versions(config: RunConfig) -> dict[str, str]:
-    """Return the versions of the libraries that decide a run's numbers."""
+def library_versions(config: RunConfig, quantization: Quantization | None = None) -> dict[str, str]:
+    """Return the versions of the libraries that decide a run's numbers.
+
+    `quantization` is that of the model's checkpoint, which a library of its own unpacks.
+    """
     names = list(_LIBRARIES)
     if config.model.kind != "causal_lm":
         names += _IMAGE_LIBRARIES
@@ -188,7 +200,28 @@ def library_versions(config: RunConfig) -> dict[str, str]:
         names.append("accelerate")
     if config.model.attention == "flash_attention_2":
         names.append("flash-attn")
+    if config.model.adapter is not None:
+        names.append("peft")
+    if quantization is not None:
+        names.append(quantization.library)
+    for method in config.method.values():
+        names += _libraries_of(type(method))
     return {name: found for name in names if (found := library_version(name)) is not None}
+
+
+_CHECKING_LIBRARIES = frozenset({"pydantic", "typing_extensions", "omegaconf", "hydra"})
+"""They check and carry the knobs of methods, and compute no number."""
+
+
+@functools.cache
+def _libraries_of(kind: type) -> list[str]:
+    """Return the installed libraries that a method's class imports, in whatever module of its."""
+    found: set[str] = set()
+    for each in inspect.getmro(kind):
+        file = getattr(sys.modules.get(each.__module__), "__file__", None)
+        if file is not None and module_file(each.__module__, _top(kind.__module__)):
+            found |= imported_libraries(Path(file), each.__module__, _top(each.__module__))
+    return sorted({_distribution(name) for name in found - _CHECKING_LIBRARIES} - set(_LIBRARIES))
 
 
 # Once per process: imported libraries keep their version even if the installation changes.
@@ -199,6 +232,15 @@ def library_version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:  # whoever needs it says so
         return None
+
+
+@functools.cache
+def _distribution(module: str) -> str:
+    """Return the name under which a top-level module was installed: scikit-learn for sklearn."""
+    # Listing the modules of all distributions takes a third of a second.
+    if library_version(module) is not None:
+        return module
+    return packages_distributions().get(module, [module])[0]
 
 
 def identity_differences(

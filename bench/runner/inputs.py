@@ -158,7 +158,7 @@ def resolve_run(config: RunConfig, session: Session) -> RunInputs:
     calibration_inputs = resolve_calibration_inputs(config)
 
     device = select_device(config.model.device)
-    versions = library_versions(config)
+    versions = library_versions(config, source.quantization)
     decided = config.identity()
     # `auto` and `cuda` are resolved: the id must say on which kind of device and in which dtype the
     # numbers were computed, and not how that was asked for.
@@ -167,7 +167,7 @@ def resolve_run(config: RunConfig, session: Session) -> RunInputs:
         "device": device.type,
         "dtype": str(select_dtype(config.model.dtype, device)).removeprefix("torch."),
         "weights": source.fingerprint,
-        "files": {**source.files, **_modules_of_methods(skeleton)},
+        "files": {**source.files, **replaced_modules_identity(skeleton)},
         **_own_network(config),
         **_images_as_pixels(source),
         "tasks": planned.definitions,
@@ -198,11 +198,12 @@ def _images_as_pixels(source: ModelSource) -> dict[str, ImageSettings]:
     return {"images": loading.image_settings(source)}
 
 
-def _modules_of_methods(skeleton: nn.Module) -> dict[str, str]:
-    """Return the code of modules that an exported model has from a method, by class."""
-    kinds = {type(module) for module in skeleton.modules()}
-    found = sorted((kind for kind in kinds if kind.__module__.startswith("methods.")), key=str)
-    return {f"class {kind.__name__}": class_identity(kind) for kind in found}
+def replaced_modules_identity(skeleton: nn.Module) -> dict[str, str]:
+    """Return the code of modules that an exported model has from a method or a plug-in."""
+    from bench.models.replaced_modules import ReplacedModule
+
+    kinds = {type(module) for module in skeleton.modules() if isinstance(module, ReplacedModule)}
+    return {f"class {kind.__module__}.{kind.__qualname__}": class_identity(kind) for kind in kinds}
 
 
 def resolve_calibration_inputs(config: RunConfig) -> CalibrationInputs:

@@ -118,8 +118,7 @@ def launch(arguments: Sequence[str], session: Session) -> LaunchOutcome:
         UserError: one of the alternatives is wrong; nothing was run.
         RunsFailed: no run of the sweep succeeded.
     """
-    overrides = Overrides.parse(arguments)
-    overrides.refuse_repeated_keys()
+    overrides = Overrides.parse(arguments).without_repeats()
     with host_process_restored():
         # Libraries read the offline switch only once, when they are imported.
         if overrides.is_true("offline"):
@@ -260,20 +259,24 @@ def print_hydra_info(arguments: list[str]) -> None:
     from bench.config.sweep_checks import admit
 
     # Without the flags that name config folders or a pickled job to run again.
-    parser = argparse.ArgumentParser("bench run", add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        "bench run", add_help=False, allow_abbrev=False, exit_on_error=False
+    )
     parser.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
     parser.add_argument("--info", "-i", nargs="?", const="all")
     parser.add_argument("--package", "-p")
     for flag in ("--resolve", "--hydra-help", "--version"):
         parser.add_argument(flag, action="store_true")
-    asked, others = parser.parse_known_args(arguments)
+    try:
+        asked, others = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from None
     flags = [
         f"--{name.replace('_', '-')}" if value is True else f"--{name}={value}"
         for name, value in vars(asked).items()
         if value
     ]
-    overrides = Overrides.parse(others)
-    overrides.refuse_repeated_keys()
+    overrides = Overrides.parse(others).without_repeats()
     with host_process_restored(), hydra_errors_as_user_errors(arguments):
         admitted = admit(overrides)
         _run_hydra(admitted, None, LaunchOutcome(), flags)

@@ -14,12 +14,13 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 import platform
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from filelock import FileLock
@@ -160,6 +161,12 @@ def find_sweep(results_dir: Path, name: str) -> SweepPlan:
     Raises:
         UserError: no sweep matches, or several do.
     """
+    # Nothing is the beginning of every name, so a single sweep would be found.
+    if not name:
+        raise UserError(
+            "the name of a sweep is empty, as an unset shell variable is: give its beginning, or "
+            "latest"
+        )
     plans = all_sweeps(results_dir)
     if name == "latest":
         matches = plans[-1:]
@@ -234,35 +241,26 @@ def plan_in(folder: Path) -> SweepPlan:
     return read_plan(folder) or SweepPlan(folder, (), str(Path.cwd()), "")
 
 
-FINGERPRINTED_LIBRARIES = (
-    "slimbench",
-    "torch",
-    "transformers",
-    "tokenizers",
-    "numpy",
-    "pillow",
-    "torchvision",
-    "lm-eval",
-    "lmms-eval",
-    "hydra-core",
-)
 PROGRAM_SUFFIXES = {".py", ".yaml", ".json", ".safetensors", ".jinja", ".gz", ".txt"}
 
 
 def _fingerprint(files: list[str], packages: list[str]) -> str:
     # The host is part of it: modification times compare within one machine only.
     digest = hashlib.sha256(f"{platform.node()} {platform.python_version()}\n".encode())
-    for line in (*_library_versions(), *_file_stamps(files, packages)):
+    for line in (*_installed_libraries(), *_file_stamps(files, packages)):
         digest.update(f"{line}\n".encode())
     return digest.hexdigest()
 
 
-def _library_versions() -> Iterator[str]:
-    for name in FINGERPRINTED_LIBRARIES:
+def _installed_libraries() -> Iterator[str]:
+    """Yield the name and version of everything installed, as in `torch-2.9.0.dist-info`."""
+    # All of them: which ones a method or a task uses is known only once they are imported.
+    for entry in dict.fromkeys(sys.path):
         try:
-            yield f"{name} {version(name)}"
-        except PackageNotFoundError:
-            yield f"{name} not installed"
+            found = sorted(os.listdir(entry))  # noqa: PTH208 (no Path for 1,000 names)
+        except OSError:  # a zip file, or a folder that is gone
+            continue
+        yield from (name for name in found if name.endswith((".dist-info", ".egg-info")))
 
 
 def _file_stamps(files: list[str], packages: list[str]) -> Iterator[str]:

@@ -156,12 +156,31 @@ def test_a_range_of_many_values_is_refused_before_it_is_listed(text):
         Overrides.parse([text]).first_values()
 
 
-def test_two_keys_are_one_however_they_are_written():
-    for texts in (["a=1", "+a=2"], ["++a.b=1", "a/b=2"], ["a=1", "~a"], ["a@p=1", "a@p=2"]):
-        with pytest.raises(UserError, match="both say"):
-            Overrides.parse(texts).refuse_repeated_keys()
-    for texts in (["a=1", "a.b=2"], ["a=1", "b=1"], ["a@p=1", "a@q=1", "a=1"], []):
-        Overrides.parse(texts).refuse_repeated_keys()
+@pytest.mark.parametrize("texts", [
+    ["a=1", "+a=2"], ["++a.b=1", "a/b=2"], ["a=1", "~a"], ["a@p=1", "a@p=2"], ["a=1", "a=true"],
+    ["a=1", "a=1.0"], ["a=1", "b=1", "a=2", "a=1"], ["a=1,2", "a=1"], ["a=1,2", "a=2,1"],
+])  # fmt: skip
+def test_one_key_with_two_values_is_refused_however_it_is_written(texts):
+    with pytest.raises(UserError, match=r"both set a.*: give one of them"):
+        Overrides.parse(texts).without_repeats()
+
+
+@pytest.mark.parametrize(
+    ("texts", "left"),
+    [
+        ([], []),
+        (["a=1", "a.b=2"], ["a=1", "a.b=2"]),
+        (["a@p=1", "a@q=1", "a=1"], ["a@p=1", "a@q=1", "a=1"]),
+        (["a=1", "b=1", "a=1"], ["a=1", "b=1"]),
+        (["a.b=x", "a/b='x'"], ["a.b=x"]),
+        (["a=0.4", "a=0.40"], ["a=0.4"]),
+        # Hydra would run all pairs of the two lists.
+        (["a=1,2", "a=1,2"], ["a=1,2"]),
+        (["~a", "~a"], ["~a"]),
+    ],
+)
+def test_a_word_that_is_repeated_counts_once(texts, left):
+    assert Overrides.parse(texts).without_repeats().texts == left
 
 
 VALUES = st.recursive(

@@ -87,6 +87,9 @@ def refused(tmp_path, monkeypatch, capsys):
     ("ratio=${oc.env:NOPE_X}", "the environment variable NOPE_X is not set"),
     ("ratio=${ratio}", "ratio=${ratio} cannot be resolved: recursive interpolation"),
     ("ratio=${hydra:job.num}", "cannot refer to Hydra's own"),
+    ("benchmark.data.gsm8k=x.jsonl", "write +benchmark.data.gsm8k=x.jsonl to add it"),
+    ("benchmark.gen_kwargs.top_k=5", "benchmark.gen_kwargs is empty: write +benchmark.gen_kwargs"),
+    ("method={a:b}", "method={a:b} is a mapping where a name is needed: write method=NAME"),
     ("results_dir=null", "results_dir=null: a path is needed"),
     ("results_dir=5", "write results_dir=./NAME"),
     ("results_dir=true", "results_dir=true: a path is needed"),
@@ -114,7 +117,7 @@ def test_an_override_that_cannot_be_meant(refused, asked, said):
 def test_one_key_twice(refused, asked):
     said = refused("run", *asked, "tracker=none")
     texts = [text for text in asked if text not in ("-m", "seed=1")]
-    assert f"bench: {texts[0]} and {texts[1]} both say " in said
+    assert f"bench: {texts[0]} and {texts[1]} both set " in said
     assert "give one of them" in said
 
 
@@ -153,6 +156,19 @@ def test_the_quoted_override_is_what_was_meant(value):
 ])  # fmt: skip
 def test_a_results_folder_that_is_not_there(refused, tmp_path, command):
     assert "no such folder" in refused(*command, "--results-dir", str(tmp_path / "missing"))
+
+
+@pytest.mark.parametrize("command", [
+    ["ls", "runs", "--results-dir", "a" * 5000], ["gc", "--results-dir", "a" * 300],
+    ["run", "results_dir=" + "a" * 5000], ["run", f"model.path={'a' * 300}", "model=local"],
+])  # fmt: skip
+def test_a_path_that_no_system_takes(refused, command):
+    assert "ile name too long" in refused(*command)
+
+
+@pytest.mark.parametrize("flags", [["--cfg", "jobb"], ["--cfg"], ["-c"]])
+def test_a_flag_of_hydras_without_its_word(refused, flags):
+    assert "argument --" in refused("run", *flags)
 
 
 def test_lists_that_need_no_results_folder(tmp_path, monkeypatch, capsys):

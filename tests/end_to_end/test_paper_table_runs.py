@@ -11,6 +11,7 @@ from bench.cli.commands.verify import _compare
 from bench.cli.main import main
 from bench.config.composition import compose_run_config
 from bench.config.overrides import quoted_text
+from bench.errors import UserError
 from bench.records import Store
 from bench.runner.inputs import resolve_run
 from bench.runner.session import Session
@@ -139,6 +140,13 @@ def test_keys_of_the_table_and_of_its_runs_are_told_apart():
     assert (asked.scale, asked.selections, asked.seeds) == ("micro", {"rows": ["a", "b"]}, (1, 2))
     assert asked.run_overrides == ("tracker=none",)
     assert asked.launcher_overrides == ("hydra/launcher=joblib",)
+
+
+def test_two_selections_of_one_part_are_refused():
+    assert TableRequest.parse(["scale=micro", "scale=micro"]).scale == "micro"
+    for given in (["scale=micro", "scale=full"], ["rows=a", "rows=b"]):
+        with pytest.raises(UserError, match=f"{given[0]} and {given[1]} both set"):
+            TableRequest.parse(given)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -15,7 +16,14 @@ from bench.data.synthetic.world import documents_by_split
 from bench.errors import UserError
 from bench.evaluation import BenchmarkConfig, PerplexityConfig, evaluate, plan
 from bench.evaluation.evidence import check_length
-from bench.evaluation.metrics import TaskAnswers, headline_average, settle_metrics, task_metric
+from bench.evaluation.metrics import (
+    NO_NUMBER,
+    TaskAnswers,
+    aggregate_number,
+    headline_average,
+    settle_metrics,
+    task_metric,
+)
 from bench.evaluation.text.adapter import LmEvalAdapter
 from bench.models.model import Model
 from bench.ui import SILENT
@@ -248,6 +256,24 @@ def test_a_number_needs_an_answer_and_at_most_the_allowed_share_missing(total, m
     has_number = missing == 0 or (missing < total and missing / total <= allowed)
     assert (settled.value is not None) == has_number == (not gaps)
     assert settled.missing == missing and settled.n == total - missing
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("missing", [0, 1])
+def test_what_is_no_finite_number_is_a_gap(value, missing):
+    answers = TaskAnswers(10, dict.fromkeys("a"[:missing], "why"))
+    minor = metric(value).model_copy(update={"headline": False})
+    settled, gaps = settle_metrics([metric(value), minor, metric(0.25)], answers, 0.5)
+    assert [(each.value, each.missing) for each in settled] == [
+        (None, missing), (None, missing), (0.25, missing)
+    ]  # fmt: skip
+    assert [gap.reason for gap in gaps] == [NO_NUMBER]
+
+
+@pytest.mark.parametrize("value", [{"a": 0.5}, "N/A", None, [0.5], math.nan])
+def test_an_aggregate_that_is_no_number(value):
+    assert math.isnan(aggregate_number(value))
+    assert aggregate_number(np.float32(0.5)) == aggregate_number(0.5) == 0.5
 
 
 @given(st.integers(1, 1000))

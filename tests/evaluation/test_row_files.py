@@ -129,12 +129,32 @@ def test_values_that_make_no_table_are_named(tmp_path, change, said):
     assert said in refusal(tmp_path / "f.jsonl")
 
 
-@pytest.mark.parametrize("wrong", [["A", "B"], {"text": ["a"], "label": ["A", "B"]}, "A) b", {}])
+@pytest.mark.parametrize("wrong", [
+    ["A", "B"], {"text": ["a"], "label": ["A", "B"]}, "A) b", {}, {"text": [], "label": []},
+    # Every model is right where there is one answer, or where two have its letter.
+    {"text": ["a"], "label": ["A"]}, {"text": ["a", "b"], "label": ["A", "A"]},
+    {"text": ["a", " "], "label": ["A", "B"]},
+])  # fmt: skip
 def test_choices_of_another_form_are_named(tmp_path, wrong):
     rows = rows_of("arc_easy")
     rows[1] = rows[1] | {"choices": wrong}
     (tmp_path / "f.jsonl").write_bytes(lines(rows))
     assert "row 1 (line 2) has choices=" in refusal(tmp_path / "f.jsonl", "arc_easy")
+
+
+@pytest.mark.parametrize(
+    ("task", "change"),
+    [
+        ("winogrande", {"sentence": "No word is asked for."}),
+        ("mathqa", {"options": "a ) 1 ,", "correct": "a"}),
+        ("hellaswag", {"endings": ["a", "", "c", "d"]}),
+    ],
+)
+def test_a_question_that_leaves_nothing_to_choose_is_named(tmp_path, task, change):
+    rows = rows_of(task)
+    rows[1] = rows[1] | change
+    (tmp_path / "f.jsonl").write_bytes(lines(rows))
+    assert f"row 1 (line 2) has {next(iter(change))}=" in refusal(tmp_path / "f.jsonl", task)
 
 
 def test_json_without_an_end_in_sight_is_refused(tmp_path, monkeypatch):

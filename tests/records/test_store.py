@@ -59,6 +59,15 @@ def test_a_prefix_finds_a_run_and_says_what_is_wrong_otherwise(tmp_path):
         store.get("abc00000001x")
 
 
+@pytest.mark.parametrize("name", ["", "latest:"])
+def test_an_empty_name_is_no_run_though_there_is_only_one(tmp_path, name):
+    """As `bench export "$RUN" DIR` gives it when the variable is not set."""
+    store = Store(tmp_path)
+    store.write(make("abc000000000"), [], "")
+    with pytest.raises(UserError, match="as with an unset shell variable"):
+        store.get(name)
+
+
 def test_the_latest_run_is_found_by_its_method(tmp_path):
     store = Store(tmp_path)
     with pytest.raises(UserError, match="there are no runs"):

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,26 @@ def test_a_command_leaves_the_process_as_it_was(arguments, capsys):
     finally:
         signal.signal(signal.SIGUSR1, previous)
         gc.set_threshold(*threshold)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_in_a_destructor_is_not_lost(monkeypatch, capsys, number):
+    """Python prints what is raised there and goes on."""
+
+    class Dying:
+        def __del__(self):
+            signal.raise_signal(number)
+
+    def command(given):
+        Dying()
+        time.sleep(20)
+
+    monkeypatch.setattr("pkgutil.resolve_name", lambda name: command)
+    before, hook, began = state(), sys.unraisablehook, time.monotonic()
+    assert main(["run"]) == 75
+    assert time.monotonic() - began < 10
+    assert capsys.readouterr().err.startswith("bench: interrupted; run the same command")
+    assert (state(), sys.unraisablehook) == (before, hook)
 
 
 def test_a_command_runs_outside_the_main_thread(capsys):

@@ -1,13 +1,18 @@
 """The identity of a run covers every byte that can change its numbers, and no other."""
 
+import importlib
 import json
 import shutil
 from pathlib import Path
 from typing import Literal
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from bench.cli.main import main
 from bench.config.composition import compose_run_config
@@ -16,7 +21,7 @@ from bench.data.digests import fingerprint
 from bench.errors import UserError
 from bench.evaluation.harness import file_source
 from bench.method import Method
-from bench.models import embedded
+from bench.models import checkpoints, embedded
 from bench.models.source import read_files
 from bench.models.weight_files import find_weight_files
 from bench.records import Store
@@ -28,8 +33,9 @@ from bench.runner.identity import (
     method_identity,
     place_named,
 )
-from bench.runner.inputs import resolve_run
+from bench.runner.inputs import replaced_modules_identity, resolve_run
 from bench.runner.session import Session
+from methods.baselines.router_masks import MaskedRouter
 from tests.records.test_store import make
 
 MICRO_MOE = Path(next(iter(embedded.__path__))) / "micro_moe"
@@ -412,6 +418,66 @@ def test_versions_are_those_of_the_libraries_in_use():
     assert {"torch", "tokenizers", "numpy", "lm-eval"} <= of["text"].keys()
     assert of["offloaded"].keys() - of["text"].keys() == {"accelerate"}
     assert of["images"].keys() - of["text"].keys() == {"pillow", "torchvision"}
+
+
+def test_the_code_of_replaced_modules_counts_whoever_wrote_it(
+    tmp_path, monkeypatch, forget_sources
+):
+    file = tmp_path / "replacing.py"
+    file.write_text(
+        "from bench.models.replaced_modules import ReplacedModule\nfactor = 1\n"
+        "class Linear(ReplacedModule):\n"
+        "    def spec(self): ...\n    def from_spec(self, spec): ...\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = importlib.import_module("replacing").Linear()
+    with torch.device("meta"):
+        routed = MaskedRouter(MixtralTopKRouter(MixtralConfig()), [0, 1], 8)
+    before = replaced_modules_identity(nn.Sequential(nn.Linear(2, 2), routed, own))
+    assert {name.rpartition(".")[2] for name in before} == {"MaskedRouter", "Linear"}
+    forget_sources()
+    file.write_text(file.read_text().replace("factor = 1", "factor = 2"))
+    after = replaced_modules_identity(own)
+    assert after.keys() == {"class replacing.Linear"}
+    assert not after.items() & before.items()
+
+
+def test_versions_of_what_methods_and_checkpoints_need_count():
+    plain = compose_run_config([])
+    adapted = plain.model_copy(
+        update={"model": plain.model.model_copy(update={"adapter": "adapter"})}
+    )
+    assert library_versions(adapted).keys() - library_versions(plain).keys() == {"peft"}
+    packed = checkpoints.Quantization("compressed-tensors", 1)
+    more = library_versions(plain, packed).keys() - library_versions(plain).keys()
+    assert more == {"compressed_tensors"}
+    solved = compose_run_config(["method=mc"])
+    assert library_versions(solved).keys() - library_versions(plain).keys() == {"scipy"}
+
+
+def test_versions_of_what_a_plug_in_imports_count(tmp_path, monkeypatch, forget_sources):
+    """At any depth of its code, whatever the distribution is called."""
+    (tmp_path / "solving.py").write_text(
+        "from bench.method import Method\nimport json, pydantic\nfrom solving_maths import solve\n"
+        "class M(Method):\n"
+        "    def check(self, structure): ...\n"
+        "    def apply(self, model, context): ...\n"
+    )
+    (tmp_path / "solving_maths.py").write_text(
+        "def solve():\n    import sklearn.svm, scipy, absent_library\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    method = importlib.import_module("solving").M()
+    config = compose_run_config([])
+    with_method = config.model_copy(update={"method": {"m": method}})
+    before = library_versions(with_method)
+    assert before.keys() - library_versions(config).keys() == {"scipy", "scikit-learn"}
+    monkeypatch.setattr(identity, "version", lambda name: {"scipy": "9.9"}.get(name, "1"))
+    identity.library_version.cache_clear()
+    try:
+        assert library_versions(with_method)["scipy"] == "9.9"
+    finally:
+        identity.library_version.cache_clear()
 
 
 def test_differences_are_named_by_dotted_keys_and_short_hashes():

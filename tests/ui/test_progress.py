@@ -111,6 +111,19 @@ def test_messages_of_a_progress_go_to_its_stream(capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_quiet_progress_writes_nothing_and_keeps_the_times(capsys):
+    log = io.StringIO()
+    quiet = ui.Progress(log, quiet=True)
+    for progress in (quiet, ui.SILENT):
+        progress.say("said")
+        with progress.phase("phase", 2):
+            progress.warn("careful")
+            progress.step()
+    assert log.getvalue() == ""
+    assert capsys.readouterr() == ("", "")
+    assert quiet.seconds["phase"] > 0
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(12.4, "12 s"), (600, "10 min"), (9000, "2 h 30 min")]
 )

@@ -21,8 +21,7 @@ def prefetch_run(arguments: list[str]) -> Iterator[str]:
 
     Yields one line per item that is now on this machine; alternatives of a sweep repeat theirs.
     """
-    overrides = Overrides.parse(arguments)
-    overrides.refuse_repeated_keys()
+    overrides = Overrides.parse(arguments).without_repeats()
     for config in alternative_configs(overrides):
         yield f"model {config.model.name}: {prefetch_model(config.model)}"
         yield from prefetch_benchmark(config.benchmark)

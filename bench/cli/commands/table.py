@@ -85,17 +85,19 @@ class TableRequest:
         """
         request = cls()
         others = []
+        own: dict[str, str] = {}
         for argument in arguments:
             # A table's own keys are no overrides of Hydra: names of rows may hold any character.
             key, _, value = argument.partition("=")
+            if key in ("scale", *PARTS) and own.setdefault(key, argument) != argument:
+                raise UserError(f"{own[key]} and {argument} both set {key}: give one of them")
             if key == "scale":
                 request.scale = value
             elif key in PARTS:
                 request.selections[key] = _split_list(value)
             elif argument != "--json":
                 others.append(argument)
-        overrides = Overrides.parse(others)
-        overrides.refuse_repeated_keys()
+        overrides = Overrides.parse(others).without_repeats()
         for override in overrides.parsed:
             key, text = override.key_or_group, text_of(override)
             if key in RESERVED_KEYS:

@@ -21,6 +21,7 @@ from bench.evaluation.metrics import (
     LoggedSample,
     SampleRow,
     TaskAnswers,
+    aggregate_number,
     refuse_changed_questions,
     sample_score,
     settle_metrics,
@@ -300,7 +301,7 @@ def _harness_metrics(
             is_mean = metric in MEAN_METRICS or all(isinstance(s, int | float) for s in scored)
             error = scores.get(f"{metric}_stderr_clt,{through}") if is_mean else None
             stderr = None if isinstance(error, str | None) else float(error)
-            yield through, DerivedMetric(metric, float(value), stderr, len(scored))
+            yield through, DerivedMetric(metric, aggregate_number(value), stderr, len(scored))
 
 
 def _version(metadata: Metadata | list[Metadata] | None) -> str | None:

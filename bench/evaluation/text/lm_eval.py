@@ -22,6 +22,7 @@ from bench.evaluation.harness import SEED, DocumentSource, ScoredBenchmark
 from bench.evaluation.metrics import (
     SampleRow,
     TaskAnswers,
+    aggregate_number,
     common_split,
     refuse_changed_questions,
     settle_metrics,
@@ -389,7 +390,7 @@ def _metric(
         benchmark,
         name,
         metric,
-        float(scores[key]),
+        aggregate_number(scores[key]),
         through=through,
         shots=int(result["n-shot"].get(name) or 0),
         split=common_split({evaluated_split(vars(planned.tasks[leaf].config)) for leaf in leaves}),

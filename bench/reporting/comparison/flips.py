@@ -141,11 +141,12 @@ def write_flip_images(
         MissingData: the benchmark's data are not on this machine and cannot be downloaded.
         UserError: the images of a document differ from those of the run.
     """
-    from bench.evaluation.multimodal.prompts import image_hash
-
     flip_of_image = {flip.image: flip for flip in flips if flip.image}
     if not flip_of_image:
         return {}
+    # Here, since it imports transformers, for which a comparison of texts need not wait.
+    from bench.evaluation.multimodal.prompts import image_hash
+
     refuse_unwritable("--results-dir", results_dir / IMAGE_FOLDER, folder=True)
     benchmark = BenchmarkConfig.model_validate(record.config["benchmark"])
     plan = PlanCache().plan(benchmark, offline=bool(record.config.get("offline")))

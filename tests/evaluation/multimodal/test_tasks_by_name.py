@@ -43,8 +43,12 @@ ROWS = {
         "image": [picture(7), picture(70)], "question": "How many?", "answer": "A",
         "data_type": "image", "question_id": "q1", **CHOICES,
     },
+    "vlmsareblind": {
+        "image": picture(8), "question": "", "prompt": "How many circles?", "groundtruth": "5",
+        "task": "Circled Letter",
+    },
 }  # fmt: skip
-HEADLINES = {"mmstar": "average", "seedbench": "seed_all"}
+HEADLINES = {"mmstar": "average", "seedbench": "seed_all", "vlmsareblind": "accuracy"}
 
 
 @pytest.fixture
@@ -76,8 +80,12 @@ def test_the_common_tasks_are_scored_by_name(files, mllms):
     assert shown == {
         "ocrbench": "ocrbench_accuracy", "chartqa": "relaxed_overall", "docvqa_val": "anls",
         "mmmu_val": "mmmu_acc", "mmstar": "average", "realworldqa": "exact_match",
-        "ai2d": "exact_match", "seedbench": "seed_all", "average": "mean",
+        "ai2d": "exact_match", "seedbench": "seed_all", "vlmsareblind": "accuracy",
+        "average": "mean",
     }  # fmt: skip
+    # A table by kind of question, in place of a number.
+    (by_kind,) = [m for m in found.metrics if m.metric == "accuracy_by_task"]
+    assert by_kind.value is None
     rows = {row["task"]: row for row in found.samples}
     assert all(max(row["answer_tokens"]) <= 3 for row in found.samples)
     assert rows["seedbench"]["prompt"].count("<img>") == 2

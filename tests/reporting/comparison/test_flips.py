@@ -1,6 +1,7 @@
 """Flips of questions about images come with the images, and never with others."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from bench.config.composition import compose_run_config
 from bench.data.synthetic.scenes import question_sets
 from bench.evaluation.multimodal.prompts import image_hash
 from bench.records import Store
+from bench.reporting.comparison.flips import write_flip_images
 from tests.reporting.comparison.synthetic_runs import metric, record, rows
 
 
@@ -36,6 +38,12 @@ def runs(tmp_path):
         return tmp_path
 
     return store
+
+
+def test_flips_of_texts_need_no_image_library(monkeypatch, tmp_path):
+    """It imports transformers, which takes longer than the comparison."""
+    monkeypatch.setitem(sys.modules, "bench.evaluation.multimodal.prompts", None)
+    assert write_flip_images([], record("a", [], None), tmp_path) == {}
 
 
 def test_the_image_of_a_flip_is_written_and_named(runs, capsys):
