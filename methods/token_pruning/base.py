@@ -88,7 +88,9 @@ class TokenPruning(VisualStrategy):
         # cannot be computed once and shared.
         model.needs_prompt = True
         return {
-            "selections": [{"after": s.after, **asdict(s.quota)} for s in added],
+            "selections": [
+                {"after": s.after, "adaptive": s.adaptive, **asdict(s.quota)} for s in added
+            ],
             **tokens_by_stage(engine),
         }
 
@@ -122,12 +124,16 @@ class BeforeDecoder(TokenPruning):
             TokenPruningStep(
                 self.label,
                 0,
-                Quota.of(self.keep),
+                self._quota(),
                 self._bound_choose(context),
                 reads_tower=self.reads_tower,
                 macs=self._macs,
             )
         ]
+
+    def _quota(self) -> Quota:
+        """Return the quota that `keep` stands for."""
+        return Quota.of(self.keep)
 
     def _bound_choose(self, context: Context) -> ChooseTokens:
         """Return `_choose`, bound to what it needs of the run."""
@@ -161,17 +167,36 @@ class InDecoder(TokenPruning):
         )
 
 
-def frame_widths(inputs: SelectionInputs, name: str) -> list[int]:
-    """Return the number of columns of every frame.
+def frame_sides(inputs: SelectionInputs, name: str) -> tuple[Tensor, Tensor]:
+    """Return the number of rows and of columns of every frame, [I] each.
 
     Raises:
         UserError: an earlier step has removed tokens, so that rows have holes.
     """
     if inputs.frames.counts != inputs.initial_counts:
         raise UserError(f"{name} needs whole images: list it before other token pruning")
-    # Frames are packed in raster order, so the width of a whole frame follows from its last column.
-    last_I = inputs.cells.column_N.masked_fill(~inputs.valid, 0).amax(dim=1)
-    return [int(last) + 1 for last in last_I.tolist()]
+    cells = inputs.cells.row_N, inputs.cells.column_N
+    rows_I, columns_I = (part.masked_fill(~inputs.valid, 0).amax(dim=1) + 1 for part in cells)
+    return rows_I, columns_I
+
+
+def frames_of_samples(inputs: SelectionInputs, name: str) -> list[list[int]]:
+    """Return the numbers of each sample's frames, whose tokens are compared place by place.
+
+    Raises:
+        UserError: the frames of a sample differ in size, or have lost tokens.
+    """
+    sides = list(zip(*(side.tolist() for side in frame_sides(inputs, name)), strict=True))
+    found: dict[int, list[int]] = {}
+    for frame, sample in enumerate(inputs.frames.sample_I.tolist()):
+        found.setdefault(sample, []).append(frame)
+    for frames in found.values():
+        if len({sides[frame] for frame in frames}) > 1:
+            raise UserError(
+                f"{name} compares the frames of a prompt place by place, but the images of a "
+                "prompt differ in size: give frames of one size"
+            )
+    return list(found.values())
 
 
 def top_tokens(score_IM: Tensor, allowed_IM: Tensor, keep_I: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.method import Context
-from methods.token_pruning.base import BeforeDecoder, frame_widths, top_tokens
+from methods.token_pruning.base import BeforeDecoder, frame_sides, top_tokens
 from methods.visual_engine.selection_inputs import SelectionInputs, TokenSelection
 from methods.visual_engine.selection_step import ChooseTokens, SelectionSizes
 
@@ -21,12 +21,10 @@ class Downsample(BeforeDecoder):
 
     def _choose(self, inputs: SelectionInputs, keep_I: Tensor) -> TokenSelection:
         keep_IM = torch.zeros_like(inputs.valid)
-        widths = frame_widths(inputs, self.label)
-        for number, (count, columns, keep) in enumerate(
-            zip(inputs.frames.counts, widths, keep_I.tolist(), strict=True)
-        ):
+        sides = zip(*(side.tolist() for side in frame_sides(inputs, self.label)), strict=True)
+        for number, ((rows, columns), keep) in enumerate(zip(sides, keep_I.tolist(), strict=True)):
             # In a whole frame cell (row, column) has index row · columns + column.
-            cells = even_grid_cells(count // columns, columns, keep)
+            cells = even_grid_cells(rows, columns, keep)
             keep_IM[number, [row * columns + column for row, column in cells]] = True
         return TokenSelection(keep_IM)
 

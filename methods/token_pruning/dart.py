@@ -57,7 +57,8 @@ class DART(InDecoder):
         words_BT = select_pivots(text_BTE, question_BT, words_B)
         states_IMD, text_BTD = inputs.states_IMD, inputs.text_BTD
         if self.variant == "release":
-            states_IMD, text_BTD = inputs.final_norm(states_IMD), inputs.final_norm(text_BTD)
+            norm = inputs.ahead.final_norm
+            states_IMD, text_BTD = norm(states_IMD), norm(text_BTD)
         return TokenSelection(
             least_similar_to_pivots(
                 states_IMD,

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from bench.models.vlm.vision_tower import LayerRequest, TowerSizes
-from methods.token_pruning.base import BeforeDecoder, Variant, frame_widths, top_tokens
+from methods.token_pruning.base import BeforeDecoder, Variant, frame_sides, top_tokens
 from methods.visual_engine.selection_inputs import SelectionInputs, TokenSelection
 from methods.visual_engine.selection_step import SelectionSizes
 
@@ -45,8 +45,9 @@ class HiPrune(BeforeDecoder):
         middle, deep = (layers[request].received_V for request in self._tower_layers())
         anchors_I = (keep_I * self.alpha / 5).round().long()
         anchor_IM = top_tokens(middle, inputs.valid, anchors_I)
-        widths, clamp = frame_widths(inputs, self.label), self.variant == "release"
-        around_IM = with_neighbours(anchor_IM, inputs.valid, widths, clamp=clamp)
+        _, columns_I = frame_sides(inputs, self.label)
+        clamp = self.variant == "release"
+        around_IM = with_neighbours(anchor_IM, inputs.valid, columns_I.tolist(), clamp=clamp)
         # Anchors and neighbours are at most a share `alpha` of `keep`, but for rounding.
         around_IM = top_tokens(deep, around_IM, keep_I)
         registers_I = keep_I - around_IM.sum(dim=1)

@@ -1,19 +1,22 @@
-"""PruMerge+ (ICCV 2025): outliers of the tower's attention absorb their nearest tokens.
+"""PruMerge and PruMerge+ (ICCV 2025): outliers of the tower's attention absorb their neighbours.
 
 Shapes: I frames, M tokens of a frame, D width, E width of keys.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar, cast
+from dataclasses import replace
+from typing import ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
+from bench.method import Context
 from bench.models.vlm.vision_tower import LayerRequest, TowerSizes
 from methods.token_pruning.base import (
+    Amount,
     BeforeDecoder,
     Variant,
     evenly_spaced,
@@ -21,7 +24,8 @@ from methods.token_pruning.base import (
     top_tokens,
 )
 from methods.visual_engine.selection_inputs import SelectionInputs, TokenSelection
-from methods.visual_engine.selection_step import SelectionSizes
+from methods.visual_engine.selection_step import SelectionSizes, TokenPruningStep
+from methods.visual_engine.settings import Quota
 
 # What the release reads: the last layer, whose output LLaVA discards.
 LAST_LAYER = LayerRequest(-1, one_head=True)
@@ -31,9 +35,12 @@ class PruMergePlus(BeforeDecoder):
     """Keep the outliers of the class token's attention and fill `keep` up with even spacing.
 
     Outliers get more attention than Q3 + 1.5 (Q3 - Q1). Each token that stays then absorbs its
-    `neighbours` nearest others by keys, weighted by attention, before the projector. The paper and
-    its release derive the number of added tokens from the number of outliers, about 25 % of all in
-    the end; here `keep` decides, so that costs are known in advance.
+    `neighbours` nearest others by keys, weighted by attention, before the projector.
+
+    With `keep=adaptive`, as in the release, the image decides how many tokens stay, about a
+    quarter: of n tokens t are outliers, and added is every s-th one but the last,
+    s = ⌊⌊n / t⌋ / 3⌋, unless it is an outlier. Otherwise `keep` decides, so that costs are known in
+    advance.
 
     `variant=paper`: attention, mean over heads, and keys are those of the layer whose output is
     projected. Without a class token (Qwen), a token's attention is what it receives from all
@@ -46,17 +53,50 @@ class PruMergePlus(BeforeDecoder):
     label: ClassVar[str] = "prumerge_plus"
     reads_tower: ClassVar[bool] = True
 
+    # Wider than the base's, which mypy takes for a break of its promise.
+    keep: Amount | Literal["adaptive"] = 0.25  # type: ignore[assignment]
     variant: Variant = "paper"
     neighbours: int = Field(default=32, ge=0)
 
     def _tower_layers(self) -> tuple[LayerRequest, ...]:
         return (LAST_LAYER,) if self.variant == "release" else ()
 
+    def _steps(self, depth: int, context: Context) -> list[TokenPruningStep]:
+        (step,) = super()._steps(depth, context)
+        return [replace(step, adaptive=self.keep == "adaptive")]
+
+    def _quota(self) -> Quota:
+        return Quota.of("all" if self.keep == "adaptive" else self.keep)
+
+    def _selected(
+        self, attention_IM: Tensor, valid_IM: Tensor, keep_I: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Mark the outliers, and all tokens that stay besides a sum of removed ones, [I, M]."""
+        outliers_I = count_outliers(attention_IM, valid_IM)
+        if self.keep == "adaptive":
+            salient_IM = top_tokens(attention_IM, valid_IM, outliers_I)
+            return salient_IM, salient_IM | self._sampled(valid_IM, outliers_I)
+        # With more outliers than `keep`, those with the most attention stay: budgets are exact.
+        salient_I = torch.minimum(self._salient(outliers_I, keep_I), keep_I)
+        salient_IM = top_tokens(attention_IM, valid_IM, salient_I)
+        return salient_IM, salient_IM | evenly_spaced(valid_IM & ~salient_IM, keep_I - salient_I)
+
+    def _sampled(self, valid_IM: Tensor, outliers_I: Tensor) -> Tensor:
+        """Mark the tokens that an adaptive number of outliers adds, [I, M]."""
+        count_I = valid_IM.sum(dim=1)
+        step_I1 = (count_I // outliers_I // 3).clamp(min=1)[:, None]
+        place_IM = torch.arange(valid_IM.shape[1], device=valid_IM.device)
+        return (place_IM % step_I1 == 0) & (place_IM < count_I[:, None] - 1)
+
+    def _salient(self, outliers_I: Tensor, keep_I: Tensor) -> Tensor:
+        """Return how many tokens are chosen by attention alone, [I]."""
+        return outliers_I
+
     def _choose(self, inputs: SelectionInputs, keep_I: Tensor) -> TokenSelection:
         if self.variant == "release":
             return self._choose_as_released(inputs, keep_I)
         tower, valid_IM = inputs.require_tower_output(), inputs.valid
-        kept_IM = outliers_and_uniform(tower.received_V, valid_IM, keep_I)
+        _, kept_IM = self._selected(tower.received_V, valid_IM, keep_I)
         if not self.neighbours:
             return TokenSelection(kept_IM)
         keys_IME = tower.keys_VHd.flatten(2)
@@ -69,7 +109,7 @@ class PruMergePlus(BeforeDecoder):
         tower, valid_IM = inputs.require_tower_output(), inputs.valid
         reading = tower.layers[LAST_LAYER]
         attention_IM, features_IMF = reading.received_V, tower.features_VF
-        chosen_IM = outliers_and_uniform(attention_IM, valid_IM, keep_I - 1)
+        salient_IM, chosen_IM = self._selected(attention_IM, valid_IM, keep_I - 1)
         merged_IMF = absorb_neighbours(
             features_IMF, reading.keys_VD, attention_IM, valid_IM, self.neighbours
         )
@@ -79,8 +119,6 @@ class PruMergePlus(BeforeDecoder):
         last_IM = gone_IM & (gone_IM.flip(1).cumsum(dim=1).flip(1) == 1)
         merged_IMF = torch.where(last_IM[..., None], rest_IF[:, None], merged_IMF)
         kept_IM = chosen_IM | last_IM
-        salient_I = torch.minimum(count_outliers(attention_IM, valid_IM), keep_I - 1)
-        salient_IM = top_tokens(attention_IM, valid_IM, salient_I)
         # Attention is below 1, so outliers sort before every place in the image.
         place_IM = torch.arange(valid_IM.shape[1], device=valid_IM.device).float()
         order_IM = torch.where(salient_IM, -attention_IM.float(), place_IM)
@@ -100,6 +138,24 @@ class PruMergePlus(BeforeDecoder):
         return reading + merging + sum(sizes.kept) * tower.project
 
 
+class PruMerge(PruMergePlus):
+    """Keep the outliers of the class token's attention alone, about 5 % of the tokens.
+
+    With a number or share for `keep`, these are the tokens with most attention. All else is as in
+    `PruMergePlus`.
+    """
+
+    label: ClassVar[str] = "prumerge"
+
+    keep: Amount | Literal["adaptive"] = "adaptive"
+
+    def _sampled(self, valid_IM: Tensor, outliers_I: Tensor) -> Tensor:
+        return torch.zeros_like(valid_IM)
+
+    def _salient(self, outliers_I: Tensor, keep_I: Tensor) -> Tensor:
+        return keep_I
+
+
 def count_outliers(attention_IM: Tensor, valid_IM: Tensor) -> Tensor:
     """Count the tokens of each frame with attention above Q3 + 1.5 (Q3 - Q1), at least 1, [I]."""
     # Padding becomes NaN so that `nanquantile` takes quartiles over the real tokens only.
@@ -109,14 +165,6 @@ def count_outliers(attention_IM: Tensor, valid_IM: Tensor) -> Tensor:
     bound_I = high_I + 1.5 * (high_I - low_I)
     above_IM: Tensor = (attention_IM > bound_I[:, None]) & valid_IM
     return above_IM.sum(dim=1).clamp(min=1)
-
-
-def outliers_and_uniform(attention_IM: Tensor, valid_IM: Tensor, keep_I: Tensor) -> Tensor:
-    """Mark the outliers and, up to `keep`, evenly spaced tokens among the rest, [I, M]."""
-    # With more outliers than `keep`, those with the most attention stay: budgets are exact.
-    first_I = torch.minimum(count_outliers(attention_IM, valid_IM), keep_I)
-    salient_IM = top_tokens(attention_IM, valid_IM, first_I)
-    return salient_IM | evenly_spaced(valid_IM & ~salient_IM, keep_I - first_I)
 
 
 def absorb_neighbours(

@@ -55,20 +55,27 @@ class PyramidDrop(TokenPruning):
         ]
 
     def _choose(self, inputs: SelectionInputs, keep_I: Tensor) -> TokenSelection:
-        last = inputs.last_row()
         if self.variant == "release":
-            score_IM = inputs.attention(last, upcoming=True)[:, 0]
-        else:
-            score_IM = inputs.products(last)[:, 0]
+            return attended_in_next_layer(inputs, keep_I)
+        score_IM = inputs.products(inputs.last_row())[:, 0]
         return TokenSelection(top_tokens(score_IM, inputs.valid, keep_I))
 
     def _macs(self, sizes: SelectionSizes) -> float:
-        if self.variant == "paper":
-            return sizes.row_macs
-        # The next layer's queries are computed for all text rows, its keys for all rows.
-        text, head = sizes.samples * sizes.text, sizes.width * sizes.head_dim
-        keys = sizes.groups * (text + sum(sizes.counts))
-        return sizes.row_macs + head * (sizes.query_heads * text + keys)
+        return sizes.row_macs if self.variant == "paper" else next_layer_macs(sizes)
+
+
+def attended_in_next_layer(inputs: SelectionInputs, keep_I: Tensor) -> TokenSelection:
+    """Choose the tokens to which the last prompt token would attend most in the next layer."""
+    score_IM = inputs.attention(inputs.last_row(), upcoming=True)[:, 0]
+    return TokenSelection(top_tokens(score_IM, inputs.valid, keep_I))
+
+
+def next_layer_macs(sizes: SelectionSizes) -> float:
+    """Return the multiply-adds of `attended_in_next_layer`."""
+    # The next layer's queries are computed for all text rows, its keys for all rows.
+    text, head = sizes.samples * sizes.text, sizes.width * sizes.head_dim
+    keys = sizes.groups * (text + sum(sizes.counts))
+    return sizes.row_macs + head * (sizes.query_heads * text + keys)
 
 
 def _ratio_for_average(average: float, cuts: list[int], depth: int) -> float:

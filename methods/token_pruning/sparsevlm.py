@@ -11,6 +11,7 @@ from math import ceil
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from bench.errors import UserError
@@ -41,8 +42,11 @@ class SparseVLM(TokenPruning):
     frame. Token counts are applied as shares and layers as fractions of the depth, so that both
     carry over to different models. With `recycle`, the best 30 % of the removed tokens are
     clustered by density peaks, about ten per cluster, and merged ones stay at the positions of the
-    centres. The paper's alternative, a number of tokens derived from the rank of the attention, is
-    not offered: budgets would differ from image to image.
+    centres.
+
+    With `rank_factor` (λ) the image decides instead, as in the paper: of m tokens,
+    ⌊λ (m - rank P)⌋ leave after each layer, P being the raters' attention to them. The paper states
+    no λ, and its release computes no rank.
 
     `variant=paper`: raters are at least as similar as the average, a removed token joins the centre
     of highest cosine, and a cluster becomes its sum. `variant=release` (version 1): layers 2, 6 and
@@ -59,6 +63,7 @@ class SparseVLM(TokenPruning):
     keep: tuple[float, ...] | None = None
     layers: tuple[int, ...] | None = None
     recycle: bool = True
+    rank_factor: float | None = Field(default=None, gt=0, le=1)
 
     def _steps(self, depth: int, context: Context) -> list[TokenPruningStep]:
         shares, layers = self.keep, self.layers
@@ -74,16 +79,23 @@ class SparseVLM(TokenPruning):
                 f"layers={list(layers)} with {len(shares)} shares: give one share for each layer; "
                 "layers must increase and start at 1 or later"
             )
+        by_rank = self.rank_factor is not None
+        if by_rank and self.keep is not None:
+            raise UserError(
+                f"keep={list(shares)} and rank_factor={self.rank_factor}: set one, the other to "
+                "null"
+            )
         if not all(0 < share <= 1 for share in shares):
             raise UserError(f"keep={list(shares)}: each share of the frame must be in (0, 1]")
         return [
             TokenPruningStep(
                 self.label,
                 after,
-                replace(self._recycling, share=share),
+                replace(self._recycling, share=1.0 if by_rank else share),
                 self._choose,
                 attention=True,
                 macs=self._macs,
+                adaptive=by_rank,
             )
             for after, share in zip(layers, shares, strict=True)
         ]
@@ -101,6 +113,8 @@ class SparseVLM(TokenPruning):
         # copies of other rows and must not enter the mean.
         real_IR1 = rating.validity[inputs.frames.sample_I][..., None]
         score_IM = torch.where(real_IR1, weight_IRM, 0).sum(dim=1) / real_IR1.sum(dim=1)
+        if self.rank_factor is not None:
+            keep_I = kept_by_rank(weight_IRM, real_IR1[..., 0], inputs.valid, self.rank_factor)
         kept_IM = top_tokens(score_IM, inputs.valid, keep_I)
         if not self.recycle:
             return TokenSelection(kept_IM)
@@ -153,6 +167,18 @@ class SparseVLM(TokenPruning):
         return TokenSelection(kept_IM | centre_IM, centre_IM, means_IMD, order_IM)
 
 
+def kept_by_rank(weight_IRM: Tensor, rater_IR: Tensor, valid_IM: Tensor, factor: float) -> Tensor:
+    """Return how many of each frame's m tokens stay, m - ⌊factor (m - rank)⌋ and at least 1, [I].
+
+    The rank is that of the raters' attention to the frame's tokens, in float32 with the tolerance
+    of `torch.linalg.matrix_rank`.
+    """
+    real_IRM = torch.where(rater_IR[..., None] & valid_IM[:, None], weight_IRM.float(), 0)
+    # Rows and columns of zeros change no rank.
+    rank_I, count_I = torch.linalg.matrix_rank(real_IRM), valid_IM.sum(dim=1)
+    return (count_I - (factor * (count_I - rank_I)).floor().long()).clamp(min=1)
+
+
 def select_raters(
     visual_BND: Tensor,
     visual_valid_BN: Tensor,
@@ -189,20 +215,20 @@ def most_similar(x_IMD: Tensor, centre_IM: Tensor) -> Tensor:
 
 
 def cluster_by_density(
-    x_IMD: Tensor, member_IM: Tensor, count_I: Tensor
+    x_IMD: Tensor, member_IM: Tensor, count_I: Tensor, nearest: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cluster each frame's members into `count` clusters; return centres, owners and peaks.
 
     Distances are Euclidean over √D. A member's density is exp(- mean d² to its `count` nearest
-    members, itself included); its isolation is the distance to the nearest member of higher
-    density, or the largest distance for the densest. Centres (bool [I, M]) have the highest product
-    of both; every other member belongs to its nearest centre. Owners [I, M] are positions of
-    centres, peaks [I, M] the products.
+    members, or at most `nearest`, itself included); its isolation is the distance to the nearest
+    member of higher density, or the largest distance for the densest. Centres (bool [I, M]) have
+    the highest product of both; every other member belongs to its nearest centre. Owners [I, M] are
+    positions of centres, peaks [I, M] the products.
     """
     distance_IMM = torch.cdist(x_IMD.float(), x_IMD.float()) / x_IMD.shape[-1] ** 0.5
     pair_IMM = member_IM[:, :, None] & member_IM[:, None, :]
     sorted_IMM = distance_IMM.masked_fill(~pair_IMM, torch.inf).sort(dim=2).values
-    nearest_I = count_I.clamp(min=1).minimum(member_IM.sum(dim=1).clamp(min=1))
+    nearest_I = count_I.clamp(min=1, max=nearest).minimum(member_IM.sum(dim=1).clamp(min=1))
     place_I = (nearest_I - 1)[:, None, None].expand(-1, x_IMD.shape[1], 1)
     # Sorting puts pairs with non-members (inf) last, so the k nearest members are a prefix whose
     # mean a cumulative sum gives for every k at once: k differs between frames.

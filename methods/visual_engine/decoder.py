@@ -45,9 +45,11 @@ from methods.visual_engine.kv_cache import is_split_cache, split_cache
 from methods.visual_engine.layer import Streams, two_stream_layer, upcoming_qk
 from methods.visual_engine.masked_mode import MaskedMode
 from methods.visual_engine.plan import VisualPlan
-from methods.visual_engine.selection_inputs import InputEmbeddings, LayerQK
+from methods.visual_engine.selection_inputs import InputEmbeddings, LayerQK, LayersAhead
 from methods.visual_engine.selection_step import TokenPruningStep
 from methods.visual_engine.token_index import (
+    Cells,
+    Frames,
     TokenRows,
     last_positions,
     rows_where,
@@ -83,6 +85,7 @@ class VisualEngine:
         self.masked_mode = MaskedMode(network, self.decoder, self.plan)
         self.overhead = SelectionOverhead()
         self.tower: Tower | None = None
+        self._left: list[Cells] = []
         self._tokens: VisualTokens | None = None
         self._bypassed = False
         self._original_forward: Callable[..., object] = self.decoder.module.forward
@@ -104,6 +107,11 @@ class VisualEngine:
         """Return the logits of every sample's last token, [B, V], without a cache."""
         logits_B1V: Tensor = self.network(**call, use_cache=False, logits_to_keep=1).logits
         return logits_B1V[:, -1]
+
+    def tokens_left(self) -> list[tuple[int, ...]]:
+        """Return the tokens of each frame after each pruning step of the last call with images."""
+        # Counted when asked: on a GPU, counting waits for the device.
+        return [Frames.of(cells).counts for cells in self._left]
 
     def record_tower(self, *layers: LayerRequest) -> None:
         """Record what the vision tower computes, for pruning steps that read it and these layers.
@@ -208,6 +216,8 @@ class VisualEngine:
         rotary, window = take_angles(text, angles), self.plan.window
         state = ForwardState(text, rotary, positions, images, visual_state, window, cache, offset)
         x_BTD = self._through_layers(streams, state, read_tower, readout_stacked)
+        if images is not None:
+            self._left = [stage.cells for stage in state.stages[1:]]
         state.commit_to_cache(inputs_embeds.shape[1])
         # Visual rows are not computed to the end. NaN says so to whoever reads their logits all the
         # same; zeros would be an answer, token 0. In training a loss skips these rows, but NaN
@@ -237,11 +247,13 @@ class VisualEngine:
                     break
                 if state.visual is not None:
                     reached = self.plan.reaching(layer.index)
-                    next_qk = partial(self._next_qk, streams, state, layer, reached)
+                    ahead = LayersAhead(
+                        cache_result(partial(self._next_qk, streams, state, layer, reached)),
+                        layer.attention_norm,
+                        self._final_norm,
+                    )
                     with self.overhead.timed(streams.text_BTD.device):
-                        streams = state.run_step(
-                            step, streams, read_tower, next_qk, self._final_norm
-                        )
+                        streams = state.run_step(step, streams, read_tower, ahead)
                 stage += 1
             call = state.call(steps[:stage])
             if layer.index < cut:

@@ -17,10 +17,10 @@ from bench.errors import UserError
 from bench.models.vlm.vision_tower import TowerOutput
 from bench.models.vlm.visual_tokens import VisualTokens
 from methods.visual_engine.attention import Rotary
-from methods.visual_engine.kv_cache import CachedTokens
+from methods.visual_engine.kv_cache import CachedTokens, key_weights
 from methods.visual_engine.layer import CallContext, Streams
 from methods.visual_engine.masks import PastPositions, attention_masks
-from methods.visual_engine.selection_inputs import InputEmbeddings, LayerQK, SelectionInputs
+from methods.visual_engine.selection_inputs import InputEmbeddings, LayersAhead, SelectionInputs
 from methods.visual_engine.selection_step import TokenPruningStep
 from methods.visual_engine.settings import Window
 from methods.visual_engine.token_index import Cells, Frames, TokenRows, rows_where
@@ -47,7 +47,8 @@ class VisualTokensState:
 
     `origin_BN` is the position in the call at which a row's token came, which differs from where
     its row is if a pruning step has changed the order. `stacked` is what DeepStack adds after each
-    of the first layers, [B, N, D] each.
+    of the first layers, [B, N, D] each. `weight_BN` is for how many tokens each counts as a key;
+    None means one.
     """
 
     rows: TokenRows
@@ -55,6 +56,7 @@ class VisualTokensState:
     rotary: Rotary
     stacked: list[Tensor]
     origin_BN: Tensor
+    weight_BN: Tensor | None = None
 
     def subset(self, chosen: TokenRows) -> VisualTokensState:
         """Keep those at the positions that `chosen` gives, counted among the present ones."""
@@ -68,6 +70,7 @@ class VisualTokensState:
             rotary=(chosen.take(self.rotary[0]), chosen.take(self.rotary[1])),
             stacked=[chosen.take(each) for each in self.stacked],
             origin_BN=self.origin_BN.gather(1, index_BN),
+            weight_BN=None if self.weight_BN is None else self.weight_BN.gather(1, index_BN),
         )
 
     def reordered(self, moved_BN: Tensor) -> VisualTokensState:
@@ -116,7 +119,7 @@ class ForwardState:
         )
         self.images = images
         self.initial_counts: tuple[int, ...] = ()
-        self.stages: list[TokenRows] = [] if visual is None else [visual.rows]
+        self.stages: list[VisualTokensState] = [] if visual is None else [visual]
         # Before each position of the call, how many tokens steps that renumber have removed; and
         # how many of each sample, for every stage so far.
         self._closed_BS: Tensor | int = 0
@@ -156,8 +159,18 @@ class ForwardState:
             else PastPositions(self.cached_tokens.text, self.cached_tokens.visual[stage])
         )
         rows, cells = (None, None) if visual is None else (visual.rows, visual.cells)
+        own_BN = None if visual is None else visual.weight_BN
+        weight_BK = key_weights(
+            None if past is None else past.visual,
+            own_BN,
+            len(self.text.index_BR),
+            0 if rows is None else rows.count,
+        )
+        masks = attention_masks(
+            self.text, rows, cells, self.window, past, self.offset, explicit=weight_BK is not None
+        )
         return CallContext(
-            masks=attention_masks(self.text, rows, cells, self.window, past, self.offset),
+            masks=masks if weight_BK is None else masks.weighed(weight_BK),
             text_rotary=self.text_rotary,
             visual_rotary=None if visual is None else visual.rotary,
             cache=self.cache,
@@ -168,14 +181,9 @@ class ForwardState:
         step: TokenPruningStep,
         streams: Streams,
         read_tower: Callable[[], TowerOutput | None],
-        next_qk: Callable[[], LayerQK],
-        final_norm: Callable[[Tensor], Tensor],
+        ahead: LayersAhead,
     ) -> Streams:
-        """Carry out a pruning step and return the streams without the removed tokens.
-
-        `next_qk` projects the rows, as they are before the step, with the weights of the layer that
-        follows; `final_norm` is the decoder's last norm.
-        """
+        """Carry out a pruning step and return the streams without the removed tokens."""
         visual, images, states_BND = self.visual, self.images, streams.visual_BND
         if visual is None or images is None or states_BND is None:
             return streams
@@ -185,7 +193,7 @@ class ForwardState:
         # that has no more than its quota is left unchanged, whatever `choose` returns for it.
         counts = zip(self.initial_counts, frames.counts, strict=True)
         kept = [step.quota.kept(n, m) for n, m in counts]
-        untouched = [k >= m for k, m in zip(kept, frames.counts, strict=True)]
+        untouched = [k >= m and not step.adaptive for k, m in zip(kept, frames.counts, strict=True)]
         before, touched = visual.rows, not all(untouched)
         if touched:
             tower = read_tower() if step.reads_tower else None
@@ -200,8 +208,7 @@ class ForwardState:
                 text_BTD=streams.text_BTD,
                 input_embeddings=images.embeddings,
                 last_qk=streams.last_qk,
-                next_qk=next_qk,
-                final_norm=final_norm,
+                ahead=ahead,
                 tower_output=tower and _by_frame(tower, images.tokens, visual.origin_BN, frames),
                 separator_BS=images.tokens.separator_BS,
             )
@@ -218,10 +225,13 @@ class ForwardState:
                 moved_BN = frames.unpack_order(reordered_rows(keep_IM, order_IM))
                 states_BND = states_BND.gather(1, moved_BN[..., None].expand_as(states_BND))
                 visual = visual.reordered(moved_BN)
+            if choice.weight_IM is not None:
+                weight_BN = frames.unpack_weights(choice.weight_IM.to(states_BND.dtype))
+                visual = replace(visual, weight_BN=weight_BN)
             chosen = rows_where(frames.unpack(keep_IM))
             states_BND = chosen.take(states_BND)
             self.visual = visual = visual.subset(chosen)
-        self.stages.append(visual.rows)
+        self.stages.append(visual)
         self._closed_B.append(self._closed_B[-1])
         if touched and step.renumbers:
             gone_BS = _marked(before, images.tokens) & ~_marked(visual.rows, images.tokens)
@@ -238,9 +248,9 @@ class ForwardState:
         self.cached_tokens.text = self.cached_tokens.text.extended_by(self.text, self.offset)
         # Per stage, since each layer's cache holds only the visual tokens that reached it. `length`
         # is logical: it includes removed tokens, whose positions later tokens still count.
-        for stage, rows in enumerate(self.stages):
+        for stage, visual in enumerate(self.stages):
             self.cached_tokens.visual[stage] = self.cached_tokens.visual[stage].extended_by(
-                rows, self.offset
+                visual.rows, self.offset, visual.weight_BN
             )
             closed_B = self.cached_tokens.closed_B[stage] + self._closed_B[stage]
             self.cached_tokens.closed_B[stage] = closed_B

@@ -26,12 +26,14 @@ class CachedPositions:
     """Positions of cached tokens of one kind in their sequences, int64 [B, R], and which are real.
 
     `uniform`: every sample has them at the same positions and all are real; `full`: all are real.
+    `weight_BR` is for how many tokens each counts in attention; None means one.
     """
 
     index_BR: Tensor
     valid_BR: Tensor
     uniform: bool = True
     full: bool = True
+    weight_BR: Tensor | None = None
 
     @staticmethod
     def empty(batch: int, device: torch.device) -> CachedPositions:
@@ -39,7 +41,9 @@ class CachedPositions:
         index_BR = torch.zeros(batch, 0, dtype=torch.int64, device=device)
         return CachedPositions(index_BR, index_BR.bool())
 
-    def extended_by(self, rows: TokenRows, offset: int) -> CachedPositions:
+    def extended_by(
+        self, rows: TokenRows, offset: int, weight_BR: Tensor | None = None
+    ) -> CachedPositions:
         """Append the rows of a call that starts `offset` tokens into its sequences."""
         # The cache keeps the keys of readout rows as well, since all rows of a call are appended at
         # once; they count as padding.
@@ -49,11 +53,31 @@ class CachedPositions:
             torch.cat([self.valid_BR, rows.keys_valid], dim=1),
             self.uniform and rows.valid_BR is None and plain,
             self.full and rows.full and plain,
+            key_weights(self, weight_BR, *rows.index_BR.shape),
         )
 
     def map(self, change: Callable[[Tensor], Tensor]) -> CachedPositions:
-        """Apply one change to both tensors: reordering, repeating or selecting samples."""
-        return replace(self, index_BR=change(self.index_BR), valid_BR=change(self.valid_BR))
+        """Apply one change to all tensors: reordering, repeating or selecting samples."""
+        weight_BR = None if self.weight_BR is None else change(self.weight_BR)
+        return replace(
+            self,
+            index_BR=change(self.index_BR),
+            valid_BR=change(self.valid_BR),
+            weight_BR=weight_BR,
+        )
+
+
+def key_weights(
+    past: CachedPositions | None, weight_BR: Tensor | None, batch: int, count: int
+) -> Tensor | None:
+    """Return the weights of cached tokens and of `count` new ones, [B, K]; None if all are one."""
+    before = None if past is None else past.weight_BR
+    known = before if weight_BR is None else weight_BR
+    if known is None:
+        return None
+    cached = 0 if past is None else past.index_BR.shape[1]
+    before = known.new_ones(batch, cached) if before is None else before
+    return torch.cat([before, known.new_ones(batch, count) if weight_BR is None else weight_BR], 1)
 
 
 @dataclass

@@ -3,7 +3,8 @@
 Shapes: B samples, T text rows, N visual rows of the call; P past text, M past visual tokens. Text
 keys are [past | new], P + T; visual keys are [past | new], M + N; K counts either or both. Where
 both are concatenated, visual keys come first. Masks are bool with True for "may attend", [B or 1,
-1, queries, keys]; None means that every query attends to every key.
+1, queries, keys]; None means that every query attends to every key. Where keys have weights, masks
+over visual keys are what is added to the products instead: log w, or -inf.
 
 A window limits visual attention on the patch grid: a token at cell (r, c) attends to the cell
 (r', c') of the same frame if max(|r - r'|, |c - c'|) is at most the radius; windows end at the
@@ -16,10 +17,11 @@ Shapes of windows: Q visual queries, K visual keys, N visual rows of one sample.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from methods.visual_engine.kv_cache import CachedPositions
 from methods.visual_engine.settings import Window
@@ -65,6 +67,22 @@ class AttentionMasks:
     blocks: tuple[MaskBlock, ...]
     order: Tensor | None
 
+    def weighed(self, weight_BK: Tensor) -> AttentionMasks:
+        """Return explicit masks in which each visual key counts for `weight` tokens, [B, M + N]."""
+        mixed = None if self.mixed_BTK is None else _weighed(self.mixed_BTK, weight_BK)
+        blocks = tuple(
+            replace(block, mask=_weighed(block.mask, weight_BK[block.samples, block.keys]))
+            for block in self.blocks
+        )
+        return replace(self, mixed_BTK=mixed, blocks=blocks)
+
+
+def _weighed(mask_BQK: Tensor, weight_BV: Tensor) -> Tensor:
+    """Return what is added to products with visual keys, the first ones, and text keys."""
+    text = mask_BQK.shape[-1] - weight_BV.shape[1]
+    log_BK = functional.pad(weight_BV.log(), (0, text))
+    return torch.where(mask_BQK, log_BK[:, None, None], -torch.inf)
+
 
 @dataclass(frozen=True)
 class StreamPositions:
@@ -106,10 +124,13 @@ def attention_masks(
     window: Window | None,
     past: PastPositions | None,
     offset: int,
+    *,
+    explicit: bool = False,
 ) -> AttentionMasks:
     """Compute the masks of one call that starts `offset` tokens into its sequences.
 
-    `visual` and `cells` [B, N] are None in a call without images, `past` in a first call.
+    `visual` and `cells` [B, N] are None in a call without images, `past` in a first call. With
+    `explicit`, every mask over visual keys exists, so that the keys' weights can be added.
     """
     text_places = _stream_positions(text, offset, past.text if past else None)
     visual_places = _visual_positions(visual, offset, past, text_places)
@@ -126,7 +147,7 @@ def attention_masks(
     causal = uniform and offset == 0
     text_mask = None if causal or single else text_places.can_attend_to_self()
     mixed = None
-    if not single:
+    if not single or explicit:
         to_visual = text_places.can_attend_to(visual_places)
         mixed = torch.cat([to_visual, text_places.can_attend_to_self()], dim=-1)
     if visual is None or cells is None:
@@ -134,7 +155,8 @@ def attention_masks(
     before = visual_places.can_attend_to(text_places)
     if uniform and visual.valid_BR is None:
         mixed, before = None if mixed is None else mixed[:1], before[:1]
-    if window is None and causal and visual.valid_BR is None and text.readout_BR is None:
+    plain = causal and text.readout_BR is None and not explicit
+    if window is None and plain and visual.valid_BR is None:
         # Without a window, visual rows are causal as well. Both streams in the order of the call
         # are then one plain causal attention, which runs without any mask.
         order = torch.cat([text.index_BR[0], visual.index_BR[0]]).argsort()

@@ -107,8 +107,8 @@ class VisualPlan:
         """Add a pruning step; steps after the same layer run in the order in which they were added.
 
         Raises:
-            UserError: the layer does not exist, or the step reads attention that an earlier step
-                after the same layer has invalidated.
+            UserError: the layer does not exist, the step reads attention that an earlier step after
+                the same layer has invalidated, or it follows one that weighs tokens.
         """
         if not 0 <= step.after < len(self.layers):
             raise UserError(
@@ -119,6 +119,13 @@ class VisualPlan:
         self.steps = sorted([*self.steps, step], key=lambda each: each.after)
         self.revision += 1
         for first, then in pairwise(self.steps):
+            # The tokens that are left count for several each, and a second choice among them would
+            # have to say what becomes of those.
+            if first.weighs:
+                raise UserError(
+                    f"{then.name} cannot prune after {first.name}, whose tokens count for several "
+                    f"each: let {first.name} be the last to prune"
+                )
             # The first step removes rows, so the queries and keys of the preceding layer no longer
             # match the rows that the second one would score.
             if then.attention and first.after == then.after:

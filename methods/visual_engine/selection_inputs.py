@@ -29,12 +29,15 @@ class TokenSelection:
     `states_IMD` replaces the states marked by `changed_IM`: tokens into which others were merged.
     If a method's tokens are not in reading order, `order_IM` sorts those of a frame; it is heeded
     where positions are renumbered, since a token that keeps its position keeps its place.
+    `weight_IM` is for how many tokens one counts as a key, from here on: log w is added to its
+    products with queries (proportional attention).
     """
 
     keep_IM: Tensor
     changed_IM: Tensor | None = None
     states_IMD: Tensor | None = None
     order_IM: Tensor | None = None
+    weight_IM: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,20 @@ class LayerQK:
     visual_k: Tensor | None
     weights: VisualWeights
     masks: AttentionMasks
+
+
+@dataclass(frozen=True)
+class LayersAhead:
+    """What a pruning step may compute of the layers that follow it.
+
+    `qk` returns the queries and keys that the rows, as they are before the step, would have in the
+    next layer; `attention_norm` is the norm at that layer's entrance, and `final_norm` the
+    decoder's last one.
+    """
+
+    qk: Callable[[], LayerQK]
+    attention_norm: Callable[[Tensor], Tensor]
+    final_norm: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -69,10 +86,9 @@ class SelectionInputs:
     `cells` their cells in their frames [I, M]; `initial_counts` the number of tokens that each
     frame had before any pruning. `text_BTD` are the text rows' states, `text` their positions.
     `input_embeddings` are both streams as they entered the decoder, with all visual rows. `last_qk`
-    is None before the first layer; `next_qk` computes the queries and keys that the same rows would
-    have in the layer that follows, and `final_norm` is the decoder's last norm. `tower_output`
-    holds the vision tower's outputs by frame, V being [I, M], and is None unless the tower is
-    recorded. `separator_BS` marks text that is part of an image, [B, S].
+    is None before the first layer. `tower_output` holds the vision tower's outputs by frame, V
+    being [I, M], and is None unless the tower is recorded. `separator_BS` marks text that is part
+    of an image, [B, S].
     """
 
     name: str
@@ -85,8 +101,7 @@ class SelectionInputs:
     text_BTD: Tensor
     input_embeddings: InputEmbeddings
     last_qk: LayerQK | None
-    next_qk: Callable[[], LayerQK]
-    final_norm: Callable[[Tensor], Tensor]
+    ahead: LayersAhead
     tower_output: TowerOutput | None
     separator_BS: Tensor | None = None
 
@@ -128,7 +143,7 @@ class SelectionInputs:
         and text, in float32; the mean is over the heads that attend to visual tokens. `rows` are
         positions among the text rows.
         """
-        last_qk = self._attended(self.next_qk() if upcoming else self.last_qk)
+        last_qk = self._attended(self.ahead.qk() if upcoming else self.last_qk)
         scores_BhRK = self._scores(rows, last_qk)
         # Recomputed for R rows, because the fused kernel returns no weights; the mask exists even
         # where the layer itself ran in plain causal order without it.
@@ -144,12 +159,13 @@ class SelectionInputs:
         last_qk = self._attended(self.last_qk)
         return self._own(self._scores(rows, last_qk), last_qk).transpose(1, 2)
 
-    def keys(self) -> tuple[Tensor, Tensor]:
+    def keys(self, *, upcoming: bool = False) -> tuple[Tensor, Tensor]:
         """Return the keys of visual tokens [I, M, V · d] and of text rows [B, T, V · d].
 
-        Both for the key-value heads that visual tokens have, after rotation.
+        Both for the key-value heads that visual tokens have, after rotation, in the preceding layer
+        or, with `upcoming`, as they would be in the layer that follows.
         """
-        last_qk = self._attended(self.last_qk)
+        last_qk = self._attended(self.ahead.qk() if upcoming else self.last_qk)
         groups = last_qk.weights.heads.groups
         # Keys include those of earlier calls in front; only this call's own tokens can be pruned.
         visual = cast(Tensor, last_qk.visual_k)[:, :, -self.visual.count :]

@@ -62,6 +62,8 @@ class TokenPruningStep:
     outputs of the vision tower; `name` is for messages. `macs` counts the multiply-adds of the
     choice itself; None means unknown. With `renumbers`, the positions of what is left close the
     gaps from here on, as if the removed tokens had never been; otherwise every token keeps its own.
+    An `adaptive` step chooses in every frame, and the number that stays is what it returns; `quota`
+    is then the most that can be. A step that `weighs` lets a token count for several in attention.
     """
 
     name: str
@@ -72,3 +74,5 @@ class TokenPruningStep:
     reads_tower: bool = False
     macs: Callable[[SelectionSizes], float] | None = None
     renumbers: bool = False
+    adaptive: bool = False
+    weighs: bool = False

@@ -87,11 +87,11 @@ def require_visual_tokens_support(method: str, structure: ModelStructure) -> Non
 def tokens_by_stage(engine: VisualEngine) -> dict[str, object]:
     """Report a frame's tokens by stage of the whole plan, and their average over layers.
 
-    All are None for models without a fixed image size; a cost for any size can be computed from the
-    report's `work`.
+    All are None for models without a fixed image size, for which a cost of any size can be computed
+    from the report's `work`, and where the number of tokens depends on the image.
     """
     size = fixed_frame_size(engine.network)
-    if size is None:
+    if size is None or any(step.adaptive for step in engine.plan.steps):
         return {"frame": None, "stages": None, "average_tokens": None}
     stages = token_stages(engine, size[0] * size[1])
     average = average_tokens(stages)

@@ -165,6 +165,12 @@ class Frames:
         marks_R[self.index_IM[chosen_IM & self.valid_IM]] = True
         return marks_R.view(self.shape)
 
+    def unpack_weights(self, weight_IM: Tensor) -> Tensor:
+        """Turn weights per frame into weights of visual rows, [B, N]; padding rows weigh 1."""
+        weight_R = weight_IM.new_ones(self.shape.numel())
+        weight_R[self.index_IM[self.valid_IM]] = weight_IM[self.valid_IM]
+        return weight_R.view(self.shape)
+
     def unpack_order(self, moved_IM: Tensor) -> Tensor:
         """Turn rows of frames into visual rows of samples, [B, N]; padding rows stay."""
         count = self.shape[1]

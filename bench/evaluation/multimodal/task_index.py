@@ -10,7 +10,12 @@ from lmms_eval.utils import load_yaml_config
 from omegaconf import OmegaConf
 
 from bench.errors import UserError, nearest, unknown_name
-from bench.evaluation.multimodal.task_needs import is_judges, judge_error, refuse_needs
+from bench.evaluation.multimodal.task_needs import (
+    is_judges,
+    judge_error,
+    refuse_media,
+    refuse_needs,
+)
 from bench.evaluation.task_packages import missing_package
 from bench.evaluation.task_planning import TaskDefinition, TaskFiles, task_code_errors
 from bench.schema import BenchmarkConfig
@@ -58,9 +63,13 @@ def read_task_definition(file: Path, benchmark: BenchmarkConfig) -> TaskDefiniti
         UserError: the task needs a package that is not installed, a judge, a video or to execute
             code, does not decode greedily, or is not a generate_until task.
     """
-    definition = _with_includes(file)
+    # What the file itself says comes first: the module that it names may take minutes to import,
+    # as one that downloads a dictionary for its videos.
+    stated = _with_includes(file, functions=False)
     # A file may be named otherwise than its task.
-    name = str(definition.get("task") or file.stem)
+    name = str(stated.get("task") or file.stem)
+    refuse_media(name, stated)
+    definition = _with_includes(file)
     asked = {**(definition.get("generation_kwargs") or {}), **benchmark.gen_kwargs}
     _refuse_unknown_settings(benchmark)
     _refuse_unsupported(name, definition | {"generation_kwargs": asked})
@@ -76,14 +85,19 @@ def read_task_definition(file: Path, benchmark: BenchmarkConfig) -> TaskDefiniti
     return definition
 
 
-def _with_includes(file: Path) -> TaskDefinition:
-    """Merge includes; those of our files are relative to the harness's folder."""
+def _with_includes(file: Path, *, functions: bool = True) -> TaskDefinition:
+    """Merge includes; those of our files are relative to the harness's folder.
+
+    Without `functions`, none of the task's code is imported, and their keys are None.
+    """
     if file.parent == FILES.ours:
         ours = {str(key): value for key, value in OmegaConf.load(file).items()}
-        return {**_with_includes(FILES.harness_folder / ours.pop("include")), **ours}
+        included = FILES.harness_folder / ours.pop("include")
+        return {**_with_includes(included, functions=functions), **ours}
     try:
         with task_code_errors("lmms-eval", file.stem):
-            loaded: TaskDefinition = load_yaml_config(str(file), mode="full")
+            mode = "full" if functions else "simple"
+            loaded: TaskDefinition = load_yaml_config(str(file), mode=mode)
     except ImportError as error:
         raise missing_package("lmms_eval", file.stem, error) from error
     except UserError as error:

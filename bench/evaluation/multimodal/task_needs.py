@@ -25,12 +25,16 @@ EXECUTION = ("subprocess", "multiprocessing", "exec")
 MEDIA = ("video", "audio")
 
 
-def refuse_needs(name: str, definition: TaskDefinition, folder: Path) -> None:
-    """Raise UserError for a task that cannot be scored here; `folder` holds the harness's tasks."""
+def refuse_media(name: str, definition: TaskDefinition) -> None:
+    """Raise UserError for a task whose file says that it is about something else than images."""
     options = definition.get("dataset_kwargs") or {}
     for kind in MEDIA:
         if options.get(kind):
             raise media_error(name, kind)
+
+
+def refuse_needs(name: str, definition: TaskDefinition, folder: Path) -> None:
+    """Raise UserError for a task that cannot be scored here; `folder` holds the harness's tasks."""
     needs = set(_modules_used(_scoring_functions(definition), folder))
     judge = next((each for each in JUDGES if each in needs), None)
     if judge is not None:

@@ -3,6 +3,7 @@
 The count uses the same `AttentionMasks` as the engine itself, and the same slices of the weights,
 so it holds for any plan and for later changes to the weights. Which tokens a pruning step keeps is
 unknown without running it: the first ones of each frame stand for them, which affects windows only.
+How many an adaptive step keeps is unknown as well: the prompt is run, and its numbers are counted.
 
 Shapes: B samples, T text rows, N visual rows, K keys, H query heads.
 """
@@ -10,7 +11,7 @@ Shapes: B samples, T text rows, N visual rows, K keys, H query heads.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -138,7 +139,8 @@ class VisualFlops:
         here = all_visual_tokens(tokens, visual, (nothing, nothing), [])
         initial_counts = Frames.of(here.cells).counts
         masks = attention_masks(text, here.rows, here.cells, plan.window, None, 0)
-        waiting = list(plan.steps)
+        waiting, left = list(plan.steps), iter(self._counts_left(inputs))
+        explicit = False
         for layer in engine.decoder.layers:
             chosen: list[MatmulCost] = []
             while waiting and waiting[0].after <= layer.index < plan.cut:
@@ -146,11 +148,25 @@ class VisualFlops:
                 sizes = selection_sizes(
                     engine, step, text, here, initial_counts, tokens.separator_BS
                 )
+                counted = next(left, None)
+                if step.adaptive and counted is not None:
+                    sizes = replace(sizes, kept=counted)
                 chosen += _choosing(step, sizes)
-                here = _after_selection(step, here, initial_counts)
-                masks = attention_masks(text, here.rows, here.cells, plan.window, None, 0)
+                here = _after_selection(step, here, initial_counts, counted)
+                explicit |= step.weighs
+                masks = attention_masks(
+                    text, here.rows, here.cells, plan.window, None, 0, explicit=explicit
+                )
             ready = engine.weight_cache.layer(layer.index)
             yield LayerCall(layer, ready, text, here, masks, tuple(chosen))
+
+    @torch.no_grad()
+    def _counts_left(self, inputs: ModelInputs) -> list[tuple[int, ...]]:
+        """Return the tokens of each frame after each step, none unless a step is adaptive."""
+        if not any(step.adaptive for step in self.engine.plan.steps):
+            return []
+        self.engine.last_logits(inputs)
+        return self.engine.tokens_left()
 
     def _text_rows(self, layer: DecoderLayer, rows: int) -> list[MatmulCost]:
         """Return the linear layers of text rows, which run through the original layer."""
@@ -205,17 +221,23 @@ class VisualFlops:
 
 def _choosing(step: TokenPruningStep, sizes: SelectionSizes) -> list[MatmulCost]:
     """Return the cost of choosing, if the method reports it and something is chosen."""
-    if step.macs is None or sizes.kept == sizes.counts:
+    if step.macs is None or (sizes.kept == sizes.counts and not step.adaptive):
         return []
     return [MatmulCost("method", step.macs(sizes), "visual")]
 
 
 def _after_selection(
-    step: TokenPruningStep, here: VisualTokensState, initial_counts: tuple[int, ...]
+    step: TokenPruningStep,
+    here: VisualTokensState,
+    initial_counts: tuple[int, ...],
+    counted: tuple[int, ...] | None,
 ) -> VisualTokensState:
-    """Return what a pruning step leaves; the first tokens of each frame stand for the chosen."""
+    """Return what a pruning step leaves; the first tokens of each frame stand for the chosen.
+
+    `counted` is how many tokens of each frame it left when the prompt was run, if it was.
+    """
     frames = Frames.of(here.cells)
-    left = [
+    left = counted or [
         step.quota.left(n, m) if step.quota.kept(n, m) < m else m
         for n, m in zip(initial_counts, frames.counts, strict=True)
     ]

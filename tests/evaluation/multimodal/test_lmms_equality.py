@@ -9,11 +9,14 @@ import types
 from argparse import Namespace
 from dataclasses import replace
 
+import datasets
 import pytest
-from lmms_eval.api.task import ConfigurableTask
+from lmms_eval.api.task import ConfigurableMessagesTask, ConfigurableTask
 
+from bench.data.chat import VICUNA_TEMPLATE
 from bench.evaluation import BenchmarkConfig, evaluate, plan
 from bench.evaluation.multimodal import task_index
+from tests.evaluation.multimodal.test_tasks_by_name import ROWS
 
 TASKS = ("vqav2_val", "scienceqa_img", "pope", "mme")
 VICUNA = (
@@ -23,8 +26,8 @@ VICUNA = (
 
 
 @pytest.fixture(scope="module")
-def theirs(mllms, tmp_path_factory):
-    """Load the tiny LLaVA as lmms-eval does."""
+def adapters(mllms, tmp_path_factory):
+    """Load the tiny LLaVA as lmms-eval does, without and with its chat template."""
     folder = tmp_path_factory.mktemp("llava")
     mllms["llava"].network.save_pretrained(folder)
     mllms["llava"].processor.save_pretrained(folder)
@@ -32,9 +35,14 @@ def theirs(mllms, tmp_path_factory):
         decord = types.ModuleType("decord")
         decord.VideoReader = decord.cpu = None
         patch.setitem(sys.modules, "decord", decord)
-        from lmms_eval.models.simple.llava_hf import LlavaHf
+        from lmms_eval.models.chat.llava_hf import LlavaHf as Chat
+        from lmms_eval.models.simple.llava_hf import LlavaHf as Simple
 
-    return LlavaHf(str(folder), device="cpu", dtype="float32", device_map="cpu")
+    options = {"device": "cpu", "dtype": "float32", "device_map": "cpu"}
+    simple, chat = (adapter(str(folder), **options) for adapter in (Simple, Chat))
+    # That of llava-1.5-7b-hf, which the tiny processor does not have.
+    chat._image_processor.chat_template = VICUNA_TEMPLATE
+    return simple, chat
 
 
 @pytest.fixture(scope="module")
@@ -44,26 +52,31 @@ def config():
     )
 
 
-def test_it_equals_the_harness_with_its_own_model(config, theirs, mllms, tmp_path):
+def run_harness(theirs, ours, kind, folder, **generation):
+    """Score what we planned by lmms-eval's own evaluator, tasks and adapter."""
     from lmms_eval.evaluator import evaluate as harness
 
-    ours = plan(config, offline=True)
     own = {}
     for planned in ours.harness.tasks:
-        folder = tmp_path / planned.name
-        planned.task.dataset.save_to_disk(folder)
+        planned.task.dataset.save_to_disk(folder / planned.name)
         defined = task_index._with_includes(task_index.find_task_file(planned.name))
         defined |= {
-            "dataset_path": str(folder),
+            "dataset_path": str(folder / planned.name),
             "dataset_name": None,
             "dataset_kwargs": {"load_from_disk": True},
+            "generation_kwargs": {**(defined.get("generation_kwargs") or {}), **generation},
         }
-        own[planned.name] = ConfigurableTask(config=defined)
+        own[planned.name] = kind(config=defined)
         theirs.task_dict[planned.name] = own[planned.name].dataset
-    expected = harness(
+    return harness(
         theirs, own, bootstrap_iters=0, distributed_executor_backend="torchrun",
-        cli_args=Namespace(output_path=str(tmp_path), process_with_media=True),
+        cli_args=Namespace(output_path=str(folder), process_with_media=True),
     )  # fmt: skip
+
+
+def test_it_equals_the_harness_with_its_own_model(config, adapters, mllms, tmp_path):
+    ours = plan(config, offline=True)
+    expected = run_harness(adapters[0], ours, ConfigurableTask, tmp_path)
     model = replace(mllms["llava"])
     model.config = model.config.model_copy(update={"system_prompt": VICUNA})
     found = evaluate(model, ours)
@@ -79,6 +92,33 @@ def test_it_equals_the_harness_with_its_own_model(config, theirs, mllms, tmp_pat
             assert metric.value == expected["results"][metric.task][key]
             compared += 1
     assert compared >= 8
+
+
+def test_several_images_are_asked_about_as_by_the_chat_adapter(adapters, mllms, tmp_path):
+    """Lists of images (SEED-Bench) and images among the text (MMMU), by lmms-eval's messages."""
+    tasks = ("seedbench", "mmmu_val")
+    data = {}
+    for task in tasks:
+        rows = datasets.Dataset.from_list(
+            [ROWS[task], {**ROWS[task], "question": "Why <image 2>?"}]
+        )
+        if "image_3" in ROWS[task]:
+            rows = rows.cast_column("image_3", datasets.Image())
+        data[task] = str(tmp_path / f"{task}.parquet")
+        rows.to_parquet(data[task])
+    few = {"max_new_tokens": 12}
+    config = BenchmarkConfig(
+        name="b", harness="lmms_eval", suite="real", tasks=tasks, data=data, gen_kwargs=few,
+        allow_missing=1.0,
+    )  # fmt: skip
+    ours = plan(config, offline=True)
+    expected = run_harness(adapters[1], ours, ConfigurableMessagesTask, tmp_path, **few)
+    found = evaluate(mllms["llava"], ours)
+    answers = {(row["task"], row["doc_id"]): row["response"] for row in found.samples}
+    assert len(set(answers.values())) > 2
+    for name in tasks:
+        for sample in expected["samples"][name]:
+            assert answers[name, sample["doc_id"]].strip() == sample["filtered_resps"][0].strip()
 
 
 def test_rows_say_what_was_asked_and_do_not_depend_on_the_batch(config, mllms):

@@ -47,6 +47,11 @@ ROWS = {
         "image": picture(8), "question": "", "prompt": "How many circles?", "groundtruth": "5",
         "task": "Circled Letter",
     },
+    "muirbench": {
+        "image_list": [picture(8), picture(80), picture(160)], "question": "Which is <image>?",
+        "options": ["<image>", "<image>"], "answer": "A", "idx": "1", "task": "Counting",
+        "image_relation": "Ordered_Pages", "image_type": "Slides",
+    },
 }  # fmt: skip
 HEADLINES = {"mmstar": "average", "seedbench": "seed_all", "vlmsareblind": "accuracy"}
 
@@ -80,8 +85,8 @@ def test_the_common_tasks_are_scored_by_name(files, mllms):
     assert shown == {
         "ocrbench": "ocrbench_accuracy", "chartqa": "relaxed_overall", "docvqa_val": "anls",
         "mmmu_val": "mmmu_acc", "mmstar": "average", "realworldqa": "exact_match",
-        "ai2d": "exact_match", "seedbench": "seed_all", "vlmsareblind": "accuracy",
-        "average": "mean",
+        "ai2d": "exact_match", "seedbench": "seed_all", "muirbench": "muirbench_score_overall",
+        "vlmsareblind": "accuracy", "average": "mean",
     }  # fmt: skip
     # A table by kind of question, in place of a number.
     (by_kind,) = [m for m in found.metrics if m.metric == "accuracy_by_task"]
@@ -89,6 +94,8 @@ def test_the_common_tasks_are_scored_by_name(files, mllms):
     rows = {row["task"]: row for row in found.samples}
     assert all(max(row["answer_tokens"]) <= 3 for row in found.samples)
     assert rows["seedbench"]["prompt"].count("<img>") == 2
+    # MuirBench's questions and options say themselves where their images stand.
+    assert "Which is <image>? Say.\nA. <image>\nB. <image>" in rows["muirbench"]["prompt"]
 
 
 def test_several_images_stand_in_their_places(files, mllms):
@@ -137,12 +144,32 @@ def test_a_task_whose_image_is_absent_is_refused_with_the_row(files):
         ("mmvet", "is scored by a judge's API"),
         ("llava_in_the_wild", "is scored by a judge's API"),
         ("videomme", "needs video"),
+        ("nextqa_mc_test", "needs video"),
+        ("nextqa_oe_val", "needs video"),
     ],
 )
 def test_what_cannot_be_scored_here_is_refused_by_name(task, reason):
     file = task_index.find_task_file(task)
     with pytest.raises(UserError, match=f"task '{task}' of lmms-eval {reason}"):
         task_index.read_task_definition(file, BenchmarkConfig(name="b", harness="lmms_eval"))
+
+
+def test_what_a_file_says_is_heeded_before_its_code_is_imported(monkeypatch):
+    """NExT-QA's module downloads a dictionary, which without a network takes minutes."""
+    imported = []
+    real = task_index.load_yaml_config
+
+    def loaded(*args, mode):
+        imported.append(mode)
+        return real(*args, mode=mode)
+
+    monkeypatch.setattr(task_index, "load_yaml_config", loaded)
+    with pytest.raises(UserError, match="needs video"):
+        task_index.read_task_definition(
+            task_index.find_task_file("nextqa_mc_test"),
+            BenchmarkConfig(name="b", harness="lmms_eval"),
+        )
+    assert imported == ["simple"]
 
 
 def test_what_can_be_scored_here_is_not_refused():

@@ -27,7 +27,7 @@ from methods.visual_tokens.layer_drop import LayerDrop
 from methods.visual_tokens.neighbor_attention import NeighborAttention
 from methods.visual_tokens.sparse_ffn import SparseFFN
 from tests.measurement.flops.agreement import agree
-from tests.methods.token_pruning.recorded_steps import METHODS
+from tests.methods.token_pruning.recorded_steps import LLAVA_METHODS, METHODS
 from tests.methods.visual_engine.tiny_mllms import (
     ARCHITECTURES,
     build,
@@ -117,9 +117,9 @@ def test_pruned_tokens(name, method):
     assert macs_by_part(products)["method"] > 0
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(METHODS | LLAVA_METHODS))
 def test_every_pruning_method_says_what_choosing_costs(method):
-    both_agree(loaded("llava_llama", METHODS[method]))
+    both_agree(loaded("llava_llama", (METHODS | LLAVA_METHODS)[method]))
 
 
 @settings(max_examples=8)

@@ -12,11 +12,13 @@ from methods.token_pruning.controls import Downsample, RandomTokens
 from methods.token_pruning.dart import DART
 from methods.token_pruning.divprune import DivPrune
 from methods.token_pruning.fastv import FastV
-from methods.token_pruning.prumerge_plus import PruMergePlus
+from methods.token_pruning.pact import PACT
+from methods.token_pruning.prumerge_plus import PruMerge, PruMergePlus
 from methods.token_pruning.pyramid_drop import PyramidDrop
 from methods.token_pruning.scope import SCOPE
 from methods.token_pruning.sparsevlm import SparseVLM
 from methods.token_pruning.visionzip import VisionZip
+from methods.token_pruning.vscan import VScan
 from methods.visual_engine.decoder import visual_engine_of
 from tests.methods.visual_engine.masked_reference import Removal
 from tests.methods.visual_engine.tiny_mllms import build
@@ -34,6 +36,15 @@ METHODS = {
     "scope": SCOPE(keep=5),
     "random_tokens": RandomTokens(keep=0.4),
     "downsample": Downsample(keep=6),
+}
+# The image decides how many tokens stay, or several layers of one kind of tower are read.
+LLAVA_METHODS = {
+    "pact": PACT(after=2, keep=0.6, cutoff=0.3),
+    "prumerge": PruMerge(neighbours=3),
+    "prumerge_release": PruMerge(neighbours=3, variant="release"),
+    "prumerge_plus_adaptive": PruMergePlus(keep="adaptive", neighbours=3, variant="release"),
+    "sparsevlm_by_rank": SparseVLM(layers=(1, 2), rank_factor=0.7),
+    "vscan": VScan(keep=9, then=4, windows=2, local_layer=1.0),
 }
 CONTEXT = Context(seed=3)
 
@@ -59,6 +70,7 @@ class RecordedStep:
     inputs: object
     keep: torch.Tensor
     choice: object
+    adaptive: bool
 
 
 def record_steps(engine):
@@ -68,7 +80,7 @@ def record_steps(engine):
     def recorded(step):
         def choose(inputs, keep):
             choice = step.choose(inputs, keep)
-            seen.append(RecordedStep(step.after, inputs, keep, choice))
+            seen.append(RecordedStep(step.after, inputs, keep, choice, step.adaptive))
             return choice
 
         return replace(step, choose=choose)
@@ -84,10 +96,12 @@ def removals(seen, shape, width=32):
         inputs, choice = each.inputs, each.choice
         frames = inputs.frames
         untouched = each.keep >= torch.tensor(frames.counts)
+        if each.adaptive:
+            untouched = torch.zeros_like(untouched)
         keep = choice.keep_IM | untouched[:, None]
         gone = torch.zeros(shape, dtype=torch.bool)
         states = torch.full((*shape, width), torch.nan)
-        changed = choice.changed_IM
+        changed, weight = choice.changed_IM, torch.ones(shape)
         for frame, count in enumerate(frames.counts):
             for token in range(count):
                 row, sample = frames.index_IM[frame, token], frames.sample_I[frame]
@@ -95,5 +109,7 @@ def removals(seen, shape, width=32):
                 gone[sample, place] = not keep[frame, token]
                 if changed is not None and changed[frame, token] and not untouched[frame]:
                     states[sample, place] = choice.states_IMD[frame, token]
-        found.append(Removal(each.after, gone, states))
+                if choice.weight_IM is not None:
+                    weight[sample, place] = choice.weight_IM[frame, token]
+        found.append(Removal(each.after, gone, states, weight))
     return found

@@ -14,11 +14,7 @@ from methods.token_pruning.cdpruner import greedy_dpp_map, normalized_relevance
 from methods.token_pruning.controls import even_grid_cells
 from methods.token_pruning.dart import least_similar_to_pivots, select_pivots
 from methods.token_pruning.divprune import farthest_points
-from methods.token_pruning.prumerge_plus import (
-    absorb_neighbours,
-    count_outliers,
-    outliers_and_uniform,
-)
+from methods.token_pruning.prumerge_plus import PruMergePlus, absorb_neighbours, count_outliers
 from methods.token_pruning.scope import greedy_coverage
 from methods.token_pruning.sparsevlm import cluster_by_density, cluster_sums, select_raters
 from methods.token_pruning.visionzip import merge_into_targets
@@ -195,7 +191,8 @@ def test_prumerge_outliers_and_what_they_absorb(seed):
     attention = torch.rand(valid.shape, generator=rng) ** 6
     attention[~valid] = 9.0
     keys = torch.randn(*valid.shape, 5, generator=rng)
-    count_I, mask = count_outliers(attention, valid), outliers_and_uniform(attention, valid, keep)
+    count_I = count_outliers(attention, valid)
+    _, mask = PruMergePlus()._selected(attention, valid, keep)
     states = absorb_neighbours(x, keys, attention, valid, 3)
     for i, (count, k) in enumerate(zip(COUNTS, KEEP, strict=True)):
         values = attention[i, :count].numpy().astype(np.float64)

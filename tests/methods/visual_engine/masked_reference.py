@@ -31,12 +31,14 @@ REFERENCE_ATTENTION = "slimbench_visual_masked"
 class Removal:
     """Tokens [B, S] of the first call that are hidden from all other tokens from layer `after` on.
 
-    `states_BSD` replaces hidden states at the input of that layer where they are not NaN.
+    `states_BSD` replaces hidden states at the input of that layer where they are not NaN. From
+    there on a token counts for `weight_BS` keys in attention.
     """
 
     after: int
     gone_BS: Tensor
     states_BSD: Tensor | None = None
+    weight_BS: Tensor | None = None
 
 
 class MaskedReference:
@@ -96,6 +98,11 @@ class MaskedReference:
         repeats = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
         scores = (q @ k.transpose(2, 3) * scaling).masked_fill(~allowed_BHQK, -torch.inf)
+        for removal in self.removals:
+            if removal.weight_BS is not None and module.layer_idx >= removal.after:
+                log_BS = removal.weight_BS.log()
+                later = scores.shape[-1] - log_BS.shape[1]
+                scores = scores + functional.pad(log_BS, (0, later))[:, None, None]
         # A row without any allowed key, such as padding, is NaN, which becomes 0.
         out_BHQd = scores.softmax(-1).nan_to_num(0) @ v
         return out_BHQd.masked_fill(silent_BHQ[..., None], 0).transpose(1, 2), None

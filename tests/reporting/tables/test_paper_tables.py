@@ -9,6 +9,7 @@ from itertools import combinations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from bench.config.composition import compose_run_config
 from bench.errors import UserError
@@ -32,6 +33,7 @@ from bench.reporting.tables.published import PublishedCell
 from bench.reporting.tables.table import ColumnHead, OurValue, Table, TableCell, TableLine
 from bench.reporting.tables.table_config import MICRO
 from bench.reporting.tables.writers import print_table
+from bench.security import CONFIG_DIR
 
 MODEL = DenseModel(
     name="m", source="x", revision=None, fingerprint="0", architecture="a", parameters=1, bytes=4
@@ -413,7 +415,9 @@ def test_every_published_name_of_a_table_exists():
             continue
         table = build_table(config, {})
         ours_alone = {"random experts", "round to nearest", "downsample", "bytes", "dense"}
-        ours_alone |= {"PruMerge+", "HiPrune"} if name == "community_tokens" else set()
+        if name == "community_tokens":
+            ours_alone |= {"PruMerge", "PruMerge+", "PruMerge+ as released", "HiPrune", "VScan"}
+            ours_alone |= {"PACT", "VTW", "DyCoke", "HoliTom", "random tokens"}
         there = {line.name for line in table.lines}
         assert set(config.rows) - there <= ours_alone
         for place, head in enumerate(table.columns):
@@ -565,6 +569,18 @@ def test_a_line_knows_where_it_is_not_ours():
     }
     assert micro["PyramidDrop", "64"] == ()
     assert micro["PyramidDrop", "192"] != ()
+
+
+@pytest.mark.parametrize("scale", [None, MICRO])
+def test_the_community_table_has_a_row_for_every_method_that_removes_tokens(scale):
+    removing = {
+        file.stem
+        for file in (CONFIG_DIR / "method").glob("*.yaml")
+        if str(OmegaConf.load(file).get("_target_")).startswith("methods.token_pruning.")
+    }
+    ours = [slot for slot in table_slots(load_table_config("community_tokens", scale)) if slot.runs]
+    shown = {argument.removeprefix("method=") for slot in ours for argument in slot.runs[0]}
+    assert len(removing) > 14 and removing <= shown
 
 
 def test_every_method_of_a_stand_in_fits_its_model():

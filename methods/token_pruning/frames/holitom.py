@@ -1,0 +1,145 @@
+"""HoliTom (Shao et al., NeurIPS 2025): what stays the same over frames is merged, once for all.
+
+Shapes: I frames, M tokens of a frame, F frames of one prompt, n tokens of one of them, D width.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import ClassVar, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional
+
+from bench.method import Context
+from bench.models.vlm.vision_tower import TowerSizes
+from methods.token_pruning.base import TokenPruning, frames_of_samples, top_tokens
+from methods.token_pruning.sparsevlm import cluster_by_density
+from methods.visual_engine.selection_inputs import SelectionInputs, TokenSelection
+from methods.visual_engine.selection_step import SelectionSizes, TokenPruningStep
+from methods.visual_engine.settings import Quota
+
+
+class HoliTom(TokenPruning):
+    """Before the decoder, merge places that stay the same over frames, and keep the attended ones.
+
+    Frames of a prompt (images of one size in a row, or time steps of a video) are cut into windows
+    such that most tokens repeat: a place is static in a window if its cosine between successive
+    frames is above `threshold` throughout. A static place has its mean over the window, in the
+    window's first frame. Of what that leaves, a share stays such that it is `keep` of all tokens:
+    in every frame the other places with most attention in the vision tower, and of the static ones
+    the centres of clusters by density peaks (as many nearest as clusters, at most `neighbours`).
+    A centre becomes `centre` of itself and the rest of its members' mean.
+
+    As the release runs by default (github.com/cokeshao/HoliTom, e9b2972), without its second part,
+    which merges tokens inside the decoder. Attention is that of the tower as it is read here: from
+    the class token where there is one, from all patches otherwise. Each prompt has its own share:
+    the release carries that of one prompt over to the next of a batch. A frame of which nothing
+    would be left keeps its most attended token.
+    """
+
+    label: ClassVar[str] = "holitom"
+    reads_tower: ClassVar[bool] = True
+
+    keep: float = Field(default=0.25, gt=0, le=1)
+    threshold: float = Field(default=0.8, ge=-1, le=1)
+    centre: float = Field(default=0.6, ge=0, le=1)
+    neighbours: int = Field(default=7, ge=1)
+
+    def _steps(self, depth: int, context: Context) -> list[TokenPruningStep]:
+        # The number of static places depends on the frames.
+        return [
+            TokenPruningStep(
+                self.label,
+                0,
+                Quota.of("all"),
+                self._choose,
+                reads_tower=True,
+                macs=self._macs,
+                adaptive=True,
+            )
+        ]
+
+    def _choose(self, inputs: SelectionInputs, keep_I: Tensor) -> TokenSelection:
+        attention_IM = inputs.require_tower_output().received_V
+        kept_IM = torch.zeros_like(inputs.valid)
+        changed_IM, states_IMD = kept_IM.clone(), inputs.states_IMD.clone()
+        place_M = torch.arange(kept_IM.shape[1], device=kept_IM.device)
+        # Static tokens come before the others of their frame.
+        order_IM = (place_M + kept_IM.shape[1]).repeat(len(kept_IM), 1)
+        for frames in frames_of_samples(inputs, self.label):
+            count = inputs.frames.counts[frames[0]]
+            x_FnD = inputs.states_IMD[frames, :count]
+            similar = functional.cosine_similarity(x_FnD[:-1].float(), x_FnD[1:].float(), dim=-1)
+            windows = static_windows(similar > self.threshold)
+            gain = sum((last - first) * int(same_n.sum()) for first, last, same_n in windows)
+            share = min(1.0, self.keep / (1 - gain / (len(frames) * count)))
+            for first, last, same_n in windows:
+                moving_P = (~same_n).nonzero()[:, 0]
+                wanted = ceil(len(moving_P) * share)
+                for frame in frames[first : last + 1]:
+                    best = attention_IM[frame, moving_P].argsort(descending=True, stable=True)
+                    kept_IM[frame, moving_P[best[:wanted]]] = True
+                static_S, wanted = same_n.nonzero()[:, 0], round(int(same_n.sum()) * share)
+                if not wanted:
+                    continue
+                mean_SD = x_FnD[first : last + 1, static_S].mean(dim=0)
+                centres_C, merged_CD = self._merged(mean_SD, wanted)
+                here, places_C = frames[first], static_S[centres_C]
+                kept_IM[here, places_C] = changed_IM[here, places_C] = True
+                states_IMD[here, places_C] = merged_CD
+                order_IM[here, places_C] = places_C
+        # Methods that follow count on a token of every frame.
+        empty_I = ~kept_IM.any(dim=1)
+        kept_IM |= top_tokens(attention_IM, inputs.valid, empty_I.long())
+        return TokenSelection(kept_IM, changed_IM, states_IMD, order_IM)
+
+    def _merged(self, x_SD: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Cluster tokens; return the places of the centres and what they become."""
+        every = torch.ones(1, len(x_SD), dtype=torch.bool, device=x_SD.device)
+        count_I = torch.tensor([count], device=x_SD.device)
+        centre_IM, owner_IM, _ = cluster_by_density(x_SD[None], every, count_I, self.neighbours)
+        centres_C, owner_S = centre_IM[0].nonzero()[:, 0], owner_IM[0]
+        merged_CD = x_SD[centres_C].clone()
+        for row, place in enumerate(centres_C.tolist()):
+            joined_S = (owner_S == place) & ~centre_IM[0]
+            if bool(joined_S.any()):
+                rest_D = x_SD[joined_S].mean(dim=0)
+                merged_CD[row] = self.centre * merged_CD[row] + (1 - self.centre) * rest_D
+        return centres_C, merged_CD
+
+    def _macs(self, sizes: SelectionSizes) -> float:
+        """Charge the tower's attention, and at most the distances of all places of each window."""
+        frames = len(sizes.counts)
+        windows = min(frames // 2, frames - sizes.samples)
+        distances = windows * max(sizes.counts) ** 2 * sizes.width
+        return cast(TowerSizes, sizes.tower).reading_macs + distances
+
+
+def static_windows(same_Gn: Tensor) -> list[tuple[int, int, Tensor]]:
+    """Cut frames into windows in which most tokens repeat: (first, last, static places [n]) each.
+
+    `same_Gn` says which places stay the same from each frame to the next. A window from a to b
+    saves b - a tokens per static place; the sum over all windows is the largest that there is, by
+    dynamic programming over the last frame. Of equal sums the one with a later, shorter last window
+    counts. In a window of one frame no place is static.
+    """
+    frames, none_n = len(same_Gn) + 1, same_Gn.new_zeros(same_Gn.shape[1])
+    best, start = [0] * (frames + 1), list(range(frames))
+    for last in range(frames):
+        best[last + 1] = best[last]
+        same_n = torch.ones_like(none_n)
+        for first in range(last - 1, -1, -1):
+            same_n = same_n & same_Gn[first]
+            saved = best[first] + (last - first) * int(same_n.sum())
+            if saved > best[last + 1]:
+                best[last + 1], start[last] = saved, first
+    windows, last = [], frames - 1
+    while last >= 0:
+        first = start[last]
+        same_n = same_Gn[first:last].all(dim=0) if first < last else none_n
+        windows.append((first, last, same_n))
+        last = first - 1
+    return windows[::-1]
