@@ -393,7 +393,8 @@ class TrackerConfig(BaseModel):
     """One entry of the `tracker` config group: Weights & Biases, or none.
 
     Sending a record is abandoned after `timeout` seconds; `bench track` sends it later. `samples`
-    false keeps the scored samples, and with them all prompts and answers, on this machine.
+    false keeps the scored samples, and with them all prompts and answers, on this machine. `live`
+    opens the W&B run when the run begins: always, never, or (`auto`) if it is sent online.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -404,6 +405,7 @@ class TrackerConfig(BaseModel):
     mode: Literal["auto", "online", "offline"] = "auto"
     timeout: float = Field(default=120, gt=0)
     samples: bool = True
+    live: Literal["auto"] | bool = "auto"
 
     @field_validator("project", "entity")
     @classmethod
