@@ -165,10 +165,10 @@ class Upload:
             return
         os.set_blocking(self._process.stdout.fileno(), False)
         self._said += self._process.stdout.read() or b""
-        url = self._said.decode(errors="replace").partition("\n")[0]
-        if url.startswith("http"):
-            note(f"W&B: {url}")
-        self._announced = bool(url)
+        line, ended, _ = self._said.decode(errors="replace").partition("\n")
+        if ended and line.startswith("http"):
+            note(f"W&B: {line}")
+        self._announced = bool(ended)
 
 
 def _line(content: JsonObject) -> bytes:
