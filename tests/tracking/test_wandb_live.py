@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from bench.cli.main import main
 from bench.config.composition import compose_run_config
 from bench.errors import UserError
 from bench.records import Store
@@ -176,3 +177,17 @@ def test_savings_are_what_was_counted_over_all_methods():
     columns = summary_columns(record)
     assert (columns["flops_saving"], columns["bytes_saving"]) == (0.6, 0.6)
     assert "flops_saving" not in summary_columns(make())
+
+
+def test_a_run_is_followed_from_its_first_phase_to_its_record(store):
+    words = ["model=micro_resnet", "method=dense", "benchmark=images", "benchmark.limit=8",
+             "tracker=wandb", "tracker.mode=offline", "tracker.live=true",
+             f"results_dir={store.root}"]  # fmt: skip
+    assert main(["run", *words]) == 0
+    (record,) = store.all()
+    run, history, summary, code = kept(store)
+    assert (run.run_id, summary["phase"], code) == (record.id, "done", 0)
+    (metric,) = (metric for metric in record.metrics if metric.headline)
+    live = [row for row in history if "progress/seconds" in row or metric.task in row]
+    assert "progress/seconds" in live[0]
+    assert any(row.get(metric.task) == metric.value for row in live)

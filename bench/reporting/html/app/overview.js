@@ -51,6 +51,10 @@ function About() {
   return html`<section class="about"><h2>Methods</h2><dl>${names.map(([name, text]) => html`<div><dt>${name}</dt><dd>${text}</dd></div>`)}</dl></section>`;
 }
 
+// What a setting's name says besides model and benchmark: data, shots, limit.
+const conditions = (setting) => setting.name.replace(setting.model, "").replace(` on ${setting.benchmark}`, "").trim()
+  .replace(") (", "; ").replace(/^\(|\)$/g, "");
+
 function SettingCard({ index, runs }) {
   const setting = INDEX.settings[index];
   const task = setting.tasks[0];
@@ -61,9 +65,8 @@ function SettingCard({ index, runs }) {
   const trade = bestTrade(runs, costAt);
   return html`<article class="card">
     <h2><a href=${address("leaderboard", { setting: index })}>${setting.model} on ${setting.benchmark}</a></h2>
-    <p class="quiet">${setting.name}</p>
     <p class="quiet">${[sentence("model", setting.model), sentence("benchmark", setting.benchmark)].filter(Boolean).join(" ")}</p>
-    <p class="quiet">${count(runs.length, "run")}${dense && dense.values[0] && html`, dense ${scoreName(task)} <b>${score(dense.score, task)}${unit(task)}</b>`}</p>
+    <p class="quiet">${conditions(setting)}. ${count(runs.length, "run")}${dense && dense.values[0] && html`, dense ${scoreName(task)} <b>${score(dense.score, task)}${unit(task)}</b>`}</p>
     ${points.length > 1 && html`<a class="thumbnail" href=${address("pareto", { setting: index })} aria-label="Pareto plot of ${setting.name}">
       <${Figure} label="${words(task.task)} against ${setting.costs[costAt].quantity} of ${points.length} runs"
         draw=${(width) => drawPareto(points, front, task, setting.costs[costAt], width, { small: true })} inputs=${[index]} /></a>
