@@ -66,7 +66,7 @@ function SettingCard({ index, runs }) {
   return html`<article class="card">
     <h2><a href=${address("leaderboard", { setting: index })}>${setting.model} on ${setting.benchmark}</a></h2>
     <p class="quiet">${[sentence("model", setting.model), sentence("benchmark", setting.benchmark)].filter(Boolean).join(" ")}</p>
-    <p class="quiet">${conditions(setting)}. ${count(runs.length, "run")}${dense && dense.values[0] && html`, dense ${scoreName(task)} <b>${score(dense.score, task)}${unit(task)}</b>`}</p>
+    <p class="quiet">${count(runs.length, "run")}${dense && dense.values[0] && html`, dense ${scoreName(task)} <b>${score(dense.score, task)}${unit(task)}</b>`}; ${conditions(setting)}</p>
     ${points.length > 1 && html`<a class="thumbnail" href=${address("pareto", { setting: index })} aria-label="Pareto plot of ${setting.name}">
       <${Figure} label="${words(task.task)} against ${setting.costs[costAt].quantity} of ${points.length} runs"
         draw=${(width) => drawPareto(points, front, task, setting.costs[costAt], width, { small: true })} inputs=${[index]} /></a>
