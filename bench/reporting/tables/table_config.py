@@ -153,7 +153,7 @@ def load_table_config(
     """Return one table's config; with `scale="micro"`, the config of its stand-in.
 
     The `micro` part is merged into the rest: mappings merge, lists are replaced, null removes.
-    `chosen` restricts the table to some sections, rows, variants or columns; its `costs` add columns.
+    `chosen` restricts the table to some sections, rows, variants or columns; `costs` adds columns.
 
     Raises:
         UserError: there is no such table, scale, section, row, variant, column or cost.
