@@ -392,8 +392,7 @@ WANDB_INIT_SECONDS = 20.0  # A healthy server answers much sooner; the client's 
 class TrackerConfig(BaseModel):
     """One entry of the `tracker` config group: Weights & Biases, or none.
 
-    Sending a record is abandoned after `timeout` seconds; `bench track` sends it later. `samples`
-    false keeps the scored samples, and with them all prompts and answers, on this machine.
+    `timeout` bounds an upload in seconds; `live` shows a run as it goes, `auto` only if online.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -403,7 +402,8 @@ class TrackerConfig(BaseModel):
     entity: str | None = None
     mode: Literal["auto", "online", "offline"] = "auto"
     timeout: float = Field(default=120, gt=0)
-    samples: bool = True
+    samples: bool = True  # False keeps prompts and answers on this machine
+    live: Literal["auto"] | bool = "auto"
 
     @field_validator("project", "entity")
     @classmethod

@@ -217,6 +217,9 @@ def _add_record_commands(command: AddCommand) -> None:
     track.add_argument(
         "runs", nargs="*", metavar="RUN", help="or tracker.entity=NAME, for records that name it"
     )
+    track.add_argument(
+        "--model", type=Path, metavar="DIR", help="also send the exported model of the one RUN"
+    )
     doctor = command(
         "doctor", "doctor:run_command", "installed packages, devices, and what works offline"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
@@ -103,6 +103,13 @@ class ScoredBenchmark(NamedTuple):
             [*self.missing, *other.missing],
             [*self.evidence, *other.evidence],
         )
+
+
+def tell_results(metrics: Iterable[Metric], progress: Progress) -> None:
+    """Tell who watches the run the headline numbers of what has been scored."""
+    for metric in metrics:
+        if metric.headline and metric.value is not None:
+            progress.result(metric.task, metric.value, metric.stderr)
 
 
 class Harness(Protocol):

@@ -19,7 +19,13 @@ from bench.data.image_files import UnfitImage
 from bench.data.image_sets import ImageSet, Splits
 from bench.errors import UserError
 from bench.evaluation.batching import AdaptiveBatches
-from bench.evaluation.harness import DocumentSource, Origin, ScoredBenchmark, number_within
+from bench.evaluation.harness import (
+    DocumentSource,
+    Origin,
+    ScoredBenchmark,
+    number_within,
+    tell_results,
+)
 from bench.evaluation.metrics import (
     NON_FINITE_LOGITS,
     SampleRow,
@@ -119,6 +125,7 @@ class ImageHarness:
         metrics, missing = settle_metrics(
             [_accuracy(self.benchmark, task, correct)], answers, self.benchmark.allow_missing
         )
+        tell_results(metrics, progress)
         return ScoredBenchmark(metrics, rows, missing=missing)
 
     def rescore(self, rows: Sequence[SampleRow]) -> ScoredBenchmark:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -284,7 +284,7 @@ class Record(_FrozenModel):
     @property
     def label(self) -> str:
         """Name of the run in tables: its methods with their ratios, such as `camera_p 0.4`."""
-        names = [_label(method) for method in self.methods] or ["dense"]
+        names = [method_label(m.name, m.config) for m in self.methods] or ["dense"]
         return " + ".join(_marked(names, untrained=self.untrained))
 
     def _repr_html_(self) -> str:
@@ -365,6 +365,7 @@ def _marked(names: list[str], *, untrained: bool) -> list[str]:
     return ["untrained", *(name for name in names if name != "dense")]
 
 
-def _label(method: AppliedMethod) -> str:
-    ratio = method.config.get("ratio")
-    return method.name if ratio is None else f"{method.name} {ratio:g}"
+def method_label(name: str, config: Mapping[str, Any]) -> str:
+    """Return a method with its ratio if it has one, such as `camera_p 0.4`."""
+    ratio = config.get("ratio")
+    return name if ratio is None else f"{name} {ratio:g}"

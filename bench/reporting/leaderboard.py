@@ -9,6 +9,7 @@ same.
 from __future__ import annotations
 
 import json
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -76,10 +77,12 @@ class LeaderboardRow:
 
     `dense` is the id of the setting's dense run. `values` holds pairs of value and standard error,
     `answered` says beside each how many samples it is over if some have no answer, else nothing.
-    `retention` is the fraction of the dense score that is left.
+    `retention` is the fraction of the dense score that is left. `label` tells the run from the
+    others of its setting.
     """
 
     record: Record
+    label: str
     setting: int
     dense: str | None
     values: tuple[tuple[float, float | None] | None, ...]
@@ -129,7 +132,8 @@ def build_leaderboard(records: Iterable[Record]) -> Leaderboard:
         setting = _setting(name, group)
         settings.append(setting)
         dense = next((record for record in group if record.is_dense), None)
-        rows += [_row(record, index, setting, dense) for record in group]
+        labels = distinct_labels(group)
+        rows += [_row(record, labels[record.id], index, setting, dense) for record in group]
     rows.sort(key=lambda row: row.record.started, reverse=True)
     return Leaderboard(tuple(settings), tuple(rows))
 
@@ -165,12 +169,42 @@ def _headline_column(metric: Metric) -> HeadlineColumn:
     return HeadlineColumn(*headline_key(metric), percent, metric.higher_is_better)
 
 
-def _row(record: Record, index: int, setting: Setting, dense: Record | None) -> LeaderboardRow:
+DIFFERING_KNOBS = 3
+"""Knobs that a label names at most."""
+
+
+def distinct_labels(group: Sequence[Record]) -> dict[str, str]:
+    """Return the label of each run by id; runs of equal labels also say the knobs that differ."""
+    alike: dict[str, list[Record]] = defaultdict(list)
+    for record in group:
+        alike[record.label].append(record)
+    found = {}
+    for label, records in alike.items():
+        knobs = [_knobs(record) if len(records) > 1 else {} for record in records]
+        names = dict.fromkeys(name for each in knobs for name in each)
+        differing = [n for n in names if len({each.get(n) for each in knobs}) > 1]
+        for record, each in zip(records, knobs, strict=True):
+            said = [f"{n} {each[n]}" for n in differing if n in each][:DIFFERING_KNOBS]
+            found[record.id] = f"{label}, {', '.join(said)}" if said else label
+    return found
+
+
+def _knobs(record: Record) -> dict[str, str]:
+    """Return what can differ between runs of one label, as short texts."""
+    knobs = {key: value for method in record.methods for key, value in method.config.items()}
+    knobs["seed"] = record.config.get("seed")
+    return {key: textwrap.shorten(str(value), 24) for key, value in knobs.items()}
+
+
+def _row(
+    record: Record, label: str, index: int, setting: Setting, dense: Record | None
+) -> LeaderboardRow:
     metrics = {headline_key(m): m for m in record.metrics if m.headline}
     costs = {(c.scope, c.quantity): c.value for c in record.headline_costs}
     found = [metrics.get((c.task, c.metric, c.filter, c.shots)) for c in setting.tasks]
     return LeaderboardRow(
         record=record,
+        label=label,
         setting=index,
         dense=dense.id if dense else None,
         values=tuple(_value(metric) for metric in found),

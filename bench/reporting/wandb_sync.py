@@ -65,9 +65,12 @@ def sync_runs(
     store: Store, records: Sequence[Record], entities: Collection[str] = ()
 ) -> Iterator[tuple[str, str | None]]:
     """Send records; yield each id with one sentence if sending failed."""
+    # Against all records: the dense run of a setting may not be among those that are sent.
+    ratios = {row.record.id: row.retention for row in build_leaderboard(store.all()).rows}
     for record in records:
         try:
-            yield record.id, track(record, store, tracker_of(record, entities))
+            config, ratio = tracker_of(record, entities), ratios.get(record.id)
+            yield record.id, track(record, store, config, dense_ratio=ratio)
         except UserError as error:
             yield record.id, str(error)
 
@@ -152,7 +155,7 @@ def _column_ends(incomplete: bool) -> tuple[str, ...]:
 
 def _run_cells(row: LeaderboardRow, setting: Setting) -> list[str | float | None]:
     record = row.record
-    named = [record.id, setting.model, setting.benchmark, setting.name, record.label]
+    named = [record.id, setting.model, setting.benchmark, setting.name, row.label]
     score = _score(row.values[0]) if row.values else None
     return [*named, row.effect, record.started, score, row.retention]
 
@@ -169,7 +172,7 @@ def _scatter(leaderboard: Leaderboard, index: int) -> ScatterPlot | None:
         return None
     x, y = f"{setting.costs[at].quantity} of {setting.costs[at].scope}", setting.tasks[0].task
     rows = [
-        [row.record.id, row.record.label, row.effect, row.real, row.costs[at], score]
+        [row.record.id, row.label, row.effect, row.real, row.costs[at], score]
         for row in leaderboard.rows
         if row.setting == index
         and (score := _score(row.values[0])) is not None

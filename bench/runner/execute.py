@@ -9,6 +9,7 @@ Modules that need torch are imported inside functions, so that a finished sweep 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -18,11 +19,13 @@ from bench.evaluation import evaluate
 from bench.evaluation.response_cache import ResponseCache
 from bench.records import AppliedMethod, Cost, DenseModel, Record, Store, without_real_saving
 from bench.records.files import disk_errors_as_stopped
-from bench.records.record import utc_now
+from bench.records.record import method_label, utc_now
 from bench.runner.inputs import RunInputs, resolve_run
 from bench.runner.method_application import apply_methods
 from bench.sweeps import RunRequest, RunResult
-from bench.tracking.tracker import track
+from bench.tracking.tracker import follow, track
+from bench.tracking.upload import LiveRun, Upload
+from bench.tracking.wandb_run import SWEEP_VARIABLE, flat_values
 from bench.ui import Progress
 
 if TYPE_CHECKING:
@@ -141,24 +144,50 @@ def execute(config: RunConfig, request: RunRequest, session: Session) -> RunResu
         store.ensure_writable()
     inputs = resolve_run(config, session)
 
+    live: Upload | None = None
     with disk_errors_as_stopped(store.root), _claim(store, inputs.id, session, progress):
         known = None if config.force else store.find(inputs.id)
         # All processes must take the same branch: one that evaluates alone would wait in an
         # exchange forever.
         known = processes.broadcast(known)
         if known is not None:
-            return RunResult(known, reused=True)
+            # The agent of a W&B sweep waits for the numbers of every run that it has asked for.
+            asked = processes.is_first and SWEEP_VARIABLE in os.environ
+            warning = track(known, store, config.tracker) if asked else None
+            return RunResult(known, reused=True, warning=warning)
         if processes.is_first:
             _move_unreadable_aside(store, inputs.id, progress)
-        record = _execute_run(config, request, inputs, session, store, progress)
+            live = progress.watcher = _followed(config, request, inputs, store)
+        try:
+            record = _execute_run(config, request, inputs, session, store, progress)
+        except BaseException:
+            if live is not None:
+                live.abandon()
+            raise
 
     if not processes.is_first:
         return RunResult(record, reused=False)
     # After the record is written and the lock released: a tracker that fails or hangs loses no
     # result and blocks no other process.
+    progress.watcher = None
     with progress.phase(f"sending {record.id} to {config.tracker.kind}"):
-        warning = track(record, store, config.tracker)
+        warning = track(record, store, config.tracker, live)
     return RunResult(record, reused=False, warning=warning)
+
+
+def _followed(
+    config: RunConfig, request: RunRequest, inputs: RunInputs, store: Store
+) -> Upload | None:
+    """Open the W&B run of a run that begins, None if there is none to watch."""
+    plain = config.plain()
+    methods = [method_label(name, knobs) for name, knobs in plain["method"].items()]
+    shown = LiveRun(
+        name=f"{config.model.name} {' + '.join(methods) or 'dense'}",
+        group=request.sweep,
+        tags=[config.model.name, *config.method],
+        config=flat_values(inputs.id, plain),
+    )
+    return follow(inputs.id, shown, store, config.tracker)
 
 
 def _execute_run(

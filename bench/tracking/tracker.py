@@ -5,26 +5,53 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from bench.errors import error_sentence
+from bench.errors import UserError, error_sentence
 from bench.records import Record, Store
 from bench.records.files import write_bytes
 from bench.schema import TrackerConfig
+from bench.tracking import wandb_run
+from bench.tracking.upload import LiveRun, Opening, Upload, UploadTimeout, upload_in_subprocess
 from bench.tracking.wandb_run import Overview
 
 _unanswered_runs: list[str] = []
 """Runs for which the server did not answer this process in time."""
 
 
-def track(record: Record, store: Store, config: TrackerConfig) -> str | None:
+def follow(run: str, shown: LiveRun, store: Store, config: TrackerConfig) -> Upload | None:
+    """Open the W&B run of a run that begins; None if it is sent at its end only.
+
+    What is returned is told of phases and results, and is given to `track`, or abandoned.
+    """
+    if config.kind == "none" or config.live is False or _unanswered_runs:
+        return None
+    try:
+        # Nobody can watch what is written offline.
+        if config.live == "auto" and wandb_run.wandb_mode(config) != "online":
+            return None
+        opening = Opening(run, str(store.root), config.model_dump(), live=shown)
+        return Upload(opening, config.timeout)
+    except Exception:  # whatever a tracker raises, it must not fail the run; `track` says it
+        return None
+
+
+def track(
+    record: Record,
+    store: Store,
+    config: TrackerConfig,
+    live: Upload | None = None,
+    dense_ratio: float | None = None,
+) -> str | None:
     """Send one record; return None on success, else one sentence about the failure.
 
-    The record is on disk before this is called, so a failure loses nothing: `bench track` sends it
-    again. After one timeout this process does not contact the server again.
+    `live` is the W&B run that has followed this one; `dense_ratio` is the score relative to the
+    dense run's, which only somebody who knows all records can tell. The record is on disk before
+    this is called, so a failure loses nothing: `bench track` sends it again. After one timeout this
+    process does not contact the server again.
     """
     if config.kind == "none":
         return None
     try:
-        kept = _send(record, store, config)
+        kept = _send(record, store, config, live, dense_ratio)
     except Exception as error:  # whatever a tracker raises, it must not fail the run
         reason = error_sentence(error)
         return f"sending run {record.id} to W&B failed ({reason}); retry: bench track {record.id}"
@@ -33,31 +60,55 @@ def track(record: Record, store: Store, config: TrackerConfig) -> str | None:
     return None
 
 
+def track_model(record: Record, model: Path, store: Store, config: TrackerConfig) -> str | None:
+    """Send a run's exported model; return None on success, else one sentence about the failure.
+
+    Raises:
+        UserError: the folder is no export of this run.
+    """
+    card = model / "README.md"
+    # A wrong model beside a run's numbers could not be told from the right one in W&B.
+    if not card.is_file() or record.id not in card.read_text("utf-8", "replace"):
+        raise UserError(
+            f"--model {model}: no model card there names run {record.id}; write the folder by "
+            f"`bench export {record.id} {model}`"
+        )
+    try:
+        wandb_run.send_model(record, model, config, store.root)
+    except Exception as error:  # as above
+        return f"sending the model of run {record.id} to W&B failed ({error_sentence(error)})"
+    return None
+
+
 def track_overview(overview: Overview, config: TrackerConfig, results_dir: Path) -> str | None:
     """Send a project's overview; return None on success, else one sentence about the failure."""
-    from bench.tracking.wandb_run import send_overview
-
     try:
-        send_overview(overview, config, results_dir)
+        wandb_run.send_overview(overview, config, results_dir)
     except Exception as error:  # as above
         reason = error_sentence(error)
         return f"sending the overview to W&B failed ({reason}); retry: bench track"
     return None
 
 
-def _send(record: Record, store: Store, config: TrackerConfig) -> str | None:
+def _send(
+    record: Record,
+    store: Store,
+    config: TrackerConfig,
+    live: Upload | None,
+    dense_ratio: float | None,
+) -> str | None:
     """Send online from a subprocess that can be abandoned, or write offline in this process."""
-    from bench.tracking.upload import UploadTimeout, upload_in_subprocess
-    from bench.tracking.wandb_run import send_record, wandb_mode
-
-    # Offline mode only writes files, which cannot hang; a subprocess would import wandb again.
-    if wandb_mode(config) != "online":
-        return send_record(record, store.folder(record.id), config, store.root)
-    # A sweep would otherwise wait the full timeout after every one of its runs.
-    if _unanswered_runs:
-        raise UploadTimeout(f"the server did not answer for run {_unanswered_runs[0]}")
     try:
-        return upload_in_subprocess(record.id, store.root, config)
+        if live is not None:
+            return live.send() or None
+        # Offline mode only writes files, which cannot hang; a subprocess would import wandb again.
+        if wandb_run.wandb_mode(config) != "online":
+            folder = store.folder(record.id)
+            return wandb_run.send_record(record, folder, config, store.root, dense_ratio)
+        # A sweep would otherwise wait the full timeout after every one of its runs.
+        if _unanswered_runs:
+            raise UploadTimeout(f"the server did not answer for run {_unanswered_runs[0]}")
+        return upload_in_subprocess(record.id, store.root, config, dense_ratio)
     except UploadTimeout:
         _unanswered_runs.append(record.id)
         raise

@@ -1,22 +1,44 @@
-"""Upload of one record from a separate process that can be killed when it takes too long.
+"""W&B's client in a process of its own, which a run can feed while it goes on and then abandon.
 
 W&B's client waits for minutes for a server that does not answer, and once more when its process
-exits. A run cannot afford that: after `timeout` seconds the process and its children are killed.
+exits. A run cannot afford that, so only the separate process imports it. The run writes one line of
+JSON per event to its standard input, never waiting: while the pipe is full, events are dropped. The
+record follows at the end and holds every number again. After `timeout` seconds from then the
+process and its children are killed.
+
+    {"id", "results_dir", ...}             the first line, see `Opening`
+    {"phase", "share", "seconds"}          a phase began or advanced
+    {"task", "value", "stderr"}            a task has its number
+    {"record"}  or  {"failed"}             the last line; a run that was killed sends none
 """
 
 from __future__ import annotations
 
+import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import IO, TYPE_CHECKING
 
 from bench.errors import error_sentence
+from bench.records.record import JsonObject
 from bench.schema import WANDB_INIT_SECONDS, TrackerConfig
+from bench.ui import note
+
+if TYPE_CHECKING:
+    from wandb import Run
 
 _MODULE = "bench.tracking.upload"
+SECONDS_BETWEEN_EVENTS = 2.0
+"""Shortest time between two events about one phase."""
+SECONDS_FOR_A_FAILED_RUN = 10.0
+"""How long a run that failed or was interrupted waits until W&B knows."""
 
 
 class UploadFailed(Exception):
@@ -27,44 +49,145 @@ class UploadTimeout(UploadFailed):
     """The upload took longer than a healthy server needs to answer."""
 
 
-def upload_in_subprocess(run: str, results_dir: Path, config: TrackerConfig) -> str:
+@dataclass(frozen=True)
+class Opening:
+    """Which record is sent, and what its W&B run shows until the record is there."""
+
+    id: str
+    results_dir: str
+    tracker: JsonObject
+    live: LiveRun | None = None
+    """None if the record is there already."""
+    dense_ratio: float | None = None
+    """The score of a record that is there, relative to the dense run's."""
+
+
+@dataclass(frozen=True)
+class LiveRun:
+    """What a W&B run shows from its first second."""
+
+    name: str
+    group: str | None
+    tags: list[str]
+    config: JsonObject
+    watched: int = field(default_factory=os.getpid)
+    """The process whose processor, accelerator and memory W&B charts."""
+
+
+class Upload:
+    """The process that sends one record; a `bench.ui.Watcher` of the run that makes the record."""
+
+    def __init__(self, opening: Opening, timeout: float) -> None:
+        self._timeout, self._run = timeout, opening.id
+        self._said = b""
+        self._announced = False
+        self._last_event = 0.0
+        self._phase: object = None
+        # -P keeps the working folder off sys.path, where a stranger's `bench.py` may lie.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", _MODULE],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+            # W&B's client starts its own service process. A new session puts both into one process
+            # group, which can be killed as a whole, and keeps the terminal's Ctrl-C from them.
+            start_new_session=True,
+        )
+        assert self._process.stdin is not None
+        # The process reads this line before it imports anything that could hang.
+        self._process.stdin.write(_line(asdict(opening)))
+        os.set_blocking(self._process.stdin.fileno(), False)
+
+    def phase(self, name: str, share: float | None, seconds: float) -> None:
+        """Show the phase of the run; `share` of it is done, after `seconds` of the whole run."""
+        now = time.monotonic()
+        if name == self._phase and now - self._last_event < SECONDS_BETWEEN_EVENTS:
+            return
+        self._phase, self._last_event = name, now
+        self._write({"phase": name, "share": share, "seconds": seconds})
+        self._announce()
+
+    def result(self, task: str, value: float, stderr: float | None) -> None:
+        """Show the headline number of a task that has ended."""
+        self._write({"task": task, "value": value, "stderr": stderr})
+
+    def send(self) -> str:
+        """Send the stored record; return the URL or folder of the W&B run, empty if it has none.
+
+        Raises:
+            UploadFailed: the upload failed or timed out.
+        """
+        started = time.monotonic()
+        errors = self._end({"record": self._run}, self._timeout)
+        if self._process.returncode != 0:
+            # The last line is the one that `main` prints; earlier ones are the client's.
+            code = self._process.returncode
+            lines = errors.decode(errors="replace").strip().splitlines() or [f"exit code {code}"]
+            # The client may give up by itself before our timeout; after so long a wait that means a
+            # silent server as well.
+            waited = time.monotonic() - started > WANDB_INIT_SECONDS
+            raise (UploadTimeout if waited else UploadFailed)(lines[-1])
+        return (self._said.decode(errors="replace").strip().splitlines() or [""])[-1]
+
+    def abandon(self) -> None:
+        """Mark the W&B run as failed, if the server answers soon; never raise."""
+        try:
+            self._end({"failed": True}, min(self._timeout, SECONDS_FOR_A_FAILED_RUN))
+        except UploadFailed:
+            return
+
+    def _end(self, last: JsonObject, timeout: float) -> bytes:
+        """Send the last line, wait for the process and return its errors."""
+        try:
+            said, errors = self._process.communicate(_line(last), timeout)
+        except subprocess.TimeoutExpired:
+            raise UploadTimeout(f"no answer within {self._timeout:g} s") from None
+        finally:
+            # Also after success: the client's service process may outlive the client.
+            _kill_process_group(self._process)
+        self._said += said
+        return errors
+
+    def _write(self, event: JsonObject) -> None:
+        """Write an event, unless the pipe is full or its reader has gone."""
+        line = _line(event)
+        # Only up to this length a line enters a pipe whole or not at all.
+        if self._process.stdin is not None and len(line) <= select.PIPE_BUF:
+            try:
+                self._process.stdin.write(line)
+            except OSError:  # `send` says why the reader has gone
+                return
+
+    def _announce(self) -> None:
+        """Say once where the run can be watched."""
+        if self._announced or self._process.stdout is None:
+            return
+        os.set_blocking(self._process.stdout.fileno(), False)
+        self._said += self._process.stdout.read() or b""
+        line, ended, _ = self._said.decode(errors="replace").partition("\n")
+        if ended and line.startswith("http"):
+            note(f"W&B: {line}")
+        self._announced = bool(ended)
+
+
+def _line(content: JsonObject) -> bytes:
+    return json.dumps(content).encode() + b"\n"
+
+
+def upload_in_subprocess(
+    run: str, results_dir: Path, config: TrackerConfig, dense_ratio: float | None = None
+) -> str:
     """Send a stored record from a separate process; return the URL of the W&B run.
 
     Raises:
         UploadFailed: the upload failed or timed out.
     """
-    # -P keeps the working folder off sys.path, where a stranger's `bench.py` may lie.
-    command = [sys.executable, "-P", "-m", _MODULE, run, str(results_dir)]
-    command.append(config.model_dump_json())
-    started = time.monotonic()
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # W&B's client starts its own service process. A new session puts both into one process
-        # group, which can be killed as a whole, and keeps Ctrl-C of the terminal away from them.
-        start_new_session=True,
-    )
-    try:
-        output, errors = process.communicate(timeout=config.timeout)
-    except subprocess.TimeoutExpired:
-        raise UploadTimeout(f"no answer within {config.timeout:g} s") from None
-    finally:
-        # Also after success: the client's service process may outlive the client.
-        _kill_process_group(process)
-    if process.returncode != 0:
-        # The last line of stderr is the one that `main` prints; earlier ones are the client's.
-        lines = errors.strip().splitlines() or [f"exit code {process.returncode}"]
-        # The client may give up by itself before our timeout; after so long a wait that means a
-        # silent server as well.
-        waited = time.monotonic() - started > WANDB_INIT_SECONDS
-        raise (UploadTimeout if waited else UploadFailed)(lines[-1])
-    return output.strip().splitlines()[-1]
+    opening = Opening(run, str(results_dir), config.model_dump(), dense_ratio=dense_ratio)
+    return Upload(opening, config.timeout).send()
 
 
-def _kill_process_group(process: subprocess.Popen[str]) -> None:
+def _kill_process_group(process: subprocess.Popen[bytes]) -> None:
     """Kill the process and its children, as far as they are still running."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
@@ -73,24 +196,67 @@ def _kill_process_group(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
-def main(run: str, results_dir: str, config: str) -> None:
-    """Send one record and print its URL; exit without the client's exit handlers, which wait."""
-    from bench.records import Store
-    from bench.tracking.wandb_run import send_record
+class _RunFailed(Exception):
+    """The run that W&B shows has ended without a record."""
 
-    store = Store(Path(results_dir))
-    code, url = 0, ""
+
+def main() -> None:
+    """Read the events, print the URL, exit without the client's exit handlers, which wait."""
+    code = 0
     try:
-        chosen = TrackerConfig.model_validate_json(config)
-        url = send_record(store.get(run), store.folder(run), chosen, store.root) or ""
+        _follow(sys.stdin.buffer)
     except Exception as error:  # whatever it is, the parent gets it as one line
         code = 1
         print(error_sentence(error), file=sys.stderr)
-    print(url, flush=True)
+    sys.stdout.flush()
     sys.stderr.flush()
     # `os._exit` skips atexit handlers and buffers alike, hence the explicit flushes.
     os._exit(code)
 
 
+def _follow(lines: IO[bytes]) -> None:
+    """Send the record that the first line names: at once, or after the events of its run."""
+    from bench.records import Store
+    from bench.tracking.wandb_run import finish_live_run, open_wandb_run, send_record
+
+    opening = json.loads(lines.readline())
+    config = TrackerConfig.model_validate(opening["tracker"])
+    store, name, live = Store(Path(opening["results_dir"])), opening["id"], opening["live"]
+    if live is None:
+        ratio = opening["dense_ratio"]
+        kept = send_record(store.get(name), store.folder(name), config, store.root, ratio)
+        print(kept or "")
+        return
+    with open_wandb_run(
+        config,
+        store.root,
+        name=live["name"],
+        job_type="run",
+        group=live["group"],
+        tags=live["tags"],
+        config_of_run=live["config"],
+        run_id=name,
+        watched=live["watched"],
+    ) as (wandb, run, kept):
+        print(kept or "", flush=True)
+        if not _log_events(run, map(json.loads, lines)):
+            raise _RunFailed(name)
+        finish_live_run(wandb, run, store.get(name), store.folder(name), config)
+
+
+def _log_events(run: Run, events: Iterable[JsonObject]) -> bool:
+    """Log events until the last one; return whether it announces a record."""
+    for event in events:
+        if "phase" in event:
+            run.summary["phase"] = event["phase"]
+            numbers = {"progress/seconds": event["seconds"], "progress/share": event["share"]}
+        elif "task" in event:
+            numbers = {event["task"]: event["value"], f"{event['task']}_stderr": event["stderr"]}
+        else:
+            return "record" in event
+        run.log({key: value for key, value in numbers.items() if value is not None})
+    return False
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

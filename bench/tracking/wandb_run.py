@@ -41,11 +41,16 @@ WANDB_MODES: tuple[WandbMode, ...] = ("online", "offline", "disabled")
 
 
 def send_record(
-    record: Record, folder: Path, config: TrackerConfig, results_dir: Path
+    record: Record,
+    folder: Path,
+    config: TrackerConfig,
+    results_dir: Path,
+    dense_ratio: float | None = None,
 ) -> str | None:
     """Log one record, whose files are in `folder`; return the URL or folder of the W&B run.
 
-    None if W&B is disabled.
+    None if W&B is disabled. `dense_ratio` is the score relative to the dense run's, None if there
+    is none to compare with.
 
     Raises:
         Exception: any error of W&B; the caller decides whether it matters.
@@ -53,17 +58,63 @@ def send_record(
     with open_wandb_run(
         config,
         results_dir,
-        name=f"{record.model.name} {record.label}",
+        name=run_name(record),
         job_type="run",
         group=record.sweep,
-        tags=[record.model.name, *(m.name for m in record.methods), *record.marks],
-        # Flat, so that W&B's tables and filters have a column per key.
+        tags=run_tags(record),
         config_of_run=flat_config(record),
         run_id=record.id,
     ) as (wandb, run, kept):
-        files = (RECORD, CONFIG, SAMPLES) if config.samples else (RECORD, CONFIG)
-        _log_record(wandb, run, record, [folder / name for name in files])
+        _log_record(wandb, run, record, _files(folder, config))
+        if dense_ratio is not None:
+            run.summary["dense_ratio"] = dense_ratio
     return kept
+
+
+def finish_live_run(
+    wandb: ModuleType, run: Run, record: Record, folder: Path, config: TrackerConfig
+) -> None:
+    """Log a record into the W&B run that has been open since the record's run began."""
+    # What only the record knows: marks, the environment, the methods as they were applied.
+    run.name, run.tags = run_name(record), tuple(run_tags(record))
+    run.config.update(flat_config(record), allow_val_change=True)
+    run.summary["phase"] = "done"
+    _log_record(wandb, run, record, _files(folder, config))
+
+
+def send_model(record: Record, model: Path, config: TrackerConfig, results_dir: Path) -> str | None:
+    """Log an exported model as an artifact of its record's W&B run, whose lineage thus ends in it.
+
+    The artifact's metadata name the model that it was made from, and the run's headline numbers.
+    """
+    with open_wandb_run(
+        config, results_dir, name=run_name(record), job_type="run", run_id=record.id
+    ) as (wandb, run, kept):
+        made_from = record.model.model_dump(include={"name", "source", "revision", "fingerprint"})
+        artifact = wandb.Artifact(
+            f"model-{record.id}",
+            type="model",
+            description=run_name(record),
+            metadata={"record": record.id, "made_from": made_from, **summary_columns(record)},
+        )
+        artifact.add_dir(str(model))
+        run.log_artifact(artifact)
+    return kept
+
+
+def run_name(record: Record) -> str:
+    """Return the name of a record's W&B run."""
+    return f"{record.model.name} {record.label}"
+
+
+def run_tags(record: Record) -> list[str]:
+    """Return the tags of a record's W&B run: the model, the methods, and warnings."""
+    return [record.model.name, *(method.name for method in record.methods), *record.marks]
+
+
+def _files(folder: Path, config: TrackerConfig) -> list[Path]:
+    names = (RECORD, CONFIG, SAMPLES) if config.samples else (RECORD, CONFIG)
+    return [folder / name for name in names]
 
 
 @contextmanager
@@ -77,11 +128,13 @@ def open_wandb_run(
     tags: Sequence[str] = (),
     config_of_run: JsonObject | None = None,
     run_id: str | None = None,
+    watched: int | None = None,
 ) -> Iterator[tuple[ModuleType, Run, str | None]]:
     """Open a W&B run whose files stay in the results folder; yield (wandb, run, URL or folder).
 
-    The third is None if W&B is disabled, since then nothing is kept. The run is finished even if
-    the block raises. With a `run_id`, sending again continues the same run of the project.
+    The third is None if W&B is disabled, since then nothing is kept. If the block raises, W&B shows
+    the run as failed. With a `run_id`, sending again continues the same run of the project. W&B
+    charts the use of the machine by the process `watched`.
     """
     # Absolute, so that it stays valid if the working directory changes.
     home = (results_dir / "wandb_home").resolve()
@@ -112,6 +165,9 @@ def open_wandb_run(
                 # The address of a Git remote may hold a token; a record names the commit.
                 disable_git=True,
                 save_code=False,
+                # The use of the machine while a stored record is sent would mean nothing.
+                x_disable_stats=watched is None,
+                x_stats_pid=watched or os.getpid(),
             ),
             name=name,
             job_type=job_type,
@@ -121,8 +177,10 @@ def open_wandb_run(
         try:
             kept = run.settings.sync_dir if chosen == "offline" else run.url
             yield wandb, run, None if kept is None else str(kept)
-        finally:
-            run.finish()
+        except BaseException:
+            run.finish(exit_code=1)
+            raise
+        run.finish()
 
 
 def _log_record(wandb: ModuleType, run: Run, record: Record, files: Sequence[Path]) -> None:
@@ -167,8 +225,9 @@ def summary_columns(record: Record) -> dict[str, float | str]:
     """Return what W&B's table of runs is sorted by, under short names.
 
     `method`, `ratio` (of a single method) and `effect`; every headline metric by its task, with
-    `TASK_stderr`; `score` is the average, or the only metric; and `flops`, `parameters`, `bytes`,
-    `seconds`. The full names of `wandb_summary` say what each number is of.
+    `TASK_stderr`; `score` is the average, or the only metric; `flops`, `parameters`, `bytes`,
+    `seconds`; and `flops_saving`, `bytes_saving`, the counted shares that the methods together
+    saved. The full names of `wandb_summary` say what each number is of.
     """
     effects = dict.fromkeys(method.effect for method in record.methods)
     values: dict[str, float | str] = {"method": record.family, "effect": "+".join(effects)}
@@ -185,13 +244,32 @@ def summary_columns(record: Record) -> dict[str, float | str]:
         found = next((c for c in record.headline_costs if c.quantity == quantity), None)
         if found is not None:
             values[quantity] = found.value
-    return values
+    return values | _savings(record)
+
+
+def _savings(record: Record) -> dict[str, float]:
+    """Return the shares of FLOPs and bytes that are gone after all methods, as counted."""
+    checks = [method.check for method in record.methods]
+    first, last = (checks[0], checks[-1]) if checks else (None, None)
+    if first is None or last is None:
+        return {}
+    found = {"bytes_saving": 1 - last.after.bytes / first.before.bytes}
+    if first.before.flops and last.after.flops is not None:
+        found["flops_saving"] = 1 - last.after.flops / first.before.flops
+    return found
 
 
 def flat_config(record: Record) -> JsonObject:
-    """Return config and environment of a record with one key per value, such as `model.name`."""
-    whole = {**record.config, "environment": record.environment}
-    return {**dict(_flat_items(whole, "")), "record": record.id}
+    """Return config and environment of a record with one key per value, such as `model.name`.
+
+    W&B's tables and filters have a column per key.
+    """
+    return flat_values(record.id, {**record.config, "environment": record.environment})
+
+
+def flat_values(record: str, content: JsonObject) -> JsonObject:
+    """Return nested values with one key per value, and the id of the record that they belong to."""
+    return {**dict(_flat_items(content, "")), "record": record}
 
 
 def _flat_items(node: JsonObject, prefix: str) -> Iterator[tuple[str, object]]:

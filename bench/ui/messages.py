@@ -168,6 +168,16 @@ class Display(Protocol):
         """Write a message without disturbing the phases."""
 
 
+class Watcher(Protocol):
+    """Follows a run from elsewhere, in addition to the display: a tracker, for instance."""
+
+    def phase(self, name: str, share: float | None, seconds: float) -> None:
+        """Hear of the current phase: the share that is done, and the seconds since the start."""
+
+    def result(self, task: str, value: float, stderr: float | None) -> None:
+        """Hear the headline number of a task that has ended."""
+
+
 class Progress:
     """Named phases, shown one inside the other; `seconds` holds the wall time per phase.
 
@@ -181,6 +191,8 @@ class Progress:
         self._stream = stream
         self._phases: list[Phase] = []
         self._display: Display | None = None
+        self._started = time.perf_counter()
+        self.watcher: Watcher | None = None
 
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[None]:
@@ -191,6 +203,7 @@ class Progress:
         self._phases.append(phase)
         if self._display:
             self._display.open(phase)
+        self._tell_watcher()
         try:
             yield
         finally:
@@ -216,6 +229,11 @@ class Progress:
                 self._phases[-1].name = clean(doing)
             self._update()
 
+    def result(self, task: str, value: float, stderr: float | None) -> None:
+        """Tell who watches the headline number of a task that has ended."""
+        if self.watcher is not None:
+            self.watcher.result(task, value, stderr)
+
     def say(self, text: str) -> None:
         """Write a message above the bars."""
         if not self._quiet:
@@ -238,6 +256,13 @@ class Progress:
     def _update(self) -> None:
         if self._display:
             self._display.update(self._phases[-1])
+        self._tell_watcher()
+
+    def _tell_watcher(self) -> None:
+        if self.watcher is not None:
+            phase = self._phases[-1]
+            share = phase.done / phase.total if phase.total else None
+            self.watcher.phase(phase.name, share, time.perf_counter() - self._started)
 
     def _writer(self) -> Display | _Lines | None:
         if self._display is None and self._stream is not None:

@@ -81,4 +81,4 @@ def test_the_python_lines_run(tmp_path, monkeypatch):
     names = {}
     for block in blocks("python"):
         exec(block, names)
-    assert len(names["frame"]) and len(names["flips"])
+    assert len(names["frame"]) and names["comparison"].contrasts

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.reporting.leaderboard import build_leaderboard
+from bench.reporting.leaderboard import build_leaderboard, distinct_labels
 from bench.reporting.wandb_sync import build_overview
 from tests.reporting.html.synthetic_records import metric, record
 
@@ -130,3 +130,24 @@ def test_values_stand_in_the_order_of_the_settings_tasks():
         scores = {m.task: (m.value, m.stderr) for m in run.metrics}
         assert row_of(runs, run).values == tuple(scores.get(task.task) for task in tasks)
     assert set(row_of(runs, few).costs) == {None}
+
+
+def test_runs_of_one_label_say_the_knobs_that_differ():
+    plain = record(1, method="camera_p")
+
+    def with_knob(number, **knobs):
+        made = record(number, method="camera_p")
+        method = made.methods[0].model_copy(
+            update={"config": {"ratio": 0.4, "align": 8, "note": "x" * 90, **knobs}}
+        )
+        return made.model_copy(update={"methods": (method,)})
+
+    two = [with_knob(2, bits=3, align=8), with_knob(3, bits=4, align=16)]
+    labels = distinct_labels([record(0), *two])
+    assert [labels[each.id] for each in two] == [
+        "camera_p 0.4, align 8, bits 3",
+        "camera_p 0.4, align 16, bits 4",
+    ]
+    assert labels[record(0).id] == "dense"
+    repeated = plain.model_copy(update={"id": "f" * 12})
+    assert set(distinct_labels([plain, repeated]).values()) == {"camera_p 0.4"}

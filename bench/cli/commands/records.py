@@ -134,12 +134,21 @@ def track(given: argparse.Namespace) -> int:
     """`bench track [RUN ...]`."""
     from bench.records import Store
     from bench.records.files import refuse_unwritable
-    from bench.reporting.wandb_sync import sync_all, sync_runs
+    from bench.reporting.wandb_sync import sync_all, sync_runs, tracker_of
+    from bench.tracking.tracker import track as send
+    from bench.tracking.tracker import track_model
 
     store = Store(given.results_dir)
     refuse_unwritable("--results-dir", store.root / "tracked", folder=True)
     runs = [word for word in given.runs if "=" not in word]
     entities = [_allowed_entity(word) for word in given.runs if "=" in word]
+    if given.model is not None and len(runs) != 1:
+        raise UserError(f"--model {given.model}: name the one RUN that was exported there")
+    if given.model is not None:
+        record = store.get(runs[0])
+        config = tracker_of(record, entities)
+        failed = send(record, store, config) or track_model(record, given.model, store, config)
+        return _report_sent([(f"{record.id} and its model", failed)])
     if runs:
         sent = sync_runs(store, [store.get(run) for run in runs], entities)
         return _report_sent(sent)

@@ -28,7 +28,7 @@ from bench.reporting.tables import (
     records_of_table,
     table_slots,
 )
-from bench.reporting.tables.table_config import PARTS, with_overrides
+from bench.reporting.tables.table_config import COSTS, PARTS, with_overrides
 from bench.reporting.tables.writers import TABLE_FOLDER, print_table, table_rows, write_table
 from bench.runner.inputs import resolve_run
 from bench.runner.launch import LaunchOutcome, launch
@@ -93,7 +93,7 @@ class TableRequest:
                 raise UserError(f"{own[key]} and {argument} both set {key}: give one of them")
             if key == "scale":
                 request.scale = value
-            elif key in PARTS:
+            elif key in (*PARTS, COSTS):
                 request.selections[key] = _split_list(value)
             elif argument != "--json":
                 others.append(argument)

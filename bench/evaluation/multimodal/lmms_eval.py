@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, TypeAlias, TypedDict
 from bench.errors import UserError, library_failures_as_errors
 from bench.evaluation.distributed import hidden_from_harness
 from bench.evaluation.evidence import task_evidence, warn_about
-from bench.evaluation.harness import DocumentSource, ScoredBenchmark
+from bench.evaluation.harness import DocumentSource, ScoredBenchmark, tell_results
 from bench.evaluation.metrics import (
     EMPTY_ANSWER,
     LoggedSample,
@@ -142,6 +142,7 @@ class MultimodalHarness:
                 found = task_metrics(self.benchmark, task, answered_only(task, result, answers))
             metrics, missing = settle_metrics(found, answers, self.benchmark.allow_missing)
             evidence = [task_evidence(task.name, rows, lm.evidence.settings.get(task.name))]
+            tell_results(metrics, progress)
             scored = scored.extended(
                 ScoredBenchmark(metrics, rows, missing=missing, evidence=evidence)
             )

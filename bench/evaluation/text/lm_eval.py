@@ -18,7 +18,7 @@ from lm_eval.api.model import LM
 
 from bench.errors import UserError
 from bench.evaluation.evidence import EvidenceLog, task_evidence, warn_about
-from bench.evaluation.harness import SEED, DocumentSource, ScoredBenchmark
+from bench.evaluation.harness import SEED, DocumentSource, ScoredBenchmark, tell_results
 from bench.evaluation.metrics import (
     SampleRow,
     TaskAnswers,
@@ -156,6 +156,7 @@ class TextHarness:
         for text in self.texts:
             with progress.phase(f"{model.name} on {text.name}"):
                 measured = perplexity.measure_perplexity(model, text, benchmark, progress, cache)
+            tell_results(measured.metrics, progress)
             scored = scored.extended(measured)
         return scored._replace(backend_report=adapter.backend_report)
 
@@ -180,7 +181,9 @@ class TextHarness:
         scored = ScoredBenchmark([], [])
         for task in self.tasks:
             with progress.phase(f"{name} on {task.name}"), cached_templates():
-                scored = scored.extended(self._score_task(task, lm, log, progress))
+                ended = self._score_task(task, lm, log, progress)
+            tell_results(ended.metrics, progress)
+            scored = scored.extended(ended)
         return scored
 
     def _score_task(

@@ -148,7 +148,7 @@ def _run_entry(row: LeaderboardRow, chunk: int, samples_chunk: int | None) -> di
     return {
         "id": record.id,
         "setting": row.setting,
-        "label": record.label,
+        "label": row.label,
         "family": row.family,
         "effect": row.effect,
         "real": row.real,

@@ -14,6 +14,7 @@ from matplotlib.patches import Patch
 
 from bench.errors import UserError
 from bench.records import Cost, Record
+from bench.reporting.plots.points import cost_name
 from bench.reporting.plots.style import (
     COLOURS,
     HATCHES,
@@ -29,8 +30,8 @@ WALL = "wall"
 METHODS_REST = "methods, the rest"
 RUN_PHASES = frozenset({METHODS_REST, "scoring", "loading the model", "counting costs"})
 """Phases of every run; all other phases are parts of a method."""
-BAR_HEIGHT, FRAME_HEIGHT = 0.32, 1.1
-"""Inches: the height of a bar and of everything around the bars."""
+BAR_HEIGHT, FRAME_HEIGHT, LETTER_WIDTH = 0.32, 1.1, 0.075
+"""Inches: the height of a bar, of everything around the bars, and the width of a label's letter."""
 
 
 class PartFill(NamedTuple):
@@ -81,6 +82,11 @@ def draw_breakdown(frame: pd.DataFrame) -> Figure:
     figure, axes = draw_panels(frame, lambda axes, rows: _draw_bars(axes, rows, fills))
     most = int(frame.groupby(["model", "benchmark"])["run"].nunique().max())
     figure.set_figheight(FRAME_HEIGHT + BAR_HEIGHT * most)
+    # The labels of the bars stand beside the panel, which keeps the width that its title needs.
+    beside = frame.groupby(["model", "benchmark"], sort=False)["label"].agg(
+        lambda x: x.str.len().max()
+    )
+    figure.set_figwidth(figure.get_figwidth() + LETTER_WIDTH * int(beside.sum()))
     for each in axes:
         # The limits of the fullest panel hold for all: bars are equally thick everywhere. Upper and
         # lower are swapped so that the first run is on top.
@@ -121,7 +127,7 @@ def _parts(
     # `parts` is also used for percentiles and bounds, which have no meaning in a stack.
     found = next(filter(_adds_up, fitting), None)
     if found is not None:
-        name = f"{found.quantity.replace('_', ' ')}, {found.scope}"
+        name = cost_name(found)
         for part, value in found.parts.items():
             yield name, found.unit, part.replace("_", " "), value
 

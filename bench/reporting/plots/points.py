@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import TypeGuard
@@ -105,10 +106,19 @@ def _cost_columns(cost: Cost) -> dict[str, object]:
         "cost": cost.value,
         "cost_low": low,
         "cost_high": high,
-        "cost_name": f"{COST_WORDS.get(cost.quantity, cost.quantity.replace('_', ' '))} of "
-        f"{'the ' if cost.scope == 'model' else ''}{cost.scope}",
+        "cost_name": cost_name(cost),
         "unit": cost.unit,
     }
+
+
+def cost_name(cost: Cost) -> str:
+    """Return what a cost is of, such as `FLOPs, forward 1 × 512 tokens` or `bytes of the model`."""
+    quantity = COST_WORDS.get(cost.quantity, cost.quantity.replace("_", " "))
+    if cost.scope == "model":
+        return f"{quantity} of the model"
+    # A scope such as `forward 1x512` is of one row of 512 tokens.
+    scope = re.sub(r"(\d+)x(\d+)", r"\1 × \2 tokens", cost.scope)
+    return f"{quantity}, {scope}"
 
 
 AMOUNT_KNOBS = frozenset({"ratio", "keep", "k", "average", "budget", "bits", "threshold", "layers"})

@@ -214,4 +214,4 @@ def label_unit_axis(axes: Axes, name: str, unit: str, largest: float) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / factor:g}"))
     axes.xaxis.set_major_locator(MaxNLocator(6))
     shown = f"{prefix}{'' if unit == '1' else unit}"
-    axes.set_xlabel(f"{name}, {shown}" if shown else name)
+    axes.set_xlabel(f"{name} ({shown})" if shown else name)

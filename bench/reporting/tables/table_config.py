@@ -139,16 +139,24 @@ def table_scales(name: str) -> tuple[str | None, ...]:
     return (None, MICRO) if _composed_table(name).get(MICRO) is not None else (None,)
 
 
+COSTS = "costs"
+COST_COLUMNS: Tree = {
+    "FLOPs": {"quantity": "flops", "scope": "forward", "unit": "FLOP", "lower_is_better": True},
+    "parameters": {"quantity": "parameters", "unit": "count", "lower_is_better": True},
+}
+"""Columns of counted costs that any table can be given; no source has printed them."""
+
+
 def load_table_config(
     name: str, scale: str | None = None, chosen: dict[str, list[str]] | None = None
 ) -> TableConfig:
     """Return one table's config; with `scale="micro"`, the config of its stand-in.
 
     The `micro` part is merged into the rest: mappings merge, lists are replaced, null removes.
-    `chosen` restricts the table to some sections, rows, variants or columns.
+    `chosen` restricts the table to some sections, rows, variants or columns; `costs` adds columns.
 
     Raises:
-        UserError: there is no such table, scale, section, row, variant or column.
+        UserError: there is no such table, scale, section, row, variant, column or cost.
     """
     if scale not in (None, MICRO):
         raise UserError(f"scale={scale}: give scale={MICRO}, or omit it for the real table")
@@ -162,7 +170,11 @@ def load_table_config(
         plain = _without_nulls(_merged(plain, {**micro, "stand_in": True}))
     # After the merge: names that only the stand-in has can be chosen as well.
     for part, kept in (chosen or {}).items():
-        plain[part] = _selected(part, plain.get(part, {}), kept)
+        if part != COSTS:
+            plain[part] = _selected(part, plain.get(part, {}), kept)
+    # After the columns of the table, which a choice of columns does not concern.
+    added = _selected(COSTS, COST_COLUMNS, (chosen or {}).get(COSTS, []))
+    plain["columns"] = {**plain.get("columns", {}), **added}
     try:
         return TableConfig.model_validate({**plain, "name": name})
     except ValidationError as error:

@@ -63,7 +63,7 @@ def main():
     parser.add_argument("--readme", type=Path, metavar="FILE", help="only the README's picture")
     given = parser.parse_args()
     if given.readme is not None:
-        desktop = {"1400": {"width": 1400, "height": 920}}
+        desktop = {"1400": {"width": 1400, "height": 860}}
         with tempfile.TemporaryDirectory() as place:
             (picture,) = take(given.results, Path(place), ["overview"], desktop, whole=False)
             given.readme.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,8 @@
 import csv
 import io
 import re
+import shutil
+import subprocess
 from decimal import Decimal
 from itertools import combinations
 
@@ -477,6 +479,30 @@ def test_latex_is_booktabs_and_escapes_what_latex_would_read():
     assert {line.replace(r"\&", "").count("&") for line in rows} == {3}
     assert text.count(r"\begin{") == text.count(r"\end{")
     assert r"\label{tab:camera-main}" in text
+
+
+TEX = next(filter(shutil.which, ("tectonic", "pdflatex")), None)
+
+
+@pytest.mark.skipif(TEX is None, reason="neither tectonic nor pdflatex is installed")
+def test_latex_compiles(tmp_path):
+    _, text = written("tex")
+    preamble = r"\documentclass{article}\usepackage{booktabs}\usepackage[T1]{fontenc}"
+    file = tmp_path / "table.tex"
+    file.write_text(f"{preamble}\\begin{{document}}\n{text}\\end{{document}}\n")
+    options = ["-interaction=nonstopmode", "-halt-on-error"] if TEX == "pdflatex" else []
+    done = subprocess.run([TEX, *options, file], cwd=tmp_path, capture_output=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert file.with_suffix(".pdf").stat().st_size > 1000
+
+
+def test_counted_costs_are_columns_on_request():
+    asked = load_table_config("camera_main", "micro", {"columns": ["avg"], "costs": ["FLOPs"]})
+    assert list(asked.columns) == ["avg", "FLOPs"]
+    assert asked.columns["FLOPs"].lower_is_better
+    assert "FLOPs" not in load_table_config("camera_main", "micro").columns
+    with pytest.raises(UserError, match="parameters"):
+        load_table_config("camera_main", "micro", {"costs": ["params"]})
 
 
 @pytest.mark.parametrize(("form", "bold", "plain"), [

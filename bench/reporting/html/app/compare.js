@@ -133,7 +133,7 @@ function Compared({ setting, runs: [baseline, ...candidates] }) {
       A difference without an interval is not paired here; <code>bench compare</code> has intervals for every metric.</p>
     <h2>Costs</h2>
     <${Plain} caption="Costs side by side" rows=${setting.costs.map((one, at) => ({ ...one, at }))} columns=${[
-      { title: "Cost", cell: ({ quantity: name, scope }) => html`${words(name)} <span class="quiet">${scope}</span>` },
+      { title: "Cost", cell: ({ quantity: name, scope }) => html`${words(name)} <span class="quiet">${scope === "model" ? "" : scopeWords(scope)}</span>` },
       { title: baseline.run.label, number: true, cell: ({ at, unit: unitOf }) => cost(baseline.run.costs[at], unitOf) },
       ...candidates.map(({ run }) => ({
         title: run.label, number: true,

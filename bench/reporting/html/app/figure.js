@@ -131,7 +131,7 @@ function drawPareto(points, front, task, quantityOf, width, { small = false, log
     marginTop: small ? 10 : 28,
     style: { background: "transparent", fontFamily: "inherit", fontSize: small ? "11px" : "12px", overflow: "visible" },
     x: {
-      label: small ? null : `${words(quantityOf.quantity)}${quantityOf.unit === "B" ? " in bytes" : ""}, ${quantityOf.scope}, lower is cheaper →`,
+      label: small ? null : `${words(quantityOf.quantity)}${quantityOf.unit === "B" ? " in bytes" : ""}, ${scopeWords(quantityOf.scope)}, lower is cheaper →`,
       type: log ? "log" : "linear", nice: !log, inset: 10, line: true,
       tickFormat: (value) => tick(value, quantityOf.unit), ticks: Math.max(2, Math.floor(width / (log ? 200 : 110))),
     },
@@ -143,15 +143,15 @@ function drawPareto(points, front, task, quantityOf, width, { small = false, log
     symbol: { domain: families, range: families.map((family) => look(family).shape) },
     marks: [
       dense && Plot.ruleY([dense.y], { stroke: "var(--ink)", strokeOpacity: 0.45, strokeDasharray: "2 4" }),
-      dense && !small && Plot.text([dense], {
-        y: "y", text: () => "dense", frameAnchor: "left", textAnchor: "start", dx: 4, dy: -7, fill: "var(--quiet)",
-      }),
       Plot.line(front, { x: "x", y: "y", curve: "step-after", stroke: "var(--front)", strokeWidth: small ? 1.5 : 2 }),
       !small && !crowded && Plot.ruleX(points, {
         x: "x", y1: "low", y2: "high", stroke: (point) => point.run.family, strokeOpacity: 0.4, strokeWidth: 1.25,
       }),
       Plot.dot(shown.filter((point) => !point.run.real), { ...dots, fill: "none" }),
       Plot.dot(shown.filter((point) => point.run.real), { ...dots, fill: (point) => point.run.family }),
+      dense && !small && Plot.text([dense], {
+        y: "y", text: () => "dense", frameAnchor: "left", textAnchor: "start", dx: 4, dy: -7, fill: "var(--quiet)", stroke: "var(--paper)", strokeWidth: 5,
+      }),
       !small && Plot.dot(front, {
         x: "x", y: "y", r: radius + 4, stroke: "none", fill: "transparent",
         href: (point) => runAddress(point.run.id), ariaLabel: (point) => `${point.run.label}, on the front`,

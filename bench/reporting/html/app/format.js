@@ -52,8 +52,18 @@ const count = (number, noun) => `${number.toLocaleString("en")} ${noun}${number 
 
 const when = (started) => started.slice(0, 16).replace("T", " ");
 
-const NAMES = { flops: "FLOPs", macs: "MACs", seconds: "time", method_seconds: "time in the method", bytes: "bytes" };
+const NAMES = {
+  flops: "FLOPs", macs: "MACs", flops_causal: "FLOPs, causal attention", macs_causal: "MACs, causal attention",
+  seconds: "time", method_seconds: "time in the method", warm_up: "warm-up rounds", cpu_mhz: "CPU MHz",
+};
 const words = (name) => NAMES[name] ?? name.replaceAll("_", " ");
+
+// What a cost is of: "forward 1x512" is a forward pass of one row of 512 tokens.
+const scopeWords = (scope) => scope.replace(/^token after /, "one token after ").replace(/(\d+)x(\d+)/, "$1 × $2 tokens");
+
+// Parts that are of the cost's own unit; others, such as the number of rounds, say what they count.
+const COUNTED_PARTS = new Set(["rounds", "warm_up", "threads", "cores", "cores_of_others", "cpu_mhz", "flops"]);
+const part = (name, value, unitOf) => (COUNTED_PARTS.has(name) && unitOf === "s" ? `${words(name)} ${quantity(value)}` : `${words(name)} ${cost(value, unitOf)}`);
 
 // A tick of an axis (200k, 1.6G, 18 ms); the unit stands in the axis label.
 function tick(value, unitOf) {

@@ -48,11 +48,16 @@ function costColumn(name) {
   const at = (run) => run.where.costs.findIndex((one) => nameOf(one) === name);
   const value = (run) => run.costs[at(run)] ?? null;
   return {
-    key: "cost", title: words(name.split("|")[0]), hint: `${words(name.split("|")[0])}, ${name.split("|")[1]}; below it, relative to the dense run`, number: true, first: "up",
+    key: "cost", title: words(name.split("|")[0]), hint: `${costWords(name)}; below it, relative to the dense run`, number: true, first: "up",
     value,
     cell: (run) => html`<span class="beside">${cost(value(run), run.where.costs[at(run)]?.unit)}<small>${value(run) === null ? "" : factor(shareOf(run, at(run)))}</small></span>`,
   };
 }
+
+const costWords = (name) => {
+  const [quantityOf, scope] = name.split("|");
+  return scope === "model" ? words(quantityOf) : `${words(quantityOf)}, ${scopeWords(scope)}`;
+};
 
 const nameOf = (one) => `${one.quantity}|${one.scope}`;
 
@@ -76,10 +81,12 @@ const SCORE = {
   value: (run) => run.score,
   cell: (run) => html`<${Scored} pair=${run.values[0]} answered=${run.answered[0]} task=${run.where.tasks[0]} />`,
 };
+// Bars share one scale, which also holds what scores above the dense model.
+const MOST_KEPT = Math.max(1, d3.max(INDEX.runs, (run) => run.retention) ?? 1);
 const RETENTION = {
   key: "retention", title: "Kept", hint: "score, relative to the dense run", number: true, first: "down",
   value: (run) => run.retention,
-  cell: (run) => run.retention === null ? MISSING : html`<span class="retention"><span class="bar" aria-hidden="true"><i style=${{ width: `${Math.max(0, Math.min(1, run.retention)) * 100}%` }}></i></span><span class="share">${fixed(run.retention * 100, 1)} %</span></span>`,
+  cell: (run) => run.retention === null ? MISSING : html`<span class="retention"><span class="bar" aria-hidden="true"><i style=${{ width: `${Math.max(0, run.retention / MOST_KEPT) * 100}%` }}></i></span><span class="share">${fixed(run.retention * 100, 1)} %</span></span>`,
 };
 const SAVED = {
   key: "effect", title: "Weights", hint: "effect on weights or computation", first: "up",
@@ -114,7 +121,7 @@ function Leaderboard({ route }) {
       <${Choice} label="Weights" value=${query.effect ?? ""} onChange=${(value) => change({ effect: value })}
         options=${[["", "all"], ...[...new Set(INDEX.runs.map((run) => run.effect))].sort().map((kind) => [kind, kind === "none" ? "unchanged" : kind])]} />
       <${Choice} label="Cost column" value=${query.cost ?? ""} onChange=${(value) => change({ cost: value })}
-        options=${[["", "none"], ...costNames(setting ? [setting] : INDEX.settings).map((name) => [name, name.split("|").map(words).join(", ")])]} />
+        options=${[["", "none"], ...costNames(setting ? [setting] : INDEX.settings).map((name) => [name, costWords(name)])]} />
     </form>
     <p class="counted"><span role="status">${count(rows.length, "run")}${rows.length < INDEX.runs.length ? ` of ${INDEX.runs.length.toLocaleString("en")}` : ""}</span>
       ${hasTasks && html`<label class="tick"><input type="checkbox" checked=${!!query.tasks} onChange=${(event) => adjust(route, { tasks: event.target.checked ? "1" : "" })} /> every task</label>`}

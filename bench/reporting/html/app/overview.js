@@ -16,27 +16,44 @@ function Overview() {
   return html`<main id="main" tabindex="-1">
     <h1>Quality and cost of compression</h1>
     <p class="lead">${count(runs.length, "run")} of ${count(methods.size, "method")} on ${count(models.size, "model")} and ${count(benchmarks.size, "benchmark")},${" "}
-      ${when(runs[runs.length - 1].started).slice(0, 10)} to ${when(runs[0].started).slice(0, 10)}.${" "}
+      ${days(runs)}.${" "}
       Each run is compared with the dense model of its own setting: same weights, same questions.</p>
     <${Legend} />
     <div class="cards">${shown.map((index) => html`<${SettingCard} key=${index} index=${index} runs=${bySetting.get(index)} />`)}</div>
     ${order.length > shown.length && html`<p><button class="plain-button" onClick=${() => setAll(true)}>Show all ${order.length} settings</button></p>`}
+    <${About} />
     <${Reading} />
     <${Unreadable} />
   </main>`;
 }
 
+// The day of the runs, or the first and the last of them; runs are sorted by time, newest first.
+function days(runs) {
+  const [last, first] = [runs[0], runs[runs.length - 1]].map((run) => when(run.started).slice(0, 10));
+  return first === last ? first : `${first} to ${last}`;
+}
+
 // The sentence in the config of a method, model or benchmark; a record may bear any name.
 const sentence = (group, name) => (Object.hasOwn(INDEX.about[group], name) ? INDEX.about[group][name] : "");
 
-// Colours and shapes of the families, each with the sentence of its config.
+// Colours and shapes of the families.
 function Legend() {
-  const about = (family) => (family === "dense" ? "the model before any method" : family.split(" + ").map((name) => sentence("method", name)).filter(Boolean).join(" "));
-  const items = FAMILIES.map((family) => html`<li><${Mark} family=${family} size=${70} /> <a href=${address("leaderboard", { family })}>${family}</a>${" "}<span class="quiet">${about(family)}</span></li>`);
+  const items = FAMILIES.map((family) => html`<li><${Mark} family=${family} size=${70} /> <a href=${address("leaderboard", { family })}>${family}</a></li>`);
   const hollow = INDEX.runs.some((run) => !run.real);
   return html`<section class="key" aria-label="Legend"><ul>${items}</ul>
     <p class="quiet">Filled marks: the saving is real.${hollow ? " Hollow marks: weights are only zeroed or masked, or the saving is not confirmed." : ""} The line is the Pareto front.</p></section>`;
 }
+
+// What each method is, by the sentence of its config.
+function About() {
+  const names = [...new Set(FAMILIES.flatMap((family) => family.split(" + ")))].map((name) => [name, sentence("method", name)]).filter(([, text]) => text);
+  if (!names.length) return null;
+  return html`<section class="about"><h2>Methods</h2><dl>${names.map(([name, text]) => html`<div><dt>${name}</dt><dd>${text}</dd></div>`)}</dl></section>`;
+}
+
+// What a setting's name says besides model and benchmark: data, shots, limit.
+const conditions = (setting) => setting.name.replace(setting.model, "").replace(` on ${setting.benchmark}`, "").trim()
+  .replace(") (", "; ").replace(/^\(|\)$/g, "");
 
 function SettingCard({ index, runs }) {
   const setting = INDEX.settings[index];
@@ -47,13 +64,13 @@ function SettingCard({ index, runs }) {
   const dense = runs.find((run) => run.family === "dense");
   const trade = bestTrade(runs, costAt);
   return html`<article class="card">
-    <h2><a href=${address("leaderboard", { setting: index })}>${setting.name}</a></h2>
+    <h2><a href=${address("leaderboard", { setting: index })}>${setting.model} on ${setting.benchmark}</a></h2>
     <p class="quiet">${[sentence("model", setting.model), sentence("benchmark", setting.benchmark)].filter(Boolean).join(" ")}</p>
-    <p class="quiet">${count(runs.length, "run")}${dense && dense.values[0] && html`, dense ${scoreName(task)} <b>${score(dense.score, task)}${unit(task)}</b>`}</p>
+    <p class="quiet">${count(runs.length, "run")}${dense && dense.values[0] && html`, dense ${scoreName(task)} <b>${score(dense.score, task)}${unit(task)}</b>`}; ${conditions(setting)}</p>
     ${points.length > 1 && html`<a class="thumbnail" href=${address("pareto", { setting: index })} aria-label="Pareto plot of ${setting.name}">
       <${Figure} label="${words(task.task)} against ${setting.costs[costAt].quantity} of ${points.length} runs"
         draw=${(width) => drawPareto(points, front, task, setting.costs[costAt], width, { small: true })} inputs=${[index]} /></a>
-      <p class="axes quiet">↑ ${scoreName(task)} ${unit(task)}, ${direction(task)}. → ${words(setting.costs[costAt].quantity)} of ${setting.costs[costAt].scope}${spread(points) ? ", logarithmic" : ""}, lower is cheaper.</p>`}
+      <p class="axes quiet">↑ ${scoreName(task)} ${unit(task)}, ${direction(task)}. → ${words(setting.costs[costAt].quantity)} of ${scopeWords(setting.costs[costAt].scope)}${spread(points) ? ", logarithmic" : ""}, lower is cheaper.</p>`}
     ${trade && html`<p>Cheapest above 95 % of dense: <${RunLink} run=${trade.run} /> keeps ${fixed(trade.run.retention * 100, 1)} % at ${factor(trade.share)} the ${words(setting.costs[costAt].quantity)}.</p>`}
     ${!trade && dense && runs.length > 1 && html`<p class="quiet">No run keeps 95 % of dense at a lower cost.</p>`}
     ${!dense && html`<p class="quiet">No dense run here to compare with.</p>`}

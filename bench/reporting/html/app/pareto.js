@@ -33,7 +33,7 @@ function Pareto({ route }) {
       <${Choice} label="Score (up)" value=${task.task} onChange=${(value) => adjust(route, { task: value })}
         options=${setting.tasks.map((one) => [one.task, `${words(one.task)}${one.task === "average" ? "" : `, ${one.metric}`}`])} />
       <${Choice} label="Cost (across)" value=${`${quantityOf.scope} ${quantityOf.quantity}`} onChange=${(value) => adjust(route, { cost: value })}
-        options=${setting.costs.map((one) => [`${one.scope} ${one.quantity}`, `${words(one.quantity)}, ${one.scope}`])} />
+        options=${setting.costs.map((one) => [`${one.scope} ${one.quantity}`, `${words(one.quantity)}, ${scopeWords(one.scope)}`])} />
       <label class="tick"><input type="checkbox" checked=${logarithmic} disabled=${!points.every((point) => point.x > 0)}
         onChange=${(event) => adjust(route, { log: event.target.checked ? "1" : "0" })} /> logarithmic</label>
     </div>

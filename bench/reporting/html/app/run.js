@@ -95,9 +95,9 @@ function Costs({ record, dense, run }) {
     if (!then || !then.value) return MISSING;
     return one.unit === "s" && !run.real ? html`<span class="quiet">no gain: ${run.effect}</span>` : factor(one.value / then.value);
   };
-  const parts = (one) => Object.entries(one.parts).filter(([, value]) => value).map(([name, value]) => `${words(name)} ${cost(value, one.unit)}`).join(", ");
+  const parts = (one) => Object.entries(one.parts).filter(([, value]) => value).map(([name, value]) => part(name, value, one.unit)).join(", ");
   return html`<${Plain} caption="Costs" rows=${rows} columns=${[
-      { title: "Quantity", cell: (one) => html`${words(one.quantity)} <span class="quiet">${one.scope === "model" ? "" : one.scope}</span>` },
+      { title: "Quantity", cell: (one) => html`${words(one.quantity)} <span class="quiet">${one.scope === "model" ? "" : scopeWords(one.scope)}</span>` },
       { title: "Value", number: true, cell: (one) => cost(one.value, one.unit) },
       ...(dense ? [{ title: "of dense", number: true, cell: share }] : []),
       { title: "How", cell: (one) => one.how },
