@@ -154,7 +154,7 @@ class WgsefDecoder(Method):
     @abstractmethod
     def _observe(
         self, model: Model, context: Context, readouts: Sequence[nn.Module], *, sequential: bool
-    ) -> Generator[LayerGram]:
+    ) -> Generator[LayerGram, None, None]:
         """Yield the statistics of each layer's readout; see `observe_text`."""
 
     @abstractmethod
@@ -220,7 +220,7 @@ class OnText(WgsefDecoder):
 
     def _observe(
         self, model: Model, context: Context, readouts: Sequence[nn.Module], *, sequential: bool
-    ) -> Generator[LayerGram]:
+    ) -> Generator[LayerGram, None, None]:
         tokens_BS = require_calibration(context).tokens.to(model.device)
         return observe_text(model, readouts, tokens_BS, self.batch, sequential=sequential)
 
@@ -238,7 +238,7 @@ class OnPrompts(WgsefDecoder):
 
     def _observe(
         self, model: Model, context: Context, readouts: Sequence[nn.Module], *, sequential: bool
-    ) -> Generator[LayerGram]:
+    ) -> Generator[LayerGram, None, None]:
         calls = _require_prompts(context).inputs
         return observe_calls(model, readouts, calls, sequential=sequential)
 

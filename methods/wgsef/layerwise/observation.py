@@ -59,7 +59,7 @@ class LayerGram:
 
 def observe_text(
     model: Model, readouts: Sequence[nn.Module], tokens_BS: Tensor, batch: int, *, sequential: bool
-) -> Generator[LayerGram]:
+) -> Generator[LayerGram, None, None]:
     """Yield the Gram matrix of each layer's readout, one per layer, in order.
 
     With `sequential` the caller may change a layer between two yields, and the next layer is
@@ -86,7 +86,7 @@ def observe_text(
 
 def observe_calls(
     model: Model, readouts: Sequence[nn.Module], calls: Sequence[ModelInputs], *, sequential: bool
-) -> Generator[LayerGram]:
+) -> Generator[LayerGram, None, None]:
     """Yield the same on calls of the whole network, such as prompts with images.
 
     With `sequential`, `LAYERS_AT_ONCE` layers are observed together behind the changed ones.

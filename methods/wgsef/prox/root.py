@@ -118,7 +118,9 @@ class BudgetEquation:
         return self.offset.numel() == 1 and self.offset.device.type == "cpu"
 
     def _evaluate(self, eta_L: Tensor) -> tuple[Tensor, Tensor]:
-        if self.cost is None and self._scalar_offset and len(self.slope) == 1:
+        one_row = self.cost is None and self._scalar_offset and len(self.slope) == 1
+        # The bounds below divide by eta, which is 0 if the slopes' sum overflowed.
+        if one_row and float(eta_L) > 0:
             return self._evaluate_row(float(eta_L))
         raised_LM = (self.slope * eta_L[:, None]).sub_(self.offset)
         gate_LM = raised_LM.clamp(0, 1)
