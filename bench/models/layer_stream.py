@@ -16,7 +16,7 @@ device, and hidden states wait in CPU memory.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Self, cast
 
@@ -76,21 +76,32 @@ class LayerStream:
         self._onload_stack.close()
 
     @torch.no_grad()
+    def run_until(self, index: int, module: nn.Module) -> None:
+        """Send all rows through layer `index` as far as the input of one of its modules.
+
+        Hooks on what comes before, and before the forward of `module`, see every row exactly once.
+        """
+        self.onload_layer(index)
+
+        def stop(*_: object, **__: object) -> None:
+            raise _ReachedError
+
+        with replaced_forward(module, stop):
+            for place in range(len(self._states)):
+                with suppress(_ReachedError):
+                    self._output(index, place)
+
+    @torch.no_grad()
     def run(self, index: int, *, advance: bool) -> None:
         """Send all rows through layer `index`; with `advance` the outputs become the next inputs.
 
         Hooks and observers on the layer see every row exactly once per call.
         """
         self.onload_layer(index)
-        for place, state_BLD in enumerate(self._states):
-            returned = self._returned[place]
-            args, kwargs = self._arguments[place][index]
-            output = self.layers[index](
-                state_BLD.to(self._device),
-                *(_resolved(value, returned) for value in args),
-                **{name: _resolved(value, returned) for name, value in kwargs.items()},
-            )
+        for place in range(len(self._states)):
+            output = self._output(index, place)
             if advance:
+                returned = self._returned[place]
                 # Some decoder layers return (hidden states, ...), others the tensor alone.
                 output_BLD, *more = output if isinstance(output, tuple) else (output,)
                 self._states[place] = output_BLD.to(self._waiting)
@@ -99,6 +110,16 @@ class LayerStream:
                 waited_for = _references(self._arguments[place][index + 1 :])
                 for key in returned.keys() - waited_for:
                     del returned[key]
+
+    def _output(self, index: int, place: int) -> object:
+        """Return what a layer makes of one batch."""
+        returned = self._returned[place]
+        args, kwargs = self._arguments[place][index]
+        return self.layers[index](
+            self._states[place].to(self._device),
+            *(_resolved(value, returned) for value in args),
+            **{name: _resolved(value, returned) for name, value in kwargs.items()},
+        )
 
     def onload_layer(self, index: int) -> None:
         """Write back the weights of the previous layer and onload those of layer `index`."""
@@ -159,6 +180,10 @@ def _refuse_more_tokens_than_positions(network: TransformersNetwork, length: int
             f"calibration.length={length} is more than the {limit} positions of "
             f"{type(network).__name__}: lower calibration.length"
         )
+
+
+class _ReachedError(Exception):
+    """A run came to the module at which it was to stop."""
 
 
 class _CutStateError(Exception):

@@ -2,8 +2,8 @@
 
 Shapes: M groups of a family.
 
-transformers builds all layers of a language model with one config, so every layer has to keep the
-same number of neurons or heads; a budget per layer (scope `layer`) does that.
+transformers builds all layers of a language model with one config, so a model can be exported only
+if its layers keep the same number of neurons or heads (scope `layer`); any other runs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -55,7 +55,13 @@ def remove_groups(
         UserError: groups of this kind cannot be removed, or a dead one is not zero.
     """
     _refuse_unremovable(network, families, dead)
-    smaller = copy.deepcopy(network)
+    return _cut_groups(copy.deepcopy(network), families, dead, multiple)
+
+
+def _cut_groups(
+    smaller: nn.Module, families: Sequence[GroupFamily], dead: Sequence[Tensor], multiple: int = 1
+) -> Removal:
+    """Cut the groups out of the network itself."""
     gone: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
     branches: list[str] = []
     kept = {}
@@ -182,38 +188,39 @@ def smaller_classifier(
     return smaller
 
 
-def smaller_language_model(
-    network: nn.Module, families: Sequence[GroupFamily], dead: Sequence[Tensor], multiple: int = 1
-) -> nn.Module:
-    """Return the model without its dead neurons or heads; `save_pretrained` can write it.
+def shrink_language_model(
+    network: nn.Module, families: Sequence[GroupFamily], dead: Sequence[Tensor]
+) -> None:
+    """Cut the dead neurons or heads out of the model itself, so that no second copy is ever held.
+
+    If all layers keep the same number, the config states it and `save_pretrained` can write the
+    model; otherwise the config stays as it was, and the model can only be run.
 
     Raises:
-        UserError: the layers keep different numbers, or the groups are of two kinds or of one that
-            cannot be removed.
+        UserError: the groups are of two kinds or of one that cannot be removed, or transformers
+            could not load a model of this size; nothing has been cut then.
     """
     kinds = {family.kind for family in families}
     if len(kinds) != 1:
         raise UserError(f"only one kind of group can be removed, got {' and '.join(sorted(kinds))}")
-    removal = remove_groups(network, families, dead, multiple)
-    counts = set(removal.kept.values())
-    if len(counts) != 1:
-        raise UserError(
-            f"transformers cannot load layers of different sizes, but these keep between "
-            f"{min(counts)} and {max(counts)} {kinds.pop()}: use scope=layer"
-        )
-    smaller: Any = removal.network
+    _refuse_unremovable(network, families, dead)
+    counts = [int((~dead_M).sum()) for dead_M in dead]
     # In a vision-language model the decoder's sizes are in a nested config.
-    config = smaller.config.get_text_config()
-    count = counts.pop()
-    if kinds == {"neurons"}:
-        state_width(smaller, [count])
-    else:
-        _set_head_counts(config, count)
-        for family in families:
-            (heads,) = find_heads(smaller.get_submodule(family.name))
+    config: Any = cast(Any, network).config.get_text_config()
+    if len(set(counts)) == 1:
+        stated = copy.deepcopy(config)
+        if kinds == {"heads"}:
+            _set_head_counts(stated, counts[0])
+        _refuse_unloadable_config(stated, f"{counts[0]} {next(iter(kinds))} per layer")
+        if kinds == {"heads"}:
+            _set_head_counts(config, counts[0])
+        else:
+            state_width(network, counts[:1])
+    _cut_groups(network, families, dead)
+    if kinds == {"heads"}:
+        for family, count in zip(families, counts, strict=True):
+            (heads,) = find_heads(network.get_submodule(family.name))
             state_head_groups(heads, count)
-    _refuse_unloadable_config(config, f"{count} {kinds.pop()} per layer")
-    return removal.network
 
 
 def _set_head_counts(config: Any, kv_heads: int) -> None:

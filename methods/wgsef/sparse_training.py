@@ -34,6 +34,7 @@ from methods.wgsef.solvers.allocation import (
     CostAllocation,
     GlobalAllocation,
     LayerAllocation,
+    PatternAllocation,
     refuse_impossible_sparsity,
 )
 from methods.wgsef.solvers.solver import HardThresholdSolver, MagnitudeSolver, Solver, SolverContext
@@ -158,7 +159,8 @@ class SparseTraining(ClassifierTraining):
     multiply-adds or bytes. With scope
     `global` all layers share one budget, with `layer` each loses that fraction of its groups. If
     `k` is given, it is the number of groups to keep in the whole network instead. `floor` is the
-    minimum fraction kept per layer. Kept counts are rounded up to `multiple`.
+    minimum fraction kept per layer. Kept counts are rounded up to `multiple`. With scope `pattern`,
+    `pattern=[N, M]` keeps N of every M consecutive groups of a layer, whatever `ratio` is.
     """
 
     writes = ("checkpoints",)
@@ -169,6 +171,7 @@ class SparseTraining(ClassifierTraining):
     block: tuple[int, int] = (4, 4)
     masks: str | None = None
     scope: BudgetScope = "global"
+    pattern: tuple[int, int] | None = None
     unit: BudgetUnit = "groups"
     floor: float = Field(default=0.05, ge=0, lt=1)
     k: int | None = Field(default=None, ge=1)
@@ -178,10 +181,15 @@ class SparseTraining(ClassifierTraining):
     def _check_budget(self) -> Self:
         # Raises for knobs of groups that contradict each other.
         self._choice()
-        if self.unit != "groups" and self.scope == "layer":
+        if self.unit != "groups" and self.scope != "global":
             raise ValueError(
-                f"scope=layer counts groups, not unit={self.unit}: set scope=global or unit=groups"
+                f"scope={self.scope} counts groups, not unit={self.unit}: set scope=global or "
+                "unit=groups"
             )
+        if (self.scope == "pattern") != (self.pattern is not None):
+            raise ValueError("scope=pattern and pattern=[N,M] need each other: set both")
+        if self.pattern is not None and not 0 < self.pattern[0] < self.pattern[1]:
+            raise ValueError(f"pattern={list(self.pattern)} is [N,M] with 0 < N < M, such as [2,4]")
         if self.k is not None and (self.scope, self.unit) != ("global", "groups"):
             raise ValueError(
                 "k is the number of groups in the whole network: it needs scope=global and "
@@ -250,6 +258,8 @@ class SparseTraining(ClassifierTraining):
     def _allocation(
         self, network: Classifier, splits: Splits, partition: GroupPartition
     ) -> Allocation:
+        if self.pattern is not None:
+            return PatternAllocation(partition, *self.pattern)
         sparsity = self._sparsity(partition.groups)
         if self.unit == "groups":
             kind = LayerAllocation if self.scope == "layer" else GlobalAllocation
@@ -326,15 +336,35 @@ class GroupLasso(SparseTraining):
         return maker(context, self.strength)
 
 
-class Hspg(SparseTraining):
-    """HSPG: Prox-SG on group lasso, then half-space steps after the fraction `warmup`."""
+Variant = Literal["ours", "released"]
+"""A competitor in the shared form of all solvers here, or as its authors' code updates weights."""
 
+
+class Hspg(SparseTraining):
+    """HSPG: Prox-SG on group lasso, then half-space steps after the fraction `warmup`.
+
+    With `variant=released` the first part is a sub-gradient method, and `cap` is the share of a
+    layer's groups at which half-space tests end.
+    """
+
+    variant: Variant = "ours"
     strength: float = Field(default=1e-2, gt=0)
     epsilon: float = Field(default=0.0, ge=0, lt=1)
     warmup: float = Field(default=0.25, ge=0, le=1)
+    cap: float = Field(default=1.0, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _refuse_cap(self) -> Self:
+        if self.variant == "ours" and self.cap < 1:
+            raise ValueError(f"cap={self.cap:g} belongs to variant=released: set that, or cap=1")
+        return self
 
     def solver(self, context: SolverContext) -> Solver:
         """Return the solver."""
+        if self.variant == "released":
+            return group_lasso.ReleasedHspgSolver(
+                context, self.strength, self.epsilon, self.warmup, self.cap
+            )
         return group_lasso.HspgSolver(context, self.strength, self.epsilon, self.warmup)
 
 
@@ -352,11 +382,14 @@ class AdaHspg(SparseTraining):
 class DeepHoyer(SparseTraining):
     """The group Hoyer-square penalty."""
 
+    variant: Variant = "ours"
     strength: float = Field(default=1e-1, gt=0)
 
     def solver(self, context: SolverContext) -> Solver:
         """Return the solver."""
-        return penalties.DeepHoyerSolver(context, self.strength)
+        released = self.variant == "released"
+        maker = penalties.ReleasedDeepHoyerSolver if released else penalties.DeepHoyerSolver
+        return maker(context, self.strength)
 
 
 class Slimming(SparseTraining):
@@ -388,11 +421,13 @@ class IterativeHardThresholding(SparseTraining):
 class GroupNorm(SparseTraining):
     """torch-pruning's sparse training with group norms (DepGraph)."""
 
+    variant: Variant = "ours"
     strength: float = Field(default=1e-3, gt=0)
 
     def solver(self, context: SolverContext) -> Solver:
         """Return the solver."""
-        return torch_pruning_solvers.GroupNormSolver(context, self.strength)
+        normalizer = "max" if self.variant == "released" else "mean"
+        return torch_pruning_solvers.GroupNormSolver(context, self.strength, normalizer)
 
 
 class GrowingReg(SparseTraining):

@@ -47,6 +47,21 @@ def test_a_layer_runs_again_until_it_advances():
     assert all("forward" not in layer.__dict__ for layer in layers)
 
 
+def test_a_layer_runs_as_far_as_a_module_and_leaves_it_as_it_was():
+    network = build_dense("llama")
+    layers = inspect_model(network).layers
+    stream = LayerStream(network, layers, tokens(), batch=2)
+    down, seen, after = layers[0].mlp.down_proj, [], []
+    down.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    down.register_forward_hook(lambda *_: after.append(1))
+    stream.run_until(0, down)
+    stopped, seen[:] = torch.cat(seen), []
+    assert not after
+    stream.run(0, advance=True)
+    assert torch.equal(stopped, torch.cat(seen))
+    assert "forward" not in down.__dict__
+
+
 @pytest.mark.parametrize("name", ["gpt2", "opt"])
 def test_more_tokens_than_positions_are_one_sentence(name):
     network = build_dense(name)

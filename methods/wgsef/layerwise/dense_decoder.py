@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Sequence
 from fractions import Fraction
 from typing import Any, ClassVar, Literal, cast
 
@@ -16,40 +16,39 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from bench.data.prompts import ProcessedPrompts
 from bench.errors import UserError
 from bench.method import ALL_FORMS, Context, LayerReport, Method, MethodReport, WeightForm
 from bench.models.model import Model
 from bench.models.offload import is_offloaded
 from bench.models.structure.dense_layer import find_heads, weight_of
 from bench.models.structure.model_structure import ModelStructure
-from methods.moe.calibration import Gram, observe_inputs
 from methods.moe.least_squares import refit_columns, refit_error
 from methods.moe.pruning import LayerEntry, require_calibration
 from methods.wgsef.groups import transformer
 from methods.wgsef.groups.partition import GroupFamily
 from methods.wgsef.layerwise.moe_layers import SELECTORS
-from methods.wgsef.layerwise.reconstruction import Reconstruction
-from methods.wgsef.removal import refuse_unstated_heads, smaller_language_model
-
-ModelInputs = Mapping[str, Tensor]
-LAYERS_AT_ONCE = 4
-"""Layers measured per pass; the [M, M] Gram matrices are float64, too large to hold all at once."""
+from methods.wgsef.layerwise.observation import LayerGram, observe_calls, observe_text
+from methods.wgsef.layerwise.reconstruction import Reconstruction, select_by_elimination
+from methods.wgsef.removal import refuse_unstated_heads, shrink_language_model
 
 
 class WgsefDecoder(Method):
     """Keep the neurons, or heads, of each layer that reconstruct its output best.
 
-    With grouped queries a head is a KV head with its query heads. Each layer loses the fraction
-    `ratio`, since transformers builds all layers with one config; at least one atom stays.
+    With grouped queries a head is a KV head with its query heads. With `scope: layer` each layer
+    loses the fraction `ratio`, so that one config describes all of them; with `global` backward
+    elimination on the unpruned model, in errors relative to each layer's output, shares the budget
+    among the layers, and what is left can be run but not exported. One atom stays in each layer.
     `selector` is that of `wgsef_layerwise`. `refit` fits the remaining columns by least squares.
-    With `sequential`, layers are measured `LAYERS_AT_ONCE` at a time on what the pruned layers
-    before them produce.
+    With `sequential`, layers are measured on what the pruned layers before them produce.
     """
 
     accepts: ClassVar[frozenset[WeightForm]] = ALL_FORMS - {"packed"}
 
     atoms: Literal["neurons", "heads"]
     ratio: float = Field(ge=0, lt=1)
+    scope: Literal["layer", "global"] = "layer"
     selector: Literal["debiased", "greedy", "energy"] = "debiased"
     refit: bool = True
     refit_damping: float = Field(default=1e-4, gt=0)
@@ -70,12 +69,12 @@ class WgsefDecoder(Method):
             )
         for layer in structure.layers:
             self._family(layer, structure.architecture)
-            if self.atoms == "heads" and self.state == "removed":
+            if self.atoms == "heads" and self.state == "removed" and self.scope == "layer":
                 refuse_unstated_heads(cast(Any, find_heads(layer)[0].owner).config)
 
     @torch.no_grad()
     def apply(self, model: Model, context: Context) -> MethodReport:
-        """Measure, select and refit a few layers at a time, then remove all dead atoms at once."""
+        """Measure, select and refit layer by layer, then remove all dead atoms at once."""
         # Atoms are zeroed in memory; offloaded weights would be fetched again as they were.
         if is_offloaded(model.network):
             raise UserError(
@@ -83,45 +82,68 @@ class WgsefDecoder(Method):
                 "set model.device_map=null"
             )
         structure, names = model.structure, {m: name for name, m in model.network.named_modules()}
-        found = [self._family(layer, structure.architecture) for layer in structure.layers]
         families = [
-            _qualified(family, names[layer])
-            for family, layer in zip(found, structure.layers, strict=True)
+            _qualified(self._family(layer, structure.architecture), names[layer])
+            for layer in structure.layers
         ]
-        inputs, fingerprint = self._inputs(context, model)
-        step = LAYERS_AT_ONCE if self.sequential else len(families)
+        readouts = [self._readout(model.network, family) for family in families]
+        counts = self._counts(model, context, families, readouts)
+        observed = self._observe(model, context, readouts, sequential=self.sequential)
         layers, dead = list[LayerEntry](), list[Tensor]()
-        starts = list(range(0, len(families), step))
-        for start in context.progress.track(starts, f"choosing {self.atoms}"):
-            group = families[start : start + step]
-            readouts = [self._readout(model.network, family) for family in group]
-            grams, tokens = _grams(model, inputs, readouts)
-            for family, readout in zip(group, readouts, strict=True):
-                gone_A, entry = self._choose(family, readout, grams[readout], tokens)
-                # Zeroed now, so that the next layers are measured behind a pruned one; cut at the
-                # end, since shapes must agree with the config as long as the network runs.
-                _zero_atoms(model.network, family, gone_A)
-                dead.append(gone_A)
-                layers.append({"layer": len(layers), **entry})
+        for place in context.progress.track(range(len(families)), f"choosing {self.atoms}"):
+            family, readout = families[place], readouts[place]
+            gone_A, entry = self._choose(family, readout, next(observed), counts[place])
+            # Zeroed now, so that the next layers are measured behind a pruned one; cut at the end,
+            # since shapes must agree with the config as long as the network runs.
+            _zero_atoms(model.network, family, gone_A)
+            dead.append(gone_A)
+            layers.append({"layer": place, **entry})
+        observed.close()
         removed = sum(int(gone_A.sum()) for gone_A in dead)
         if removed and self.state == "removed":
-            model.network = smaller_language_model(model.network, families, dead)
+            shrink_language_model(model.network, families, dead)
             model.invalidate_structure()
         details = {
-            "requested": {"ratio": self.ratio},
+            "requested": {"ratio": self.ratio, "scope": self.scope},
             f"removed_{self.atoms}": removed,
             self.atoms: sum(family.groups for family in families),
-            "calibration": fingerprint,
+            "calibration": self._fingerprint(context),
         }
         effect = self.state if removed else "none"
         return MethodReport(effect, details, [LayerReport(**layer) for layer in layers])
 
-    def planned_removals(self, structure: ModelStructure) -> list[int]:
-        """Return the number of atoms to remove per layer."""
-        return [
-            self._removed(self._family(layer, structure.architecture).groups)
-            for layer in structure.layers
+    def _counts(
+        self,
+        model: Model,
+        context: Context,
+        families: Sequence[GroupFamily],
+        readouts: Sequence[nn.Module],
+    ) -> list[int]:
+        """Return how many atoms each layer keeps."""
+        sizes = [family.groups for family in families]
+        if self.scope == "layer":
+            return [size - self._removed(size) for size in sizes]
+        observed = self._observe(model, context, readouts, sequential=False)
+        problems = [
+            self._problem(family, readout, gram).of_unit_output()
+            for family, readout, gram in zip(families, readouts, observed, strict=True)
         ]
+        # Whatever the selector: only elimination has a price for each atom by which layers can be
+        # compared, and it can be told to leave one in every layer.
+        masks = select_by_elimination(problems, sum(sizes) - self._removed_of_all(sizes), floor=1)
+        return [int(kept_A.sum()) for kept_A in masks]
+
+    def planned_removals(self, structure: ModelStructure) -> list[int]:
+        """Return the number of atoms to remove: of every layer, or of all layers together."""
+        sizes = [self._family(layer, structure.architecture).groups for layer in structure.layers]
+        if self.scope == "global":
+            return [self._removed_of_all(sizes)]
+        return [self._removed(size) for size in sizes]
+
+    def _removed_of_all(self, sizes: Sequence[int]) -> int:
+        """Return how many atoms of all layers go; one stays in each."""
+        share = math.floor(Fraction(repr(self.ratio)) * sum(sizes))
+        return min(sum(sizes) - len(sizes), share)
 
     def _removed(self, atoms: int) -> int:
         """Return how many of a layer's atoms go; one stays."""
@@ -130,8 +152,14 @@ class WgsefDecoder(Method):
         return min(atoms - 1, math.floor(Fraction(repr(self.ratio)) * atoms))
 
     @abstractmethod
-    def _inputs(self, context: Context, model: Model) -> tuple[Sequence[ModelInputs], str]:
-        """Return the inputs on which activations are measured, and their fingerprint."""
+    def _observe(
+        self, model: Model, context: Context, readouts: Sequence[nn.Module], *, sequential: bool
+    ) -> Generator[LayerGram, None, None]:
+        """Yield the statistics of each layer's readout; see `observe_text`."""
+
+    @abstractmethod
+    def _fingerprint(self, context: Context) -> str:
+        """Return the fingerprint of what activations are measured on."""
 
     def _family(self, layer: nn.Module, architecture: str) -> GroupFamily:
         """Return the atoms of one layer; names are relative to it."""
@@ -151,25 +179,30 @@ class WgsefDecoder(Method):
         # The weight of the output projection is the last slice of neurons and of heads alike.
         return network.get_submodule(family.owned_slices[-1].tensor.removesuffix(".weight"))
 
-    def _choose(
-        self, family: GroupFamily, readout: nn.Module, gram_MM: Tensor, tokens: int
-    ) -> tuple[Tensor, LayerEntry]:
-        """Return a mask [A] of the atoms to remove from a layer, after refitting all others."""
+    def _problem(self, family: GroupFamily, readout: nn.Module, gram: LayerGram) -> Reconstruction:
+        """Return the problem of one layer."""
+        gram_MM, weight_DM = gram.mean(), weight_of(readout)
         if not bool(gram_MM.isfinite().all()):
             raise UserError(
                 f"calibration produced NaN or infinite activations in {family.name}: try "
                 "model.dtype=float32 or different calibration data"
             )
-        weight_DM = weight_of(readout)
         width = weight_DM.shape[1] // family.groups
-        count = family.groups - self._removed(family.groups)
-        problem = Reconstruction.from_gram(gram_MM / tokens, weight_DM.T, width)
+        return Reconstruction.from_gram(gram_MM, weight_DM.T, width)
+
+    def _choose(
+        self, family: GroupFamily, readout: nn.Module, gram: LayerGram, count: int
+    ) -> tuple[Tensor, LayerEntry]:
+        """Return a mask [A] of the atoms to remove from a layer, after refitting all others."""
+        problem = self._problem(family, readout, gram)
+        weight_DM = weight_of(readout)
         (kept_A,) = SELECTORS[self.selector]([problem], count)
         entry: LayerEntry = {"kept": kept_A.nonzero().flatten().tolist()}
-        kept_K = kept_A.repeat_interleave(width).nonzero().flatten()
+        kept_K = kept_A.repeat_interleave(problem.width).nonzero().flatten()
         if self.refit and len(kept_K) < weight_DM.shape[1]:
             # The selection works on zeroed atoms; the columns that stay can take over part of the
             # lost output.
+            gram_MM = gram.mean() * gram.tokens
             columns_DK = refit_columns(gram_MM, weight_DM, kept_K, self.refit_damping).to(weight_DM)
             entry["refit"] = {
                 "error_before": refit_error(gram_MM, weight_DM, kept_K, weight_DM[:, kept_K]),
@@ -185,10 +218,14 @@ class OnText(WgsefDecoder):
     uses_calibration: ClassVar[bool] = True
     batch: int = Field(default=8, ge=1)
 
-    def _inputs(self, context: Context, model: Model) -> tuple[Sequence[ModelInputs], str]:
-        calibration = require_calibration(context)
-        rows = calibration.tokens.to(model.device).split(self.batch)
-        return [{"input_ids": rows_BS} for rows_BS in rows], calibration.fingerprint
+    def _observe(
+        self, model: Model, context: Context, readouts: Sequence[nn.Module], *, sequential: bool
+    ) -> Generator[LayerGram, None, None]:
+        tokens_BS = require_calibration(context).tokens.to(model.device)
+        return observe_text(model, readouts, tokens_BS, self.batch, sequential=sequential)
+
+    def _fingerprint(self, context: Context) -> str:
+        return require_calibration(context).fingerprint
 
 
 class OnPrompts(WgsefDecoder):
@@ -199,27 +236,20 @@ class OnPrompts(WgsefDecoder):
         """This method always needs prompts with images."""
         return True
 
-    def _inputs(self, context: Context, model: Model) -> tuple[Sequence[ModelInputs], str]:
-        if context.prompts is None:
-            raise UserError("this method needs prompts with images: set prompts=NAME")
-        return context.prompts.inputs, context.prompts.fingerprint
+    def _observe(
+        self, model: Model, context: Context, readouts: Sequence[nn.Module], *, sequential: bool
+    ) -> Generator[LayerGram, None, None]:
+        calls = _require_prompts(context).inputs
+        return observe_calls(model, readouts, calls, sequential=sequential)
+
+    def _fingerprint(self, context: Context) -> str:
+        return _require_prompts(context).fingerprint
 
 
-def _grams(
-    model: Model, inputs: Sequence[ModelInputs], readouts: Sequence[nn.Module]
-) -> tuple[dict[nn.Module, Tensor], int]:
-    """Return ΦᵀΦ of the inputs of the projections, float64 [M, M], and the number of tokens."""
-    found = {readout: Gram.of_inputs(readout, torch.float64) for readout in readouts}
-    tokens = 0
-    for call in inputs:
-        mask = call.get("attention_mask")
-        real_BS = torch.ones_like(call["input_ids"]) if mask is None else mask
-        tokens += int(real_BS.sum())
-        with observe_inputs(found, real_BS.bool()):
-            # Only activations inside the layers are needed: logits of the last position are the
-            # least the forward can compute.
-            cast(Any, model.network)(**call, use_cache=False, logits_to_keep=1)
-    return {readout: gram.total for readout, gram in found.items()}, tokens
+def _require_prompts(context: Context) -> ProcessedPrompts:
+    if context.prompts is None:
+        raise UserError("this method needs prompts with images: set prompts=NAME")
+    return context.prompts
 
 
 def _zero_atoms(network: nn.Module, family: GroupFamily, gone_A: Tensor) -> None:

@@ -26,12 +26,13 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from methods.wgsef.prox.operators import Shrinkage, prox_debiased, select_top_k
+from methods.wgsef.prox.operators import select_top_k
+from methods.wgsef.prox.root import BudgetEquation, newton_root
 from methods.wgsef.solvers.schedules import homotopy_ratio
 
 
@@ -78,6 +79,16 @@ class Reconstruction:
     def width(self) -> int:
         """Number of activations per atom."""
         return self.scale.shape[-1]
+
+    def of_unit_output(self) -> Reconstruction:
+        """Return the problem of the same layer with errors relative to the energy of its output.
+
+        Problems of different layers have no other unit in common: hidden states grow with depth.
+        """
+        energy = (self.readout * self.target).sum()
+        # A layer that puts out nothing loses nothing.
+        unit = torch.where(energy > 0, energy, 1.0).rsqrt()
+        return replace(self, target=self.target * unit, readout=self.readout * unit)
 
     def norms(self, v_MD: Tensor) -> Tensor:
         """Return the norms of all atoms as a single row [1, A], as the operators take them."""
@@ -138,57 +149,53 @@ class BackwardElimination:
         gram_MM = problem.gram.clone()
         gram_MM.diagonal().add_(damping)
         self._width = problem.width
-        self._inverse_MM = torch.linalg.inv(gram_MM)
-        self.v_MD: Tensor = self._inverse_MM @ problem.target
+        self._first_MM: Tensor = torch.cholesky_inverse(torch.linalg.cholesky(gram_MM))
+        self._own_ABB = diagonal_blocks(self._first_MM, problem.width).clone()
+        # A dropped atom changes the inverse Gram matrix by a term of rank B (block elimination).
+        # The terms are kept as factors, and only the columns that are asked for are ever computed:
+        # a step costs O(M B n) after n dropped activations instead of O(M^2 B) for the whole.
+        self._factors_MM = torch.empty_like(self._first_MM)
+        self._dropped = 0
+        self.v_MD: Tensor = self._first_MM @ problem.target
         self.gone_A = torch.zeros(problem.atoms, dtype=torch.bool, device=self.v_MD.device)
 
     def cheapest(self) -> tuple[float, int]:
         """Return twice the error that dropping the cheapest atom adds, and its index."""
-        own_ABB = diagonal_blocks(self._inverse_MM, self._width)
-        v_ABD = self.v_MD.reshape(len(self.gone_A), self._width, -1)
-        cost_A = (v_ABD * torch.linalg.solve(own_ABB, v_ABD)).sum((-2, -1))
+        if self._width == 1:
+            cost_A = self.v_MD.square().sum(-1) / self._own_ABB[:, 0, 0]
+        else:
+            v_ABD = self.v_MD.reshape(len(self.gone_A), self._width, -1)
+            cost_A = (v_ABD * torch.linalg.solve(self._own_ABB, v_ABD)).sum((-2, -1))
         cost, place = cost_A.masked_fill(self.gone_A, torch.inf).min(0)
         return float(cost), int(place)
 
     def drop(self, j: int) -> None:
         """Remove one atom and let all others compensate."""
         here = slice(j * self._width, (j + 1) * self._width)
-        # Removing rows and columns j from G changes its inverse by a rank-B update (block
-        # elimination), so a step costs O(M^2 B) instead of a new inverse in O(M^3).
-        share_MB = torch.linalg.solve(
-            self._inverse_MM[here, here], self._inverse_MM[:, here], left=False
-        )
-        self.v_MD = self.v_MD - share_MB @ self.v_MD[here]
-        self._inverse_MM = self._inverse_MM - share_MB @ self._inverse_MM[here]
+        past_MN = self._factors_MM[:, : self._dropped]
+        columns_MB = self._first_MM[:, here] - past_MN @ past_MN[here].T
+        root_BB = torch.linalg.cholesky(columns_MB[here])
+        factor_MB = torch.linalg.solve_triangular(root_BB.T, columns_MB, upper=True, left=False)
+        # By symmetry the rows of a dropped atom are zero up to rounding: they are set to zero, so
+        # that later terms leave them alone.
+        factor_MB[self.gone_A.repeat_interleave(self._width)] = 0
+        step_BD = torch.linalg.solve_triangular(root_BB, self.v_MD[here], upper=False)
+        self.v_MD.addmm_(factor_MB, step_BD, alpha=-1)
+        factor_ABB = factor_MB.reshape(len(self.gone_A), self._width, -1)
+        self._own_ABB.baddbmm_(factor_ABB, factor_ABB.mT, alpha=-1)
+        self._factors_MM[:, self._dropped : self._dropped + self._width] = factor_MB
+        self._dropped += self._width
         self.gone_A[j] = True
-        # The rows of a dropped atom are zero up to rounding. Its diagonal block becomes the
-        # identity, because `cheapest` solves with the blocks of all atoms.
-        self._inverse_MM[here, :] = self._inverse_MM[:, here] = 0
-        self._inverse_MM[here, here].fill_diagonal_(1)
+        # The diagonal block of a dropped atom becomes the identity, because `cheapest` solves with
+        # the blocks of all atoms.
+        self._own_ABB[j] = torch.eye(self._width).to(self._own_ABB)
         self.v_MD[here] = 0
-
-
-def gradient_step(problem: Reconstruction, v_MD: Tensor, smooth: float) -> Tensor:
-    """Return the gradient step of length 1/L on the error."""
-    step_MD: Tensor = (problem.gram @ v_MD - problem.target) / smooth
-    return v_MD - step_MD
-
-
-def largest_eigenvalue(gram_MM: Tensor) -> float:
-    """Return the smoothness constant L of the error, by which steps are divided."""
-    return float(torch.linalg.eigvalsh(gram_MM)[-1])
-
-
-def _shrink_atoms(
-    problem: Reconstruction, operator: Callable[..., Shrinkage], t_MD: Tensor, *knobs: float
-) -> Tensor:
-    """Shrink or drop the atoms of a read-out by an operator on their norms."""
-    return problem.scaled(t_MD, operator(problem.norms(t_MD), *knobs).scale[0])
 
 
 Problems = Sequence[Reconstruction]
 Selector = Callable[[Problems, int], list[Tensor]]
-HOMOTOPY_STEPS = 200
+HOMOTOPY_STEPS = 12
+"""Strengths of the homotopy; on FFNs of SmolLM2 24 leave the same error (docs/wgsef.md)."""
 
 
 def select_by_energy(problems: Problems, k: int) -> list[Tensor]:
@@ -197,38 +204,80 @@ def select_by_energy(problems: Problems, k: int) -> list[Tensor]:
 
 
 def select_by_homotopy(problems: Problems, k: int) -> list[Tensor]:
-    """Follow the debiased operator from ratio 0 to 1: gradient steps per problem, one budget."""
-    # One step size for all problems: norms are comparable under one budget only if all atoms moved
-    # in the same metric. The largest eigenvalue of a block-diagonal matrix is that of its blocks.
-    smooth = max(largest_eigenvalue(problem.gram) for problem in problems)
+    """Minimise error + lam h_k for lam rising from 0 to infinity, alternately and exactly.
+
+    h_k = F - 1/2 sum_j ||v_j||^2 = min over u in [0,1]^N, sum u <= k, of
+    1/2 sum_j (1/u_j - 1) ||v_j||^2, so for fixed u the error is a ridge regression, and for fixed v
+    the best u are the gates min(1, eta ||v_j||) of the envelope (`prox/value.py`). Each strength
+    lam takes one step in either. Whole atoms (u = 1) are not penalised.
+    """
+    states = [_PenalisedReconstruction(problem) for problem in problems]
     readouts = [problem.readout for problem in problems]
-    # The last ratio stays below 1, where the operator would divide by 0; `_top_k_masks` is its
-    # limit.
     for step in range(1, HOMOTOPY_STEPS):
-        moved = [gradient_step(p, v_MD, smooth) for p, v_MD in zip(problems, readouts, strict=True)]
-        shrunk = prox_debiased(
-            _joint_norms(problems, moved), k, homotopy_ratio(step / HOMOTOPY_STEPS)
-        )
-        scales = shrunk.scale[0].split([problem.atoms for problem in problems])
-        parts = zip(problems, moved, scales, strict=True)
-        readouts = [problem.scaled(t_MD, scale_A) for problem, t_MD, scale_A in parts]
+        ratio = homotopy_ratio(step / HOMOTOPY_STEPS)
+        gate_N = envelope_gates(_joint_norms(problems, readouts), k)[0]
+        gates = gate_N.split([problem.atoms for problem in problems])
+        readouts = [
+            state.minimiser(gate_A, ratio / (1 - ratio))
+            for state, gate_A in zip(states, gates, strict=True)
+        ]
     return _top_k_masks(problems, readouts, k)
 
 
-def select_by_elimination(problems: Problems, k: int) -> list[Tensor]:
-    """Remove one atom at a time, the cheapest of all problems.
+def envelope_gates(norm_LM: Tensor, k: int) -> Tensor:
+    """Return u = min(1, eta ||v_j||) with sum u = k per row (all 1 where all fit)."""
+    budget = torch.full_like(norm_LM[:, 0], float(k))
+    equation = BudgetEquation(norm_LM, torch.zeros_like(norm_LM[:, :1]), budget)
+    # No guard: the penalty divides by the gates.
+    return equation.gates(newton_root(equation), guard=0.0)
+
+
+class _PenalisedReconstruction:
+    """Least-squares read-outs under a ridge of its own for each atom, by block elimination."""
+
+    def __init__(self, problem: Reconstruction, damping: float = 1e-8) -> None:
+        gram_MM = problem.gram.clone()
+        gram_MM.diagonal().add_(damping)
+        self._problem = problem
+        self._inverse_MM = torch.cholesky_inverse(torch.linalg.cholesky(gram_MM))
+
+    def minimiser(self, gate_A: Tensor, lam: float) -> Tensor:
+        """Return the V [M, D] of least error + lam/2 sum_j (1/u_j - 1) ||v_j||^2.
+
+        With H the inverse Gram matrix and E = diag(u / (lam (1 - u))) on the penalised activations
+        P it is V_0 - H_P (H_PP + E)^-1 V_0P; atoms with u = 0 are eliminated.
+        """
+        gate_M = gate_A.repeat_interleave(self._problem.width)
+        place_P = (gate_M < 1).nonzero()[:, 0]
+        readout_MD = self._problem.readout
+        if not len(place_P):
+            return readout_MD
+        across_MP = self._inverse_MM[:, place_P]
+        inner_PP = across_MP[place_P]
+        inner_PP.diagonal().add_(gate_M[place_P] / (lam * (1 - gate_M[place_P])))
+        factor_PP: Tensor = torch.linalg.cholesky(inner_PP)
+        moved_MD: Tensor = across_MP @ torch.cholesky_solve(readout_MD[place_P], factor_PP)
+        return readout_MD - moved_MD
+
+
+def select_by_elimination(problems: Problems, k: int, floor: int = 0) -> list[Tensor]:
+    """Remove one atom at a time, the cheapest of all problems; `floor` stay in each.
 
     An elimination in one block leaves all others unchanged, so this is exactly the greedy
     elimination of the joint problem, at the cost of the single ones.
     """
     states = [BackwardElimination(problem) for problem in problems]
     # One entry per problem, renewed only when an atom is removed from it, is always up to date.
-    heap = [(*state.cheapest(), place) for place, state in enumerate(states)]
+    heap = [
+        (*state.cheapest(), place)
+        for place, state in enumerate(states)
+        if len(state.gone_A) > floor
+    ]
     heapq.heapify(heap)
     for _ in range(sum(problem.atoms for problem in problems) - k):
         _, atom, place = heapq.heappop(heap)
         states[place].drop(atom)
-        if not bool(states[place].gone_A.all()):
+        if int((~states[place].gone_A).sum()) > floor:
             heapq.heappush(heap, (*states[place].cheapest(), place))
     return [~state.gone_A for state in states]
 

@@ -21,7 +21,7 @@ from methods.wgsef.groups.partition import GroupPartition
 from methods.wgsef.prox.operators import Shrinkage
 from methods.wgsef.solvers.schedules import cubic_sparsity
 
-BudgetScope = Literal["global", "layer"]
+BudgetScope = Literal["global", "layer", "pattern"]
 ProxOperator = Callable[..., Shrinkage]
 """`prox_envelope` or `prox_debiased`: norms, k, lam, and as keywords weight, metric, cost_LM."""
 
@@ -119,6 +119,60 @@ class LayerAllocation(Allocation):
         # 1e-9 before the floor: 0.29 * 100 is 28.999... in floating point and must remove 29.
         gone_L = (self._sparsity * cubic_sparsity(progress) * self._size_L + 1e-9).floor()
         return (self._size_L - gone_L).maximum(self._floors.double())
+
+
+class PatternAllocation(Allocation):
+    """N of every M consecutive groups of a family stay: N:M sparsity where groups are weights.
+
+    Each run of M is a row with a budget of its own, so there is no floor.
+
+    Raises:
+        UserError: the number of a family's groups is no multiple of M.
+    """
+
+    def __init__(self, partition: GroupPartition, kept: int, of: int) -> None:
+        super().__init__(partition, 1 - kept / of, floor=0)
+        for family in partition.families:
+            if family.groups % of:
+                raise UserError(
+                    f"pattern=[{kept},{of}] does not fit the {family.groups} {family.kind} of "
+                    f"{family.name}: leave it out with layers, or choose another pattern"
+                )
+        self._kept, self._of = kept, of
+
+    def k(self, progress: float) -> int:
+        """Return the number of groups of the whole network that may stay at this point."""
+        return self._partition.groups // self._of * self._kept_now(progress)
+
+    def shrink(
+        self, operator: ProxOperator, norm_M: Tensor, strength: ProxParameters, progress: float
+    ) -> tuple[Tensor, Tensor]:
+        """Solve one equation per run, all at once."""
+        rows = self.constraint_rows
+        keywords = strength.as_keywords(rows)
+        shrunk = operator(rows(norm_M), self.k_rows(progress), strength.lam, **keywords)
+        return shrunk.scale.flatten(), shrunk.gate.flatten()
+
+    def select(self, score_M: Tensor, progress: float = 1.0) -> Tensor:
+        """Return a mask [M] of each run's groups of highest score."""
+        return (_ranks(self.constraint_rows(score_M)) < self._kept_now(progress)).flatten()
+
+    def constraint_rows(self, values_M: Tensor) -> Tensor:
+        """Return the values with one row per run."""
+        return values_M.reshape(-1, self._of)
+
+    def from_constraint_rows(self, values_LN: Tensor) -> Tensor:
+        """Return values with one row per run as [M] again."""
+        return values_LN.flatten()
+
+    def k_rows(self, progress: float) -> Tensor:
+        """Return the number of groups that each run may keep."""
+        rows = self._partition.groups // self._of
+        return torch.full((rows,), float(self._kept_now(progress)), device=self._partition.device)
+
+    def _kept_now(self, progress: float) -> int:
+        gone = (self._of - self._kept) * cubic_sparsity(progress)
+        return self._of - int(gone + 1e-9)
 
 
 class _NetworkAllocation(Allocation):

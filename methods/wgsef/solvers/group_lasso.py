@@ -165,6 +165,82 @@ class HspgSolver(HalfSpaceSolver):
         return torch.where(norm_M > 0, weight_M / norm_M, 0.0)
 
 
+class ReleasedHspgSolver(Solver):
+    """HSPG as its authors' code has it (forsubmissionanonymity/nips_2021_2271, hspg.py).
+
+    It differs from `HspgSolver` in three ways: there is no proximal step, the gradient of
+    lambda sum_j ||v_j|| is added to that of the loss before the momentum's buffer, and all groups
+    weigh the same. In the half-space phase y = x - alpha buffer is tested against x. No test is
+    made in a family of which the share `cap` of the groups is zero; where a test would pass it,
+    only int(M (share - cap)) of the groups it found, drawn at random, are zeroed (the code's own
+    count; the released settings for convolutional networks have 1, which never acts).
+
+    Its groups hold a filter with its bias and leave BatchNorm out; those here hold both, without
+    which a zero group could not be removed.
+    """
+
+    _OFFSET = 1e-6
+
+    def __init__(
+        self,
+        context: SolverContext,
+        strength: float,
+        epsilon: float = 0.0,
+        warmup: float = 0.25,
+        cap: float = 1.0,
+    ) -> None:
+        super().__init__(context, strength)
+        self._weight, self._epsilon, self._warmup, self._cap = strength, epsilon, warmup, cap
+        self._start_weights: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def before_step(self, optimizer: ProximalOptimizer) -> None:
+        """Add lambda v / ||v|| to the gradient; in a half-space step, keep what it starts from."""
+        half_space = self.progress >= self._warmup
+        norm_M = self.partition.norms()
+        # The released sub-gradient is exact and 0 at 0; the half-space phase adds 1e-6 instead.
+        divisor_M = norm_M + self._OFFSET if half_space else norm_M
+        factor_M = torch.where(norm_M > 0, self._weight / divisor_M, 0.0)
+        self.partition.add_to_gradients_(factor_M)
+        if half_space:
+            weights = self.partition.owned_parameters()
+            self._start_weights = {name: w.detach().clone() for name, w in weights.items()}
+
+    def shrink(self, optimizer: ProximalOptimizer) -> None:
+        """Zero the groups that left their half-space, and those that were zero before."""
+        start, self._start_weights = self._start_weights, {}
+        if not start:
+            return
+        parameters = self.partition.parameters
+        square_M = self.partition.sum_named(lambda name: start[name].square())
+        inner_M = self.partition.sum_named(lambda name: parameters[name] * start[name])
+        empty_M = square_M == 0
+        left_M = (inner_M < self._epsilon * square_M) & ~empty_M
+        gone_M = empty_M | self._capped(left_M, empty_M)
+        self.partition.scale_((~gone_M).double())
+
+    def _capped(self, left_M: Tensor, empty_M: Tensor) -> Tensor:
+        """Return which of the groups that left their half-space are zeroed."""
+        # From the step alone, so that a resumed training draws the same.
+        generator = torch.Generator().manual_seed(self.step)
+        parts = []
+        for left, empty in zip(
+            self.partition.split(left_M), self.partition.split(empty_M), strict=True
+        ):
+            groups, chosen = len(left), left
+            share = int((left | empty).sum()) / groups
+            if int(empty.sum()) / groups >= self._cap:
+                chosen = torch.zeros_like(left)
+            elif share > self._cap:
+                place = left.nonzero()[:, 0]
+                count = int(groups * (share - self._cap))
+                order = torch.randperm(len(place), generator=generator)[:count]
+                chosen = torch.zeros_like(left)
+                chosen[place[order.to(place.device)]] = True
+            parts.append(chosen)
+        return torch.cat(parts)
+
+
 class AdaHspgSolver(HspgSolver):
     """HSPG that chooses between its two steps after each epoch.
 

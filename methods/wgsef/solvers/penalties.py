@@ -38,6 +38,44 @@ class DeepHoyerSolver(Solver):
         self.partition.add_to_gradients_(self._weight * self.partition.unpad(factor_LN))
 
 
+class ReleasedDeepHoyerSolver(Solver):
+    """Group Hoyer-square as its authors' code has it (yanghr/DeepHoyer, structured form).
+
+    Per weight W of a convolution or linear layer, the last one included,
+    [(sum_c ||W[:, c]||)^2 + (sum_f ||W[f]||)^2] / ||W||_F^2: filters and input channels of each
+    layer on its own, where `DeepHoyerSolver` has one norm for all that leaves together. BatchNorm
+    and biases are free.
+    """
+
+    def __init__(self, context: SolverContext, strength: float) -> None:
+        super().__init__(context, strength)
+        self._weight = strength
+        self._tensors = [
+            module.weight
+            for module in context.network.modules()
+            if isinstance(module, nn.Conv2d | nn.Linear)
+        ]
+
+    def before_step(self, optimizer: ProximalOptimizer) -> None:
+        """Add the penalty's gradient; a row or channel of zeros gets the subgradient 0."""
+        # A weight of zeros has no Hoyer-square, and nothing to push further.
+        tensors = [weight for weight in self._tensors if bool(weight.detach().any())]
+        with torch.enable_grad():
+            penalty = sum(hoyer_square(weight) for weight in tensors)
+            slopes = torch.autograd.grad(penalty, tensors) if tensors else ()
+        for weight, slope in zip(tensors, slopes, strict=True):
+            if weight.grad is not None:
+                weight.grad.add_(slope, alpha=self._weight)
+
+
+def hoyer_square(weight: Tensor) -> Tensor:
+    """Return the Hoyer-square of a weight's filters plus that of its input channels."""
+    matrix = weight.flatten(2) if weight.ndim > 2 else weight[..., None]
+    filters = torch.linalg.vector_norm(matrix, dim=(1, 2)).sum()
+    channels = torch.linalg.vector_norm(matrix, dim=(0, 2)).sum()
+    return (filters.square() + channels.square()) / matrix.square().sum()
+
+
 class SlimmingSolver(Solver):
     """Network slimming (Liu et al., 2017): an L1 penalty on BatchNorm scales, ranked by them.
 

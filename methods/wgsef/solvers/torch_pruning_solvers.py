@@ -76,12 +76,19 @@ class _TorchPruningSolver(Solver):
 
 
 class GroupNormSolver(_TorchPruningSolver):
-    """DepGraph's sparse training: weight decay that grows as a group's norm falls."""
+    """DepGraph's sparse training: weight decay that grows as a group's norm falls.
 
-    def __init__(self, context: SolverContext, strength: float = 1e-4) -> None:
+    Norms of a layer are divided by their mean, the library's default, or by their maximum
+    (`normalizer="max"`), as its script for CIFAR does. The decay depends on neither, only the
+    ranking across layers does.
+    """
+
+    def __init__(
+        self, context: SolverContext, strength: float = 1e-4, normalizer: str = "mean"
+    ) -> None:
         import torch_pruning
 
-        importance = torch_pruning.importance.GroupMagnitudeImportance(p=2)
+        importance = torch_pruning.importance.GroupMagnitudeImportance(p=2, normalizer=normalizer)
         super().__init__(context, "GroupNormPruner", importance, reg=strength)
 
 

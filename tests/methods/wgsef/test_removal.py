@@ -15,7 +15,7 @@ from bench.models.classifiers.serialization import (
 )
 from methods.wgsef.groups import convolution, transformer
 from methods.wgsef.groups.partition import GroupFamily, GroupPartition, Slice
-from methods.wgsef.removal import smaller_classifier, smaller_language_model
+from methods.wgsef.removal import shrink_language_model, smaller_classifier
 
 MICRO = ["micro_lenet", "micro_vgg", "micro_resnet", "micro_mobilenet", "micro_densenet"]
 
@@ -193,20 +193,25 @@ def test_a_language_model_without_its_dead_groups_is_loaded_again(make, kept, tm
     dead = [torch.randperm(f.groups) >= k for f, k in zip(families, kept, strict=True)]
     partition.scale_((~torch.cat(dead)).double())
     zeroed = network(tokens).logits
-    smaller = smaller_language_model(network, families, dead)
-    torch.testing.assert_close(smaller(tokens).logits, zeroed, atol=1e-5, rtol=1e-5)
-    smaller.save_pretrained(tmp_path)
+    shrink_language_model(network, families, dead)
+    torch.testing.assert_close(network(tokens).logits, zeroed, atol=1e-5, rtol=1e-5)
+    network.save_pretrained(tmp_path)
     again = LlamaForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(again(tokens).logits, zeroed, atol=1e-5, rtol=1e-5)
 
 
-def test_layers_of_different_sizes_are_one_sentence():
-    network = language_model()
-    families = transformer.neurons(network)
-    dead = [torch.arange(48) >= 20, torch.arange(48) >= 24]
+@pytest.mark.parametrize(
+    ("make", "kept"), [(transformer.neurons, (20, 24)), (transformer.heads, (3, 1))]
+)
+def test_layers_of_different_sizes_run_and_their_config_says_nothing_wrong(make, kept):
+    network, tokens = language_model(), torch.arange(14).reshape(2, 7)
+    families, before = make(network), network.config.to_dict()
+    dead = [torch.arange(f.groups) >= k for f, k in zip(families, kept, strict=True)]
     GroupPartition(network, families).scale_((~torch.cat(dead)).double())
-    with pytest.raises(UserError, match="keep between 20 and 24 neurons: use scope=layer"):
-        smaller_language_model(network, families, dead)
+    zeroed = network(tokens).logits
+    shrink_language_model(network, families, dead)
+    torch.testing.assert_close(network(tokens).logits, zeroed, atol=1e-5, rtol=1e-5)
+    assert network.config.to_dict() == before
 
 
 def test_a_number_of_heads_that_transformers_refuses_is_one_sentence():
@@ -215,7 +220,7 @@ def test_a_number_of_heads_that_transformers_refuses_is_one_sentence():
     dead = [torch.arange(4) == 2, torch.arange(4) == 1]
     GroupPartition(network, families).scale_((~torch.cat(dead)).double())
     with pytest.raises(UserError, match=r"could not reload 3 heads per layer: .*multiple") as said:
-        smaller_language_model(network, families, dead)
+        shrink_language_model(network, families, dead)
     assert "\n" not in str(said.value)
 
 
@@ -224,4 +229,4 @@ def test_two_kinds_of_groups_at_once_are_one_sentence():
     families = [*transformer.neurons(network), *transformer.heads(network)]
     dead = [torch.zeros(family.groups, dtype=torch.bool) for family in families]
     with pytest.raises(UserError, match="got heads and neurons"):
-        smaller_language_model(network, families, dead)
+        shrink_language_model(network, families, dead)

@@ -69,6 +69,37 @@ def test_the_configs_name_every_knob_of_their_class():
         assert set(given["recipe"]) == set(maker.model_fields["recipe"].annotation.model_fields)
 
 
+def test_two_of_four_weights_stay_in_every_run():
+    subject = model()
+    method = methods.Wgsef(
+        groups="weights",
+        layers={"weights": "features.3*"},
+        scope="pattern",
+        pattern=(2, 4),
+        recipe={"epochs": 1, "batch": 200},
+    )
+    report = method.apply(subject, Context(seed=0))
+    assert report.effect == "zeroed"
+    assert 2 * report.details["kept"] == report.details["groups"]
+    (name,) = report.details["groups_by_layer"]
+    weight = subject.network.get_parameter(f"{name}.weight").detach()
+    assert ((weight.reshape(-1, 4) != 0).sum(1) == 2).all()
+
+
+@pytest.mark.parametrize(
+    ("knobs", "said"),
+    [
+        ({"scope": "pattern"}, "need each other"),
+        ({"pattern": (2, 4)}, "need each other"),
+        ({"scope": "pattern", "pattern": (4, 4)}, "0 < N < M"),
+        ({"scope": "pattern", "pattern": (2, 4), "unit": "macs"}, "counts groups, not unit=macs"),
+    ],
+)
+def test_a_pattern_that_says_nothing_is_refused(knobs, said):
+    with pytest.raises(ValidationError, match=said):
+        methods.Wgsef(groups="weights", **knobs)
+
+
 @pytest.mark.parametrize("name", ["micro_lenet", "micro_resnet", "micro_mobilenet"])
 def test_training_without_sparsity_keeps_every_weight_and_learns(name):
     subject, recipe = model(name), {"epochs": 2, "batch": 100}

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from methods.wgsef.layerwise.reconstruction import (
+    HOMOTOPY_STEPS,
     BackwardElimination,
     Reconstruction,
-    _shrink_atoms,
-    gradient_step,
-    largest_eigenvalue,
 )
-from methods.wgsef.prox.operators import prox_debiased, prox_envelope, select_top_k
+from methods.wgsef.prox.operators import Shrinkage, prox_envelope, select_top_k
 from methods.wgsef.solvers.schedules import homotopy_ratio
 
 
@@ -38,14 +39,30 @@ def by_envelope(problem: Reconstruction, k: int, lam: float, steps: int = 400) -
     return v_MD
 
 
-def by_homotopy(problem: Reconstruction, k: int, steps: int = 400) -> Tensor:
-    """Follow the debiased operator from ratio 0 to 1; the result has k atoms by construction."""
-    smooth = largest_eigenvalue(problem.gram)
+def by_homotopy(problem: Reconstruction, k: int, steps: int = HOMOTOPY_STEPS) -> Tensor:
+    """Alternate between gates and a dense ridge regression; the result has k atoms."""
     v_MD = problem.readout
+    eye_MM = torch.eye(len(v_MD), dtype=v_MD.dtype)
     for step in range(1, steps):
-        t_MD = gradient_step(problem, v_MD, smooth)
-        v_MD = _shrink_atoms(problem, prox_debiased, t_MD, k, homotopy_ratio(step / steps))
+        ratio = homotopy_ratio(step / steps)
+        gate_A = gates_by_sorting(problem.norms(v_MD)[0], k)
+        ridge_M = (1 / gate_A - 1).repeat_interleave(problem.width) * ratio / (1 - ratio)
+        gram_MM = problem.gram + 1e-8 * eye_MM
+        v_MD = torch.linalg.solve(gram_MM + ridge_M.diag(), gram_MM @ problem.readout)
     return _shrink_atoms(problem, select_top_k, v_MD, k)
+
+
+def gates_by_sorting(norm_A: Tensor, k: int) -> Tensor:
+    """Return u = min(1, eta norm) of sum k: the w largest are whole, the others share the rest."""
+    order = norm_A.argsort(descending=True)
+    for whole in range(k + 1):
+        rest = norm_A[order[whole:]].sum()
+        eta = (k - whole) / rest if rest > 0 else torch.inf
+        gate_A = (eta * norm_A).clamp(1e-12, 1)
+        gate_A[order[:whole]] = 1
+        if whole == len(norm_A) or eta * norm_A[order[whole]] <= 1:
+            return gate_A
+    raise AssertionError("no number of whole atoms fits")
 
 
 def by_elimination(problem: Reconstruction, k: int, damping: float = 1e-8) -> Tensor:
@@ -59,3 +76,21 @@ def by_elimination(problem: Reconstruction, k: int, damping: float = 1e-8) -> Te
     for _ in range(problem.atoms - k):
         elimination.drop(elimination.cheapest()[1])
     return elimination.v_MD
+
+
+def gradient_step(problem: Reconstruction, v_MD: Tensor, smooth: float) -> Tensor:
+    """Return the gradient step of length 1/L on the error."""
+    step_MD: Tensor = (problem.gram @ v_MD - problem.target) / smooth
+    return v_MD - step_MD
+
+
+def largest_eigenvalue(gram_MM: Tensor) -> float:
+    """Return the smoothness constant L of the error, by which steps are divided."""
+    return float(torch.linalg.eigvalsh(gram_MM)[-1])
+
+
+def _shrink_atoms(
+    problem: Reconstruction, operator: Callable[..., Shrinkage], t_MD: Tensor, *knobs: float
+) -> Tensor:
+    """Shrink or drop the atoms of a read-out by an operator on their norms."""
+    return problem.scaled(t_MD, operator(problem.norms(t_MD), *knobs).scale[0])

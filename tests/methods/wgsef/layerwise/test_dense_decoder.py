@@ -1,17 +1,28 @@
 """Neurons and heads of dense decoders: the geometry of wide atoms, and removed = zeroed."""
 
+import gc
+import weakref
 from itertools import combinations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from bench.data.calibration import Calibration
 from bench.data.prompts import ProcessedPrompts
 from bench.errors import UserError
 from bench.method import Context
 from bench.models.model import Model
+from bench.models.structure.model_structure import inspect_model
 from bench.schema import ModelConfig
+from methods.wgsef.layerwise import observation
 from methods.wgsef.layerwise.dense_decoder import OnPrompts, OnText
 from methods.wgsef.layerwise.reconstruction import Reconstruction
 from tests.methods.visual_engine import tiny_mllms
@@ -31,7 +42,13 @@ BOTH = pytest.mark.parametrize("atoms", ["neurons", "heads"])
 
 
 def decoder(kind=LlamaForCausalLM, **changes):
-    configs = {LlamaForCausalLM: LlamaConfig, Qwen2ForCausalLM: Qwen2Config}
+    configs = {
+        LlamaForCausalLM: LlamaConfig,
+        Qwen2ForCausalLM: Qwen2Config,
+        OPTForCausalLM: OPTConfig,
+    }
+    if kind is OPTForCausalLM:
+        changes |= {"ffn_dim": 40, "word_embed_proj_dim": 32}
     config = configs[kind](**(SIZES | changes))
     torch.manual_seed(0)
     return kind._from_config(config, attn_implementation="sdpa").eval().requires_grad_(False)
@@ -136,8 +153,88 @@ def test_layers_see_what_the_pruned_ones_before_them_produce():
     _, sequential = applied(decoder(), OnText(atoms="neurons", ratio=0.5))
     _, at_once = applied(decoder(), OnText(atoms="neurons", ratio=0.5, sequential=False))
     first, last = sequential.layers, at_once.layers
-    assert first[:4] == last[:4]
-    assert first[4].refit != last[4].refit
+    assert first[0].kept == last[0].kept
+    assert first[0].refit == pytest.approx(last[0].refit)
+    assert first[1].refit != pytest.approx(last[1].refit, rel=1e-3)
+
+
+@BOTH
+@pytest.mark.parametrize("kind", [LlamaForCausalLM, Qwen2ForCausalLM, OPTForCausalLM])
+def test_a_replayed_layer_is_a_layer_that_ran_again(atoms, kind, monkeypatch):
+    ratio = {"atoms": atoms, "ratio": 0.5, "state": "zeroed"}
+    replayed, one = applied(decoder(kind), OnText(**ratio))
+    monkeypatch.setattr(observation, "REPLAY_BYTES", 0)
+    again, other = applied(decoder(kind), OnText(**ratio))
+    assert one.layers == other.layers
+    for name, weight in replayed.network.state_dict().items():
+        assert torch.equal(weight, again.network.state_dict()[name]), name
+
+
+def test_one_pass_of_text_is_what_calls_of_the_whole_network_measure():
+    network = decoder()
+    model = Model(
+        ModelConfig(name="tiny", source="tests"), network, None, "", None, torch.device("cpu")
+    )
+    readouts = [layer.mlp.down_proj for layer in model.structure.layers]
+    calls = [{"input_ids": tokens()[:4]}, {"input_ids": tokens()[4:]}]
+    by_text = list(observation.observe_text(model, readouts, tokens(), 4, sequential=True))
+    by_call = list(observation.observe_calls(model, readouts, calls, sequential=True))
+    for one, other in zip(by_text, by_call, strict=True):
+        assert one.tokens == other.tokens == 120
+        torch.testing.assert_close(one.mean(), other.mean(), atol=1e-7, rtol=1e-5)
+
+
+def test_a_gram_matrix_in_bands_is_the_sum_of_all_products():
+    gram = observation.LayerGram(torch.nn.Linear(21, 3))
+    x_TM = torch.randn(50, 21, generator=torch.Generator().manual_seed(3))
+    gram.add(x_TM[:30])
+    gram.add(x_TM[30:])
+    expected = x_TM.double().T @ x_TM.double() / 50
+    torch.testing.assert_close(gram.mean(), expected, atol=1e-6, rtol=1e-5)
+
+
+@BOTH
+def test_a_budget_over_layers_spends_a_share_that_rounds_to_nothing_in_each(atoms):
+    ids = tokens()[:2]
+    sizes = {"intermediate_size": 3, "num_attention_heads": 6, "num_key_value_heads": 3}
+    small = {**sizes, "hidden_size": 24}
+    rounded = OnText(atoms=atoms, ratio=0.2)
+    assert not any(rounded.planned_removals(inspect_model(decoder(**small))))
+    zeroed, _ = applied(
+        decoder(**small), OnText(atoms=atoms, ratio=0.2, scope="global", state="zeroed")
+    )
+    removed, report = applied(decoder(**small), OnText(atoms=atoms, ratio=0.2, scope="global"))
+    assert report.details[f"removed_{atoms}"] == 3  # of 18: 3.6 rounded down
+    assert min(len(layer.kept) for layer in report.layers) >= 1
+    expected = zeroed.network(ids).logits
+    torch.testing.assert_close(removed.network(ids).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_budget_over_layers_leaves_one_head_in_each():
+    _, report = applied(decoder(), OnText(atoms="heads", ratio=0.99, scope="global"))
+    assert [len(layer.kept) for layer in report.layers] == [1] * SIZES["num_hidden_layers"]
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@BOTH
+def test_no_memory_is_kept_after_apply(atoms, scope):
+    network = decoder()
+    before = [weakref.ref(weight) for weight in network.parameters()]
+    model, report = applied(network, OnText(atoms=atoms, ratio=0.5, scope=scope))
+    assert model.network is network
+    report.layers.clear()
+    # Without a garbage collection: a cycle would hold all weights until the next one.
+    left = sum(weight.numel() for ref in before if (weight := ref()) is not None)
+    mine = {id(weight) for weight in network.parameters()}
+    assert all(ref() is None or id(ref()) in mine for ref in before)
+    assert left < sum(weight.numel() for weight in network.parameters())
+    held = [
+        value
+        for value in gc.get_objects()
+        # By type: `isinstance` would ask lazy modules for their class, which warns.
+        if issubclass(type(value), torch.Tensor) and value.dtype == torch.float64
+    ]
+    assert not [value.shape for value in held if 40 in value.shape or 32 in value.shape]
 
 
 @BOTH

@@ -1,11 +1,19 @@
 """Layer-wise selection against brute force, least squares and optimality certificates."""
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 import torch
 
-from methods.wgsef.layerwise.reconstruction import Reconstruction
+from methods.wgsef.layerwise.reconstruction import (
+    BackwardElimination,
+    Reconstruction,
+    _PenalisedReconstruction,
+    envelope_gates,
+    select_by_elimination,
+    select_by_homotopy,
+)
+from methods.wgsef.prox.value import envelope_value
 from tests.methods.wgsef.layerwise.oracles import (
     by_elimination,
     by_energy,
@@ -104,3 +112,65 @@ def test_atoms_that_never_fire_are_the_first_to_go():
     problem = Reconstruction.from_gram(phi_TM.T @ phi_TM / 400, weight_MD)
     for select in SELECTORS:
         assert problem.error(select(problem, 19)) <= 1e-6
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_a_lazy_elimination_is_one_that_inverts_anew(width):
+    phi_TM, weight_MD, _ = layer(atoms=24)
+    problem = Reconstruction.from_gram(phi_TM.T @ phi_TM / 400, weight_MD, width)
+    damping, atoms = 1e-6, 24 // width
+    state = BackwardElimination(problem, damping)
+    gram_MM = problem.gram + damping * torch.eye(24)
+    left = list(range(atoms))
+    for _ in range(atoms - 1):
+        places = [atom * width + i for atom in left for i in range(width)]
+        inverse = torch.linalg.inv(gram_MM[places][:, places])
+        v_KD = inverse @ problem.target[places]
+        torch.testing.assert_close(state.v_MD[places], v_KD, atol=1e-7, rtol=1e-6)
+        costs = []
+        for n in range(len(left)):
+            own = slice(n * width, (n + 1) * width)
+            costs.append(
+                float((v_KD[own].T @ torch.linalg.inv(inverse[own, own]) @ v_KD[own]).trace())
+            )
+        cost, atom = state.cheapest()
+        assert atom == left[costs.index(min(costs))]
+        assert cost == pytest.approx(min(costs), rel=1e-6)
+        state.drop(atom)
+        left.remove(atom)
+
+
+def test_a_floor_keeps_atoms_in_the_problem_that_loses_least():
+    phi_TM, weight_MD, problem = layer(atoms=10)
+    weak = Reconstruction.from_gram(phi_TM.T @ phi_TM / 400, 1e-6 * weight_MD)
+    free = select_by_elimination([problem, weak], 8)
+    held = select_by_elimination([problem, weak], 8, floor=2)
+    assert [int(mask.sum()) for mask in free] == [8, 0]
+    assert [int(mask.sum()) for mask in held] == [6, 2]
+    # In units of its own output the weak layer is worth as much as the other.
+    fair = select_by_elimination([problem.of_unit_output(), weak.of_unit_output()], 8)
+    assert [int(mask.sum()) for mask in fair] == [4, 4]
+
+
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("k", [2, 5])
+def test_the_homotopy_is_gates_and_ridge_regressions_in_turn(width, k):
+    phi_TM, weight_MD, _ = layer(seed=3)
+    problem = Reconstruction.from_gram(phi_TM.T @ phi_TM / 400, weight_MD, width)
+    (found_A,) = select_by_homotopy([problem], k)
+    assert torch.equal(found_A, problem.norms(by_homotopy(problem, k))[0] > 0)
+
+
+def test_each_half_step_of_the_homotopy_lowers_its_objective():
+    _, _, problem = layer()
+    k, lam, state = 7, 0.4, _PenalisedReconstruction(problem)
+    v_MD, values = problem.readout, []
+    for _ in range(30):
+        norm_1A = problem.norms(v_MD)
+        envelope = envelope_value(norm_1A, torch.ones_like(norm_1A), torch.tensor([k]))
+        excess = float(envelope) - 0.5 * float(norm_1A.square().sum())
+        gap_MD = v_MD - problem.readout
+        values.append(0.5 * float((gap_MD * (problem.gram @ gap_MD)).sum()) + lam * excess)
+        v_MD = state.minimiser(envelope_gates(norm_1A, k)[0], lam)
+    assert all(new <= old + 1e-9 for old, new in pairwise(values))
+    assert values[-1] < 0.9 * values[0]

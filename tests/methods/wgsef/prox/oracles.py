@@ -242,7 +242,9 @@ def value_in_closed_form(norm_LM: Tensor, weight_LM: Tensor, k: int) -> Tensor:
     values_L = torch.full_like(z_LM[:, 0], torch.nan)
     for r in range(k):
         mean_L = z_LM[:, k - r - 1 :].sum(-1) / (r + 1)
-        fits_L = (above_LM[:, k - r - 1] > mean_L) & (mean_L >= above_LM[:, k - r])
+        # With ties both neighbours equal the mean, up to rounding in either direction.
+        upper_L, lower_L = mean_L * (1 + 1e-12), mean_L * (1 - 1e-12)
+        fits_L = (above_LM[:, k - r - 1] >= lower_L) & (upper_L >= above_LM[:, k - r])
         head_L = z_LM[:, : k - r - 1].square().sum(-1)
         candidate_L = 0.5 * (head_L + (r + 1) * mean_L.square())
         values_L = torch.where(values_L.isnan() & fits_L, candidate_L, values_L)

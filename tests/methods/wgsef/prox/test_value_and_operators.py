@@ -13,7 +13,12 @@ from scipy.optimize import minimize
 from bench.errors import UserError
 from methods.wgsef.prox import value as function
 from methods.wgsef.prox.operators import prox_debiased, prox_envelope, select_top_k
-from methods.wgsef.prox.root import newton_root, newton_root_fixed_passes, sorting_root
+from methods.wgsef.prox.root import (
+    BudgetEquation,
+    newton_root,
+    newton_root_fixed_passes,
+    sorting_root,
+)
 from tests.methods.wgsef.prox import oracles
 from tests.methods.wgsef.prox.oracles import (
     debiased_,
@@ -298,3 +303,56 @@ def test_a_debiased_ratio_of_one_is_one_sentence():
 def test_a_strength_of_zero_is_one_sentence():
     with pytest.raises(UserError, match="lam must be above 0, got 0"):
         prox_envelope(torch.rand(1, 5), 2, 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e25])
+@pytest.mark.parametrize("make", [prox_envelope, prox_debiased])
+def test_the_factors_do_not_depend_on_the_unit_of_the_norms(make, size, dtype):
+    torch.manual_seed(0)
+    norm_LM = torch.rand(2, 40, dtype=dtype) + 0.1
+    norm_LM[:, ::7] = 0
+    for k in (3, 20, 40):
+        expected = make(norm_LM, k, 0.3).scale
+        torch.testing.assert_close(make(norm_LM * size, k, 0.3).scale, expected)
+        row = make(norm_LM[:1] * size, k, 0.3).scale
+        torch.testing.assert_close(row, expected[:1])
+
+
+@pytest.mark.parametrize("lam", [1e-7, 1e-5, 1e-3, 1.0, 100.0])
+def test_single_precision_keeps_the_groups_that_double_keeps(lam):
+    torch.manual_seed(1)
+    norm_LM = torch.rand(1, 200).double() + 0.01
+    for k in (1, 20, 150):
+        exact = prox_envelope(norm_LM, k, lam)
+        found = prox_envelope(norm_LM.float(), k, lam)
+        torch.testing.assert_close(found.scale.double(), exact.scale, atol=2e-4, rtol=2e-4)
+        at_zero = exact.gate < 1e-3 * min(1.0, lam)
+        assert torch.equal((found.gate > 0)[~at_zero], (exact.gate > 0)[~at_zero])
+
+
+@settings(max_examples=200, deadline=None)
+@given(problems, st.floats(0.01, 100))
+def test_one_row_is_evaluated_as_many_are(problem, eta):
+    t_LMG, _, k, lam = problem
+    slope_LM = t_LMG.norm(dim=-1)
+    offset_L1 = torch.full((3, 1), lam).double()
+    together = BudgetEquation(slope_LM, offset_L1, torch.full((3,), float(k)).double())
+    kept_L, rate_L = together.evaluate(torch.full((3,), eta).double())
+    for row in range(3):
+        alone = BudgetEquation(
+            slope_LM[row : row + 1], offset_L1[:1], torch.full((1,), float(k)).double()
+        )
+        kept, rate = alone.evaluate(torch.tensor([eta]).double())
+        assert float(kept) == pytest.approx(float(kept_L[row]), rel=1e-12, abs=1e-12)
+        assert float(rate) == pytest.approx(float(rate_L[row]), rel=1e-9, abs=1e-9)
+
+
+def test_the_closed_form_of_the_value_holds_with_ties():
+    norm_LM = torch.tensor([[0.3, 0.3, 0.3, 0.3], [2.0, 2.0, 2.0, 1.0]]).double()
+    for k in (1, 2, 3, 4):
+        closed_L = oracles.value_in_closed_form(norm_LM, torch.ones(2, 4).double(), k)
+        value_L = function.envelope_value(
+            norm_LM, torch.ones(2, 4).double(), torch.full((2,), float(k)).double()
+        )
+        torch.testing.assert_close(closed_L, value_L)

@@ -11,15 +11,26 @@ from bench.models.classifiers.architectures import build_classifier
 from bench.models.classifiers.classifier import VisionConfig
 from methods.wgsef.groups import convolution
 from methods.wgsef.groups.partition import GroupPartition
-from methods.wgsef.solvers.allocation import GlobalAllocation
+from methods.wgsef.prox.operators import prox_envelope
+from methods.wgsef.solvers.allocation import (
+    GlobalAllocation,
+    PatternAllocation,
+    ProxParameters,
+)
 from methods.wgsef.solvers.group_lasso import (
     AdaHspgSolver,
     AdaptiveGroupLassoSolver,
     GroupLassoSolver,
     HspgSolver,
+    ReleasedHspgSolver,
 )
 from methods.wgsef.solvers.optimizers import ProximalAdam, ProximalSGD
-from methods.wgsef.solvers.penalties import DeepHoyerSolver, SlimmingSolver
+from methods.wgsef.solvers.penalties import (
+    DeepHoyerSolver,
+    ReleasedDeepHoyerSolver,
+    SlimmingSolver,
+    hoyer_square,
+)
 from methods.wgsef.solvers.solver import HardThresholdSolver, MagnitudeSolver, SolverContext
 from methods.wgsef.solvers.torch_pruning_solvers import GroupNormSolver, GrowingRegSolver
 from tests.methods.wgsef.solvers.solver_setup import (
@@ -112,6 +123,49 @@ def test_hspg_begins_as_prox_sg(context):
     close(groups(context), expected)
 
 
+def released_hspg(x, buffers, phase, eps):
+    """One step of the released code on one group, given its momentum's buffer."""
+    norm = float(x.norm())
+    if phase == "half-space":
+        y = x - RATE * buffers
+        return torch.zeros_like(x) if not norm or y @ x < eps * norm**2 else y
+    return x - RATE * buffers
+
+
+@pytest.mark.parametrize("phase", ["sub-gradient", "half-space"])
+def test_released_hspg_puts_its_regulariser_into_the_momentum(context, phase):
+    context.partition.scale_((torch.arange(context.partition.groups) % 7 > 0).double())
+    warmup = 0.0 if phase == "half-space" else 1.0
+    solver = ReleasedHspgSolver(context, strength=0.5, epsilon=0.95, warmup=warmup)
+    optimizer = ProximalSGD(context.network.parameters(), solver, RATE, momentum=0.9)
+    x, buffers = groups(context), [torch.zeros_like(xj) for xj in groups(context)]
+    for seed in (1, 2, 3):
+        gradients(context, seed)
+        offset = 1e-6 if phase == "half-space" else 0.0
+        for j, gj in enumerate(slopes(context)):
+            pull = 0.5 * x[j] / (x[j].norm() + offset) if x[j].any() else torch.zeros_like(x[j])
+            # torch's first buffer is the gradient itself.
+            buffers[j] = (0.9 * buffers[j] if seed > 1 else 0) + gj + pull
+            x[j] = released_hspg(x[j], buffers[j], phase, 0.95)
+        optimizer.step()
+        close(groups(context), x)
+    zeros = sum(not xj.any() for xj in x)
+    assert (zeros > len(x) // 7 + 1) is (phase == "half-space")
+
+
+def test_released_hspg_stops_at_its_cap(context):
+    solver = ReleasedHspgSolver(context, strength=50.0, epsilon=0.9, warmup=0.0, cap=0.4)
+    sgd_step(context, solver)
+    # All groups leave their half-space at once: the excess of the share over the cap goes.
+    for family, alive_M in zip(
+        context.partition.families, context.partition.split(context.partition.alive()), strict=True
+    ):
+        assert int((~alive_M).sum()) == int(family.groups * (1 - 0.4))
+    before = int(context.partition.alive().sum())
+    sgd_step(context, solver)
+    assert int(context.partition.alive().sum()) == before
+
+
 def test_adahspg_chooses_its_step_by_what_moves_more(context):
     for mu, chosen in ((0.0, True), (1e9, False)):
         solver = AdaHspgSolver(context, strength=0.5, mu=mu)
@@ -142,6 +196,62 @@ def test_deep_hoyer_adds_the_gradient_of_its_penalty(context):
     for name in context.partition.owned_parameters():
         added = context.partition.parameters[name].grad - before[name]
         torch.testing.assert_close(added.double(), named[name].grad, atol=1e-6, rtol=1e-4)
+
+
+def test_released_deep_hoyer_sums_filters_and_channels_of_every_layer(context):
+    gradients(context)
+    layers = {
+        n: m.weight
+        for n, m in context.network.named_modules()
+        if type(m).__name__ in ("Conv2d", "Linear")
+    }
+    assert len(layers) > len(context.partition.families)
+    with torch.no_grad():
+        next(iter(layers.values()))[0] = 0
+    before = {n: w.grad.clone() for n, w in context.network.named_parameters()}
+    solver = ReleasedDeepHoyerSolver(context, strength=0.7)
+    solver.before_step(ProximalSGD(context.network.parameters(), solver, RATE))
+    expected = dict(before)
+    for name, weight in layers.items():
+        w = weight.detach().double().flatten(2) if weight.ndim > 2 else weight.detach().double()
+        sides = [
+            torch.tensor([float(w[f].norm()) for f in range(w.shape[0])]).double(),
+            torch.tensor([float(w[:, c].norm()) for c in range(w.shape[1])]).double(),
+        ]
+        power = w.square().sum()
+        added = torch.zeros_like(w)
+        for f in range(w.shape[0]):
+            for c in range(w.shape[1]):
+                for norms, place in ((sides[0], f), (sides[1], c)):
+                    if norms[place] > 0:
+                        added[f, c] += 2 * norms.sum() / power * w[f, c] / norms[place]
+                    added[f, c] -= 2 * norms.sum() ** 2 / power**2 * w[f, c]
+        expected[f"{name}.weight"] = before[f"{name}.weight"] + 0.7 * added.reshape(weight.shape)
+    for name, weight in context.network.named_parameters():
+        found = weight.grad.double()
+        torch.testing.assert_close(found, expected[name].double(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("matrix", "value"), [([[1.0, 0], [0, 1]], 4), ([[1.0, 0], [0, 0]], 2)])
+def test_hoyer_square_counts_what_is_left_and_ignores_scale(matrix, value):
+    weight = torch.tensor(matrix)
+    assert float(hoyer_square(weight)) == pytest.approx(value)
+    assert float(hoyer_square(7 * weight)) == pytest.approx(value)
+
+
+def test_group_norm_as_released_has_the_same_penalty_and_another_ranking(context):
+    pulls, scores = [], []
+    for normalizer in ("mean", "max"):
+        gradients(context)
+        before = slopes(context)
+        solver = GroupNormSolver(context, normalizer=normalizer)
+        solver.before_step(ProximalSGD(context.network.parameters(), solver, RATE))
+        pulls.append([new - old for new, old in zip(slopes(context), before, strict=True)])
+        scores.append(context.partition.split(solver.score()))
+    close(*pulls)
+    for by_mean, by_maximum in zip(*scores, strict=True):
+        assert float(by_maximum.max()) == pytest.approx(1)
+        torch.testing.assert_close(by_maximum, by_mean / by_mean.max(), atol=1e-6, rtol=1e-5)
 
 
 def test_slimming_adds_the_sign_of_every_scale_and_ranks_by_it(context):
@@ -216,3 +326,32 @@ def test_torch_prunings_solvers_refuse_other_groups():
     context = SolverContext(network, partition, GlobalAllocation(partition, 0.5), 10, 5, image)
     with pytest.raises(UserError, match="need groups=filters, got filter_shapes"):
         GroupNormSolver(context)
+
+
+def test_a_pattern_keeps_its_share_of_every_run():
+    torch.manual_seed(0)
+    network = build_classifier(VisionConfig(architecture="micro_vgg", channels=1, size=8))
+    image = torch.zeros(1, 1, 8, 8)
+    families = convolution.weights(network, image)[1:]
+    partition = GroupPartition(network, families)
+    allocation = PatternAllocation(partition, 2, 4)
+    score_M = partition.norms()
+    keep_M = allocation.select(score_M)
+    assert allocation.k(1.0) == int(keep_M.sum()) == partition.groups // 2
+    for family, kept in zip(families, partition.split(keep_M), strict=True):
+        (owned,) = family.owned_slices
+        weight = partition.parameters[owned.tensor].detach().flatten().abs()
+        for start in range(0, 400, 4):
+            largest = weight[start : start + 4].topk(2).indices
+            assert kept[start : start + 4].nonzero().flatten().tolist() == sorted(largest.tolist())
+    # Each run solves the equation that it would solve alone.
+    scale_M, _ = allocation.shrink(prox_envelope, score_M, ProxParameters(0.5), 1.0)
+    alone = prox_envelope(score_M[None, 40:44], 2, 0.5).scale[0]
+    torch.testing.assert_close(scale_M[40:44], alone)
+
+
+def test_a_pattern_that_does_not_fit_is_one_sentence():
+    network = build_classifier(VisionConfig(architecture="micro_vgg", channels=1, size=8))
+    partition = GroupPartition(network, convolution.weights(network, torch.zeros(1, 1, 8, 8)))
+    with pytest.raises(UserError, match=r"pattern=\[3,7\] does not fit the \d+ weights of"):
+        PatternAllocation(partition, 3, 7)
