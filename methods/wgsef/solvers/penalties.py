@@ -60,9 +60,11 @@ class ReleasedDeepHoyerSolver(Solver):
         """Add the penalty's gradient; a row or channel of zeros gets the subgradient 0."""
         # A weight of zeros has no Hoyer-square, and nothing to push further.
         tensors = [weight for weight in self._tensors if bool(weight.detach().any())]
+        if not tensors:
+            return
         with torch.enable_grad():
-            penalty = sum(hoyer_square(weight) for weight in tensors)
-            slopes = torch.autograd.grad(penalty, tensors) if tensors else ()
+            penalty = torch.stack([hoyer_square(weight) for weight in tensors]).sum()
+            slopes = torch.autograd.grad(penalty, tensors)
         for weight, slope in zip(tensors, slopes, strict=True):
             if weight.grad is not None:
                 weight.grad.add_(slope, alpha=self._weight)
@@ -73,7 +75,8 @@ def hoyer_square(weight: Tensor) -> Tensor:
     matrix = weight.flatten(2) if weight.ndim > 2 else weight[..., None]
     filters = torch.linalg.vector_norm(matrix, dim=(1, 2)).sum()
     channels = torch.linalg.vector_norm(matrix, dim=(0, 2)).sum()
-    return (filters.square() + channels.square()) / matrix.square().sum()
+    measure: Tensor = (filters.square() + channels.square()) / matrix.square().sum()
+    return measure
 
 
 class SlimmingSolver(Solver):
