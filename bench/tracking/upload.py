@@ -1,9 +1,9 @@
 """W&B's client in a process of its own, which a run can feed while it goes on and then abandon.
 
 W&B's client waits for minutes for a server that does not answer, and once more when its process
-exits. A run cannot afford that, so only the separate process imports it. The run writes one line of
-JSON per event to its standard input, never waiting: while the pipe is full, events are dropped. The
-record follows at the end and holds every number again. After `timeout` seconds from then the
+exits. A run cannot afford that, so the client runs in a separate process. The run writes one line
+of JSON per event to its standard input, never waiting: while the pipe is full, events are dropped.
+The record follows at the end and holds every number again. After `timeout` seconds from then the
 process and its children are killed.
 
     {"id", "results_dir", ...}             the first line, see `Opening`
