@@ -38,6 +38,7 @@ from bench.sweeps import (
 )
 from bench.sweeps.job import STUDY_FILE, objective_value
 from bench.sweeps.plan import SweepFingerprint, find_sweep, read_plan
+from bench.ui import note, says_notes
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -109,13 +110,16 @@ class LaunchOutcome:
             self.reused += result.reused
 
 
-def launch(arguments: Sequence[str], session: Session) -> LaunchOutcome:
+def launch(
+    arguments: Sequence[str], session: Session, budget: float | None = None
+) -> LaunchOutcome:
     """Check every alternative of the sweep, then let Hydra execute each run.
 
-    A sweep that exists already, and whose inputs are unchanged, is resumed.
+    A sweep that exists already, and whose inputs are unchanged, is resumed. `budget` is the most
+    seconds that what is to do may take by its estimate.
 
     Raises:
-        UserError: one of the alternatives is wrong; nothing was run.
+        UserError: one of the alternatives is wrong, or all exceed the budget; nothing was run.
         RunsFailed: no run of the sweep succeeded.
     """
     overrides = Overrides.parse(arguments)
@@ -132,7 +136,7 @@ def launch(arguments: Sequence[str], session: Session) -> LaunchOutcome:
         known = existing_sweep(results_dir, overrides.arguments)
         if known is not None and not overrides.is_true("force"):
             return _resume_plan(known, session, overrides.texts, reused=True)
-        return _launch_new(overrides, session)
+        return _launch_new(overrides, session, budget)
 
 
 def resume_sweep(
@@ -151,7 +155,9 @@ def resume_sweep(
         return _resume_plan(plan, session, repeated)
 
 
-def _launch_new(overrides: Overrides, session: Session) -> LaunchOutcome:
+def _launch_new(
+    overrides: Overrides, session: Session, budget: float | None = None
+) -> LaunchOutcome:
     """Check and run what was not launched before."""
     # Imported here: composing needs the libraries that a finished sweep does without.
     from bench.config.sweep_checks import (
@@ -173,6 +179,7 @@ def _launch_new(overrides: Overrides, session: Session) -> LaunchOutcome:
     if any(config.offline for config in configs):
         hub.go_offline()
     files = [check_run(config, session) for config in configs]
+    _announce(overrides, admitted, session, budget)
     if not admitted.is_sweep:
         outcome = LaunchOutcome()
         _run_hydra(admitted, session, outcome)
@@ -188,6 +195,26 @@ def _launch_new(overrides: Overrides, session: Session) -> LaunchOutcome:
         if not sweep_jobs(plan):
             shutil.rmtree(plan.folder)
         raise
+
+
+def _announce(
+    overrides: Overrides, admitted: Admitted, session: Session, budget: float | None
+) -> None:
+    """Say what a sweep should take, and refuse what is above the budget."""
+    if budget is None and (not admitted.is_sweep or session.estimator is None or not says_notes()):
+        return
+    from bench.config.sweep_checks import every_config
+    from bench.estimation.hardware import load_hardware
+    from bench.estimation.words import sweep_line
+    from bench.runner.estimate import estimate_configs, refuse_above
+
+    # A budget is worth measuring this machine for; a line is not.
+    hardware = load_hardware("here") if session.estimator is None else session.estimator.hardware
+    runs = every_config(overrides, admitted)
+    found = estimate_configs(runs, hardware, session, estimator=session.estimator)
+    note(sweep_line(found))
+    if budget is not None:
+        refuse_above(budget, found)
 
 
 def _resume_plan(

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
+    from bench.estimation.run_estimate import Estimator
     from bench.evaluation import PlanCache
     from bench.evaluation.distributed import ProcessGroup
     from bench.models.model import Model
@@ -51,6 +52,15 @@ class Session:
         return {}
 
     @cached_property
+    def estimator(self) -> Estimator | None:
+        """Estimates runs on this machine, None where its rates are not known."""
+        from bench.estimation.run_estimate import Estimator
+        from bench.estimation.this_machine import known_here
+
+        here = known_here()
+        return None if here is None else Estimator(here)
+
+    @cached_property
     def process_group(self) -> ProcessGroup:
         """This process's place among those of a distributed run; connects on first use."""
         from bench.evaluation.distributed import current_process_group
@@ -62,6 +72,7 @@ class Session:
         held = self.__dict__
         held.pop("benchmarks", None)
         held.pop("dense_counts", None)
+        held.pop("estimator", None)
         if "base_model" in held:
             self.base_model.release()
             del self.base_model
