@@ -209,12 +209,15 @@ class _Tally(TorchDispatchMode):
         self, func: Any, types: object, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> object:
         result = func(*args, **(kwargs or {}))
-        if self.paused or _is_view(func):
+        # `prim` holds questions to a tensor, such as for its device: nothing is computed.
+        if self.paused or func.namespace == "prim" or _is_view(func):
             return result
         self.operators += 1
         self.elements += _numbers([result])
-        # A product's inputs are its weights, which are counted apart, and what was just written.
-        if not is_matmul(str(getattr(func, "_overloadpacket", func))):
+        name = str(getattr(func, "_overloadpacket", func))
+        # A product's inputs are its weights, which are counted apart, and what was just written; a
+        # look-up reads the rows that it returns.
+        if not is_matmul(name) and "embedding" not in name:
             self.elements += _numbers(args)
         return result
 

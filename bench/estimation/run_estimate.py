@@ -212,7 +212,9 @@ class Estimator:
         )  # fmt: skip
 
     def _describe(self, config: RunConfig, source: ModelSource, dtype: str) -> Described:
-        key = (source.folder, source.config, dtype, config.costs.words)
+        # Where weights wait changes no shape.
+        model = source.config.model_copy(update={"device_map": None})
+        key = (source.folder, model.model_dump_json(), dtype, config.costs.words)
         if key not in self._described:
             self._described[key] = _described(config, source, dtype, self.hardware)
         return self._described[key]
@@ -222,8 +224,10 @@ class Estimator:
     ) -> tuple[tuple[Asked, ...], list[str]]:
         from bench.estimation.tasks import asked_by
 
+        if described.model.tokenizer is None and source.config.kind != "image_classifier":
+            return (), []  # said already: without a tokenizer there are no tokens
         # The plan itself, kept alive by this cache so that its id stays its own.
-        key = (id(benchmark), source.folder, source.config)
+        key = (id(benchmark), id(described))
         if key not in self._asked:
             free = self.hardware.memory - described.work.stored
             try:

@@ -28,6 +28,7 @@ _IDLE_LOAD = 1.0
 """Processes that want a core, per core: above it they disturb each other."""
 
 
+@functools.cache
 def measured_here() -> HardwareConfig:
     """Return this machine's figures, measured in two seconds or read from the cache folder.
 
@@ -47,13 +48,15 @@ def measured_here() -> HardwareConfig:
     return found
 
 
-@functools.cache
 def known_here() -> HardwareConfig | None:
     """Return this machine's figures where they cost a run next to nothing.
 
-    They are read from the cache folder, or measured once if nothing else runs.
+    They are those that this process measured or the cache folder has, or are measured now if
+    nothing else runs.
     """
-    return _remembered() or (None if _busy() else measured_here())
+    if measured_here.cache_info().currsize or not _busy():
+        return measured_here()
+    return _remembered()
 
 
 def _busy() -> bool:

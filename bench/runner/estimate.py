@@ -71,7 +71,8 @@ def estimate_configs(
     """
     from bench.estimation.run_estimate import Estimator, SweepEstimate
 
-    known, runs = set[str](), list[RunEstimate]()
+    known: set[str] = set()
+    runs: list[RunEstimate] = []
     found = estimator or Estimator(hardware)
     for config in configs:
         run, identity = _estimate(config, found, session)

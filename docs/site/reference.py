@@ -27,7 +27,7 @@ GROUPS = {
 }
 API = {
     "Run, compare, draw, read": [
-        "bench.run", "bench.compare", "bench.plot", "bench.runner.session.Session",
+        "bench.run", "bench.estimate", "bench.compare", "bench.plot", "bench.runner.session.Session",
         "bench.records.index.load", "bench.records.index.samples",
         "bench.records.store.Store",
     ],
