@@ -94,7 +94,7 @@ def estimate(
     """
     from bench.config.overrides import keyword_overrides
     from bench.errors import refuse_bare_text
-    from bench.estimation.hardware import load_hardware
+    from bench.estimation.boards import load_hardware
     from bench.runner.estimate import estimate_runs
     from bench.runner.session import Session
 

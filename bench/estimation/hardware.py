@@ -5,16 +5,15 @@
 
 from __future__ import annotations
 
-import functools
-from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 
-from bench.errors import UserError, unknown_name
+from bench.errors import UserError
 from bench.security import CONFIG_DIR
 
 HERE = "here"
+FOLDER = CONFIG_DIR / "hardware"
 
 
 def _rising(bounds: tuple[float, float]) -> tuple[float, float]:
@@ -94,38 +93,9 @@ class HardwareConfig(_FrozenModel):
         )
 
 
-def hardware_names() -> list[str]:
-    """Return the boards that there are, and `here`."""
-    return [HERE, *sorted(f.stem for f in _folder().glob("*.yaml") if f.stem[0] != "_")]
-
-
-@functools.cache
-def load_hardware(name: str) -> HardwareConfig:
-    """Return a board by name; `here` measures this machine once and remembers it.
-
-    Raises:
-        UserError: there is no such board; the nearest name is given.
-    """
-    if name == HERE:
-        from bench.estimation.this_machine import measured_here
-
-        return measured_here()
-    if name not in hardware_names():
-        raise unknown_name("hardware", name, hardware_names())
-    from omegaconf import OmegaConf
-
-    # Loaded here and not by Hydra: hardware decides no result, so it is no part of a run's config.
-    own = OmegaConf.to_container(OmegaConf.load(_folder() / f"{name}.yaml"))
-    return HardwareConfig.model_validate({**load_assumptions(), **dict(own)})  # type: ignore[arg-type]
-
-
 def load_assumptions() -> dict[str, Any]:
     """Return what no data sheet states, as the file `_assumptions.yaml` has it."""
     from omegaconf import OmegaConf
 
-    found = OmegaConf.to_container(OmegaConf.load(_folder() / "_assumptions.yaml"))
+    found = OmegaConf.to_container(OmegaConf.load(FOLDER / "_assumptions.yaml"))
     return dict(found)  # type: ignore[arg-type]
-
-
-def _folder() -> Path:
-    return CONFIG_DIR / "hardware"

@@ -109,9 +109,13 @@ class RunEstimate:
 
 @dataclass(frozen=True)
 class SweepEstimate:
-    """Estimates of the runs of a sweep, in order; a run alone is a sweep of one."""
+    """Estimates of the runs of a sweep, in order; a run alone is a sweep of one.
+
+    It is not `whole` if only the first runs were estimated.
+    """
 
     runs: tuple[RunEstimate, ...]
+    whole: bool = True
 
     @property
     def to_do(self) -> list[RunEstimate]:

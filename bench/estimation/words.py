@@ -36,7 +36,8 @@ def sweep_line(estimate: SweepEstimate) -> str:
     done = len(runs) - len(to_do)
     kept = f", {done} of {len(runs)} recorded or the same as another" if done else ""
     took = time_range(estimate.low, estimate.high)
-    line = f"estimate: {len(to_do)} run{'s' * (len(to_do) != 1)} on {hardware}, {took}{kept}"
+    first = "" if estimate.whole else "the first "
+    line = f"estimate: {first}{len(to_do)} run{'s' * (len(to_do) != 1)} on {hardware}, {took}{kept}"
     large = [run for run in to_do if not run.fits]
     if large:
         need = max(run.memory for run in large)

@@ -154,11 +154,15 @@ def describe_model(config: ModelConfig, *, offline: bool) -> DescribedModel:
         if config.path is not None or config.adapter is not None:
             raise
     except UserError:
-        # A folder with a config and no weights describes a model as well.
-        if config.path is None or not (Path(config.path).expanduser() / "config.json").is_file():
+        # A folder with a config and no weights describes a model as well, and so does what an
+        # earlier description has left in the cache of the hub.
+        folder = Path(config.path or "").expanduser().absolute()
+        if config.path is not None and (folder / "config.json").is_file():
+            source = ModelSource(config, folder, "", None)
+            return DescribedModel(source, 0.0, "no weights are there")
+        on_hub = not config.source.startswith(EMBEDDED_PREFIX) and not _has_built_network(config)
+        if config.path is not None or config.adapter is not None or not on_hub:
             raise
-        folder = Path(config.path).expanduser().absolute()
-        return DescribedModel(ModelSource(config, folder, "", None), 0.0, "no weights are there")
     _gate_remote_code(config)
     wanted = [pattern for pattern in DOWNLOAD_PATTERNS if pattern != "*.safetensors"]
     request = _hub_request(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -45,7 +46,7 @@ def estimate_runs(
         UserError: an argument is wrong, or a model cannot be described at all.
     """
     from bench.config.sweep_checks import admit, every_config
-    from bench.runner.launch import host_process_restored
+    from bench.runner.session import host_process_restored
 
     overrides = Overrides.parse(arguments)
     overrides.refuse_repeated_keys()
@@ -64,17 +65,22 @@ def estimate_configs(
     session: Session,
     *,
     estimator: Estimator | None = None,
+    seconds: float | None = None,
 ) -> SweepEstimate:
     """Estimate runs in order; one that an earlier run or a record answers costs nothing.
 
-    An `estimator` of the same hardware brings what it has found already.
+    An `estimator` of the same hardware brings what it has found already. After `seconds` no
+    further run is estimated; the first always is.
     """
     from bench.estimation.run_estimate import Estimator, SweepEstimate
 
     known: set[str] = set()
     runs: list[RunEstimate] = []
     found = estimator or Estimator(hardware)
+    began = time.perf_counter()
     for config in configs:
+        if seconds is not None and runs and time.perf_counter() - began > seconds:
+            return SweepEstimate(tuple(runs), whole=False)
         run, identity = _estimate(config, found, session)
         if identity is not None:
             if not config.force and Store(config.results_dir).find(identity) is not None:

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 from bench import plugins
 from bench.config.overrides import Overrides
 from bench.data import hub
-from bench.device.devices import generators_restored
 from bench.errors import RunsFailed, UserError, library_failures_as_errors
 from bench.records import Store
 from bench.runner.execute import execute
 from bench.runner.inputs import check_run
+from bench.runner.session import host_process_restored
 from bench.security import CONFIG_DIR, refuse_shadowed_packages
 from bench.sweeps import (
     RunRequest,
@@ -47,38 +47,6 @@ if TYPE_CHECKING:
     from bench.config.sweep_checks import Admitted
     from bench.records import Record
     from bench.runner.session import Session
-
-
-# Switches of lm-eval, Hydra, Ray and slimbench. Those that keep libraries off the hub are restored
-# by `hub`.
-_VARIABLES = (
-    "DISABLE_MULTIPROC",
-    "HYDRA_FULL_ERROR",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO",
-    "RAY_USAGE_STATS_ENABLED",
-    # A job sets it, and may run in this process.
-    plugins.PROJECT_VARIABLE,
-)
-
-
-@contextmanager
-def host_process_restored() -> Iterator[None]:
-    """Restore the environment variables and generators that a run changes, however it ends.
-
-    `bench.run` may be called in a process that lives on, such as a notebook: an offline run must
-    not leave the whole notebook offline.
-    """
-    # Named variables instead of the whole environment: libraries that are imported during a call
-    # keep settings there that they need for the rest of the process.
-    before = {name: os.environ.get(name) for name in _VARIABLES}
-    try:
-        with hub.offline_switch_restored(), generators_restored():
-            yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
 
 
 class Runs(list["Record"]):
@@ -197,6 +165,10 @@ def _launch_new(
         raise
 
 
+LINE_SECONDS = 1.0
+"""Time after which the line before a sweep is about its first runs only."""
+
+
 def _announce(
     overrides: Overrides, admitted: Admitted, session: Session, budget: float | None
 ) -> None:
@@ -204,14 +176,16 @@ def _announce(
     if budget is None and (not admitted.is_sweep or session.estimator is None or not says_notes()):
         return
     from bench.config.sweep_checks import every_config
-    from bench.estimation.hardware import load_hardware
+    from bench.estimation.boards import load_hardware
     from bench.estimation.words import sweep_line
     from bench.runner.estimate import estimate_configs, refuse_above
 
     # A budget is worth measuring this machine for; a line is not.
     hardware = load_hardware("here") if session.estimator is None else session.estimator.hardware
     runs = every_config(overrides, admitted)
-    found = estimate_configs(runs, hardware, session, estimator=session.estimator)
+    # What the first run asks is found once and used by the run itself; the others cost extra.
+    seconds = LINE_SECONDS if budget is None else None
+    found = estimate_configs(runs, hardware, session, estimator=session.estimator, seconds=seconds)
     note(sweep_line(found))
     if budget is not None:
         refuse_above(budget, found)

@@ -6,7 +6,7 @@ import pytest
 
 from bench.cli.main import main
 from bench.estimation import this_machine
-from bench.estimation.hardware import load_hardware
+from bench.estimation.boards import load_hardware
 from bench.records import Store
 
 QUICK = (

@@ -1,16 +1,19 @@
 """Estimates of runs: their phases, what fits, what is missing, and how good they were."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 import bench
 from bench.errors import UserError
 from bench.estimation.accuracy import accuracy_rows, compared_phases
-from bench.estimation.hardware import load_hardware
+from bench.estimation.boards import load_hardware
 from bench.estimation.words import duration, sweep_line, time_range
+from bench.models.source import describe_model
 from bench.records import Cost, DenseModel, EstimatedPhase, Record
 from bench.runner.estimate import read_budget, refuse_above
+from bench.schema import ModelConfig
 
 OFFLINE = {"offline": True, "tracker": "none"}
 
@@ -133,3 +136,14 @@ def test_estimates_are_held_against_measured_phases():
     assert (scoring["phase"], scoring["phases"], scoring["inside"]) == ("evaluating", 2, "50 %")
     assert everything["phases"] == 3
     assert scoring["measured / middle"] == pytest.approx(1.414, abs=1e-3)
+
+
+def test_a_config_without_weights_describes_a_model(tmp_path):
+    shapes = Path(bench.__path__[0]) / "models" / "shapes" / "deepseek-ai--deepseek-moe-16b-base"
+    config = ModelConfig(name="local", source="local", path=str(shapes))
+    source, download, note = describe_model(config, offline=True)
+    assert (source.fingerprint, download, note) == ("", 0.0, "no weights are there")
+    with pytest.raises(UserError):
+        describe_model(config.model_copy(update={"path": str(tmp_path)}), offline=True)
+    with pytest.raises(UserError, match="unknown"):
+        describe_model(ModelConfig(name="x", source="embedded:none"), offline=True)

@@ -5,13 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.errors import UserError
-from bench.estimation.hardware import (
-    HERE,
-    HardwareConfig,
-    Utilisation,
-    hardware_names,
-    load_hardware,
-)
+from bench.estimation.boards import hardware_names, load_hardware
+from bench.estimation.hardware import HERE, HardwareConfig, Utilisation
 from bench.estimation.work import Work, time_of
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import bench
 from bench.estimation.accuracy import Compared, compared_phases
-from bench.estimation.hardware import load_hardware
+from bench.estimation.boards import load_hardware
 from bench.records import Record
 from tests.performance.figure import Figure
 from tests.performance.random_models import build, tokenizer

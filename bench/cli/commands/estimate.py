@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench.errors import EXIT_DONE, UserError
-from bench.estimation.hardware import HERE, load_hardware
+from bench.estimation.boards import load_hardware
+from bench.estimation.hardware import HERE
 from bench.estimation.run_estimate import SweepEstimate
 from bench.estimation.words import notes, phase_rows, sweep_line, time_range
 from bench.runner.estimate import estimate_runs, read_budget, refuse_above
