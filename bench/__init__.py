@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from bench import records
+    from bench.estimation.run_estimate import SweepEstimate
     from bench.method import Context, Method
     from bench.records import Record
     from bench.reporting.comparison import Comparison
     from bench.runner.launch import Runs
     from bench.runner.session import Session
 
-__all__ = ["Context", "Method", "Session", "compare", "plot", "records", "run"]
+__all__ = ["Context", "Method", "Session", "compare", "estimate", "plot", "records", "run"]
 
 _LAZY_CLASSES = {
     "Context": "bench.method",
@@ -73,6 +74,37 @@ def run(
         return Runs(launch(given, session).records)
     with Session() as own:
         return Runs(launch(given, own).records)
+
+
+def estimate(
+    overrides: str | Sequence[str] = (),
+    *,
+    hardware: str = "here",
+    over: Mapping[str, Sequence[object]] | None = None,
+    **config: object,
+) -> SweepEstimate:
+    """Estimate the runs that the arguments describe, as `bench estimate` does; nothing runs.
+
+    >>> bench.estimate(model="qwen2_57b_a14b", method="camera_p", hardware="a100_40gb")
+
+    The arguments are those of `run`; `hardware` is a board of conf/hardware, or this machine.
+
+    Raises:
+        UserError: the arguments are wrong, or a model's config cannot be reached.
+    """
+    from bench.config.overrides import keyword_overrides
+    from bench.errors import refuse_bare_text
+    from bench.estimation.boards import load_hardware
+    from bench.runner.estimate import estimate_runs
+    from bench.runner.session import Session
+
+    if isinstance(overrides, str):
+        overrides = shlex.split(overrides)
+    refuse_bare_text("overrides", overrides, 'bench.estimate(["model=micro_moe", "ratio=0.4"])')
+    given = [*overrides, *keyword_overrides(config, over or {})]
+    board = load_hardware(hardware)
+    with Session() as session:
+        return estimate_runs(given, board, session)
 
 
 def compare(

@@ -102,6 +102,27 @@ class Context:
     folder: Path | None = None
 
 
+@dataclass(frozen=True)
+class MethodWork:
+    """What applying a method costs, for an estimate before the run.
+
+    `forwards` are passes of all calibration inputs through the decoder's layers, `backwards` those
+    with gradients (their forwards apart), `observed` whether each expert is computed and looked at
+    by itself, `readings` how often all weights are read. On top come `flops` of other products,
+    such as Gram matrices and factorizations, `elements` that are read and written, and `operators`
+    that Python launches. `memory` is bytes of statistics that are held at once.
+    """
+
+    forwards: float = 0.0
+    backwards: float = 0.0
+    observed: bool = False
+    readings: float = 1.0
+    flops: float = 0.0
+    elements: float = 0.0
+    operators: float = 0.0
+    memory: float = 0.0
+
+
 class Method(BaseModel, ABC):
     """A plug-in that changes a model; fields are knobs, and unknown ones are refused.
 
@@ -138,6 +159,15 @@ class Method(BaseModel, ABC):
         A run is refused whose `ratio` is not 0 and rounds down to no unit at all.
         """
         return None
+
+    def work(self, structure: ModelStructure, tokens: int) -> MethodWork:
+        """Return what `apply` costs with `tokens` of calibration inputs, for an estimate.
+
+        By default it is one pass if the method reads calibration inputs, two if it is sequential
+        (a changed layer runs again), and one reading of the weights.
+        """
+        reads = self.uses_calibration or self.uses_prompts
+        return MethodWork(forwards=(1.0 + bool(getattr(self, "sequential", False))) * reads)
 
     @abstractmethod
     def apply(self, model: Model, context: Context) -> MethodReport:

@@ -18,8 +18,8 @@ from bench.errors import UserError
 
 TRACEBACK_FLAG = "--traceback"
 COMMANDS = (
-    "run", "table", "compare", "report", "plot", "ls", "show", "track", "verify", "rescore",
-    "status", "resume", "gc", "export", "convert", "prefetch", "doctor", "trust",
+    "run", "estimate", "table", "compare", "report", "plot", "ls", "show", "track", "verify",
+    "rescore", "status", "resume", "gc", "export", "convert", "prefetch", "doctor", "trust",
 )  # fmt: skip
 LISTABLE = ("models", "methods", "benchmarks", "tables", "runs")
 RAW_COMMANDS = {
@@ -45,6 +45,15 @@ run a model, methods and a benchmark; -m sweeps
   bench run experiment=demo
   bench run sweep=camera_p_pareto  a search; sweep=camera_p_grid is a grid
   bench run --cfg job              print the composed config, run nothing
+"""
+ESTIMATE_HELP = """\
+time, memory, downloads and energy of a run or a sweep, before it runs
+
+  bench estimate model=qwen2_57b_a14b method=camera_p hardware=a100_40gb
+  bench estimate -m method=dense,camera_p ratio=0.2,0.4 --budget 6h
+  bench estimate --check           how good the estimates of all records were
+
+hardware: here, or one of conf/hardware; no weight is loaded
 """
 TABLE_HELP = """\
 a paper's table: run what is missing, show our numbers next to the published ones
@@ -77,10 +86,11 @@ class CommandParser(argparse.ArgumentParser):
         """Parse arguments, with the overrides that a command allows anywhere among its options."""
         # argparse fills a list of positionals once, so those after an option are left over.
         parsed, rest = self.parse_known_args(args, namespace)
-        if any(word.startswith("-") for word in rest) or (rest and not hasattr(parsed, "allowed")):
+        places = [name for name in ("allowed", "overrides") if hasattr(parsed, name)]
+        if any(word.startswith("-") for word in rest) or (rest and not places):
             self.error(f"unrecognized arguments: {' '.join(rest)}")
         if rest:
-            parsed.allowed = [*parsed.allowed, *rest]
+            setattr(parsed, places[0], [*getattr(parsed, places[0]), *rest])
         return parsed
 
 
@@ -120,6 +130,12 @@ def _add_run_commands(command: AddCommand) -> None:
     command("run", "run:run_command", RUN_HELP).add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE"
     )
+    estimate = command("estimate", "estimate:run_command", ESTIMATE_HELP)
+    estimate.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    estimate.add_argument("-m", "--multirun", action="store_true", help="a sweep")
+    estimate.add_argument("--budget", metavar="TIME", help="refuse what may take longer: 30min, 6h")
+    estimate.add_argument("--check", action="store_true", help="compare with what was measured")
+    estimate.add_argument("--json", action="store_true", help="print JSON")
     tables = command("table", "table:run_command", TABLE_HELP)
     tables.add_argument("name", metavar="NAME")
     tables.add_argument("overrides", nargs="*", metavar="KEY=VALUE")

@@ -101,7 +101,7 @@ def load_tokenizer(source: ModelSource) -> Tokenizer:
     """Load the tokenizer of a language model alone."""
     # Cached, since every run of a sweep asks; sources are equal if the contents of their files are.
     with one_sentence_errors(source.given):
-        tokenizer, _ = _load_tokenizer_and_processor(source)
+        tokenizer, _ = load_tokenizer_and_processor(source)
     assert tokenizer is not None
     return tokenizer
 
@@ -149,7 +149,7 @@ def load_model(source: ModelSource) -> Model:
     device = devices.select_device(source.config.device)
     with one_sentence_errors(source.given):
         # Before the weights, which may take minutes to read.
-        tokenizer, processor = _load_tokenizer_and_processor(source)
+        tokenizer, processor = load_tokenizer_and_processor(source)
         network = _load_network(source, device)
     # Methods that train turn gradients on for what they train; everything else runs without a
     # graph.
@@ -294,9 +294,10 @@ def _auto_class(source: ModelSource) -> _NetworkClass:
     return classes[source.config.kind]
 
 
-def _load_tokenizer_and_processor(
+def load_tokenizer_and_processor(
     source: ModelSource,
 ) -> tuple[Tokenizer | None, Processor | None]:
+    """Load what turns inputs into tensors, without the weights; None where a model has none."""
     if source.config.kind == "image_classifier":
         return None, None
     if not source.is_embedded:

@@ -10,9 +10,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from bench.data.digests import contents_hash, fingerprint
+from bench.data.repositories import HubRequest, hub_folder, hub_weight_bytes, not_cached_message
 from bench.errors import MissingData, UserError, unknown_name
 from bench.models import checkpoints, embedded
 from bench.models.weight_files import (
@@ -28,12 +29,11 @@ if TYPE_CHECKING:
     from bench.models.classifiers.classifier import VisionConfig
 
 
+SHAPES = Path(__file__).parent / "shapes"
+"""Configs that hold shapes and nothing else, of models that are too large for most machines."""
 EMBEDDED_PREFIX = "embedded:"
 COMMIT_PATTERN = re.compile(r"[0-9a-f]{40}")
 DOWNLOAD_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt"]
-
-# Weights in subfolders and in formats of different software would be downloaded in vain.
-IGNORE_PATTERNS = ["*/*", "consolidated*"]
 
 
 # What transformers reads beside the weights: `from_pretrained` of config, tokenizer and processor.
@@ -127,6 +127,59 @@ def resolve_model(config: ModelConfig, *, offline: bool) -> ModelSource:
     return _with_adapter(source, weights, offline=offline)
 
 
+class DescribedModel(NamedTuple):
+    """A model whose weights need not be here; it has no fingerprint if they are not.
+
+    `download` is bytes of weights to fetch, None where the hub does not tell them. `note` says what
+    is not the model's own.
+    """
+
+    source: ModelSource
+    download: float | None = 0.0
+    note: str | None = None
+
+
+def describe_model(config: ModelConfig, *, offline: bool) -> DescribedModel:
+    """Find a model without its weights: only config and tokenizer are fetched.
+
+    Where the hub cannot be reached, a few large models are described by their published shapes.
+
+    Raises:
+        MissingData: not even the config can be reached.
+        UserError: the files are unusable.
+    """
+    try:
+        return DescribedModel(resolve_model(config, offline=True))
+    except MissingData:
+        if config.path is not None or config.adapter is not None:
+            raise
+    except UserError:
+        # A folder with a config and no weights describes a model as well, and so does what an
+        # earlier description has left in the cache of the hub.
+        folder = Path(config.path or "").expanduser().absolute()
+        if config.path is not None and (folder / "config.json").is_file():
+            source = ModelSource(config, folder, "", None)
+            return DescribedModel(source, 0.0, "no weights are there")
+        on_hub = not config.source.startswith(EMBEDDED_PREFIX) and not _has_built_network(config)
+        if config.path is not None or config.adapter is not None or not on_hub:
+            raise
+    _gate_remote_code(config)
+    wanted = [pattern for pattern in DOWNLOAD_PATTERNS if pattern != "*.safetensors"]
+    request = _hub_request(config)
+    try:
+        folder, revision = hub_folder(request, wanted, offline=offline)
+        if not (folder / "config.json").is_file():
+            raise MissingData(not_cached_message(request, offline=offline))
+    except MissingData:
+        shapes = SHAPES / config.source.replace("/", "--")
+        if not shapes.is_dir():
+            raise
+        note = f"config and tokenizer of {config.source} are not here: its published shapes stand"
+        return DescribedModel(ModelSource(config, shapes, "", None), None, note)
+    download = hub_weight_bytes(request, offline=offline)
+    return DescribedModel(ModelSource(config, folder, "", revision), download)
+
+
 def refuse_adapter(config: ModelConfig, weights: str) -> None:
     """Raise if an adapter is to be merged into weights that cannot take it."""
     if config.adapter is not None:
@@ -195,7 +248,7 @@ def _adapter_folder(config: ModelConfig, adapter: str, *, offline: bool) -> tupl
         local_key="model.adapter",
     )
     wanted = [ADAPTER_CONFIG, checkpoints.ADAPTER_WEIGHTS]
-    return _hub_folder(request, wanted, offline=offline)
+    return hub_folder(request, wanted, offline=offline)
 
 
 def _state_dict_source(config: ModelConfig) -> ModelSource:
@@ -253,14 +306,17 @@ def _model_folder(config: ModelConfig, *, offline: bool) -> tuple[Path, str | No
         return _embedded_folder(config.source.removeprefix(EMBEDDED_PREFIX)), None
     # Python files are not even downloaded unless the model may run them.
     wanted = [*DOWNLOAD_PATTERNS, "*.py"] if config.trust_remote_code else DOWNLOAD_PATTERNS
-    request = HubRequest(
+    return hub_folder(_hub_request(config), wanted, offline=offline)
+
+
+def _hub_request(config: ModelConfig) -> HubRequest:
+    return HubRequest(
         repository=config.source,
         revision=config.revision,
         words=f"model {config.source} at revision {config.revision}",
         overrides=_model_choice(config),
         local_key="model.path",
     )
-    return _hub_folder(request, wanted, offline=offline)
 
 
 def _model_choice(config: ModelConfig) -> str:
@@ -277,68 +333,6 @@ def _embedded_folder(name: str) -> Path:
     if name not in names:
         raise unknown_name("embedded model", name, names)
     return embedded_folder / name
-
-
-@dataclass(frozen=True)
-class HubRequest:
-    """A repository of the hub, and how messages speak of it.
-
-    `overrides` ask for it on the command line, and `local_key` takes a folder in its place.
-    """
-
-    repository: str
-    revision: str
-    words: str
-    overrides: str
-    local_key: str
-
-
-def _hub_folder(
-    request: HubRequest, wanted: list[str], *, offline: bool
-) -> tuple[Path, str | None]:
-    """Return the snapshot folder of a repository and its commit."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    name = request.words
-    try:
-        folder = snapshot_download(
-            request.repository,
-            revision=request.revision,
-            allow_patterns=wanted,
-            ignore_patterns=IGNORE_PATTERNS,
-            local_files_only=offline,
-        )
-    except HFValidationError:
-        raise UserError(f"{name}: {request.repository} is not a name on the hub") from None
-    # Order matters: GatedRepoError is a RepositoryNotFoundError, and all are HfHubHTTPErrors.
-    except GatedRepoError:
-        raise MissingData(f"{name} is gated: request access on the hub and log in") from None
-    except RevisionNotFoundError:
-        raise UserError(f"{name}: this revision does not exist") from None
-    except RepositoryNotFoundError:
-        raise UserError(
-            f"{name}: it does not exist on the hub or is private, and is no folder here"
-        ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError):
-        raise MissingData(_not_cached_message(request, offline=offline)) from None
-    # Snapshot folders are named by the commit that the revision resolved to.
-    return Path(folder), Path(folder).name
-
-
-def _not_cached_message(request: HubRequest, *, offline: bool) -> str:
-    where = "and offline=true" if offline else "and the hub cannot be reached"
-    return (
-        f"{request.words} is not in the local cache {where}: run `bench prefetch "
-        f"{request.overrides}` with network access, or set {request.local_key}=FOLDER"
-    )
 
 
 FRESH_PREFIX = "fresh:"

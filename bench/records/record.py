@@ -208,10 +208,25 @@ class MissingMeasurement(_FrozenModel):
     how: How | None = None
 
 
+class EstimatedPhase(_FrozenModel):
+    """What was estimated for one phase before the run: seconds at least and at most.
+
+    `phase` is the name under which its time was then measured, `bound_by` what binds it,
+    `peak_bytes` the memory of the device at its peak.
+    """
+
+    phase: str
+    low: float
+    high: float
+    bound_by: str
+    peak_bytes: float
+
+
 class Record(_FrozenModel):
     """One run; `id` is a hash of its inputs, see `run_id`.
 
     `kept_weights` is the hash of the network that lies beside the record, None if none does.
+    `estimate` is what was estimated before the run; empty where nothing was.
     """
 
     # Raise SCHEMA, and teach `migrations.py` the old form, with every change of the fields.
@@ -232,6 +247,7 @@ class Record(_FrozenModel):
     evidence: tuple[TaskEvidence, ...] = ()
     provenance: JsonObject
     kept_weights: str | None = None
+    estimate: tuple[EstimatedPhase, ...] = ()
 
     @field_validator("config")
     @classmethod

@@ -15,9 +15,18 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bench.errors import UserError
 from bench.evaluation import evaluate
 from bench.evaluation.response_cache import ResponseCache
-from bench.records import AppliedMethod, Cost, DenseModel, Record, Store, without_real_saving
+from bench.records import (
+    AppliedMethod,
+    Cost,
+    DenseModel,
+    EstimatedPhase,
+    Record,
+    Store,
+    without_real_saving,
+)
 from bench.records.files import disk_errors_as_stopped
 from bench.records.record import method_label, utc_now
 from bench.runner.inputs import RunInputs, resolve_run
@@ -210,6 +219,8 @@ def _execute_run(
     set_threads(config.threads)
     seed_everything(config.seed)
 
+    estimate = _estimate(config, inputs, session)
+    progress.expect({each.phase: (each.low * each.high) ** 0.5 for each in estimate})
     with progress.phase("loading the model"):
         model = session.base_model.acquire(inputs.source, will_change=bool(config.method))
 
@@ -256,6 +267,7 @@ def _execute_run(
         evidence=evaluation.evidence,
         provenance=provenance_of(config, inputs)
         | {"backend": evaluation.backend, "chat_template": chat_template_of(config, model)},
+        estimate=estimate,
     )
     save_weights = _weights_to_keep(config, model, methods)
     if save_weights is not None:
@@ -264,6 +276,19 @@ def _execute_run(
         with progress.phase("writing the record"):
             store.write(record, evaluation.samples, config_yaml(config), save_weights)
     return record
+
+
+def _estimate(config: RunConfig, inputs: RunInputs, session: Session) -> tuple[EstimatedPhase, ...]:
+    """Return what the run should cost on this machine; nothing where that is not known."""
+    if session.estimator is None or not session.process_group.is_first:
+        return ()
+    try:
+        found = session.estimator.estimate(config, inputs.source, inputs.benchmark)
+    except (UserError, RuntimeError, ValueError, TypeError, AttributeError, LookupError):
+        # Code of others (tokenizers, tasks, plug-ins) takes part: what fails there fails in the run
+        # itself, with its own sentence, or does not matter to it.
+        return ()
+    return found.recorded_phases()
 
 
 KEPT_BYTES = 2**26

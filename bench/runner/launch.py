@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 from bench import plugins
 from bench.config.overrides import Overrides
 from bench.data import hub
-from bench.device.devices import generators_restored
 from bench.errors import RunsFailed, UserError, library_failures_as_errors
 from bench.records import Store
 from bench.runner.execute import execute
 from bench.runner.inputs import check_run
+from bench.runner.session import host_process_restored
 from bench.security import CONFIG_DIR, refuse_shadowed_packages
 from bench.sweeps import (
     RunRequest,
@@ -38,6 +38,7 @@ from bench.sweeps import (
 )
 from bench.sweeps.job import STUDY_FILE, objective_value
 from bench.sweeps.plan import SweepFingerprint, find_sweep, read_plan
+from bench.ui import note, says_notes
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -46,38 +47,6 @@ if TYPE_CHECKING:
     from bench.config.sweep_checks import Admitted
     from bench.records import Record
     from bench.runner.session import Session
-
-
-# Switches of lm-eval, Hydra, Ray and slimbench. Those that keep libraries off the hub are restored
-# by `hub`.
-_VARIABLES = (
-    "DISABLE_MULTIPROC",
-    "HYDRA_FULL_ERROR",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO",
-    "RAY_USAGE_STATS_ENABLED",
-    # A job sets it, and may run in this process.
-    plugins.PROJECT_VARIABLE,
-)
-
-
-@contextmanager
-def host_process_restored() -> Iterator[None]:
-    """Restore the environment variables and generators that a run changes, however it ends.
-
-    `bench.run` may be called in a process that lives on, such as a notebook: an offline run must
-    not leave the whole notebook offline.
-    """
-    # Named variables instead of the whole environment: libraries that are imported during a call
-    # keep settings there that they need for the rest of the process.
-    before = {name: os.environ.get(name) for name in _VARIABLES}
-    try:
-        with hub.offline_switch_restored(), generators_restored():
-            yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
 
 
 class Runs(list["Record"]):
@@ -109,13 +78,16 @@ class LaunchOutcome:
             self.reused += result.reused
 
 
-def launch(arguments: Sequence[str], session: Session) -> LaunchOutcome:
+def launch(
+    arguments: Sequence[str], session: Session, budget: float | None = None
+) -> LaunchOutcome:
     """Check every alternative of the sweep, then let Hydra execute each run.
 
-    A sweep that exists already, and whose inputs are unchanged, is resumed.
+    A sweep that exists already, and whose inputs are unchanged, is resumed. `budget` is the most
+    seconds that what is to do may take by its estimate.
 
     Raises:
-        UserError: one of the alternatives is wrong; nothing was run.
+        UserError: one of the alternatives is wrong, or all exceed the budget; nothing was run.
         RunsFailed: no run of the sweep succeeded.
     """
     overrides = Overrides.parse(arguments).without_repeats()
@@ -131,7 +103,7 @@ def launch(arguments: Sequence[str], session: Session) -> LaunchOutcome:
         known = existing_sweep(results_dir, overrides.arguments)
         if known is not None and not overrides.is_true("force"):
             return _resume_plan(known, session, overrides.texts, reused=True)
-        return _launch_new(overrides, session)
+        return _launch_new(overrides, session, budget)
 
 
 def resume_sweep(
@@ -150,7 +122,9 @@ def resume_sweep(
         return _resume_plan(plan, session, repeated)
 
 
-def _launch_new(overrides: Overrides, session: Session) -> LaunchOutcome:
+def _launch_new(
+    overrides: Overrides, session: Session, budget: float | None = None
+) -> LaunchOutcome:
     """Check and run what was not launched before."""
     # Imported here: composing needs the libraries that a finished sweep does without.
     from bench.config.sweep_checks import (
@@ -172,6 +146,7 @@ def _launch_new(overrides: Overrides, session: Session) -> LaunchOutcome:
     if any(config.offline for config in configs):
         hub.go_offline()
     files = [check_run(config, session) for config in configs]
+    _announce(overrides, admitted, session, budget)
     if not admitted.is_sweep:
         outcome = LaunchOutcome()
         _run_hydra(admitted, session, outcome)
@@ -187,6 +162,32 @@ def _launch_new(overrides: Overrides, session: Session) -> LaunchOutcome:
         if not sweep_jobs(plan):
             shutil.rmtree(plan.folder)
         raise
+
+
+LINE_SECONDS = 1.0
+"""Time after which the line before a sweep is about its first runs only."""
+
+
+def _announce(
+    overrides: Overrides, admitted: Admitted, session: Session, budget: float | None
+) -> None:
+    """Say what a sweep should take, and refuse what is above the budget."""
+    if budget is None and (not admitted.is_sweep or session.estimator is None or not says_notes()):
+        return
+    from bench.config.sweep_checks import every_config
+    from bench.estimation.boards import load_hardware
+    from bench.estimation.words import sweep_line
+    from bench.runner.estimate import estimate_configs, refuse_above
+
+    # A budget is worth measuring this machine for; a line is not.
+    hardware = load_hardware("here") if session.estimator is None else session.estimator.hardware
+    runs = every_config(overrides, admitted)
+    # What the first run asks is found once and used by the run itself; the others cost extra.
+    seconds = LINE_SECONDS if budget is None else None
+    found = estimate_configs(runs, hardware, session, estimator=session.estimator, seconds=seconds)
+    note(sweep_line(found))
+    if budget is not None:
+        refuse_above(budget, found)
 
 
 def _resume_plan(

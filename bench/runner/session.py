@@ -8,12 +8,20 @@ back when the session is closed.
 from __future__ import annotations
 
 import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from bench import plugins
+from bench.data import hub
+from bench.device.devices import generators_restored
+
 if TYPE_CHECKING:
+    from bench.estimation.run_estimate import Estimator
     from bench.evaluation import PlanCache
     from bench.evaluation.distributed import ProcessGroup
     from bench.models.model import Model
@@ -23,6 +31,38 @@ if TYPE_CHECKING:
 
     DenseKey = tuple[str, str, ModelConfig, CostsConfig]
     """Fingerprint, network config and config of a model, and the shapes at which it is counted."""
+
+
+# Switches of lm-eval, Hydra, Ray and slimbench. Those that keep libraries off the hub are restored
+# by `hub`.
+_VARIABLES = (
+    "DISABLE_MULTIPROC",
+    "HYDRA_FULL_ERROR",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO",
+    "RAY_USAGE_STATS_ENABLED",
+    # A job sets it, and may run in this process.
+    plugins.PROJECT_VARIABLE,
+)
+
+
+@contextmanager
+def host_process_restored() -> Iterator[None]:
+    """Restore the environment variables and generators that a run changes, however it ends.
+
+    `bench.run` may be called in a process that lives on, such as a notebook: an offline run must
+    not leave the whole notebook offline.
+    """
+    # Named variables instead of the whole environment: libraries that are imported during a call
+    # keep settings there that they need for the rest of the process.
+    before = {name: os.environ.get(name) for name in _VARIABLES}
+    try:
+        with hub.offline_switch_restored(), generators_restored():
+            yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 class Session:
@@ -51,6 +91,15 @@ class Session:
         return {}
 
     @cached_property
+    def estimator(self) -> Estimator | None:
+        """Estimates runs on this machine, None where its rates are not known."""
+        from bench.estimation.run_estimate import Estimator
+        from bench.estimation.this_machine import known_here
+
+        here = known_here()
+        return None if here is None else Estimator(here)
+
+    @cached_property
     def process_group(self) -> ProcessGroup:
         """This process's place among those of a distributed run; connects on first use."""
         from bench.evaluation.distributed import current_process_group
@@ -62,6 +111,7 @@ class Session:
         held = self.__dict__
         held.pop("benchmarks", None)
         held.pop("dense_counts", None)
+        held.pop("estimator", None)
         if "base_model" in held:
             self.base_model.release()
             del self.base_model

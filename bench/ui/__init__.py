@@ -5,7 +5,7 @@ program can filter them or add its own handlers. BENCH_LOG_LEVEL=INFO leaves out
 progress, WARNING the notes as well.
 """
 
-from bench.ui.messages import SILENT, Progress, clean, fail, note, warn
+from bench.ui.messages import SILENT, Progress, clean, fail, note, says_notes, warn
 from bench.ui.results import (
     console,
     draw_rows,
@@ -27,5 +27,6 @@ __all__ = [
     "print_json",
     "print_rows",
     "print_text",
+    "says_notes",
     "warn",
 ]

@@ -15,7 +15,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TextIO, TypeVar
@@ -76,6 +76,11 @@ def note(text: str, writer: MessageWriter | None = None) -> None:
 def warn(text: str, writer: MessageWriter | None = None) -> None:
     """Tell the user something that may change what the results mean."""
     _log.warning("%s", text, extra={"writer": writer})
+
+
+def says_notes() -> bool:
+    """Tell whether notes are shown, so that what only they need is worth finding."""
+    return _log.isEnabledFor(logging.INFO)
 
 
 def fail(text: str) -> None:
@@ -144,12 +149,16 @@ SECONDS_BETWEEN_LINES = 10.0
 
 @dataclass(eq=False)
 class Phase:
-    """One phase on the display; `total` is None as long as the number of steps is unknown."""
+    """One phase on the display; `total` is None as long as the number of steps is unknown.
+
+    `expected` is the seconds that it should take, None if nothing was estimated.
+    """
 
     name: str
     total: int | None
     started: float
     done: int = 0
+    expected: float | None = None
 
 
 class Display(Protocol):
@@ -187,6 +196,7 @@ class Progress:
     def __init__(self, stream: TextIO | None = None, quiet: bool = False) -> None:
         """Write to `stream`, by default stderr; `quiet` says nothing at all, warnings included."""
         self.seconds: dict[str, float] = {}
+        self._expected: dict[str, float] = {}
         self._quiet = quiet
         self._stream = stream
         self._phases: list[Phase] = []
@@ -194,10 +204,15 @@ class Progress:
         self._started = time.perf_counter()
         self.watcher: Watcher | None = None
 
+    def expect(self, seconds: Mapping[str, float]) -> None:
+        """Set the seconds that phases of these names should take; long ones begin with them."""
+        self._expected = dict(seconds)
+
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[None]:
         """Show a phase while the block runs and add its wall time to `seconds[name]`."""
         phase = Phase(clean(name), total, started=time.perf_counter())
+        phase.expected = self._expected.get(name)
         if not self._phases and not self._quiet:
             self._display = _choose_display(self._stream)
         self._phases.append(phase)
@@ -281,7 +296,7 @@ class _Lines:
 
     def open(self, phase: Phase) -> None:
         self._tenths[phase], self._names[phase] = 0, phase.name
-        self._log(phase.name)
+        self._log(_expected_text(phase))
 
     def update(self, phase: Phase) -> None:
         tenth = 10 * phase.done // phase.total if phase.total else 0
@@ -334,12 +349,12 @@ class _TerminalBars:
     def open(self, phase: Phase) -> None:
         if not self._tasks:
             self._bars.start()
-        self._tasks[phase] = self._bars.add_task(phase.name, total=phase.total)
+        self._tasks[phase] = self._bars.add_task(_expected_text(phase), total=phase.total)
 
     def update(self, phase: Phase) -> None:
         self._bars.update(
             self._tasks[phase],
-            description=phase.name,
+            description=_expected_text(phase),
             total=phase.total,
             completed=phase.done,
         )
@@ -404,6 +419,13 @@ def in_notebook() -> bool:
     # IPython in a terminal has a shell as well, but no kernel.
     ipython = sys.modules.get("IPython")
     return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
+
+
+def _expected_text(phase: Phase) -> str:
+    """Return the phase's name and, as long as no step is done, what it should take."""
+    if phase.done or (phase.expected or 0.0) < SECONDS_BETWEEN_LINES:
+        return phase.name
+    return f"{phase.name} (about {_duration(phase.expected or 0.0)})"
 
 
 def _progress_text(phase: Phase) -> str:

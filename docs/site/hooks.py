@@ -27,8 +27,8 @@ ROOT_PAGES = {
     "CHANGELOG.md": "changelog.md",
 }
 SECTIONS = {
-    "Concepts": ["architecture.md", "identity.md", "evidence.md", "costs.md", "flops.md",
-                 "backends.md", "faults.md", "security.md"],
+    "Concepts": ["architecture.md", "identity.md", "evidence.md", "costs.md", "estimate.md",
+                 "flops.md", "backends.md", "faults.md", "security.md"],
     "Methods and papers": ["camera.md", "visual_tokens.md", "token_pruning.md", "wgsef.md",
                            "dense.md"],
     "Reference": ["errors.md"],

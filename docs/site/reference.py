@@ -27,8 +27,8 @@ GROUPS = {
 }
 API = {
     "Run, compare, draw, read": [
-        "bench.run", "bench.compare", "bench.plot", "bench.runner.session.Session",
-        "bench.records.index.load", "bench.records.index.samples",
+        "bench.run", "bench.estimate", "bench.compare", "bench.plot",
+        "bench.runner.session.Session", "bench.records.index.load", "bench.records.index.samples",
         "bench.records.store.Store",
     ],
     "Write a method": [

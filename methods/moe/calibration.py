@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 import torch
@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from bench.errors import UserError
+from bench.method import MethodWork
 from bench.models.expert_hooks import ExpertObserver, RouterWeights, observe_experts
 from bench.models.layer_stream import LayerStream
 from bench.models.model import Model
 from bench.models.structure.dense_layer import weight_of
+from bench.models.structure.model_structure import ModelStructure
 from bench.models.structure.moe_block import MoEBlock
 from bench.ui import Progress
 from methods.moe.micro_experts import SHARED, expert_spans, expert_view
@@ -71,6 +73,18 @@ class CalibratedPruning(MoEPruning):
 
     batch: int = Field(default=8, ge=1)
     chunk: int = Field(default=4096, ge=1)
+
+    def work(self, structure: ModelStructure, tokens: int) -> MethodWork:
+        """Return the walk, and the moments of what every token's experts compute."""
+        blocks = structure.micro_expert_blocks
+        observed = sum(block.top_k * block.d_ff + block.d_shared for block in blocks)
+        return replace(
+            super().work(structure, tokens),
+            observed=True,
+            # φ² in float32: product, square, sum and maximum, each read and written.
+            elements=float(tokens * observed * 10),
+            memory=float(12 * max(block.micro_experts for block in blocks)),
+        )
 
     def walk_options(self, *, sequential: bool = False) -> WalkOptions:
         """Return the options of a walk; by default all layers are observed unmodified."""

@@ -38,7 +38,7 @@ SMALL = (
     "threads=1",
     "tracker=none",
 )
-TIMES = {"started", "finished"}
+TIMES = {"estimate", "started", "finished"}
 # What trainings need, loaded once by the server and not again by each of its forks.
 TRAINERS = (
     "bench.evaluation.images",

@@ -14,8 +14,8 @@ from bench.cli.main import main
 from bench.data import hub
 from bench.device.devices import seed_everything
 from bench.errors import UserError
-from bench.runner.launch import host_process_restored, launch
-from bench.runner.session import Session
+from bench.runner.launch import launch
+from bench.runner.session import Session, host_process_restored
 
 pytestmark = pytest.mark.own_session
 

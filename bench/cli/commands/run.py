@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bench.errors import EXIT_DONE, EXIT_FAILED
+from bench.runner.estimate import read_budget
 from bench.runner.launch import LaunchOutcome, launch, print_hydra_info
 from bench.runner.session import Session
 from bench.ui import fail, warn
@@ -16,8 +17,22 @@ def run_command(arguments: list[str]) -> int:
     if any(argument.partition("=")[0] in INFO_FLAGS for argument in arguments):
         print_hydra_info(arguments)
         return EXIT_DONE
+    arguments, budget = _without_budget(arguments)
     with Session() as session:
-        return print_outcome(launch(arguments, session), session)
+        return print_outcome(launch(arguments, session, budget=budget), session)
+
+
+def _without_budget(arguments: list[str]) -> tuple[list[str], float | None]:
+    """Return the arguments without `--budget TIME`, and its seconds."""
+    words, budget = list(arguments), None
+    for place, word in enumerate(arguments):
+        name, equals, given = word.partition("=")
+        if name != "--budget":
+            continue
+        following = arguments[place + 1 : place + 2]
+        budget = read_budget(given if equals else (following or [""])[0])
+        words = [*arguments[:place], *arguments[place + (1 if equals else 2) :]]
+    return words, budget
 
 
 def print_outcome(outcome: LaunchOutcome, session: Session) -> int:

@@ -22,6 +22,7 @@ from bench.data.tokenization import appended_tokens, encode_texts
 from bench.errors import UserError
 from bench.evaluation.batching import batches_for
 from bench.evaluation.evidence import EvidenceLog, Seen, check_length
+from bench.evaluation.harness import BackendReport
 from bench.evaluation.metrics import NON_FINITE_LOGITS, SampleRow
 from bench.evaluation.response_cache import IndexedResponses, ResponseCache, request_key
 from bench.evaluation.text.chat import (
@@ -38,7 +39,12 @@ from bench.evaluation.text.generation import (
     context_limit,
     generate,
 )
-from bench.evaluation.text.requests import LoglikelihoodRequest, Tokens, truncated_request
+from bench.evaluation.text.requests import (
+    LoglikelihoodRequest,
+    Scorer,
+    Tokens,
+    truncated_request,
+)
 from bench.evaluation.text.scorers import select_scorer
 from bench.models.model import Model
 from bench.schema import Backend, Overlong
@@ -68,7 +74,8 @@ class FittedPrompt(NamedTuple):
 class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no types
     """Serves the harness's requests with a `Model` and reports the backend used.
 
-    `scorer` computes the log-likelihoods that the response cache does not hold. `evidence` holds
+    `scorer` computes the log-likelihoods that the response cache does not hold; by default it is
+    the one that `backend` names, chosen after a forward that tries the model. `evidence` holds
     what the model saw of each request. `chat` renders prompts that are conversations, and
     `think_end` is the token that ends the thoughts before an answer.
     """
@@ -84,6 +91,7 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
         *,
         chat: ChatRenderer | None = None,
         think_end: str | None = None,
+        scorer: Scorer | None = None,
     ) -> None:
         super().__init__()
         model.network.eval()
@@ -93,7 +101,11 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
         self.evidence = EvidenceLog()
         self._overlong = overlong
         self.batches = batches_for(model, batch_size, progress)
-        self.scorer, self.backend_report = select_scorer(model, backend, self.batches, progress)
+        self.scorer, self.backend_report = (
+            select_scorer(model, backend, self.batches, progress)
+            if scorer is None
+            else (scorer, BackendReport(backend))
+        )
         self._cache = cache or ResponseCache()
         self._model = model
         self._progress = progress

@@ -48,9 +48,7 @@ def measure_perplexity(
 ) -> ScoredBenchmark:
     """Return the perplexity of a text, and one sample row per window."""
     windows = cut_windows(model, text, text.config.windows or benchmark.limit)
-    tokens = _TOKENS_PER_CPU_BATCH if model.device.type == "cpu" else _TOKENS_PER_BATCH
-    fitting = max(1, tokens // text.config.window)
-    size = fitting if benchmark.batch_size == "auto" else min(benchmark.batch_size, fitting)
+    size = windows_per_batch(text, benchmark, model.device)
     model.network.eval()
     network = language_model(model)
     losses = cache.get_or_compute_batched(
@@ -63,6 +61,13 @@ def measure_perplexity(
     )
     metrics, missing = _settled(benchmark, text, losses, progress)
     return ScoredBenchmark(metrics, _sample_rows(text, windows, losses), missing=missing)
+
+
+def windows_per_batch(text: PlannedText, benchmark: BenchmarkConfig, device: torch.device) -> int:
+    """Return the windows of a forward; memory may still halve them."""
+    tokens = _TOKENS_PER_CPU_BATCH if device.type == "cpu" else _TOKENS_PER_BATCH
+    fitting = max(1, tokens // text.config.window)
+    return fitting if benchmark.batch_size == "auto" else min(benchmark.batch_size, fitting)
 
 
 def cut_windows(model: Model, text: PlannedText, limit: float | None) -> list[list[int]]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from bench.method import Context, LayerReport, Method, MethodReport, WeightForm
+from bench.method import Context, LayerReport, Method, MethodReport, MethodWork, WeightForm
 from bench.models.bitpacking.packed_shape import GridKind
 from bench.models.model import Model
+from bench.models.structure.dense_layer import shape_of
 from bench.models.structure.model_structure import ModelStructure
 from bench.models.structure.moe_block import MoEBlock
 from methods.moe.pruning import (
@@ -22,9 +24,12 @@ from methods.moe.pruning import (
 )
 from methods.moe.quantizer.bit_budget import stored_bytes
 from methods.moe.quantizer.grid import Clip
-from methods.moe.quantizer.layer_walk import Quantizer
+from methods.moe.quantizer.layer_walk import Quantizer, find_linears
 from methods.moe.quantizer.observers import Planner
 from methods.moe.quantizer.rounding import Rounder
+
+COLUMN_OPERATORS = 28
+"""Operators of GPTQ per column, views included: codes, values, error and compensation."""
 
 BitWidth = Annotated[int, Field(ge=1, le=8)]
 
@@ -109,6 +114,34 @@ class MoEQuantization(Method):
     def check(self, structure: ModelStructure) -> None:
         """Refuse a model without experts or feed-forward layers of a known form."""
         require_usual_experts(self.blocks(structure), type(self).__name__)
+
+    def work(self, structure: ModelStructure, tokens: int) -> MethodWork:
+        """Return the walk and, for GPTQ, its Gram matrices, their inverses and its columns.
+
+        Per matrix of C columns: 2·S·C² for its Gram, 4/3·C³ for two Cholesky factors and an inverse
+        in float64, which counts twice, and R·C² for the compensation.
+        """
+        walk = MethodWork(forwards=2.0 * self.uses_calibration, observed=True, readings=2.0)
+        if not self.uses_calibration or self.rounding == "rtn":
+            return walk
+        blocks = self.blocks(structure)
+        # Rows, columns, tokens and number of the matrices that are rounded together; gate and up
+        # share a Hessian.
+        solved: list[tuple[int, int, float, int]] = []
+        for block in blocks:
+            each = tokens * block.top_k / block.num_experts
+            solved.append((2 * block.d_ff, block.d_model, each, block.num_experts))
+            solved.append((block.d_model, block.d_ff, each, block.num_experts))
+        for index, layer in enumerate(structure.layers):
+            own = [block for block in blocks if block.layer == index]
+            linears = (slot.linear for slot in find_linears(layer, own))
+            solved += [(*shape_of(linear), float(tokens), 1) for linear in linears]
+        flops = sum(n * (2 * seen * c**2 + 2 * 4 / 3 * c**3 + r * c**2) for r, c, seen, n in solved)
+        columns = sum(n * c for _, c, _, n in solved)
+        held = max(block.num_experts * (block.d_model**2 + block.d_ff**2) for block in blocks)
+        return replace(
+            walk, flops=flops, operators=float(COLUMN_OPERATORS * columns), memory=4.0 * held
+        )
 
     def blocks(self, structure: ModelStructure) -> tuple[MoEBlock, ...]:
         """Return the blocks that are packed by plan."""

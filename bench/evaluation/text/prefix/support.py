@@ -37,11 +37,11 @@ HALF_TOLERANCE = 0.02
 
 def unsupported_reason(model: Model) -> str | None:
     """Return why a network needs the padded backend, or None if it supports prefix sharing."""
-    return _static_reason(model) or _probe_reason(model)
+    return static_reason(model) or _probe_reason(model)
 
 
-def _static_reason(model: Model) -> str | None:
-    """Check signature, output head, attention kernel and layer types, without a forward."""
+def static_reason(model: Model) -> str | None:
+    """Return what signature, head, attention or layer types say against it; nothing is computed."""
     network = language_model(model)
     missing = set(REQUIRED_ARGUMENTS) - set(inspect.signature(network.forward).parameters)
     if missing:

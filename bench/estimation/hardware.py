@@ -1,0 +1,101 @@
+"""Hardware: what its data sheet promises, and the shares of it that work reaches.
+
+`conf/hardware/NAME.yaml` is a board; `here` is the machine that asks, measured.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
+
+from bench.errors import UserError
+from bench.security import CONFIG_DIR
+
+HERE = "here"
+FOLDER = CONFIG_DIR / "hardware"
+
+
+def _rising(bounds: tuple[float, float]) -> tuple[float, float]:
+    if bounds[0] > bounds[1]:
+        raise ValueError(f"a range goes from low to high, not from {bounds[0]:g} to {bounds[1]:g}")
+    return bounds
+
+
+class _FrozenModel(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Bounds: TypeAlias = tuple[PositiveFloat, PositiveFloat]
+"""Low and high; low is the less."""
+
+
+class Utilisation(_FrozenModel):
+    """Shares of a peak that are reached, per kind of operation, from low to high.
+
+    `matrix` and `attention` are shares of the peak rate of the dtype, `memory` of the bandwidth,
+    `link` of the host link.
+    """
+
+    matrix: Bounds
+    attention: Bounds
+    memory: Bounds
+    link: Bounds
+
+    @model_validator(mode="after")
+    def _ranges_rise(self) -> Utilisation:
+        for name in type(self).model_fields:
+            _rising(getattr(self, name))
+        return self
+
+
+class HardwareConfig(_FrozenModel):
+    """One entry of `conf/hardware`.
+
+    `peak` is FLOP/s of dense products by dtype, `bandwidth` and `link` bytes/s (the link in one
+    direction; None on a CPU, whose weights are never elsewhere), `memory` bytes, `power` W at full
+    load (None where it is not known). `operator` is seconds of Python and launch per operator,
+    `request` of the harness per request, `start` per phase that builds a network; `disk` is
+    bytes/s.
+    """
+
+    name: str
+    device: Literal["cuda", "cpu"]
+    peak: dict[Literal["float32", "bfloat16", "float16"], PositiveFloat] = Field(min_length=1)
+    bandwidth: PositiveFloat
+    memory: PositiveFloat
+    link: PositiveFloat | None = None
+    power: PositiveFloat | None = None
+    utilisation: Utilisation
+    operator: Bounds
+    request: Bounds
+    start: Bounds
+    disk: Bounds
+
+    @model_validator(mode="after")
+    def _ranges_rise(self) -> HardwareConfig:
+        for name in ("operator", "request", "start", "disk"):
+            _rising(getattr(self, name))
+        return self
+
+    def rate(self, dtype: str) -> float:
+        """Return the peak FLOP/s in a dtype.
+
+        Raises:
+            UserError: the board's file has no rate for it.
+        """
+        for name, peak in self.peak.items():
+            if name == dtype:
+                return peak
+        raise UserError(
+            f"hardware={self.name} has no rate for model.dtype={dtype}: "
+            f"choose {' or '.join(self.peak)}"
+        )
+
+
+def load_assumptions() -> dict[str, Any]:
+    """Return what no data sheet states, as the file `_assumptions.yaml` has it."""
+    from omegaconf import OmegaConf
+
+    found = OmegaConf.to_container(OmegaConf.load(FOLDER / "_assumptions.yaml"))
+    return dict(found)  # type: ignore[arg-type]

@@ -1,0 +1,261 @@
+"""Work of a network's calls, from its shapes; FLOPs are those of `bench.measurement.flops`.
+
+Shapes: B samples, L tokens of a sample, T tokens in all, D d_model, F an expert's width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench.estimation.work import Work
+from bench.measurement.flops.analytic import CallTokens, classifier_macs, decoder_macs, head_macs
+from bench.measurement.flops.counter import is_matmul, meta_forward
+from bench.models.classifiers.classifier import Classifier
+from bench.models.network import text_config
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from bench.data.chat import ModelInputs
+    from bench.models.macs import MatmulCost
+    from bench.models.structure.model_structure import ModelStructure
+
+FLOPS_PER_MAC = 2
+_SAMPLE = 32
+"""Tokens of the call on the meta device whose operators are counted."""
+_GROUPED_OPERATORS = 15
+"""Operators of a MoE layer around its grouped products: sort, gather, activate, combine."""
+_LOOPED_OPERATORS = 6
+"""Operators per expert and layer where a CPU goes through the experts one by one."""
+_OBSERVED_OPERATORS = 24
+"""Operators per expert and layer while a method observes what each expert computes."""
+
+
+@dataclass(frozen=True)
+class NetworkWork:
+    """Coefficients of a network's work; a sample is a token of a decoder, an image of a classifier.
+
+    `matrix`, `head` and `pair` are FLOPs per sample, per row of logits, and per (query, key).
+    `weights` is bytes of what every call reads, `routed` those of all routed experts, of which a
+    token meets the share `met`. `elements` is numbers that a sample reads and writes besides
+    products, `operators` what a call launches, without the experts of its `expert_layers`, of
+    `experts` each. `depth` is decoder layers, `stored` bytes of all weights. `missing` names what
+    has no formula.
+    """
+
+    itemsize: int
+    stored: float
+    elements: float
+    operators: float
+    matrix: float = 0.0
+    head: float = 0.0
+    pair: float = 0.0
+    weights: float = 0.0
+    head_weights: float = 0.0
+    routed: float = 0.0
+    met: float = 1.0
+    experts: int = 0
+    expert_layers: int = 0
+    depth: int = 1
+    missing: str | None = None
+
+    def forward(
+        self,
+        samples: float,
+        calls: float = 1,
+        pairs: float = 0.0,
+        rows: float = 0.0,
+        *,
+        looped: bool = False,
+        observed: bool = False,
+    ) -> Work:
+        """Return the work of `calls` forwards over `samples` in all, with `rows` of logits.
+
+        `pairs` are of queries with keys, masked ones included. `looped` says that experts are
+        computed one by one, as on a CPU, and `observed` that a method looks at each.
+        """
+        each = samples / max(calls, 1)
+        # Of experts that tokens choose independently, each misses all of them with (1 - k/E)^T.
+        hit = 1 - (1 - self.met) ** each if self.routed else 0.0
+        loop = _OBSERVED_OPERATORS if observed else _LOOPED_OPERATORS if looped else 0
+        inside = self.expert_layers * (_GROUPED_OPERATORS + loop * self.experts * hit)
+        return Work(
+            matrix=samples * self.matrix + rows * self.head,
+            attention=pairs * self.pair,
+            weights=calls * (self.weights + hit * self.routed + bool(rows) * self.head_weights),
+            moved=samples * self.elements * self.itemsize,
+            operators=calls * (self.operators + inside),
+        )
+
+    def training(self, samples: float, calls: float, pairs: float = 0.0, rows: float = 0.0) -> Work:
+        """Return the work of forwards with their backwards: two products for each of a forward."""
+        return self.forward(samples, calls, pairs, rows) * 3
+
+    def streamed(self, passes: float = 1) -> float:
+        """Return the bytes that come over the link when the layers are not on the device."""
+        return passes * (self.weights + self.routed)
+
+
+def decoder_work(network: nn.Module, structure: ModelStructure, itemsize: int) -> NetworkWork:
+    """Return the work of a decoder, that of a vision-language model without its tower.
+
+    FLOPs that have no formula are `missing`, and everything else is given.
+    """
+    routed = float(sum(p.numel() for b in structure.blocks for p in b.experts.parameters()))
+    block = structure.blocks[0] if structure.blocks else None
+    config = text_config(network)
+    head = int(config.hidden_size) * int(config.vocab_size)
+    layers = sum(p.numel() for layer in structure.layers for p in layer.parameters())
+    known: dict[str, Any] = {}
+    try:
+        known = _decoder_flops(network, structure)
+    except Exception as error:  # a formula may fail in any way on an unknown network
+        from bench.errors import error_sentence
+
+        known = {"missing": f"FLOPs of {structure.architecture}: {error_sentence(error)}"}
+    tally = _tally(network, structure)
+    elements = tally.elements / _SAMPLE
+    if block is not None:
+        elements += len(structure.blocks) * block.top_k * (4 * block.d_model + 7 * block.d_ff)
+    return NetworkWork(
+        itemsize=itemsize,
+        stored=float(itemsize * sum(p.numel() for p in network.parameters())),
+        elements=elements,
+        operators=tally.operators,
+        weights=itemsize * (layers - routed),
+        head_weights=float(itemsize * head),
+        routed=itemsize * routed,
+        met=block.top_k / block.num_experts if block else 1.0,
+        experts=block.num_experts if block else 0,
+        expert_layers=len(structure.blocks),
+        depth=len(structure.layers),
+        **known,
+    )
+
+
+def _decoder_flops(network: nn.Module, structure: ModelStructure) -> dict[str, float]:
+    tokens = CallTokens.text(1, _SAMPLE)
+    rows = pairs = 0.0
+    for product in decoder_macs(structure.layers, text_config(network), tokens):
+        if product.part == "attention":
+            pairs += product.macs
+        else:
+            rows += product.macs
+    return {
+        "matrix": FLOPS_PER_MAC * rows / _SAMPLE,
+        "pair": FLOPS_PER_MAC * pairs / _SAMPLE**2,
+        "head": FLOPS_PER_MAC * head_macs(network, 1).macs,
+    }
+
+
+def classifier_work(network: Classifier, itemsize: int) -> NetworkWork:
+    """Return the work of an image classifier per image; of unknown networks, without FLOPs."""
+    from bench.errors import UserError, error_sentence
+
+    known: dict[str, Any] = {}
+    try:
+        known = {"matrix": flops_of(classifier_macs(network, 1))}
+    except UserError as error:
+        known = {"missing": f"FLOPs: {error_sentence(error)}"}
+    config = network.config
+    tally = _Tally()
+    with meta_forward(network) as call:
+        shape = (1, config.channels, config.size, config.size)
+        image = torch.zeros(shape, dtype=torch.bfloat16, device="meta")
+        with tally:
+            call(image)
+    stored = float(itemsize * sum(p.numel() for p in network.parameters()))
+    return NetworkWork(itemsize, stored, tally.elements, tally.operators, weights=stored, **known)
+
+
+def vision_work(network: nn.Module, inputs: ModelInputs, tokens: int, itemsize: int) -> Work:
+    """Return the work of encoding the images of a call into visual tokens."""
+    from bench.measurement.flops.analytic_vlm import vision_macs
+
+    products = list(vision_macs(network, inputs, tokens))
+    quadratic = [p for p in products if p.part == "vision" and p.masked == 0.0]
+    tower = [p for name, p in network.named_parameters() if _of_tower(name)]
+    return Work(
+        matrix=flops_of(products),
+        weights=float(itemsize * sum(p.numel() for p in tower)),
+        operators=float(30 * max(1, len(quadratic) // 2)),
+    )
+
+
+def flops_of(products: Iterable[MatmulCost]) -> float:
+    """Return the FLOPs of products, masked pairs included."""
+    return FLOPS_PER_MAC * sum(product.macs for product in products)
+
+
+def _of_tower(name: str) -> bool:
+    return any(part in name for part in ("vision", "visual", "projector", "connector", "merger"))
+
+
+class _Tally(TorchDispatchMode):
+    """Counts operators, and the numbers that those besides products read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch does not say
+        self.operators = 0
+        self.elements = 0
+        self.paused = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> object:
+        result = func(*args, **(kwargs or {}))
+        # `prim` holds questions to a tensor, such as for its device: nothing is computed.
+        if self.paused or func.namespace == "prim" or _is_view(func):
+            return result
+        self.operators += 1
+        self.elements += _numbers([result])
+        name = str(getattr(func, "_overloadpacket", func))
+        # A product's inputs are its weights, which are counted apart, and what was just written; a
+        # look-up reads the rows that it returns.
+        if not is_matmul(name) and "embedding" not in name:
+            self.elements += _numbers(args)
+        return result
+
+
+def _is_view(func: Any) -> bool:
+    """Tell whether an operator only looks at its input in another shape."""
+    returns = getattr(getattr(func, "_schema", None), "returns", ())
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+def _numbers(values: Any) -> int:
+    flat = [x for v in values for x in (v if isinstance(v, list | tuple) else [v])]
+    return sum(x.numel() for x in flat if isinstance(x, Tensor) and x.is_floating_point())
+
+
+def _tally(network: nn.Module, structure: ModelStructure) -> _Tally:
+    """Count the operators of one forward on the meta device, those of routed experts left out.
+
+    Which kernels the experts take depends on the device: `NetworkWork` adds them.
+    """
+    tally = _Tally()
+
+    def pause(*_: object) -> None:
+        tally.paused += 1
+
+    def resume(*_: object) -> None:
+        tally.paused -= 1
+
+    hooks = []
+    for block in structure.blocks:
+        hooks.append(block.experts.register_forward_pre_hook(pause))
+        hooks.append(block.experts.register_forward_hook(resume))
+    try:
+        with meta_forward(network) as call:
+            ids_BL = torch.zeros(1, _SAMPLE, dtype=torch.long, device="meta")
+            with tally:
+                call(input_ids=ids_BL, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return tally

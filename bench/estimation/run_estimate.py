@@ -1,0 +1,385 @@
+"""The estimate of a run and of a sweep: times, memory, downloads, tokens, energy.
+
+No weight is loaded: networks are on the meta device, and what sweeps share is found once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from bench.errors import UserError, error_sentence
+from bench.estimation.hardware import HERE, HardwareConfig
+from bench.estimation.phases import Phase, Prompt, Subject, phases_of
+from bench.estimation.work import Bound, Time, Work, time_of
+from bench.records import EstimatedPhase
+
+if TYPE_CHECKING:
+    import torch
+
+    from bench.config.run_config import RunConfig
+    from bench.estimation.network import NetworkWork
+    from bench.estimation.tasks import Asked
+    from bench.evaluation import PlannedBenchmark
+    from bench.models.model import Model
+    from bench.models.source import ModelSource
+    from bench.models.structure.model_structure import ModelStructure
+
+Recorded = Literal["recorded", "planned before", "new"]
+"""Whether a run costs anything: its record exists, an earlier one is the same, or neither."""
+_USABLE = 0.95
+"""Share of a device's memory that tensors may take: the driver and the allocator need some."""
+
+
+@dataclass(frozen=True)
+class PhaseEstimate:
+    """Time of one phase and what binds it, bytes on the device at its peak, and its tokens."""
+
+    name: str
+    kind: str
+    low: float
+    high: float
+    bound_by: Bound
+    memory: float
+    parts: dict[str, Time]
+    given: float = 0.0
+    shared: float = 0.0
+    sampled: bool = False
+
+
+@dataclass(frozen=True)
+class RunEstimate:
+    """What a run costs on hardware, phase by phase.
+
+    `download` is bytes, None where the hub does not tell them. `missing` names what could not be
+    estimated, with the reason; everything else stands. `cures` say what would make a run fit that
+    does not.
+    """
+
+    name: str
+    hardware: HardwareConfig
+    dtype: str
+    phases: tuple[PhaseEstimate, ...]
+    download: float | None = 0.0
+    missing: tuple[str, ...] = ()
+    cures: tuple[str, ...] = ()
+    state: Recorded = "new"
+
+    @property
+    def low(self) -> float:
+        """Seconds at least."""
+        return sum(phase.low for phase in self.phases)
+
+    @property
+    def high(self) -> float:
+        """Seconds at most."""
+        return sum(phase.high for phase in self.phases)
+
+    @property
+    def memory(self) -> float:
+        """Bytes on the device at the peak of the run."""
+        return max((phase.memory for phase in self.phases), default=0.0)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device has that memory."""
+        return self.memory <= _USABLE * self.hardware.memory
+
+    @property
+    def joules(self) -> tuple[float, float] | None:
+        """Energy at the board's stated power, at least and at most; None where it is not stated."""
+        power = self.hardware.power
+        return None if power is None else (self.low * power, self.high * power)
+
+    def recorded_phases(self) -> tuple[EstimatedPhase, ...]:
+        """Return the phases as a record holds them."""
+        return tuple(
+            EstimatedPhase(
+                phase=phase.name,
+                low=phase.low,
+                high=phase.high,
+                bound_by=phase.bound_by,
+                peak_bytes=phase.memory,
+            )
+            for phase in self.phases
+        )
+
+
+@dataclass(frozen=True)
+class SweepEstimate:
+    """Estimates of the runs of a sweep, in order; a run alone is a sweep of one.
+
+    It is not `whole` if only the first runs were estimated.
+    """
+
+    runs: tuple[RunEstimate, ...]
+    whole: bool = True
+
+    @property
+    def to_do(self) -> list[RunEstimate]:
+        """The runs that have no record yet, each once."""
+        return [run for run in self.runs if run.state == "new"]
+
+    @property
+    def low(self) -> float:
+        """Seconds at least; models that consecutive runs share are loaded once."""
+        return sum(run.low for run in self.to_do) - self._loaded_again("low")
+
+    @property
+    def high(self) -> float:
+        """Seconds at most."""
+        return sum(run.high for run in self.to_do)
+
+    def as_json(self) -> dict[str, object]:
+        """Return JSON values: seconds, bytes, tokens and joules."""
+        runs = []
+        for run in self.runs:
+            plain = asdict(run)
+            plain["hardware"] = run.hardware.model_dump(mode="json")
+            sums = {"low": run.low, "high": run.high, "memory": run.memory, "fits": run.fits}
+            runs.append({**plain, **sums, "joules": run.joules})
+        return {"low": self.low, "high": self.high, "runs": runs}
+
+    def _loaded_again(self, end: str) -> float:
+        saved, before = 0.0, ""
+        for run in self.to_do:
+            model = run.name.partition(" ")[0]
+            if model == before:
+                saved += sum(getattr(p, end) for p in run.phases if p.kind == "load")
+            before = model
+        return saved
+
+
+@dataclass(frozen=True)
+class Described:
+    """A network without weights, and what was counted of it; shared by the runs of a sweep."""
+
+    model: Model
+    structure: ModelStructure
+    work: NetworkWork
+    prompt: Prompt | None
+    counting_seconds: float
+    missing: tuple[str, ...] = ()
+
+
+class Estimator:
+    """Estimates runs; the network, the tasks and the prompt of earlier ones are used again."""
+
+    def __init__(self, hardware: HardwareConfig) -> None:
+        self.hardware = hardware
+        self._described: dict[object, Described] = {}
+        self._asked: dict[object, tuple[Asked, ...]] = {}
+
+    def estimate(
+        self,
+        config: RunConfig,
+        source: ModelSource,
+        benchmark: PlannedBenchmark | None,
+        *,
+        download: float | None = 0.0,
+        missing: Sequence[str] = (),
+    ) -> RunEstimate:
+        """Return what a run costs; without a `benchmark` its tasks are left out.
+
+        Raises:
+            UserError: the model cannot be described at all, or the hardware has no rate for the
+                dtype of the run.
+        """
+        hardware = self.hardware
+        dtype = _dtype_of(config, hardware)
+        hardware.rate(dtype)
+        described = self._describe(config, source, dtype)
+        gaps = [*missing, *described.missing]
+        tasks: tuple[Asked, ...] = ()
+        if benchmark is not None:
+            tasks, failed = self._tasks(benchmark, described, source)
+            gaps += failed
+        subject = _subject(config, source, described, tasks, hardware, benchmark)
+        phases = tuple(self._timed(phase, dtype, gaps) for phase in phases_of(subject))
+        run = RunEstimate(_name_of(config), hardware, dtype, phases, download, tuple(gaps))
+        return run if run.fits else replace(run, cures=tuple(_cures(subject, run)))
+
+    def _timed(self, phase: Phase, dtype: str, gaps: list[str]) -> PhaseEstimate:
+        least, most = (time_of(work, self.hardware, dtype) for work in (phase.least, phase.most))
+        parts = {
+            name: time_of(work, self.hardware, dtype)
+            for name, work in phase.parts.items()
+            if work != Work()
+        }
+        asked = phase.asked
+        return PhaseEstimate(
+            phase.name, phase.kind, least.low, most.high, most.bound_by, phase.memory, parts,
+            asked.given if asked else 0.0, asked.shared if asked else 0.0,
+            bool(asked and asked.sampled),
+        )  # fmt: skip
+
+    def _describe(self, config: RunConfig, source: ModelSource, dtype: str) -> Described:
+        # Where weights wait changes no shape.
+        model = source.config.model_copy(update={"device_map": None})
+        key = (source.folder, model.model_dump_json(), dtype, config.costs.words)
+        if key not in self._described:
+            self._described[key] = _described(config, source, dtype, self.hardware)
+        return self._described[key]
+
+    def _tasks(
+        self, benchmark: PlannedBenchmark, described: Described, source: ModelSource
+    ) -> tuple[tuple[Asked, ...], list[str]]:
+        from bench.estimation.tasks import asked_by
+
+        if described.model.tokenizer is None and source.config.kind != "image_classifier":
+            return (), []  # said already: without a tokenizer there are no tokens
+        # The plan itself, kept alive by this cache so that its id stays its own.
+        key = (id(benchmark), id(described))
+        if key not in self._asked:
+            free = self.hardware.memory - described.work.stored
+            try:
+                self._asked[key] = tuple(asked_by(benchmark.harness, described.model, free))
+            except UserError as error:
+                return (), [f"tokens of {benchmark.benchmark.name}: {error_sentence(error)}"]
+        return self._asked[key], []
+
+
+def _described(
+    config: RunConfig, source: ModelSource, dtype: str, hardware: HardwareConfig
+) -> Described:
+    """Build the network on the meta device and count it."""
+    import torch
+
+    from bench.estimation import network as networks
+    from bench.models import loading
+    from bench.models.classifiers.classifier import Classifier
+    from bench.models.model import Model
+    from bench.models.structure.model_structure import inspect_model
+
+    kind: torch.dtype = getattr(torch, dtype)
+    skeleton = loading.skeleton(source)
+    structure = inspect_model(skeleton)
+    missing: list[str] = []
+    tokenizer = processor = None
+    try:
+        tokenizer, processor = loading.load_tokenizer_and_processor(source)
+    except UserError as error:
+        missing.append(f"tokens: {error_sentence(error)}")
+    model = Model(
+        config=source.config,
+        network=skeleton.to(kind),
+        tokenizer=tokenizer,
+        processor=processor,
+        fingerprint=source.fingerprint,
+        revision=source.revision,
+        device=torch.device(hardware.device),
+    )
+    began = time.perf_counter()
+    if isinstance(skeleton, Classifier):
+        work = networks.classifier_work(skeleton, kind.itemsize)
+    else:
+        work = networks.decoder_work(skeleton, structure, kind.itemsize)
+    seconds = time.perf_counter() - began
+    if work.missing:
+        missing.append(work.missing)
+    prompt = _prompt(model, config.costs.words, kind.itemsize, missing)
+    return Described(model, structure, work, prompt, seconds, tuple(missing))
+
+
+def _prompt(model: Model, words: int, itemsize: int, missing: list[str]) -> Prompt | None:
+    """Return a prompt with an image as the processor builds it, None for other models."""
+    import torch
+
+    from bench.estimation.network import vision_work
+    from bench.measurement import image_prompt
+
+    if model.config.kind != "image_text" or model.processor is None:
+        return None
+    on_host = replace(model, device=torch.device("cpu"))
+    try:
+        inputs = image_prompt.build_image_prompt(on_host, words)
+        tokens = image_prompt.prompt_tokens(on_host, inputs)
+        encoding = vision_work(model.network, inputs, tokens.visual, itemsize)
+    except (UserError, RuntimeError) as error:
+        missing.append(f"images: {error_sentence(error)}")
+        return None
+    return Prompt(tokens.visual, tokens.text, encoding)
+
+
+def _subject(
+    config: RunConfig,
+    source: ModelSource,
+    described: Described,
+    tasks: tuple[Asked, ...],
+    hardware: HardwareConfig,
+    benchmark: PlannedBenchmark | None,
+) -> Subject:
+    from bench.models.network import text_config
+
+    network, work = described.model.network, described.work
+    hidden = vocabulary = each = 0
+    if config.model.kind != "image_classifier":
+        from bench.evaluation.batching import bytes_per_token
+
+        language = text_config(network)
+        hidden, vocabulary = int(language.hidden_size), int(language.vocab_size)
+        each = bytes_per_token(language, next(network.parameters()).dtype)
+    splits = getattr(benchmark.harness, "splits", None) if benchmark is not None else None
+    here = hardware.name == HERE
+    if not here:
+        # Seconds of Python are those of this machine: elsewhere its file says what a request takes.
+        tasks = tuple(replace(task, seconds=0.0) for task in tasks)
+    return Subject(
+        config=config,
+        network=work,
+        structure=described.structure,
+        tasks=tasks,
+        device=hardware.device,
+        memory=hardware.memory,
+        size_on_disk=_size_on_disk(source) or work.stored,
+        prompt=described.prompt,
+        hidden=hidden,
+        bytes_per_token=each,
+        vocabulary=vocabulary,
+        training_images=len(splits.train) if splits is not None else 0,
+        tensors=len(list(network.parameters())),
+        counting_seconds=described.counting_seconds if here else None,
+    )
+
+
+def _dtype_of(config: RunConfig, hardware: HardwareConfig) -> str:
+    """Return the dtype of a run on hardware: as asked, or its default there."""
+    asked: str = config.model.dtype
+    return asked if asked != "auto" else "bfloat16" if hardware.device == "cuda" else "float32"
+
+
+def _size_on_disk(source: ModelSource) -> float:
+    return float(sum(file.stat().st_size for file in source.folder.glob("*.safetensors")))
+
+
+def _name_of(config: RunConfig) -> str:
+    methods = ",".join(config.method) or "dense"
+    return f"{config.model.name} {methods} {config.benchmark.name}"
+
+
+def _cures(subject: Subject, run: RunEstimate) -> Iterator[str]:
+    """Yield what would make a run fit: what is streamed, smaller batches, another board."""
+    room = _USABLE * run.hardware.memory
+    if subject.map is None and subject.device == "cuda":
+        for kind in ("offload_cpu",):
+            given = subject.config.model.model_copy(update={"device_map": kind})
+            streamed = replace(subject, config=subject.config.model_copy(update={"model": given}))
+            need = max(phase.memory for phase in phases_of(streamed))
+            if need <= room:
+                yield (
+                    f"model.device_map={kind} streams one layer at a time and needs "
+                    f"{need / 1e9:.1f} GB; offload_disk, if the host has no {_gb(subject)} either"
+                )
+    over = [phase for phase in run.phases if phase.memory > room]
+    names = [phase.name.removeprefix("applying ") for phase in over if phase.kind == "apply"]
+    batched = [n for n in names if getattr(subject.config.method.get(n), "batch", 1) > 1]
+    if batched and subject.weights * subject.copies < room:
+        yield f"method.{batched[0]}.batch=1 takes fewer rows at a time"
+    if subject.weights * subject.copies < room and any(p.kind == "evaluate" for p in over):
+        yield "benchmark.batch_size=1, or a smaller model.max_length"
+
+
+def _gb(subject: Subject) -> str:
+    return f"{subject.network.stored / 1e9:.0f} GB"

@@ -1,0 +1,322 @@
+"""What each task of a planned benchmark asks of a network: tokens, pairs, calls. No weight is read.
+
+The requests are the harness's own, sent to an adapter whose scorer computes nothing, so that
+tokenization, truncation and packing are those of a run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, cast
+
+import lm_eval.evaluator_utils
+from lm_eval.api.instance import Instance
+
+from bench.evaluation import batching
+from bench.evaluation.harness import SEED
+from bench.evaluation.images import MAX_AUTO_CLASSIFIED, ImageHarness
+from bench.evaluation.task_planning import quiet_lm_eval
+from bench.evaluation.text import perplexity
+from bench.evaluation.text.adapter import LmEvalAdapter
+from bench.evaluation.text.chat import ChatRenderer, select_template
+from bench.evaluation.text.generation import GenerationSettings
+from bench.evaluation.text.lm_eval import TextHarness, cached_templates
+from bench.evaluation.text.prefix.packing import PrefixGroup, group_by_prefix
+from bench.evaluation.text.prefix.scorer import MIN_WIDTH_RATIO
+from bench.evaluation.text.prefix.support import static_reason
+from bench.evaluation.text.prefix.trie import Trie
+from bench.evaluation.text.requests import Loglikelihood, LoglikelihoodRequest, Loglikelihoods
+from bench.models.network import sliding_window, text_config
+from bench.ui import SILENT
+
+if TYPE_CHECKING:
+    from bench.evaluation.multimodal.lmms_eval import MultimodalHarness
+    from bench.evaluation.text.planned_tasks import PlannedTask
+    from bench.models.model import Model
+    from bench.schema import BenchmarkConfig
+
+SAMPLED_DOCUMENTS = 96
+"""Documents of a task whose requests are built; what they ask stands for the rest."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a task asks of a network.
+
+    `given` tokens are those of all requests as they stand, `computed` those that pass the network,
+    `shared` the difference that prefix sharing makes. `pairs` are of queries with keys, `rows` of
+    logits, `calls` forwards. `written` tokens are generated, at least and at most, in `steps`
+    forwards of one token per row. `images` are encoded. `seconds` of Python built the requests;
+    `sampled` says that not all documents were looked at.
+    """
+
+    name: str
+    documents: int = 0
+    requests: int = 0
+    given: float = 0.0
+    computed: float = 0.0
+    pairs: float = 0.0
+    rows: float = 0.0
+    calls: float = 0.0
+    written: tuple[float, float] = (0.0, 0.0)
+    steps: tuple[float, float] = (0.0, 0.0)
+    images: int = 0
+    seconds: float = 0.0
+    sampled: bool = False
+    widest: float = 0.0
+
+    @property
+    def shared(self) -> float:
+        """Tokens that are not computed because another request begins with them."""
+        return max(0.0, self.given - self.computed)
+
+    def scaled(self, share: float) -> Asked:
+        """Return the whole of which this is a share of the documents."""
+        if share == 1:
+            return self
+        times = 1 / share
+        return replace(
+            self,
+            **{
+                name: getattr(self, name) * times
+                for name in ("given", "computed", "pairs", "rows", "calls", "seconds")
+            },
+            requests=round(self.requests * times),
+            written=(self.written[0] * times, self.written[1] * times),
+            steps=(self.steps[0] * times, self.steps[1] * times),
+            sampled=True,
+        )
+
+
+@dataclass
+class _RequestLog:
+    """A scorer that computes nothing and keeps the requests."""
+
+    requests: list[LoglikelihoodRequest] = field(default_factory=list)
+
+    def score(self, requests: Sequence[LoglikelihoodRequest]) -> Iterator[Loglikelihoods]:
+        self.requests += requests
+        yield [(index, Loglikelihood(0.0, False)) for index in range(len(requests))]
+
+
+class _Listener(LmEvalAdapter):
+    """The adapter of a run, which answers with nothing; `contexts` are prompts of generations."""
+
+    def __init__(self, model: Model, benchmark: BenchmarkConfig) -> None:
+        self.log = _RequestLog()
+        template = select_template(benchmark, model.tokenizer, model.name)
+        chat = ChatRenderer(model.tokenizer, template, benchmark.chat_template_args, SILENT)
+        super().__init__(
+            model,
+            batching.MAX_AUTO_ROWS if benchmark.batch_size == "auto" else benchmark.batch_size,
+            SILENT,
+            benchmark.backend,
+            # Nothing of a prompt's length is refused here: the run itself says so in its own words.
+            overlong="truncate",
+            chat=chat,
+            scorer=self.log,
+        )
+        self.contexts: list[tuple[int, int]] = []
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        for request in requests:
+            prompt = self._fit_prompt(request)
+            limit = GenerationSettings(self._model, request.args[1], None).new_tokens
+            self.contexts.append((len(prompt.tokens), limit))
+        return ["" for _ in requests]
+
+
+def asked_by(harness: object, model: Model, memory: float) -> Iterator[Asked]:
+    """Yield what each task asks; `model` has a network on the meta device, `memory` bytes are free.
+
+    Raises:
+        UserError: a request does not fit the model.
+    """
+    if isinstance(harness, ImageHarness):
+        yield _images(harness)
+    elif isinstance(harness, TextHarness):
+        yield from _texts(harness, model, memory)
+    else:
+        yield from _questions(cast("MultimodalHarness", harness))
+
+
+def _images(harness: ImageHarness) -> Asked:
+    count, size = len(harness.scored), harness.benchmark.batch_size
+    batch = MAX_AUTO_CLASSIFIED if size == "auto" else size
+    name = harness.splits.name
+    calls = -(-count // batch)
+    return Asked(name, count, count, count, count, calls=calls, widest=min(count, batch))
+
+
+def _texts(harness: TextHarness, model: Model, memory: float) -> Iterator[Asked]:
+    budget = _token_budget(model, memory)
+    for task in harness.tasks:
+        listener = _Listener(model, harness.benchmark)
+        began = time.perf_counter()
+        documents, share = _build_requests(task, harness.benchmark, listener)
+        seconds = time.perf_counter() - began
+        asked = _packed(task.name, listener, model, harness.benchmark, budget)
+        yield replace(asked, documents=round(documents / share), seconds=seconds).scaled(share)
+    for text in harness.texts:
+        windows = perplexity.cut_windows(
+            model, text, text.config.windows or harness.benchmark.limit
+        )
+        width, count = text.config.window, len(windows)
+        size = perplexity.windows_per_batch(text, harness.benchmark, model.device)
+        tokens, calls = float(width * count), -(-count // size)
+        yield Asked(
+            text.name, count, count, tokens, tokens, float(width**2 * count), tokens, calls,
+            widest=float(width * min(size, count)),
+        )  # fmt: skip
+
+
+def _build_requests(
+    planned: PlannedTask, benchmark: BenchmarkConfig, listener: _Listener
+) -> tuple[int, float]:
+    """Send the requests of a task to a listener; return the documents and the share they are."""
+    documents = whole = 0
+    with quiet_lm_eval(), cached_templates():
+        asked: dict[str, list[Instance]] = {}
+        for task in planned.tasks.values():
+            task.set_fewshot_seed(SEED)
+            inner = cast(Any, task)
+            limit = lm_eval.evaluator_utils.get_sample_size(inner, benchmark.limit)
+            count = min(len(inner.eval_docs), limit or len(inner.eval_docs))
+            # Evenly spread: documents of one kind often stand together.
+            stride = max(1, count // SAMPLED_DOCUMENTS)
+            chosen = list(range(0, count, stride))
+            inner.build_all_requests(
+                samples=chosen,
+                rank=0,
+                world_size=1,
+                system_instruction=benchmark.system_prompt or None,
+                apply_chat_template=bool(benchmark.chat_template),
+                fewshot_as_multiturn=benchmark.fewshot_as_multiturn,
+                chat_template=listener.apply_chat_template if benchmark.chat_template else None,
+            )
+            documents, whole = documents + len(chosen), whole + count
+            for instance in inner.instances:
+                asked.setdefault(instance.request_type, []).append(instance)
+        for kind, instances in asked.items():
+            getattr(listener, kind)(instances)
+    return documents, documents / whole
+
+
+def _token_budget(model: Model, memory: float) -> int:
+    """Return the tokens of a batch, as a run with this much free memory chooses them."""
+    dtype = next(model.network.parameters()).dtype
+    each = batching.bytes_per_token(text_config(model.network), dtype)
+    most = batching.MAX_TOKENS_BY_DEVICE.get(model.device.type, batching.MAX_TOKENS)
+    fitting = int(batching.FREE_MEMORY_SHARE * max(0.0, memory) / each)
+    return min(most, max(batching.MIN_TOKENS, fitting))
+
+
+def _packed(
+    name: str, listener: _Listener, model: Model, benchmark: BenchmarkConfig, budget: int
+) -> Asked:
+    """Return what the requests that a listener heard ask, packed as the backend packs them."""
+    requests = listener.log.requests
+    given = float(sum(len(inputs) for inputs, _ in requests))
+    rows = float(sum(len(targets) for _, targets in requests))
+    asked = Asked(name, requests=len(requests) + len(listener.contexts), given=given, rows=rows)
+    if requests:
+        shares = benchmark.backend == "prefix_sharing" and static_reason(model) is None
+        if shares:
+            trie = Trie(requests)
+            groups = group_by_prefix(trie, window=sliding_window(model.network))
+            work = _group_work(groups, budget)
+            # Choices that are read at the same position meet the head once.
+            rows = min(rows, float(trie.tokens))
+        else:
+            lengths = sorted({tuple(inputs) for inputs, _ in requests}, key=len, reverse=True)
+            work = _rows_work([len(each) for each in lengths], budget, benchmark)
+        computed, pairs, calls, widest = work
+        asked = replace(
+            asked, computed=computed, pairs=pairs, calls=calls, rows=rows, widest=widest
+        )
+    return _with_generation(asked, listener.contexts, benchmark, budget)
+
+
+def _group_work(groups: Sequence[PrefixGroup], budget: int) -> tuple[float, float, float, float]:
+    """Return tokens, pairs and calls of prefix groups, and the tokens of the widest call."""
+    tokens = pairs = calls = widest = 0.0
+    for group in groups:
+        before = group.prefix.stop if group.prefix else 0
+        if group.prefix is not None:
+            own = group.prefix.stop - group.prefix.start
+            tokens, pairs, calls = tokens + own, pairs + own * before, calls + 1
+        for is_path in (True, False):
+            sizes = [s.size for s in group.sequences if s.is_path == is_path]
+            for width, count in _batches(sizes, budget):
+                tokens, calls = tokens + width * count, calls + 1
+                pairs += count * width * (width + before)
+                widest = max(widest, width * count)
+    return tokens, pairs, calls, widest
+
+
+def _batches(sizes: Sequence[int], budget: int) -> Iterator[tuple[int, int]]:
+    """Yield width and number of sequences of each batch, as the prefix-sharing scorer fills it."""
+    begin = 0
+    while begin < len(sizes):
+        width, end = sizes[begin], begin + 1
+        while (
+            end < len(sizes)
+            and (end + 1 - begin) * width <= budget
+            and sizes[end] >= MIN_WIDTH_RATIO * width
+        ):
+            end += 1
+        yield width, end - begin
+        begin = end
+
+
+def _rows_work(
+    lengths: Sequence[int], budget: int, benchmark: BenchmarkConfig
+) -> tuple[float, float, float, float]:
+    """Return tokens, pairs and calls of padded rows, the longest first."""
+    tokens = pairs = calls = widest = 0.0
+    begin = 0
+    while begin < len(lengths):
+        width, most = lengths[begin], benchmark.batch_size
+        size = max(1, budget // max(1, width)) if most == "auto" else most
+        count = min(size, len(lengths) - begin)
+        tokens, pairs, calls = tokens + count * width, pairs + count * width**2, calls + 1
+        widest, begin = max(widest, count * width), begin + count
+    return tokens, pairs, calls, widest
+
+
+def _with_generation(
+    asked: Asked, contexts: Sequence[tuple[int, int]], benchmark: BenchmarkConfig, budget: int
+) -> Asked:
+    """Add generated answers: each ends at its first stop string, after a token at the least."""
+    if not contexts:
+        return asked
+    lengths = sorted((length for length, _ in contexts), reverse=True)
+    tokens, pairs, calls, widest = _rows_work(lengths, budget, benchmark)
+    longest = max(limit for _, limit in contexts)
+    return replace(
+        asked,
+        given=asked.given + sum(lengths),
+        computed=asked.computed + tokens,
+        pairs=asked.pairs + pairs,
+        calls=asked.calls + calls,
+        widest=max(asked.widest, widest),
+        written=(float(len(contexts)), float(sum(limit for _, limit in contexts))),
+        steps=(calls, calls * longest),
+    )
+
+
+def _questions(harness: MultimodalHarness) -> Iterator[Asked]:
+    """Yield tasks with images; the tokens of a prompt are added where its processor is known."""
+    size = harness.benchmark.batch_size
+    batch = batching.MAX_AUTO_IMAGES if size == "auto" else size
+    for task in harness.tasks:
+        count = len(task.indices)
+        options = dict(task.task.config.generation_kwargs or {})
+        longest = int(options.get("max_new_tokens") or options.get("max_gen_toks") or 16)
+        calls = float(-(-count // batch))
+        yield Asked(
+            task.name, count, count, calls=calls, images=count, rows=float(count),
+            written=(float(count), float(count * longest)), steps=(calls, calls * longest),
+        )  # fmt: skip

@@ -1,0 +1,94 @@
+"""Estimates in words: durations, one line for a sweep, and the rows of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from bench.ui import format_quantity
+
+if TYPE_CHECKING:
+    from bench.estimation.run_estimate import PhaseEstimate, RunEstimate, SweepEstimate
+
+
+def duration(seconds: float) -> str:
+    """Return seconds in the unit that a person would take."""
+    if seconds < 1:
+        return f"{seconds:.2g} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"
+
+
+def time_range(low: float, high: float) -> str:
+    """Return bounds of a time, in one unit where both have it."""
+    least, most = duration(low), duration(high)
+    number, _, unit = least.partition(" ")
+    return f"{number} to {most}" if most.endswith(f" {unit}") else f"{least} to {most}"
+
+
+def sweep_line(estimate: SweepEstimate) -> str:
+    """Return one line for a run or a sweep: its time, and whether it fits."""
+    runs, to_do = estimate.runs, estimate.to_do
+    hardware = runs[0].hardware.name
+    done = len(runs) - len(to_do)
+    kept = f", {done} of {len(runs)} recorded or the same as another" if done else ""
+    took = time_range(estimate.low, estimate.high)
+    first = "" if estimate.whole else "the first "
+    line = f"estimate: {first}{len(to_do)} run{'s' * (len(to_do) != 1)} on {hardware}, {took}{kept}"
+    large = [run for run in to_do if not run.fits]
+    if large:
+        need = max(run.memory for run in large)
+        line += f"; {len(large)} need up to {format_quantity(need)}B, more than there is"
+    return line
+
+
+def phase_rows(run: RunEstimate) -> Iterator[dict[str, object]]:
+    """Yield a row per phase, parts of a phase below it."""
+    for phase in run.phases:
+        yield {
+            "phase": phase.name,
+            "time": time_range(phase.low, phase.high),
+            "bound by": phase.bound_by,
+            "memory": f"{format_quantity(phase.memory)}B",
+            "tokens": _tokens(phase),
+        }
+        for name, part in phase.parts.items() if len(phase.parts) > 1 else ():
+            yield {
+                "phase": f"  {name}",
+                "time": time_range(part.low, part.high),
+                "bound by": part.bound_by,
+                "memory": "",
+                "tokens": "",
+            }
+
+
+def _tokens(phase: PhaseEstimate) -> str:
+    if not phase.given:
+        return ""
+    about = "about " if phase.sampled else ""
+    saved = f", {100 * phase.shared / phase.given:.0f} % shared" if phase.shared else ""
+    return f"{about}{format_quantity(phase.given)}{saved}"
+
+
+def notes(run: RunEstimate) -> Iterator[str]:
+    """Yield what stands below the phases of a run: its sum, downloads, energy, what is missing."""
+    line = f"in all {time_range(run.low, run.high)} on {run.hardware.name} in {run.dtype}"
+    if run.joules is not None:
+        low, high = (joules / 3.6e6 for joules in run.joules)
+        line += f", {low:.2g} to {high:.2g} kWh at {run.hardware.power:.0f} W"
+    yield line
+    if run.download is None:
+        yield "weights are not here; their size on the hub is not known"
+    elif run.download:
+        yield f"{format_quantity(run.download)}B to download"
+    room = f"{format_quantity(run.memory)}B of {format_quantity(run.hardware.memory)}B"
+    if run.fits:
+        yield f"fits: {room}"
+    else:
+        cures = " or ".join(run.cures) or "a smaller model, or hardware with more memory"
+        yield f"does not fit: {room}; {cures}"
+    for gap in run.missing:
+        yield f"missing: {gap}"

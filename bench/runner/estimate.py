@@ -1,0 +1,134 @@
+"""Estimates of the runs that arguments describe, without those that are recorded already."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from bench.config.overrides import Overrides
+from bench.data import hub
+from bench.errors import MissingData, UserError, error_sentence
+from bench.records import Store
+
+if TYPE_CHECKING:
+    from bench.config.run_config import RunConfig
+    from bench.estimation.hardware import HardwareConfig
+    from bench.estimation.run_estimate import Estimator, RunEstimate, SweepEstimate
+    from bench.runner.session import Session
+
+_UNITS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def read_budget(text: str) -> float:
+    """Return a budget in seconds: a number with the unit s, min, h or d.
+
+    Raises:
+        UserError: it is unreadable or not above zero.
+    """
+    found = re.fullmatch(r"\s*([+-]?\d+(?:\.\d*)?)\s*([a-z]+)\s*", text.lower())
+    if found is None or found.group(2) not in _UNITS:
+        raise UserError(f"--budget {text}: give a number and a unit, such as 90s, 30min, 6h or 2d")
+    seconds = float(found.group(1)) * _UNITS[found.group(2)]
+    if seconds <= 0:
+        raise UserError(f"--budget {text}: a budget is above zero, such as 30min or 6h")
+    return seconds
+
+
+def estimate_runs(
+    arguments: Sequence[str], hardware: HardwareConfig, session: Session
+) -> SweepEstimate:
+    """Estimate the run or all runs of the sweep that the arguments describe; no weight is loaded.
+
+    Raises:
+        UserError: an argument is wrong, or a model cannot be described at all.
+    """
+    from bench.config.sweep_checks import admit, every_config
+    from bench.runner.session import host_process_restored
+
+    overrides = Overrides.parse(arguments)
+    overrides.refuse_repeated_keys()
+    with host_process_restored():
+        if overrides.is_true("offline"):
+            hub.go_offline()
+        admitted = admit(overrides)
+        if not admitted.is_sweep:
+            overrides.refuse_several_values()
+        return estimate_configs(every_config(overrides, admitted), hardware, session)
+
+
+def estimate_configs(
+    configs: Iterator[RunConfig],
+    hardware: HardwareConfig,
+    session: Session,
+    *,
+    estimator: Estimator | None = None,
+    seconds: float | None = None,
+) -> SweepEstimate:
+    """Estimate runs in order; one that an earlier run or a record answers costs nothing.
+
+    An `estimator` of the same hardware brings what it has found already. After `seconds` no
+    further run is estimated; the first always is.
+    """
+    from bench.estimation.run_estimate import Estimator, SweepEstimate
+
+    known: set[str] = set()
+    runs: list[RunEstimate] = []
+    found = estimator or Estimator(hardware)
+    began = time.perf_counter()
+    for config in configs:
+        if seconds is not None and runs and time.perf_counter() - began > seconds:
+            return SweepEstimate(tuple(runs), whole=False)
+        run, identity = _estimate(config, found, session)
+        if identity is not None:
+            if not config.force and Store(config.results_dir).find(identity) is not None:
+                run = replace(run, state="recorded")
+            elif identity in known:
+                run = replace(run, state="planned before")
+            known.add(identity)
+        runs.append(run)
+    return SweepEstimate(tuple(runs))
+
+
+def _estimate(
+    config: RunConfig, estimator: Estimator, session: Session
+) -> tuple[RunEstimate, str | None]:
+    """Return the estimate of a run and its id, None where what decides it is not here."""
+    from bench.models.source import describe_model
+    from bench.runner.inputs import resolve_run
+
+    source, download, note = describe_model(config.model, offline=config.offline)
+    missing = [] if note is None else [note]
+    if source.fingerprint:
+        try:
+            inputs = resolve_run(config, session)
+            return estimator.estimate(config, inputs.source, inputs.benchmark), inputs.id
+        except MissingData as error:
+            # The data of a method or of the benchmark: what does not read them can be estimated.
+            missing.append(error_sentence(error))
+    planned = None
+    try:
+        planned = session.benchmarks.plan(config.benchmark, offline=config.offline)
+    except MissingData as error:
+        if error_sentence(error) not in missing:
+            missing.append(error_sentence(error))
+    run = estimator.estimate(config, source, planned, download=download, missing=missing)
+    return run, None
+
+
+def refuse_above(budget: float, estimate: SweepEstimate) -> None:
+    """Raise if what is to do takes longer than a budget at the most.
+
+    Raises:
+        UserError: it does.
+    """
+    from bench.estimation.words import duration
+
+    if estimate.high > budget:
+        raise UserError(
+            f"--budget {duration(budget)}: {len(estimate.to_do)} runs take "
+            f"{duration(estimate.low)} to {duration(estimate.high)}: take fewer, "
+            "benchmark.limit=N, or a larger budget"
+        )

@@ -1,0 +1,79 @@
+"""`bench estimate` and `--budget`: figures before a run, refusals in one sentence, nothing run."""
+
+import json
+
+import pytest
+
+from bench.cli.main import main
+from bench.estimation import this_machine
+from bench.estimation.boards import load_hardware
+from bench.records import Store
+
+QUICK = (
+    "benchmark=perplexity_micro", "benchmark.limit=2", "tracker=none", "offline=true", "threads=1",
+)  # fmt: skip
+
+
+@pytest.fixture
+def known(monkeypatch):
+    """Let this machine's rates be those of a board, so that no test measures them."""
+    board = load_hardware("h200").model_copy(
+        update={"name": "here", "device": "cpu", "peak": {"float32": 1e11, "bfloat16": 1e11}}
+    )
+    monkeypatch.setattr(this_machine, "known_here", lambda: board)
+    monkeypatch.setattr(this_machine, "measured_here", lambda: board)
+    load_hardware.cache_clear()
+    yield board
+    load_hardware.cache_clear()
+
+
+def test_an_estimate_is_printed_and_a_record_keeps_its_own(known, tmp_path, capsys):
+    results = f"results_dir={tmp_path}/results"
+    words = [*QUICK, results, "method=camera_p", "calibration.rows=2"]
+    assert main(["estimate", *words, "--json"]) == 0
+    (run,) = json.loads(capsys.readouterr().out)["runs"]
+    assert not (tmp_path / "results").exists()
+    assert (run["fits"], run["state"], run["missing"]) == (True, "new", [])
+
+    assert main(["run", *words, "--budget", "2h"]) == 0
+    (record,) = Store(tmp_path / "results").all()
+    named = [phase.phase for phase in record.estimate]
+    assert named == [phase["name"] for phase in run["phases"]]
+    measured = {c.scope.removeprefix("phase ") for c in record.costs if c.quantity == "wall"}
+    assert set(named) <= measured
+
+    capsys.readouterr()
+    assert main(["estimate", *words]) == 0
+    assert "recorded already" in capsys.readouterr().out
+    assert main(["estimate", "--check", results, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert all(row["phases"] >= 1 for row in rows)
+
+
+def test_a_sweep_says_its_estimate_and_a_budget_refuses_it(known, tmp_path, capsys):
+    results = f"results_dir={tmp_path}/results"
+    words = ["-m", *QUICK, results, "method=random_micro_experts", "ratio=0.1,0.2"]
+    assert main(["run", *words, "--budget=0.001s"]) == 2
+    error = capsys.readouterr().err
+    assert "estimate: 2 runs on here" in error
+    assert "--budget 0.001 s: 2 runs take" in error
+    assert not Store(tmp_path / "results").all()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["hardware=a100_40g"], "did you mean 'a100_40gb'"),
+        (["hardware=h100", "--budget", "-6h"], "--budget"),
+        (["hardware=h100", "--budget=6"], "give a number and a unit"),
+        (["hardware=h100", "hardware=h200"], "name one board"),
+        (["hardware=mi300x", "model.dtype=float32", *QUICK], "no rate for model.dtype=float32"),
+        (["--check", "model=micro_moe"], "takes results_dir=FOLDER"),
+    ],
+)
+def test_wrong_input_is_one_sentence(words, said, capsys):
+    assert main(["estimate", *words]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert said in captured.err
+    assert captured.err.count("\n") == 1
