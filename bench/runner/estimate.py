@@ -48,8 +48,7 @@ def estimate_runs(
     from bench.config.sweep_checks import admit, every_config
     from bench.runner.session import host_process_restored
 
-    overrides = Overrides.parse(arguments)
-    overrides.refuse_repeated_keys()
+    overrides = Overrides.parse(arguments).without_repeats()
     with host_process_restored():
         if overrides.is_true("offline"):
             hub.go_offline()
