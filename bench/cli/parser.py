@@ -19,7 +19,8 @@ from bench.errors import UserError
 TRACEBACK_FLAG = "--traceback"
 COMMANDS = (
     "run", "estimate", "table", "compare", "report", "plot", "ls", "show", "track", "verify",
-    "rescore", "status", "resume", "gc", "export", "convert", "prefetch", "doctor", "trust",
+    "rescore", "status", "resume", "gc", "export", "convert", "carve", "prefetch", "doctor",
+    "trust",
 )  # fmt: skip
 LISTABLE = ("models", "methods", "benchmarks", "tables", "runs")
 RAW_COMMANDS = {
@@ -65,6 +66,12 @@ a paper's table: run what is missing, show our numbers next to the published one
   bench table smollm2 --page smollm2.md         a page of the records there are; runs nothing
   bench ls tables                               list all tables
 """
+CARVE_HELP = """\
+a dense Llama as a mixture of experts, without training
+
+  bench carve smollm2_carved model=SmolLM2-135M-Instruct.Q4_1.gguf calibration=wikitext2_words
+  bench run model=smollm2_carved method=camera_p ratio=0.4
+"""
 RUN_WORDS = "a run id or a prefix of it; latest, or latest:METHOD"
 ALLOWED_HELP = (
     "packages=[...], hydra.searchpath=[...], model.trust_remote_code=true: code of others that may "
@@ -83,7 +90,7 @@ class CommandParser(argparse.ArgumentParser):
 
     # The signature of argparse, whose stubs overload it.
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse arguments, with the overrides that a command allows anywhere among its options."""
+        """Parse arguments, with the overrides of a command anywhere among its options."""
         # argparse fills a list of positionals once, so those after an option are left over.
         parsed, rest = self.parse_known_args(args, namespace)
         places = [name for name in ("allowed", "overrides") if hasattr(parsed, name)]
@@ -171,6 +178,19 @@ def _add_run_commands(command: AddCommand) -> None:
     convert.add_argument("source", type=Path, metavar="FOLDER", help="in LLaVA's own layout")
     convert.add_argument("folder", type=Path, metavar="DIR", help="a new folder")
     convert.add_argument("--tower", type=Path, required=True, help="a folder with its CLIP model")
+    carve = command("carve", "carve:run_command", CARVE_HELP)
+    carve.add_argument("folder", type=Path, metavar="DIR", help="a new folder")
+    carve.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="of model and calibration, as in a run"
+    )
+    for option, number, words in (
+        ("--experts", 16, "routed experts in a layer"),
+        ("--shared", 8, "width of the shared expert, in experts"),
+        ("--chosen", 14, "routed experts of a token"),
+    ):
+        carve.add_argument(
+            option, type=_positive_integer, default=number, metavar="N", help=f"{words} ({number})"
+        )
     prefetch = command("prefetch", "prefetch:run_command", "download what a run or table needs")
     prefetch.add_argument("overrides", nargs="*", metavar="TABLE|KEY=VALUE")
     for added in (status, resume, garbage, verify, rescore, export):
@@ -280,4 +300,10 @@ def _non_negative_integer(text: str) -> int:
     # Nothing that is listed has so many entries; larger numbers fail in the libraries they reach.
     if not (text.isascii() and text.isdecimal() and len(text) < 10):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, such as 0 or 40")
+    return int(text)
+
+
+def _positive_integer(text: str) -> int:
+    if not _non_negative_integer(text):
+        raise argparse.ArgumentTypeError("0 is too small: give 1 or more")
     return int(text)

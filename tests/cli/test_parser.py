@@ -13,7 +13,7 @@ from bench.cli.parser import COMMANDS, RAW_COMMANDS, build_parser
 ARGUMENTS = {
     "run": [], "table": ["camera_main"], "compare": ["a", "b"], "plot": ["front"], "ls": ["runs"],
     "show": ["a"], "verify": ["a"], "rescore": ["a"], "resume": ["latest"],
-    "export": ["a", "folder"], "convert": ["a", "folder", "--tower", "clip"],
+    "export": ["a", "folder"], "carve": ["folder"], "convert": ["a", "folder", "--tower", "clip"],
 }  # fmt: skip
 HEAVY = ("torch", "pandas", "pydantic", "hydra", "omegaconf", "rich", "bench.cli.commands")
 

@@ -234,3 +234,31 @@ def test_every_method_of_the_results_page_runs(row, gguf, run):
     assert method.confirmed_effect == method.effect
     if method.effect in ("removed", "quantized"):
         assert record.cost("bytes").value < record.model.bytes
+
+
+@pytest.fixture(scope="session")
+def carved_folder(gguf, tmp_path_factory):
+    """SmolLM2 carved by the command, on a little text: its folder."""
+    folder = tmp_path_factory.mktemp("carved") / "smollm2_carved"
+    words = [f"model={gguf}", "model.dtype=float32", "model.device=cpu", "calibration=english"]
+    small = ["calibration.rows=2", "calibration.length=256", "offline=true"]
+    assert main(["carve", str(folder), *words, *small]) == 0
+    return folder
+
+
+def test_a_carved_checkpoint_with_all_experts_is_the_dense_one(carved_folder, folder):
+    carved = transformers.AutoModelForCausalLM.from_pretrained(
+        carved_folder, num_experts_per_tok=16, dtype=torch.float32
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(carved_folder)
+    found, expected = (logits(network, tokenizer) for network in (carved, plain(folder)))
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
+    assert next_word(carved, tokenizer) == " Paris"
+
+
+def test_methods_for_experts_run_on_the_carved_checkpoint(carved_folder, run):
+    chosen = [f"model.path={carved_folder}", "model=smollm2_carved", "method=camera_p", "ratio=0.2"]
+    text = ["calibration=english", "calibration.rows=1", "calibration.length=128"]
+    small = ["benchmark=perplexity_micro", "benchmark.limit=1", "costs.length=32"]
+    (record,) = run(*chosen, *text, *small)
+    assert record.methods[0].confirmed_effect == "removed"

@@ -1,0 +1,45 @@
+"""`bench carve`: a dense decoder as one with experts, without training."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from bench.config.composition import compose_run_config
+from bench.data.calibration import resolve_calibration
+from bench.errors import EXIT_DONE, UserError
+from bench.records.files import refuse_unwritable, write_folder
+from bench.ui import Progress, print_text
+
+
+def run_command(given: argparse.Namespace) -> int:
+    """`bench carve DIR model=NAME calibration=NAME --experts E --shared S --chosen K`."""
+    target: Path = given.folder
+    config = compose_run_config(given.overrides)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists and is not an empty folder: choose a different one")
+    refuse_unwritable("DIR", target, folder=True)
+    # Imported here: they load torch, which a wrong override or folder is refused without.
+    from bench.models.carving.carved_model import carve_model, refuse_uncarvable
+    from bench.models.carving.neurons import ExpertLayout
+    from bench.models.loading import load_model, skeleton
+    from bench.models.source import resolve_model
+
+    layout = ExpertLayout(given.experts, given.shared)
+    source = resolve_model(config.model, offline=config.offline)
+    refuse_uncarvable(skeleton(source).config, layout, given.chosen)
+    text = resolve_calibration(config.calibration, offline=config.offline)
+    model = load_model(source)
+    tokens_BL = text.tokenize(model.tokenizer).tokens
+    carved = carve_model(model, tokens_BL, layout, given.chosen, Progress())
+
+    def fill(folder: Path) -> None:
+        carved.save_pretrained(folder)
+        model.tokenizer.save_pretrained(folder)
+
+    write_folder(target, fill)
+    print_text(
+        f"wrote {target}: each layer has a shared expert and {layout.experts} routed ones, of "
+        f"which a token takes {given.chosen}"
+    )
+    return EXIT_DONE

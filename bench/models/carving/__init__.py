@@ -1,0 +1,1 @@
+"""A dense decoder carved into one with experts, without training."""
