@@ -406,7 +406,7 @@ def find_quantization(folder: Path, files: tuple[Path, ...]) -> Quantization | N
 def _read_packing(folder: Path, stored: dict[str, Any]) -> Packing:
     """Return the packing that the `quantization_config` of a folder states, if it is read here."""
     method: str = stored["quant_method"]
-    bits = stored.get("bits", stored.get("w_bit"))
+    bits: Any = stored.get("bits", stored.get("w_bit"))
     group = stored.get("group_size", stored.get("q_group_size", -1))
     key = {"gptq": "checkpoint_format", "awq": "version"}[method]
     layout = str(stored.get(key) or _LAYOUTS[method][0]).lower()

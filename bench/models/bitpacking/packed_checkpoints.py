@@ -35,7 +35,8 @@ def unpack_words(words_W: Tensor, bits: int) -> Tensor:
     """Return the values in the last dimension of int32 words, lowest bits first."""
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
     # The shift of a signed word copies its sign, which the mask removes.
-    return ((words_W[..., None] >> shifts) & (2**bits - 1)).flatten(-2)
+    values: Tensor = (words_W[..., None] >> shifts) & (2**bits - 1)
+    return values.flatten(-2)
 
 
 def gptq_weight(
@@ -57,7 +58,8 @@ def awq_weight(qweight_IW: Tensor, qzeros_GW: Tensor, scales_GO: Tensor, group_I
 
     def values(words: Tensor) -> Tensor:
         places = torch.tensor(AWQ_ORDER).argsort()
-        return unpack_words(words, 4).unflatten(-1, (-1, len(AWQ_ORDER)))[..., places].flatten(-2)
+        eight: Tensor = unpack_words(words, 4).reshape(*words.shape, len(AWQ_ORDER))
+        return eight[..., places].flatten(-2)
 
     codes_IO, zeros_GO = values(qweight_IW), values(qzeros_GW)
     return (scales_GO.float()[group_I] * (codes_IO - zeros_GO[group_I])).T.contiguous()
