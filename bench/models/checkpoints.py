@@ -293,11 +293,9 @@ def merge_adapter(network: nn.Module, folder: Path) -> nn.Module:
     """Add a LoRA adapter to the weights it was trained for, and return the network.
 
     Raises:
-        UserError: peft is not installed, or the adapter is for another base.
+        UserError: peft is not installed, or the settings and the weights of the adapter disagree.
     """
     peft = optional_module("peft", "adapters")
-    # A library user may load without having built the skeleton, where a run checks it.
-    refuse_other_base(folder, network)
     config = peft.LoraConfig(**adapter_settings(folder), inference_mode=True)
     adapted = peft.PeftModel.from_pretrained(network, folder, config=config)
     reached = {
@@ -313,13 +311,27 @@ def merge_adapter(network: nn.Module, folder: Path) -> nn.Module:
     return merged
 
 
-# Of the quantizers of transformers: the packages that each needs, as imported and as installed.
+# The package that each quantizer needs, as imported and as installed; None: it is read here.
 _QUANTIZERS = {
     "compressed-tensors": ("compressed_tensors", "'slimbench[quantized]'"),
-    "gptq": ("gptqmodel", "gptqmodel optimum"),
-    "awq": ("gptqmodel", "gptqmodel"),
+    "gptq": None,
+    "awq": None,
     "bitsandbytes": ("bitsandbytes", "bitsandbytes"),
 }
+
+
+# Of the quantizers that are read here. 3 bits cross the border of a word, in layouts that differ.
+_PACKED_BITS = {"gptq": (2, 4, 8), "awq": (4,)}
+_LAYOUTS = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm",)}
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How the codes of a checkpoint are packed; `group` inputs share a scale, None: all."""
+
+    layout: str
+    bits: int
+    group: int | None
 
 
 @dataclass(frozen=True)
@@ -328,13 +340,15 @@ class Quantization:
 
     `method` is transformers' name of it; `bytes` counts the tensors in the files, scales and
     zero points included; `parameters` are those of the dense network, counted when it is built.
-    `mixed` says that layers outside the experts have several schemes.
+    `mixed` says that layers outside the experts have several schemes. `packing` is set where the
+    weights are unpacked here, and not by transformers.
     """
 
     method: str
     bytes: int
     quantizes_activations: bool = False
     mixed: bool = False
+    packing: Packing | None = None
     parameters: int = 0
 
     @property
@@ -348,12 +362,12 @@ class Quantization:
         # transformers takes one scheme for all dense layers when it dequantizes; with several, it
         # keeps them compressed, each by its own.
         plain = not self.quantizes_activations and not self.mixed
-        return self.method == "compressed-tensors" and plain
+        return (self.method == "compressed-tensors" and plain) or self.packing is not None
 
     @property
     def loading_settings(self) -> dict[str, Any]:
         """Settings with which transformers loads the checkpoint."""
-        if not self.dequantized:
+        if not self.dequantized or self.packing is not None:
             return {}
         # compressed-tensors computes with dequantized weights in any case, from the first forward
         # on. Dequantized at once, the network is the same before and after it.
@@ -379,7 +393,11 @@ def find_quantization(folder: Path, files: tuple[Path, ...]) -> Quantization | N
             f"{folder} is quantized by {method}, which is not supported: "
             f"allowed: {', '.join(_QUANTIZERS)}"
         )
-    package, install = _QUANTIZERS[method]
+    stored_bytes = sum(map(_tensor_bytes, files))
+    if (needed := _QUANTIZERS[method]) is None:
+        packing = _read_packing(folder, stored)
+        return Quantization(method, stored_bytes, packing=packing)
+    package, install = needed
     if find_spec(package) is None:
         raise UserError(f"{folder} is quantized by {method}: pip install {install}")
     groups = stored.get("config_groups")
@@ -387,7 +405,25 @@ def find_quantization(folder: Path, files: tuple[Path, ...]) -> Quantization | N
         [s for s in groups.values() if isinstance(s, dict)] if isinstance(groups, dict) else []
     )
     activations = any(scheme.get("input_activations") for scheme in schemes)
-    return Quantization(method, sum(map(_tensor_bytes, files)), activations, _is_mixed(schemes))
+    return Quantization(method, stored_bytes, activations, _is_mixed(schemes))
+
+
+def _read_packing(folder: Path, stored: dict[str, Any]) -> Packing:
+    """Return the packing that the `quantization_config` of a folder states, if it is read here."""
+    method: str = stored["quant_method"]
+    bits: Any = stored.get("bits", stored.get("w_bit"))
+    group = stored.get("group_size", stored.get("q_group_size", -1))
+    key = {"gptq": "checkpoint_format", "awq": "version"}[method]
+    layout = str(stored.get(key) or _LAYOUTS[method][0]).lower()
+    for name, value, allowed in (("bits", bits, _PACKED_BITS), (key, layout, _LAYOUTS)):
+        if value not in allowed[method]:
+            raise UserError(
+                f"{folder} is quantized by {method} with {name}={value}, which is not read: "
+                f"allowed: {', '.join(map(str, allowed[method]))}"
+            )
+    if type(group) is not int or not (group == -1 or group > 0):
+        raise UserError(f"{folder / 'config.json'} is corrupt: group_size={group!r}")
+    return Packing(layout, int(bits), None if group == -1 else group)
 
 
 def _is_mixed(schemes: list[dict[str, Any]]) -> bool:

@@ -15,6 +15,7 @@ from bench.data.chat import Processor, Tokenizer, render_chat
 from bench.device import devices
 from bench.errors import UserError, error_sentence
 from bench.models import checkpoints, text_files_probe
+from bench.models.bitpacking import packed_checkpoints
 from bench.models.checkpoints import one_sentence_errors
 from bench.models.classifiers import architectures, serialization
 from bench.models.classifiers.classifier import Classifier, VisionConfig
@@ -44,7 +45,7 @@ class _NetworkClass(Protocol):
     def from_config(self, config: NetworkConfig, **settings: object) -> nn.Module: ...
 
     def from_pretrained(
-        self, folder: Path, **settings: object
+        self, folder: Path | None, **settings: object
     ) -> tuple[nn.Module, dict[str, list[object]]]: ...
 
 
@@ -147,6 +148,10 @@ def load_model(source: ModelSource) -> Model:
             have, or contains NaN.
     """
     device = devices.select_device(source.config.device)
+    if source.adapter is not None:
+        # A run has built the skeleton, which refuses an adapter for another base; a library user
+        # may come without one.
+        skeleton(source)
     with one_sentence_errors(source.given):
         # Before the weights, which may take minutes to read.
         tokenizer, processor = load_tokenizer_and_processor(source)
@@ -242,11 +247,18 @@ def _load_network(source: ModelSource, device: torch.device) -> nn.Module:
         return load_classifier(source, device)
     folder = offload.offload_folder() if config.device_map else None
     quantized = source.quantization.loading_settings if source.quantization else {}
-    network_config = _network_config(source)
+    network_config, dtype = _network_config(source), devices.select_dtype(config.dtype, device)
+    unpacked: dict[str, object] = {}
+    if source.quantization is not None and source.quantization.packing is not None:
+        wanted = skeleton(source).state_dict().keys()
+        unpacked = packed_checkpoints.loading_settings(
+            source.folder, source.quantization.packing, network_config, dtype, wanted
+        )
     network, report = _network_class(source).from_pretrained(
-        source.folder,
+        # transformers takes weights from a folder or from memory.
+        None if unpacked else source.folder,
         config=network_config,
-        dtype=devices.select_dtype(config.dtype, device),
+        dtype=dtype,
         device_map=offload.device_map(config.device_map, device, lambda: skeleton(source)),
         offload_folder=folder,
         attn_implementation=_attention(config, network_config),
@@ -255,6 +267,7 @@ def _load_network(source: ModelSource, device: torch.device) -> nn.Module:
         use_safetensors=True,
         **_local_files(source),
         **quantized,
+        **unpacked,
         # Without the report, transformers initialises missing weights at random and only warns.
         output_loading_info=True,
     )
@@ -276,7 +289,9 @@ def _network_class(source: ModelSource) -> _NetworkClass:
 
     description = replaced_modules.read_description(source.folder)
     if description is None:
-        return _auto_class(source)
+        # An Auto class looks into the folder, and weights in memory come without one.
+        packed = source.quantization is not None and source.quantization.packing is not None
+        return cast("_NetworkClass", type(skeleton(source))) if packed else _auto_class(source)
     with torch.device("meta"):
         # `from_pretrained` constructs the network itself, so replaced modules cannot be installed
         # between construction and loading. The class it is given installs them in its constructor.

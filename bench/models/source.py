@@ -116,6 +116,11 @@ def resolve_model(config: ModelConfig, *, offline: bool) -> ModelSource:
     quantization = checkpoints.find_quantization(folder, weights)
     if quantization is not None:
         refuse_adapter(config, f"quantized by {quantization.method}")
+        if quantization.packing is not None and config.device_map is not None:
+            raise UserError(
+                f"model.device_map={config.device_map} reads dense weights from files, and those "
+                f"of {folder} are packed by {quantization.method}: set model.device_map=null"
+            )
     source = ModelSource(
         config,
         folder,

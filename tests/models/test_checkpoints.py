@@ -122,6 +122,13 @@ def test_an_adapter_of_another_base_is_refused_before_loading(changes, match, ad
     refusal(save(other, tmp_path / "other"), match, adapter=str(adapter))
 
 
+def test_a_library_user_hears_of_another_base_before_what_else_the_folder_lacks(adapter, tmp_path):
+    folder = save(gpt2(), tmp_path / "gpt2")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="for another base"):
+        load_model(source(folder, adapter=str(adapter)))
+
+
 def test_an_adapter_of_another_architecture_is_refused(adapter, tmp_path):
     refusal(save(gpt2(), tmp_path / "gpt2"), "it changes model.layers.*lacks", adapter=str(adapter))
 
@@ -192,8 +199,14 @@ def test_compressed_tensors_are_scored_as_they_are_stored(tmp_path):
     assert stored < 4 * dense / 2
     described = describe_dense_model(model)
     assert (described.parameters, described.bytes) == (dense, stored)
-    costs = {cost.quantity: cost.value for cost in count_costs(model, CostsConfig(name="x")).costs}
-    assert costs["bytes"] == stored
+    settings = CostsConfig(name="x", length=16)
+    costs = {(c.scope, c.quantity): c.value for c in count_costs(model, settings).costs}
+    assert costs["model", "bytes"] == stored
+    # Dequantized before each product, so that the products are those of the dense network.
+    save(llama(), tmp_path / "dense")
+    plain = count_costs(load_model(source(tmp_path / "dense")), settings).costs
+    flops = {(c.scope, c.quantity): c.value for c in plain if c.quantity == "flops"}
+    assert flops and {key: costs[key] for key in flops} == flops
 
 
 def test_activations_are_rounded_where_the_checkpoint_says_so(tmp_path):
@@ -216,8 +229,7 @@ def test_activations_are_rounded_where_the_checkpoint_says_so(tmp_path):
 @pytest.mark.parametrize(
     ("stored", "match"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "by gptq: pip install gptqmodel optimum"),
-        ({"quant_method": "awq"}, "by awq: pip install gptqmodel"),
+        ({"quant_method": "compressed-tensors"}, r"pip install 'slimbench\[quantized\]'"),
         ({"quant_method": "bitsandbytes"}, "by bitsandbytes: pip install bitsandbytes"),
         ({"quant_method": "aqlm"}, "by aqlm, which is not supported: allowed: compressed"),
         ({"bits": 4}, "by None, which is not supported"),

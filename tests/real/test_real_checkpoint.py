@@ -10,6 +10,7 @@ import transformers
 from lm_eval.models.huggingface import HFLM
 
 from bench.cli.main import main
+from bench.config.composition import compose_run_config
 from bench.errors import UserError
 from bench.evaluation import BenchmarkConfig, evaluate, plan
 from bench.records import samples
@@ -87,7 +88,7 @@ def test_perplexity_is_that_of_a_direct_computation(model, real_tasks, folder):
     assert found.value == pytest.approx(math.exp(sum(losses) / 2), rel=1e-5)
 
 
-def test_an_adapter_by_peft_is_merged(folder, tmp_path):
+def test_an_adapter_by_peft_is_merged(folder, run, tmp_path):
     targets = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "down_proj"]}
     adapted = peft.get_peft_model(plain(folder), peft.LoraConfig(task_type="CAUSAL_LM", **targets))
     torch.manual_seed(0)
@@ -101,6 +102,13 @@ def test_an_adapter_by_peft_is_merged(folder, tmp_path):
     expected = logits(adapted, ours.tokenizer)
     torch.testing.assert_close(logits(ours.network, ours.tokenizer), expected, atol=1e-3, rtol=1e-3)
     assert not torch.allclose(logits(plain(folder), ours.tokenizer), expected, atol=1e-1)
+
+    small = ["benchmark=perplexity_micro", "benchmark.limit=1", "costs.length=32"]
+    adapter = ["model.name=smol", f"model.adapter={tmp_path / 'adapter'}"]
+    (record,) = run(f"model={folder}", *adapter, *small)
+    assert record.model.name == "smol+adapter"
+    (told,) = evaluate(ours, plan(compose_run_config(small).benchmark, offline=True)).metrics
+    assert record.metrics[0].value == pytest.approx(told.value, rel=1e-6)
 
     # The same adapter for a base of another width.
     narrow = transformers.LlamaConfig(

@@ -1,12 +1,14 @@
 """A page of results in Markdown, from the records of one table: numbers, paired tests, gaps.
 
 A page is read far from its records, so it states what it rests on: dates, commits, machine,
-weights, data, and the lines that were not run. No conclusion is drawn without a paired test.
+weights, data, and the lines that were not run. What it found comes first: the differences that a
+paired test tells from chance, and no others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -48,15 +50,16 @@ def results_page(
             f"table {config.name} has no record here, so there is nothing to write: run "
             f"`bench table {config.name}` first, or name its folder by results_dir=FOLDER"
         )
-    table = build_table(config, found)
+    table, families = build_table(config, found), list(_families(config, found, samples))
     parts = [
         f"# {cell_text.heading_text(table)}",
+        *_findings(families),
         *([config.about.strip()] if config.about else []),
         f"Written by `{command}` from {len(records)} records; an edit would be lost.",
         _pipe_table(("", ""), _basis_rows(records)),
         *_numbers(table),
         *_caveats(config, records),
-        *_comparisons(config, found, samples),
+        *_comparisons(families),
         *_gaps(config, found),
     ]
     return "\n\n".join(parts) + "\n"
@@ -150,17 +153,20 @@ def _line_texts(columns: Sequence[ColumnHead], line: TableLine) -> Iterator[str]
     yield ", ".join(f"`{run[:8]}`" for run in line.runs)
 
 
-def _comparisons(config: TableConfig, found: FoundRecords, samples: ReadSamples) -> Iterator[str]:
-    """Yield the paired tests: every line against the dense one, then those that the table names."""
+@dataclass(frozen=True)
+class _Family:
+    """The paired tests of some lines, named by their runs, against one line."""
+
+    base: str
+    names: Mapping[str, str]
+    contrasts: Sequence[Contrast]
+    refused: Sequence[str]
+
+
+def _families(config: TableConfig, found: FoundRecords, samples: ReadSamples) -> Iterator[_Family]:
+    """Yield the tests of every line against the dense one, then those that the table names."""
     slots = [slot for slot in table_slots(config) if found.get(slot)]
     dense = [slot for slot in slots if found[slot][0].is_dense]
-    yield "## Paired tests"
-    yield (
-        "Differences are paired by sample, with a 95 % bootstrap interval; p is corrected by Holm "
-        "within a table. *detectable* is the difference that these samples show with 80 % power: "
-        "where p is above 0.05, a smaller one cannot be ruled out. Fewer than six samples can show "
-        "none at the 5 % level."
-    )
     for base in dense:
         others = [slot for slot in slots if slot.section == base.section and slot != base]
         yield from _family(base, others, found, samples)
@@ -174,10 +180,9 @@ def _comparisons(config: TableConfig, found: FoundRecords, samples: ReadSamples)
 
 def _family(
     base: TableSlot, others: Sequence[TableSlot], found: FoundRecords, samples: ReadSamples
-) -> Iterator[str]:
+) -> Iterator[_Family]:
     """Yield the tests of some lines against one line, on the average and on perplexities."""
     from bench.reporting.comparison import ComparedRun, compare
-    from bench.reporting.comparison.printer import difference_text, least_text, p_text
 
     def with_samples(slot: TableSlot) -> ComparedRun:
         # The first seed stands for a line of several: pairs are of samples, not of means.
@@ -190,24 +195,69 @@ def _family(
     names = {found[slot][0].id: _slot_text(slot) for slot in others}
     texts = compared.baseline.config["benchmark"].get("perplexity", {})
     kept = [c for c in compared.contrasts if c.task == AVERAGE or c.task in texts]
-    yield f"### Against {_slot_text(base)}"
-    yield _pipe_table(
-        ("", "number", "samples", "difference [95 %]", "p", "detectable"),
-        (
-            (
-                names[c.run],
-                _number_name(c),
-                str(c.n),
-                difference_text(c),
-                p_text(c.p_holm),
-                least_text(c),
-            )
-            for c in kept
-        ),
-        numbers=4,
+    yield _Family(_slot_text(base), names, kept, compared.refused)
+
+
+def _findings(families: Sequence[_Family]) -> Iterator[str]:
+    """Yield the differences that chance does not explain, and how many samples they rest on."""
+    from bench.reporting.comparison.printer import SIGNIFICANCE_LEVEL, difference_text, p_text
+
+    contrasts = [c for family in families for c in family.contrasts]
+    if not contrasts:
+        return
+    samples: dict[str, set[int]] = {}
+    for each in contrasts:
+        kind = "documents" if each.task == AVERAGE else f"windows of {each.task}"
+        samples.setdefault(kind, set()).add(each.n)
+    basis = " and ".join(
+        f"{' or '.join(map(str, sorted(counts)))} {kind}" for kind, counts in samples.items()
     )
-    if compared.refused:
-        yield "\n".join(f"- {sentence}" for sentence in compared.refused)
+    shown = [
+        f"- {family.names[c.run]} against {family.base}: {_number_name(c)} {difference_text(c)}, "
+        f"p {p_text(c.p_holm)}"
+        for family in families
+        for c in family.contrasts
+        if c.p_holm is not None and c.p_holm < SIGNIFICANCE_LEVEL
+    ]
+    told = f"{len(shown) or 'none'} can be told from chance"
+    yield (
+        f"This page rests on {basis}. Of {len(contrasts)} paired differences, {told} "
+        f"(p below {SIGNIFICANCE_LEVEL:g} after Holm's correction){':' if shown else '.'}"
+    )
+    if shown:
+        yield "\n".join(shown)
+
+
+def _comparisons(families: Sequence[_Family]) -> Iterator[str]:
+    """Yield every paired test."""
+    from bench.reporting.comparison.printer import difference_text, least_text, p_text
+
+    yield "## Paired tests"
+    yield (
+        "Differences are paired by sample, with a 95 % bootstrap interval; p is corrected by Holm "
+        "within a table. *detectable* is the difference that these samples show with 80 % power: "
+        "where p is above 0.05, a smaller one cannot be ruled out. Fewer than six samples can show "
+        "none at the 5 % level."
+    )
+    for family in families:
+        yield f"### Against {family.base}"
+        yield _pipe_table(
+            ("", "number", "samples", "difference [95 %]", "p", "detectable"),
+            (
+                (
+                    family.names[c.run],
+                    _number_name(c),
+                    str(c.n),
+                    difference_text(c),
+                    p_text(c.p_holm),
+                    least_text(c),
+                )
+                for c in family.contrasts
+            ),
+            numbers=4,
+        )
+        if family.refused:
+            yield "\n".join(f"- {sentence}" for sentence in family.refused)
 
 
 def _number_name(row: Contrast) -> str:

@@ -21,6 +21,7 @@ from methods.baselines.micro_expert_controls import (
     RandomExperts,
     RandomMicroExperts,
 )
+from methods.baselines.mone import Mone
 from methods.baselines.naee import Naee
 from methods.camera.joint import CameraPQ
 from methods.camera.loss_aware import CameraLossAware
@@ -70,6 +71,7 @@ METHODS = {
     "reap": Reap(ratio=0.4),
     "naee": Naee(ratio=0.4),
     "d2_moe": D2Moe(ratio=0.4),
+    "mone": Mone(ratio=0.4),
     "mc": Mc(),
     "wgsef_finetune": WgsefFinetune(ratio=0.4),
 }

@@ -142,8 +142,28 @@ def test_the_page_states_what_its_numbers_rest_on(found):
     assert basis["wiki"] == ["2 windows of 64 tokens"]
     assert basis["calibration"] == ["4 rows of 32 tokens of prose"]
     assert basis["libraries"] == ["torch 2.9, lm-eval 0.4.13"]
-    start = "# One model, two methods\n\nA share is of the weights.\n\n"
-    assert page.startswith(f"{start}Written by `bench table mine --page mine.md`")
+    start, rest = page.split("A share is of the weights.\n\n")
+    assert start.startswith("# One model, two methods\n\nThis page rests on ")
+    assert rest.startswith("Written by `bench table mine --page mine.md`")
+
+
+def test_the_page_begins_with_what_chance_does_not_explain(found):
+    page = results_page(CONFIG, found, samples, "")
+    dense, *others = (ComparedRun(r, samples(r.id)) for (r,) in found.values())
+    contrasts = compare(dense, others).contrasts
+    (first,) = (c for c in contrasts if c.task == "average" and c.run.startswith("first"))
+    assert first.p_holm < 0.05
+    said = page.split("A share is")[0].split("\n\n")[1:]
+    assert said[0] == (
+        "This page rests on 20 documents and 2 windows of wiki. Of 6 paired differences, "
+        f"{said[1].count('- ')} can be told from chance (p below 0.05 after Holm's correction):"
+    )
+    line = f"- first 20 % against dense: mean of the tasks, % {difference_text(first)}, p "
+    assert said[1].startswith(line)
+    # Two windows are no test.
+    assert "perplexity" not in said[1]
+    page = results_page(CONFIG, found, lambda run: samples("dense"), "")
+    assert "Of 6 paired differences, none can be told from chance (p below 0.05" in page
 
 
 def test_the_page_shows_every_number_and_the_caveats_of_costs(found):
