@@ -175,9 +175,10 @@ def kept_by_rank(weight_IRM: Tensor, rater_IR: Tensor, valid_IM: Tensor, factor:
     """
     real_IRM = torch.where(rater_IR[..., None] & valid_IM[:, None], weight_IRM.float(), 0)
     # Rows and columns of zeros change no rank.
-    rank_I, count_I = torch.linalg.matrix_rank(real_IRM), valid_IM.sum(dim=1)
-    kept_I: Tensor = count_I - (factor * (count_I - rank_I)).floor().long()
-    return kept_I.clamp(min=1)
+    rank_I: Tensor = torch.linalg.matrix_rank(real_IRM)
+    count_I = valid_IM.sum(dim=1)
+    leaving_I = (factor * (count_I - rank_I)).floor().long()
+    return (count_I - leaving_I).clamp(min=1)
 
 
 def select_raters(
