@@ -352,9 +352,10 @@ class Quantization:
     parameters: int = 0
 
     @property
-    def library(self) -> str:
-        """The package that unpacks the weights."""
-        return _QUANTIZERS[self.method][0]
+    def library(self) -> str | None:
+        """The package that unpacks the weights; None if this one does."""
+        needed = _QUANTIZERS[self.method]
+        return None if needed is None else needed[0]
 
     @property
     def dequantized(self) -> bool:

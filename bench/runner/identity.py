@@ -202,7 +202,7 @@ def library_versions(config: RunConfig, quantization: Quantization | None = None
         names.append("flash-attn")
     if config.model.adapter is not None:
         names.append("peft")
-    if quantization is not None:
+    if quantization is not None and quantization.library is not None:
         names.append(quantization.library)
     for method in config.method.values():
         names += _libraries_of(type(method))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import cast
 
 from bench.config.composition import compose_run_config
 from bench.data.calibration import resolve_calibration
@@ -23,11 +24,13 @@ def run_command(given: argparse.Namespace) -> int:
     from bench.models.carving.carved_model import carve_model, refuse_uncarvable
     from bench.models.carving.neurons import ExpertLayout
     from bench.models.loading import load_model, skeleton
+    from bench.models.network import TransformersNetwork
     from bench.models.source import resolve_model
 
     layout = ExpertLayout(given.experts, given.shared)
     source = resolve_model(config.model, offline=config.offline)
-    refuse_uncarvable(skeleton(source).config, layout, given.chosen)
+    network = cast(TransformersNetwork, skeleton(source))
+    refuse_uncarvable(network.config, layout, given.chosen)
     text = resolve_calibration(config.calibration, offline=config.offline)
     model = load_model(source)
     tokens_BL = text.tokenize(model.tokenizer).tokens

@@ -94,7 +94,7 @@ def carve_model(
 
     network = cast(TransformersNetwork, model.network)
     refuse_uncarvable(network.config, layout, chosen)
-    weights = {k: v for k, v in network.state_dict().items() if ".mlp." not in k}
+    weights = {k: v for k, v in model.network.state_dict().items() if ".mlp." not in k}
     for index, view, carved in _carve_layers(model, tokens_BL, layout, progress):
         tensors = block_tensors(view, carved)
         weights |= {f"model.layers.{index}.mlp.{name}": v for name, v in tensors.items()}
