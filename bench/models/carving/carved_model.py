@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench.errors import UserError
 from bench.models.carving.neurons import CarvedFeedForward, ExpertLayout, carve_feed_forward
@@ -81,7 +81,7 @@ def refuse_uncarvable(config: Any, layout: ExpertLayout, chosen: int) -> None:
 @torch.no_grad()
 def carve_model(
     model: Model, tokens_BL: Tensor, layout: ExpertLayout, chosen: int, progress: Progress
-) -> nn.Module:
+) -> TransformersNetwork:
     """Return a GLM-4-MoE network that is the model with `chosen` of its experts per token.
 
     With all experts chosen it computes what the model does. Every layer is observed on the
@@ -104,7 +104,7 @@ def carve_model(
         found = AutoModelForCausalLM.from_config(config, dtype=network.dtype)
     found.load_state_dict(weights, assign=True)
     found.generation_config = network.generation_config
-    return cast(nn.Module, found.eval())
+    return cast(TransformersNetwork, found.eval())
 
 
 class _SeenTokens:
