@@ -41,7 +41,7 @@ class BudgetEquation:
     cost: Tensor | None = None
 
     def gates(self, eta_L: Tensor, guard: float | None = None) -> Tensor:
-        """Return u_LM = clip(eta p - q, 0, 1), with values of at most `guard` q set to zero.
+        """Return u_LM = clip(eta p - q, 0, 1), values of at most `guard` min(1, q) being 0.
 
         `guard` is 1e-9 in fp64 and 1e-5 in fp32 unless given.
         """
@@ -49,7 +49,8 @@ class BudgetEquation:
         # the difference of two equal numbers leaves rounding noise: about 1e-16 q in fp64, 1e-7 q
         # in fp32, hence the dtype. The noise must go, since u > 0 counts as an alive group. It is
         # relative to q: with a tiny lam d a gate far below 1e-5 belongs to a group that should be
-        # almost unshrunk.
+        # almost unshrunk. Not beyond 1: the debiased operator's q is 1e9 and more near its end, and
+        # its gates are no larger for that.
         if guard is None:
             guard = 1e-9 if self.slope.dtype == torch.float64 else 1e-5
         # inf * 0 is NaN, so an infinite multiplier would turn empty groups into NaN. The largest
@@ -63,12 +64,12 @@ class BudgetEquation:
             torch.mul(part.slope, eta_L1, out=out)
             out.sub_(part.offset)
             if guard and self._scalar_offset:
-                floor = guard * float(part.offset)
+                floor = guard * min(1.0, float(part.offset))
                 out.clamp_(0, 1)
                 torch.threshold_(out, floor, 0.0)
             else:
                 if guard:
-                    out.masked_fill_(out <= guard * part.offset, 0.0)
+                    out.masked_fill_(out <= guard * part.offset.clamp(max=1), 0.0)
                 out.clamp_(0, 1)
             start = stop
         return gate_LM
