@@ -72,6 +72,14 @@ class SparseVLM(TokenPruning):
         if layers is None:
             table = RELEASED_LAYERS if self.variant == "release" else TABLE_LAYERS
             layers = tuple(max(1, round(layer * depth / TABLE_DEPTH)) for layer in table)
+        by_rank = self.rank_factor is not None
+        if by_rank and self.keep is not None:
+            raise UserError(
+                f"keep={list(shares)} and rank_factor={self.rank_factor}: set one, the other to "
+                "null"
+            )
+        if by_rank:
+            shares = (1.0,) * len(layers)
         # An empty list is one number too few, not a wish for the defaults.
         increasing = sorted(set(layers)) == list(layers) and min(layers, default=0) >= 1
         if len(layers) != len(shares) or not increasing:
@@ -79,19 +87,13 @@ class SparseVLM(TokenPruning):
                 f"layers={list(layers)} with {len(shares)} shares: give one share for each layer; "
                 "layers must increase and start at 1 or later"
             )
-        by_rank = self.rank_factor is not None
-        if by_rank and self.keep is not None:
-            raise UserError(
-                f"keep={list(shares)} and rank_factor={self.rank_factor}: set one, the other to "
-                "null"
-            )
         if not all(0 < share <= 1 for share in shares):
             raise UserError(f"keep={list(shares)}: each share of the frame must be in (0, 1]")
         return [
             TokenPruningStep(
                 self.label,
                 after,
-                replace(self._recycling, share=1.0 if by_rank else share),
+                replace(self._recycling, share=share),
                 self._choose,
                 attention=True,
                 macs=self._macs,
