@@ -39,6 +39,14 @@ def no_network(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def no_estimates(monkeypatch):
+    """Runs say and keep no estimate, wherever `bench estimate` has measured this machine before."""
+    from bench.estimation import this_machine
+
+    monkeypatch.setattr(this_machine, "_remembered", lambda: None)
+
+
+@pytest.fixture(autouse=True)
 def shared_session(request, monkeypatch):
     """Commands in one test process share a session, or each would load the model again.
 

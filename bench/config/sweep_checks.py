@@ -33,7 +33,13 @@ from bench.config.gate import (
     plan_arguments,
     refuse_unplanned,
 )
-from bench.config.overrides import Overrides, refuse_endless_grid, sweep_values, text_of
+from bench.config.overrides import (
+    Overrides,
+    refuse_endless_grid,
+    sets,
+    sweep_values,
+    text_of,
+)
 from bench.config.run_config import RunConfig
 from bench.errors import UserError, nearest
 from bench.measurement.quantities import COST_QUANTITIES, COUNTED_PREFIXES
@@ -117,7 +123,12 @@ def every_config(overrides: Overrides, admitted: Admitted) -> Iterator[RunConfig
         bases: dict[tuple[str, ...], DictConfig] = {}
         for job in jobs:
             parsed = [_parse_one(text) for text in job]
-            plain = {place for place, each in enumerate(parsed) if _is_value(each, loader)}
+            # Hydra's own config is composed and is no part of a run's.
+            plain = {
+                place
+                for place, each in enumerate(parsed)
+                if not sets(each, "hydra") and _is_value(each, loader)
+            }
             # Composed once per choice of groups: setting a plain value takes a tenth of the time.
             key = tuple(text for place, text in enumerate(job) if place not in plain)
             if key not in bases:

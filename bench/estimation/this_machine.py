@@ -49,14 +49,12 @@ def measured_here() -> HardwareConfig:
 
 
 def known_here() -> HardwareConfig | None:
-    """Return this machine's figures where they cost a run next to nothing.
+    """Return this machine's figures if this process or an earlier one measured them.
 
-    They are those that this process measured or the cache folder has, or are measured now if
-    nothing else runs.
+    `bench estimate` does. A run does not: it would take seconds, and say more on an idle machine
+    than on a busy one.
     """
-    if measured_here.cache_info().currsize or not _busy():
-        return measured_here()
-    return _remembered()
+    return measured_here() if measured_here.cache_info().currsize else _remembered()
 
 
 def _busy() -> bool:

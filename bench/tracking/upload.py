@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -96,7 +97,8 @@ class Upload:
         )
         assert self._process.stdin is not None
         # The process reads this line before it imports anything that could hang.
-        self._process.stdin.write(_line(asdict(opening)))
+        with suppress(BrokenPipeError):  # `send` says why the reader has gone
+            self._process.stdin.write(_line(asdict(opening)))
         os.set_blocking(self._process.stdin.fileno(), False)
 
     def phase(self, name: str, share: float | None, seconds: float) -> None:

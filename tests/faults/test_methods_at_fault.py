@@ -1,5 +1,7 @@
 """A method that raises, leaves NaN, or keeps memory: one sentence with its name."""
 
+import re
+
 import torch
 
 from bench.records import Store
@@ -58,6 +60,7 @@ def test_memory_that_a_method_keeps_is_reported(tmp_path, same):
 
     code, said = run(tmp_path / "results", *RUN, before=after_apply(act))
     assert code == 0
-    assert "camera_p leaks 4" in " ".join(said.split())
+    # What is freed meanwhile, such as garbage of earlier tests, is subtracted.
+    assert re.search(r"camera_p leaks [34]\d\d MiB", " ".join(said.split()))
     assert "MiB besides the model's own memory" in " ".join(said.split())
     same(tmp_path / "results")

@@ -31,6 +31,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from bench.errors import UserError
 from methods.wgsef.prox.operators import select_top_k
 from methods.wgsef.prox.root import BudgetEquation, newton_root
 from methods.wgsef.solvers.schedules import homotopy_ratio
@@ -139,6 +140,26 @@ def _apply_blocks(blocks_ABB: Tensor, rows_MD: Tensor) -> Tensor:
     return (blocks_ABB @ rows_MD.reshape(atoms, width, -1)).reshape(rows_MD.shape)
 
 
+def damped_inverse(gram_MM: Tensor, damping: float) -> Tensor:
+    """Return the inverse of a scaled Gram matrix with a damped diagonal.
+
+    Text is added up in single precision, which can leave eigenvalues of zero below it; the damping
+    grows tenfold until none is.
+
+    Raises:
+        UserError: the matrix is not finite.
+    """
+    while damping < 1:
+        damped_MM = gram_MM.clone()
+        damped_MM.diagonal().add_(damping)
+        factor_MM, failed = torch.linalg.cholesky_ex(damped_MM)
+        if not failed:
+            inverse_MM: Tensor = torch.cholesky_inverse(factor_MM)
+            return inverse_MM
+        damping *= 10
+    raise UserError("the activations on the calibration text are not finite: use other text")
+
+
 class BackwardElimination:
     """State of a backward elimination: remaining atoms, their read-out and inverse Gram matrix.
 
@@ -146,10 +167,8 @@ class BackwardElimination:
     """
 
     def __init__(self, problem: Reconstruction, damping: float = 1e-8) -> None:
-        gram_MM = problem.gram.clone()
-        gram_MM.diagonal().add_(damping)
         self._width = problem.width
-        self._first_MM: Tensor = torch.cholesky_inverse(torch.linalg.cholesky(gram_MM))
+        self._first_MM = damped_inverse(problem.gram, damping)
         self._own_ABB = diagonal_blocks(self._first_MM, problem.width).clone()
         # A dropped atom changes the inverse Gram matrix by a term of rank B (block elimination).
         # The terms are kept as factors, and only the columns that are asked for are ever computed:
@@ -236,10 +255,8 @@ class _PenalisedReconstruction:
     """Least-squares read-outs under a ridge of its own for each atom, by block elimination."""
 
     def __init__(self, problem: Reconstruction, damping: float = 1e-8) -> None:
-        gram_MM = problem.gram.clone()
-        gram_MM.diagonal().add_(damping)
         self._problem = problem
-        self._inverse_MM = torch.cholesky_inverse(torch.linalg.cholesky(gram_MM))
+        self._inverse_MM = damped_inverse(problem.gram, damping)
 
     def minimiser(self, gate_A: Tensor, lam: float) -> Tensor:
         """Return the V [M, D] of least error + lam/2 sum_j (1/u_j - 1) ||v_j||^2.

@@ -5,10 +5,12 @@ from itertools import combinations, pairwise
 import pytest
 import torch
 
+from bench.errors import UserError
 from methods.wgsef.layerwise.reconstruction import (
     BackwardElimination,
     Reconstruction,
     _PenalisedReconstruction,
+    damped_inverse,
     envelope_gates,
     select_by_elimination,
     select_by_homotopy,
@@ -174,3 +176,17 @@ def test_each_half_step_of_the_homotopy_lowers_its_objective():
         v_MD = state.minimiser(envelope_gates(norm_1A, k)[0], lam)
     assert all(new <= old + 1e-9 for old, new in pairwise(values))
     assert values[-1] < 0.9 * values[0]
+
+
+def test_eigenvalues_just_below_zero_are_damped_away():
+    """A Gram matrix of fewer tokens than activations, added up in single precision."""
+    torch.manual_seed(0)
+    tokens_TM = torch.randn(20, 60)
+    gram_MM = (tokens_TM.T @ tokens_TM).double()
+    gram_MM /= gram_MM.diagonal().mean()
+    gram_MM -= 1e-6 * torch.eye(60)
+    assert torch.linalg.eigvalsh(gram_MM)[0] < -1e-8
+    inverse_MM = damped_inverse(gram_MM, 1e-8)
+    assert torch.linalg.eigvalsh(inverse_MM)[0] > 0
+    with pytest.raises(UserError, match="not finite"):
+        damped_inverse(torch.full((2, 2), torch.nan), 1e-8)
