@@ -9,6 +9,8 @@ from bench.estimation import this_machine
 from bench.estimation.boards import load_hardware
 from bench.records import Store
 
+# A session keeps the estimator of its machine.
+pytestmark = pytest.mark.own_session
 QUICK = (
     "benchmark=perplexity_micro", "benchmark.limit=2", "tracker=none", "offline=true", "threads=1",
 )  # fmt: skip

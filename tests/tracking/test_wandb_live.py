@@ -15,7 +15,7 @@ from bench.errors import UserError
 from bench.records import Store
 from bench.records.record import EffectCheck, SizeAndWork
 from bench.schema import TrackerConfig
-from bench.tracking import upload
+from bench.tracking import tracker, upload
 from bench.tracking.tracker import follow, track, track_model
 from bench.tracking.upload import LiveRun, Opening, Upload, UploadTimeout
 from bench.tracking.wandb_run import summary_columns
@@ -23,11 +23,15 @@ from bench.ui import Progress
 from tests.records.test_store import make
 from tests.tracking.offline import entries
 
+# Each starts W&B's client and its service, which answer too late where two tests do so at once.
+pytestmark = pytest.mark.slow
 LIVE = TrackerConfig(mode="offline", live=True, timeout=60)
 
 
 @pytest.fixture
-def store(tmp_path):
+def store(tmp_path, monkeypatch):
+    # After a test in which the server is away, this process contacts it no more.
+    monkeypatch.setattr(tracker, "_unanswered_runs", [])
     return Store(tmp_path / "results")
 
 
