@@ -38,12 +38,17 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", guarded)
 
 
-@pytest.fixture(autouse=True)
-def no_estimates(monkeypatch):
-    """Runs say and keep no estimate, wherever `bench estimate` has measured this machine before."""
+@pytest.fixture(autouse=True, scope="session")
+def no_estimates():
+    """Runs say and keep no estimate, wherever `bench estimate` has measured this machine before.
+
+    For the whole session, since fixtures of a module run before those of a test.
+    """
     from bench.estimation import this_machine
 
-    monkeypatch.setattr(this_machine, "_remembered", lambda: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(this_machine, "_remembered", lambda: None)
+        yield
 
 
 @pytest.fixture(autouse=True)
