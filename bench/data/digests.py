@@ -45,7 +45,7 @@ def fingerprint(files: Iterable[Path]) -> str:
 def digest(file: Path) -> str:
     """Return the SHA-256 of a file's content, read or remembered."""
     real = file.resolve()
-    place = _digest_memory() / hashlib.sha256(str(real).encode()).hexdigest()
+    place = cache_folder("digests") / hashlib.sha256(str(real).encode()).hexdigest()
     began, before = time.time_ns(), file_stamp(real)
     known = _remembered(place, before)
     if known is not None:
@@ -60,9 +60,10 @@ def digest(file: Path) -> str:
     return computed
 
 
-def _digest_memory() -> Path:
+def cache_folder(name: str) -> Path:
+    """Return the folder of what is kept between runs only because it takes time to make."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "slimbench" / "digests"
+    return Path(base) / "slimbench" / name
 
 
 def _remembered(place: Path, stamp: FileStamp) -> str | None:
@@ -142,7 +143,7 @@ def _digests_of_set(files: Mapping[str, Path], stamps: Mapping[str, FileStamp]) 
     As with `digest`, only files that nobody has written since are taken from it.
     """
     root = os.path.commonpath([file.absolute() for file in files.values()])
-    place = _digest_memory() / hashlib.sha256(f"set {root}".encode()).hexdigest()
+    place = cache_folder("digests") / hashlib.sha256(f"set {root}".encode()).hexdigest()
     known, began = _remembered_set(place), time.time_ns()
     found: dict[str, str] = {}
     fresh: dict[str, list[object]] = {}

@@ -14,12 +14,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
-import os
 import tempfile
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from bench.data.digests import cache_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,7 +80,7 @@ def token_ids(text: str, tokenizer: Any) -> array[int]:
 @functools.lru_cache(maxsize=2)
 def _long_token_ids(text: str, tokenizer: Any) -> array[int]:
     key = _memory_key(text, tokenizer)
-    place = None if key is None else _token_memory() / key
+    place = None if key is None else cache_folder("tokens") / key
     known = None if place is None else _read_ids(place)
     if known is not None:
         return known
@@ -87,11 +88,6 @@ def _long_token_ids(text: str, tokenizer: Any) -> array[int]:
     if place is not None:
         _write_ids(place, ids)
     return ids
-
-
-def _token_memory() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "slimbench" / "tokens"
 
 
 def _memory_key(text: str, tokenizer: Any) -> str | None:

@@ -8,7 +8,6 @@ checkpoint is loaded for scoring; its bytes are those of its files.
 from __future__ import annotations
 
 import logging
-import os
 import re
 import shutil
 import tempfile
@@ -21,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from bench.data.digests import digest
+from bench.data.digests import cache_folder, digest
 from bench.errors import MissingData, UserError, is_panic, optional_module
 from bench.models.network import text_config
 from bench.models.weight_files import ADAPTER_CONFIG, read_json_object
@@ -94,10 +93,9 @@ def converted_gguf(file: Path, dtype: torch.dtype) -> Path:
     Raises:
         UserError: the package gguf is not installed, or transformers cannot convert the file.
     """
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     # The conversion is that of transformers, whose versions may differ in it.
     made_by = f"{str(dtype).removeprefix('torch.')}-transformers-{version('transformers')}"
-    folder = base / "slimbench" / "gguf" / f"{digest(file)}-{made_by}"
+    folder = cache_folder("gguf") / f"{digest(file)}-{made_by}"
     if folder.is_dir():
         return folder
     optional_module("gguf", "gguf")

@@ -150,7 +150,7 @@ def test_a_broken_or_unwritable_memory_does_not_matter(tmp_path, monkeypatch, la
     file = tmp_path / "w.safetensors"
     file.write_bytes(b"one")
     first = digest(file)
-    (remembered,) = digests._digest_memory().iterdir()
+    (remembered,) = digests.cache_folder("digests").iterdir()
     remembered.write_text(content)
     assert digest(file) == first
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))
@@ -330,7 +330,7 @@ def test_many_files_just_written_are_not_remembered(tmp_path, monkeypatch):
 def test_a_broken_memory_of_many_files_does_not_matter(tmp_path, later, content):
     files = many(tmp_path)
     first = digests.state_hash(files)
-    (remembered,) = digests._digest_memory().iterdir()
+    (remembered,) = digests.cache_folder("digests").iterdir()
     remembered.write_text(content)
     assert digests.state_hash(files) == first
 
