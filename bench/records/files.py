@@ -301,6 +301,17 @@ def refuse_unwritable(key: str, target: Path, *, folder: bool = False) -> None:
         raise UserError(f"{key}={target}: cannot be written ({reason})") from None
 
 
+def refuse_filled_folder(target: Path) -> None:
+    """Raise unless a command can write a folder at its DIR, where nothing is so far.
+
+    Raises:
+        UserError, OSError: as `refuse_unwritable`, or something is there.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists and is not an empty folder: choose a different one")
+    refuse_unwritable("DIR", target, folder=True)
+
+
 def _swap(new: Path, path: Path, own: Collection[str]) -> None:
     """Rename `new` to `path`; delete an existing folder only once `new` is in place."""
     if not path.exists():

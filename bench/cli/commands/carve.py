@@ -8,8 +8,8 @@ from typing import cast
 
 from bench.config.composition import compose_run_config
 from bench.data.calibration import resolve_calibration
-from bench.errors import EXIT_DONE, UserError
-from bench.records.files import refuse_unwritable, write_folder
+from bench.errors import EXIT_DONE
+from bench.records.files import refuse_filled_folder, write_folder
 from bench.ui import Progress, print_text
 
 
@@ -17,9 +17,7 @@ def run_command(given: argparse.Namespace) -> int:
     """`bench carve DIR model=NAME calibration=NAME --experts E --shared S --chosen K`."""
     target: Path = given.folder
     config = compose_run_config(given.overrides)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} exists and is not an empty folder: choose a different one")
-    refuse_unwritable("DIR", target, folder=True)
+    refuse_filled_folder(target)
     # Imported here: they load torch, which a wrong override or folder is refused without.
     from bench.models.carving.carved_model import carve_model, refuse_uncarvable
     from bench.models.carving.neurons import ExpertLayout

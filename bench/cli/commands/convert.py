@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from functools import partial
 
-from bench.errors import EXIT_DONE, UserError
-from bench.records.files import refuse_unwritable, write_folder
+from bench.errors import EXIT_DONE
+from bench.records.files import refuse_filled_folder, write_folder
 from bench.ui import print_text
 
 
@@ -17,9 +17,7 @@ def run_command(given: argparse.Namespace) -> int:
 
     source, target = given.source, given.folder
     read_original_config(source)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} exists and is not an empty folder: choose a different one")
-    refuse_unwritable("DIR", target, folder=True)
+    refuse_filled_folder(target)
     write_folder(target, partial(convert_original_llava, source, given.tower))
     print_text(f"wrote {target}: bench run model=local model.path={target} model.kind=image_text")
     return EXIT_DONE

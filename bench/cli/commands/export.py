@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from bench.errors import EXIT_DONE, UserError
 from bench.records import Record, Store
-from bench.records.files import refuse_unwritable, write_folder
+from bench.records.files import refuse_filled_folder, write_folder
 from bench.reporting.model_card import Contents, model_card
 from bench.runner.replay import rebuild_model
 from bench.runner.session import Session
@@ -60,9 +60,7 @@ def export(
     wanted = None if engine is None else find_engine(engine, align)
     store = Store(results_dir)
     record = store.get(run)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not an empty folder: choose a different one")
-    refuse_unwritable("DIR", folder, folder=True)
+    refuse_filled_folder(folder)
     kind = record.config.get("model", {}).get("kind", "causal_lm")
     if onnx and kind != "image_classifier":
         raise UserError(f"--onnx is for image classifiers; {record.model.name} is a {kind}")
