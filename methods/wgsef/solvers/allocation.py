@@ -86,14 +86,14 @@ class Allocation(ABC):
         """Return the number of groups that each of the `constraint_rows` may keep at this point."""
 
 
-class LayerAllocation(Allocation):
-    """A budget per family: each loses the same fraction of its groups."""
+class _RowAllocation(Allocation):
+    """A budget for each of the `constraint_rows`."""
 
     def shrink(
         self, operator: ProxOperator, norm_M: Tensor, strength: ProxParameters, progress: float
     ) -> tuple[Tensor, Tensor]:
-        """Solve one equation per family, all at once."""
-        pad, unpad = self._partition.pad_by_family, self._partition.unpad
+        """Solve one equation per row, all at once."""
+        pad, unpad = self.constraint_rows, self.from_constraint_rows
         # Padding has norm 0 and is never kept, but weight and metric are divided by: it must not be
         # 0 there.
         padding_LN = 1 - pad(torch.ones_like(norm_M))
@@ -102,9 +102,13 @@ class LayerAllocation(Allocation):
         return unpad(shrunk.scale), unpad(shrunk.gate)
 
     def select(self, score_M: Tensor, progress: float = 1.0) -> Tensor:
-        """Return a mask [M] of each family's groups of highest score."""
-        rank_LN = _ranks(self._partition.pad_by_family(score_M))
-        return self._partition.unpad(rank_LN < self.k_rows(progress)[:, None])
+        """Return a mask [M] of each row's groups of highest score."""
+        rank_LN = _ranks(self.constraint_rows(score_M))
+        return self.from_constraint_rows(rank_LN < self.k_rows(progress)[:, None])
+
+
+class LayerAllocation(_RowAllocation):
+    """A budget per family: each loses the same fraction of its groups."""
 
     def constraint_rows(self, values_M: Tensor) -> Tensor:
         """Return the values with one row per family."""
@@ -121,7 +125,7 @@ class LayerAllocation(Allocation):
         return (self._size_L - gone_L).maximum(self._floors.double())
 
 
-class PatternAllocation(Allocation):
+class PatternAllocation(_RowAllocation):
     """N of every M consecutive groups of a family stay: N:M sparsity where groups are weights.
 
     Each run of M is a row with a budget of its own, so there is no floor.
@@ -143,19 +147,6 @@ class PatternAllocation(Allocation):
     def k(self, progress: float) -> int:
         """Return the number of groups of the whole network that may stay at this point."""
         return self._partition.groups // self._of * self._kept_now(progress)
-
-    def shrink(
-        self, operator: ProxOperator, norm_M: Tensor, strength: ProxParameters, progress: float
-    ) -> tuple[Tensor, Tensor]:
-        """Solve one equation per run, all at once."""
-        rows = self.constraint_rows
-        keywords = strength.as_keywords(rows)
-        shrunk = operator(rows(norm_M), self.k_rows(progress), strength.lam, **keywords)
-        return shrunk.scale.flatten(), shrunk.gate.flatten()
-
-    def select(self, score_M: Tensor, progress: float = 1.0) -> Tensor:
-        """Return a mask [M] of each run's groups of highest score."""
-        return (_ranks(self.constraint_rows(score_M)) < self._kept_now(progress)).flatten()
 
     def constraint_rows(self, values_M: Tensor) -> Tensor:
         """Return the values with one row per run."""
