@@ -89,7 +89,7 @@ class TableRequest:
         for argument in arguments:
             # A table's own keys are no overrides of Hydra: names of rows may hold any character.
             key, _, value = argument.partition("=")
-            if key in ("scale", *PARTS) and own.setdefault(key, argument) != argument:
+            if key in ("scale", *PARTS, COSTS) and own.setdefault(key, argument) != argument:
                 raise UserError(f"{own[key]} and {argument} both set {key}: give one of them")
             if key == "scale":
                 request.scale = value
