@@ -60,16 +60,10 @@ def run(
         UserError: the arguments are wrong, or data or weights are missing.
         RunsFailed: no run succeeded.
     """
-    from bench.config.overrides import keyword_overrides
-    from bench.errors import refuse_bare_text
     from bench.runner.launch import Runs, launch
     from bench.runner.session import Session
 
-    if isinstance(overrides, str):
-        overrides = shlex.split(overrides)
-    refuse_bare_text("overrides", overrides, 'bench.run(["model=micro_moe", "ratio=0.4"])')
-    given = [*overrides]
-    given += keyword_overrides(config, over or {})
+    given = _given_words("run", overrides, config, over)
     if session is not None:
         return Runs(launch(given, session).records)
     with Session() as own:
@@ -92,16 +86,11 @@ def estimate(
     Raises:
         UserError: the arguments are wrong, or a model's config cannot be reached.
     """
-    from bench.config.overrides import keyword_overrides
-    from bench.errors import refuse_bare_text
     from bench.estimation.boards import load_hardware
     from bench.runner.estimate import estimate_runs
     from bench.runner.session import Session
 
-    if isinstance(overrides, str):
-        overrides = shlex.split(overrides)
-    refuse_bare_text("overrides", overrides, 'bench.estimate(["model=micro_moe", "ratio=0.4"])')
-    given = [*overrides, *keyword_overrides(config, over or {})]
+    given = _given_words("estimate", overrides, config, over)
     board = load_hardware(hardware)
     with Session() as session:
         return estimate_runs(given, board, session)
@@ -147,6 +136,21 @@ def plot(
     # matplotlib applies its settings when artists are created, so they must hold while drawing.
     with plot_settings():
         return prepare_figure(kind, _run_names(runs), request).draw()
+
+
+def _given_words(
+    function: str,
+    overrides: str | Sequence[str],
+    config: Mapping[str, object],
+    over: Mapping[str, Sequence[object]] | None,
+) -> list[str]:
+    """Return the words of the command line that the arguments of a function here stand for."""
+    from bench.config.overrides import keyword_overrides
+    from bench.errors import refuse_bare_text
+
+    words = shlex.split(overrides) if isinstance(overrides, str) else overrides
+    refuse_bare_text("overrides", words, f'bench.{function}(["model=micro_moe", "ratio=0.4"])')
+    return [*words, *keyword_overrides(config, over or {})]
 
 
 def _run_names(runs: Sequence[str | Record]) -> Sequence[str]:
