@@ -179,6 +179,15 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def total_bytes(device: torch.device) -> int:
+    """Return the bytes of the device, whether they are free or not."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(psutil.virtual_memory().total)
+
+
 def describe_device() -> DeviceFacts:
     """Return what a record says about this machine."""
     import torch

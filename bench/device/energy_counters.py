@@ -154,6 +154,11 @@ class NvmlDevice:
         """Return the current clock rate of the streaming multiprocessors in MHz."""
         return float(self._query("nvmlDeviceGetClockInfo", "clock", self._nvml.NVML_CLOCK_SM))
 
+    def power_limit(self) -> float:
+        """Return the most power in W that the board may draw."""
+        # NVML counts milliwatts.
+        return float(self._query("nvmlDeviceGetEnforcedPowerLimit", "power limit")) / 1e3
+
     def slowed(self) -> str | None:
         """Return why the clock is throttled now, None if it is not; a power cap does not count."""
         bits = int(self._query(self._reasons, "clock reasons"))

@@ -6,7 +6,7 @@ import functools
 
 from bench.errors import unknown_name
 from bench.estimation import this_machine
-from bench.estimation.hardware import FOLDER, HERE, HardwareConfig, load_assumptions
+from bench.estimation.hardware import FOLDER, HERE, HardwareConfig, load_assumptions, load_file
 
 
 def hardware_names() -> list[str]:
@@ -25,8 +25,4 @@ def load_hardware(name: str) -> HardwareConfig:
         return this_machine.measured_here()
     if name not in hardware_names():
         raise unknown_name("hardware", name, hardware_names())
-    from omegaconf import OmegaConf
-
-    # Loaded here and not by Hydra: hardware decides no result, so it is no part of a run's config.
-    own = OmegaConf.to_container(OmegaConf.load(FOLDER / f"{name}.yaml"))
-    return HardwareConfig.model_validate({**load_assumptions(), **dict(own)})  # type: ignore[arg-type]
+    return HardwareConfig.model_validate({**load_assumptions(), **load_file(name)})

@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, cast
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat
 
 from bench.errors import UserError
 from bench.security import CONFIG_DIR
@@ -22,12 +22,12 @@ def _rising(bounds: tuple[float, float]) -> tuple[float, float]:
     return bounds
 
 
+Bounds: TypeAlias = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_rising)]
+"""Low and high; low is the less."""
+
+
 class _FrozenModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-Bounds: TypeAlias = tuple[PositiveFloat, PositiveFloat]
-"""Low and high; low is the less."""
 
 
 class Utilisation(_FrozenModel):
@@ -41,12 +41,6 @@ class Utilisation(_FrozenModel):
     attention: Bounds
     memory: Bounds
     link: Bounds
-
-    @model_validator(mode="after")
-    def _ranges_rise(self) -> Utilisation:
-        for name in type(self).model_fields:
-            _rising(getattr(self, name))
-        return self
 
 
 class HardwareConfig(_FrozenModel):
@@ -72,12 +66,6 @@ class HardwareConfig(_FrozenModel):
     start: Bounds
     disk: Bounds
 
-    @model_validator(mode="after")
-    def _ranges_rise(self) -> HardwareConfig:
-        for name in ("operator", "request", "start", "disk"):
-            _rising(getattr(self, name))
-        return self
-
     def rate(self, dtype: str) -> float:
         """Return the peak FLOP/s in a dtype.
 
@@ -95,7 +83,12 @@ class HardwareConfig(_FrozenModel):
 
 def load_assumptions() -> dict[str, Any]:
     """Return what no data sheet states, as the file `_assumptions.yaml` has it."""
+    return load_file("_assumptions")
+
+
+def load_file(name: str) -> dict[str, Any]:
+    """Return the content of a file of `conf/hardware`."""
+    # Loaded here and not by Hydra: hardware decides no result, so it is no part of a run's config.
     from omegaconf import OmegaConf
 
-    found = OmegaConf.to_container(OmegaConf.load(FOLDER / "_assumptions.yaml"))
-    return dict(found)  # type: ignore[arg-type]
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(FOLDER / f"{name}.yaml")))

@@ -363,15 +363,15 @@ def _cures(subject: Subject, run: RunEstimate) -> Iterator[str]:
     """Yield what would make a run fit: what is streamed, smaller batches, another board."""
     room = _USABLE * run.hardware.memory
     if subject.map is None and subject.device == "cuda":
-        for kind in ("offload_cpu",):
-            given = subject.config.model.model_copy(update={"device_map": kind})
-            streamed = replace(subject, config=subject.config.model_copy(update={"model": given}))
-            need = max(phase.memory for phase in phases_of(streamed))
-            if need <= room:
-                yield (
-                    f"model.device_map={kind} streams one layer at a time and needs "
-                    f"{need / 1e9:.1f} GB; offload_disk, if the host has no {_gb(subject)} either"
-                )
+        given = subject.config.model.model_copy(update={"device_map": "offload_cpu"})
+        streamed = replace(subject, config=subject.config.model_copy(update={"model": given}))
+        need = max(phase.memory for phase in phases_of(streamed))
+        if need <= room:
+            yield (
+                f"model.device_map=offload_cpu streams one layer at a time and needs "
+                f"{need / 1e9:.1f} GB; offload_disk, if the host has no "
+                f"{subject.network.stored / 1e9:.0f} GB either"
+            )
     over = [phase for phase in run.phases if phase.memory > room]
     names = [phase.name.removeprefix("applying ") for phase in over if phase.kind == "apply"]
     batched = [n for n in names if getattr(subject.config.method.get(n), "batch", 1) > 1]
@@ -379,7 +379,3 @@ def _cures(subject: Subject, run: RunEstimate) -> Iterator[str]:
         yield f"method.{batched[0]}.batch=1 takes fewer rows at a time"
     if subject.weights * subject.copies < room and any(p.kind == "evaluate" for p in over):
         yield "benchmark.batch_size=1, or a smaller model.max_length"
-
-
-def _gb(subject: Subject) -> str:
-    return f"{subject.network.stored / 1e9:.0f} GB"

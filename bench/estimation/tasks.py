@@ -15,6 +15,7 @@ import lm_eval.evaluator_utils
 from lm_eval.api.instance import Instance
 
 from bench.evaluation import batching
+from bench.evaluation.batching import AdaptiveBatches
 from bench.evaluation.harness import SEED
 from bench.evaluation.images import MAX_AUTO_CLASSIFIED, ImageHarness
 from bench.evaluation.task_planning import quiet_lm_eval
@@ -23,8 +24,7 @@ from bench.evaluation.text.adapter import LmEvalAdapter
 from bench.evaluation.text.chat import ChatRenderer, select_template
 from bench.evaluation.text.generation import GenerationSettings
 from bench.evaluation.text.lm_eval import TextHarness, cached_templates
-from bench.evaluation.text.prefix.packing import PrefixGroup, group_by_prefix
-from bench.evaluation.text.prefix.scorer import MIN_WIDTH_RATIO
+from bench.evaluation.text.prefix.packing import PrefixGroup, batch_length, group_by_prefix
 from bench.evaluation.text.prefix.support import static_reason
 from bench.evaluation.text.prefix.trie import Trie
 from bench.evaluation.text.requests import Loglikelihood, LoglikelihoodRequest, Loglikelihoods
@@ -207,10 +207,7 @@ def _build_requests(
 def _token_budget(model: Model, memory: float) -> int:
     """Return the tokens of a batch, as a run with this much free memory chooses them."""
     dtype = next(model.network.parameters()).dtype
-    each = batching.bytes_per_token(text_config(model.network), dtype)
-    most = batching.MAX_TOKENS_BY_DEVICE.get(model.device.type, batching.MAX_TOKENS)
-    fitting = int(batching.FREE_MEMORY_SHARE * max(0.0, memory) / each)
-    return min(most, max(batching.MIN_TOKENS, fitting))
+    return batching.fitting_tokens(text_config(model.network), dtype, model.device.type, memory)
 
 
 def _packed(
@@ -218,6 +215,11 @@ def _packed(
 ) -> Asked:
     """Return what the requests that a listener heard ask, packed as the backend packs them."""
     requests = listener.log.requests
+    size, device = benchmark.batch_size, model.device
+    if size == "auto":
+        batches = AdaptiveBatches(batching.MAX_AUTO_ROWS, device, SILENT, budget)
+    else:
+        batches = AdaptiveBatches(size, device, SILENT)
     given = float(sum(len(inputs) for inputs, _ in requests))
     rows = float(sum(len(targets) for _, targets in requests))
     asked = Asked(name, requests=len(requests) + len(listener.contexts), given=given, rows=rows)
@@ -231,12 +233,12 @@ def _packed(
             rows = min(rows, float(trie.tokens))
         else:
             lengths = sorted({tuple(inputs) for inputs, _ in requests}, key=len, reverse=True)
-            work = _rows_work([len(each) for each in lengths], budget, benchmark)
+            work = _rows_work([len(each) for each in lengths], batches)
         computed, pairs, calls, widest = work
         asked = replace(
             asked, computed=computed, pairs=pairs, calls=calls, rows=rows, widest=widest
         )
-    return _with_generation(asked, listener.contexts, benchmark, budget)
+    return _with_generation(asked, listener.contexts, batches)
 
 
 def _group_work(groups: Sequence[PrefixGroup], budget: int) -> tuple[float, float, float, float]:
@@ -260,40 +262,33 @@ def _batches(sizes: Sequence[int], budget: int) -> Iterator[tuple[int, int]]:
     """Yield width and number of sequences of each batch, as the prefix-sharing scorer fills it."""
     begin = 0
     while begin < len(sizes):
-        width, end = sizes[begin], begin + 1
-        while (
-            end < len(sizes)
-            and (end + 1 - begin) * width <= budget
-            and sizes[end] >= MIN_WIDTH_RATIO * width
-        ):
-            end += 1
-        yield width, end - begin
-        begin = end
+        count = batch_length(sizes[begin:], budget)
+        yield sizes[begin], count
+        begin += count
 
 
 def _rows_work(
-    lengths: Sequence[int], budget: int, benchmark: BenchmarkConfig
+    lengths: Sequence[int], batches: AdaptiveBatches
 ) -> tuple[float, float, float, float]:
     """Return tokens, pairs and calls of padded rows, the longest first."""
     tokens = pairs = calls = widest = 0.0
     begin = 0
     while begin < len(lengths):
-        width, most = lengths[begin], benchmark.batch_size
-        size = max(1, budget // max(1, width)) if most == "auto" else most
-        count = min(size, len(lengths) - begin)
+        width = lengths[begin]
+        count = min(batches.size_for(width), len(lengths) - begin)
         tokens, pairs, calls = tokens + count * width, pairs + count * width**2, calls + 1
         widest, begin = max(widest, count * width), begin + count
     return tokens, pairs, calls, widest
 
 
 def _with_generation(
-    asked: Asked, contexts: Sequence[tuple[int, int]], benchmark: BenchmarkConfig, budget: int
+    asked: Asked, contexts: Sequence[tuple[int, int]], batches: AdaptiveBatches
 ) -> Asked:
     """Add generated answers: each ends at its first stop string, after a token at the least."""
     if not contexts:
         return asked
     lengths = sorted((length for length, _ in contexts), reverse=True)
-    tokens, pairs, calls, widest = _rows_work(lengths, budget, benchmark)
+    tokens, pairs, calls, widest = _rows_work(lengths, batches)
     longest = max(limit for _, limit in contexts)
     return replace(
         asked,

@@ -9,19 +9,21 @@ import platform
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+import torch
 from pydantic import ValidationError
+from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
+from bench.data.digests import cache_folder
+from bench.device.devices import describe_device, select_device, total_bytes
+from bench.device.energy_counters import NvmlDevice, Unavailable
 from bench.estimation.hardware import HERE, HardwareConfig, Utilisation, load_assumptions
+from bench.measurement.roofline import device_limits, fastest_seconds
 from bench.ui import warn
-
-if TYPE_CHECKING:
-    import torch
 
 _VERSION = 1
 """Raised with every change of what is measured, so that older figures are not read."""
-_REPEATS = 5
 _OPERATORS = 500
 _LINK_BYTES = 2**28
 _IDLE_LOAD = 1.0
@@ -34,8 +36,6 @@ def measured_here() -> HardwareConfig:
 
     They are keyed by processor, GPU, threads and version of torch, since each changes them.
     """
-    from bench.device.devices import select_device
-
     remembered = _remembered()
     if remembered is not None:
         return remembered
@@ -82,22 +82,13 @@ def _remember(found: HardwareConfig) -> None:
 
 def _file() -> Path:
     """Return the file that remembers this machine as it is now."""
-    import torch
-
-    from bench.device.devices import describe_device
-
     # Its threads are among the facts, since they change every rate of a CPU.
     facts = f"{_VERSION} {sorted(describe_device().items(), key=str)} {torch.__version__}"
     name = hashlib.sha256(f"{facts} {platform.node()}".encode()).hexdigest()[:16]
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "slimbench" / "hardware" / f"{name}.json"
+    return cache_folder("hardware") / f"{name}.json"
 
 
 def _measure(device: torch.device) -> HardwareConfig:
-    import torch
-
-    from bench.measurement.roofline import device_limits
-
     kind: Literal["cuda", "cpu"] = "cuda" if device.type == "cuda" else "cpu"
     # A CPU without bfloat16 units takes minutes for what float32 takes a second.
     kinds = (torch.float32, torch.bfloat16) if kind == "cuda" else (torch.float32,)
@@ -115,7 +106,7 @@ def _measure(device: torch.device) -> HardwareConfig:
         device=kind,
         peak=peak,
         bandwidth=main.bandwidth,
-        memory=_memory(device),
+        memory=float(total_bytes(device)),
         link=_link(device),
         power=_power(device),
         utilisation=Utilisation(
@@ -136,13 +127,6 @@ def _range(found: Iterable[float]) -> tuple[float, float]:
     return min(values), max(values)
 
 
-def _fastest(device: torch.device, call: Callable[[], object]) -> float:
-    from bench.device.devices import call_seconds
-
-    call()
-    return min(call_seconds(call, device) for _ in range(_REPEATS))
-
-
 _PRODUCTS = {
     "cpu": ((48, 512, 512), (256, 512, 1408), (1024, 512, 512), (512, 64, 512)),
     "cuda": ((64, 2048, 2048), (512, 2048, 1408), (4096, 2048, 2048), (8192, 4096, 4096)),
@@ -152,48 +136,41 @@ _PRODUCTS = {
 
 def _product_rates(device: torch.device, dtype: torch.dtype) -> Iterator[float]:
     """Yield the FLOP/s of products of several shapes."""
-    import torch
-    from torch.nn.functional import linear
 
     for rows, inputs, outputs in _PRODUCTS[device.type]:
         x_RC = torch.ones(rows, inputs, dtype=dtype, device=device)
         weight_OC = torch.ones(outputs, inputs, dtype=dtype, device=device)
         # A row of several, so that reading the clock does not count.
         many = max(1, int(5e7 / (2 * rows * inputs * outputs)))
-        seconds = _fastest(device, partial(_repeat, partial(linear, x_RC, weight_OC), many))
+        seconds = fastest_seconds(device, partial(_repeat, partial(linear, x_RC, weight_OC), many))
         yield many * 2 * rows * inputs * outputs / seconds
 
 
 def _attention_rates(device: torch.device, dtype: torch.dtype) -> Iterator[float]:
     """Yield the FLOP/s of causal attention; all pairs count, as in the suite's FLOPs."""
-    import torch
-    from torch.nn.functional import scaled_dot_product_attention
 
     for batch, length, width in ((8, 128, 64), (1, 1024, 64), (16, 64, 32)):
         q_BHLd = torch.ones(batch, 8, length, width, dtype=dtype, device=device)
         call = partial(scaled_dot_product_attention, q_BHLd, q_BHLd, q_BHLd, is_causal=True)
-        yield 4 * batch * 8 * length**2 * width / _fastest(device, call)
+        yield 4 * batch * 8 * length**2 * width / fastest_seconds(device, call)
 
 
 def _stream_rates(device: torch.device, dtype: torch.dtype) -> Iterator[float]:
     """Yield the bytes/s of elementwise operators, read and written, in and out of caches."""
-    import torch
-    from torch.nn.functional import silu
 
     for size in (2**18, 2**21, 2**23):
         x_N = torch.ones(size, dtype=dtype, device=device)
         for call, tensors in ((partial(torch.mul, x_N, x_N), 3), (partial(silu, x_N), 2)):
-            yield tensors * size * dtype.itemsize / _fastest(device, call)
+            yield tensors * size * dtype.itemsize / fastest_seconds(device, call)
 
 
 def _operator_seconds(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """Return the seconds of an operator on one number: alone, and inside a module."""
-    import torch
 
     x_1C = torch.ones(1, 8, dtype=dtype, device=device)
     layer = torch.nn.Linear(8, 8, dtype=dtype, device=device).requires_grad_(False)
-    alone = _fastest(device, partial(_repeat, partial(torch.mul, x_1C, x_1C), _OPERATORS))
-    inside = _fastest(device, partial(_repeat, partial(layer, x_1C), _OPERATORS))
+    alone = fastest_seconds(device, partial(_repeat, partial(torch.mul, x_1C, x_1C), _OPERATORS))
+    inside = fastest_seconds(device, partial(_repeat, partial(layer, x_1C), _OPERATORS))
     return _range((alone / _OPERATORS, inside / _OPERATORS))
 
 
@@ -202,25 +179,13 @@ def _repeat(call: Callable[[], object], times: int) -> None:
         call()
 
 
-def _memory(device: torch.device) -> float:
-    """Return the bytes of the device, whether they are free or not."""
-    import psutil
-    import torch
-
-    if device.type == "cuda":
-        return float(torch.cuda.get_device_properties(device).total_memory)
-    return float(psutil.virtual_memory().total)
-
-
 def _link(device: torch.device) -> float | None:
     """Return the bytes/s of a copy from pinned host memory; None on a CPU."""
-    import torch
-
     if device.type != "cuda":
         return None
     host = torch.ones(_LINK_BYTES, dtype=torch.uint8).pin_memory()
     target = torch.empty_like(host, device=device)
-    return _LINK_BYTES / _fastest(device, lambda: target.copy_(host))
+    return _LINK_BYTES / fastest_seconds(device, lambda: target.copy_(host))
 
 
 def _power(device: torch.device) -> float | None:
@@ -228,10 +193,6 @@ def _power(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(device.index or 0)
-        return float(pynvml.nvmlDeviceGetEnforcedPowerLimit(handle)) / 1e3
-    except (ImportError, OSError, RuntimeError):
+        return NvmlDevice(device).power_limit()
+    except Unavailable:
         return None

@@ -57,7 +57,7 @@ class AdaptiveBatches:
         """
         begin = 0
         while begin < len(items):
-            batch = items[begin : begin + self._size_for(lengths[begin] if lengths else None)]
+            batch = items[begin : begin + self.size_for(lengths[begin] if lengths else None)]
             # A batch is retried from its first item, so results keep the order of the items
             # whatever the sizes. The size never grows back: memory that ran out once will run out
             # again.
@@ -68,7 +68,8 @@ class AdaptiveBatches:
             begin += len(batch)
             yield results
 
-    def _size_for(self, length: int | None) -> int:
+    def size_for(self, length: int | None) -> int:
+        """Return the items of a batch whose longest has this many tokens; None: unbounded."""
         if self._tokens is None or length is None:
             return self.size
         return max(1, min(self.size, self._tokens // max(1, length)))
@@ -129,10 +130,14 @@ def estimate_token_budget(
     config: NetworkConfig, dtype: torch.dtype, device: torch.device, progress: Progress
 ) -> TokenBudget:
     """Estimate the token budget of a language model from the memory that is free now."""
-    free = FREE_MEMORY_SHARE * devices.free_bytes(device)
-    fitting = int(free / bytes_per_token(config, dtype))
-    most = MAX_TOKENS_BY_DEVICE.get(device.type, MAX_TOKENS)
-    return TokenBudget(min(most, max(MIN_TOKENS, fitting)), device, progress)
+    tokens = fitting_tokens(config, dtype, device.type, devices.free_bytes(device))
+    return TokenBudget(tokens, device, progress)
+
+
+def fitting_tokens(config: NetworkConfig, dtype: torch.dtype, device: str, free: float) -> int:
+    """Return the tokens of a batch on a type of device with this many free bytes."""
+    fitting = int(FREE_MEMORY_SHARE * max(0.0, free) / bytes_per_token(config, dtype))
+    return min(MAX_TOKENS_BY_DEVICE.get(device, MAX_TOKENS), max(MIN_TOKENS, fitting))
 
 
 MAX_AUTO_ROWS = 512

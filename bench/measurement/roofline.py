@@ -56,13 +56,13 @@ def device_limits(device: torch.device, dtype: torch.dtype, threads: int) -> Dev
     side, copied = MATRIX_SIDE[device.type], COPY_BYTES[device.type]
     a_NN = torch.ones(side, side, dtype=dtype, device=device)
     product_NN = torch.empty_like(a_NN)
-    rate = 2 * side**3 / _fastest_seconds(device, lambda: torch.mm(a_NN, a_NN, out=product_NN))
+    rate = 2 * side**3 / fastest_seconds(device, lambda: torch.mm(a_NN, a_NN, out=product_NN))
     source = torch.ones(copied, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return DeviceLimits(rate, 2 * copied / _fastest_seconds(device, lambda: target.copy_(source)))
+    return DeviceLimits(rate, 2 * copied / fastest_seconds(device, lambda: target.copy_(source)))
 
 
-def _fastest_seconds(device: torch.device, call: Callable[[], object]) -> float:
+def fastest_seconds(device: torch.device, call: Callable[[], object]) -> float:
     """Return the seconds of the fastest of several calls, after a warm-up call."""
     # The fastest, since a limit must not be understated: a share of it could exceed 1.
     call()

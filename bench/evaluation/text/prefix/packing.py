@@ -13,13 +13,16 @@ Suffixes: B sequences of a batch, T positions of the longest sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
 from bench.evaluation.text.prefix.trie import Ints, Read, Trie
+
+MIN_WIDTH_RATIO = 0.75
+"""Sequences narrower than this share of the widest wait for another batch: padding costs."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,20 @@ def group_by_prefix(
         merged = _merge_neighbours(trie, group.sequences, limits, window)
         group.sequences = sorted(merged, key=lambda sequence: -sequence.size)
     return groups
+
+
+def batch_length(sizes: Iterable[int], budget: int) -> int:
+    """Return how many of the next sequences are one batch, the widest first and at least one.
+
+    `sizes` are their tokens, in falling order, and `budget` the tokens of a batch with its padding.
+    """
+    following = iter(sizes)
+    widest, count = next(following), 1
+    for size in following:
+        if (count + 1) * widest > budget or size < MIN_WIDTH_RATIO * widest:
+            break
+        count += 1
+    return count
 
 
 def halve(trie: Trie, sequence: PackedSequence) -> tuple[PackedSequence, PackedSequence] | None:

@@ -26,6 +26,7 @@ from bench.evaluation.text.prefix.packing import (
     PrefixGroup,
     ReadPositions,
     SharedPrefix,
+    batch_length,
     group_by_prefix,
     halve,
     pack,
@@ -36,8 +37,6 @@ from bench.evaluation.text.requests import Loglikelihood, LoglikelihoodRequest, 
 
 CHUNK = 512
 """Positions whose log-probabilities exist in float32 at one time."""
-MIN_WIDTH_RATIO = 0.75
-"""Sequences narrower than this share of the widest wait for another batch: padding costs."""
 
 
 class PrefixSharingScorer:
@@ -124,13 +123,8 @@ class PrefixSharingScorer:
                 break
             waiting.popleft()
             waiting.extendleft(reversed(halves))
-        width = waiting[0].size
-        batch = [waiting.popleft()]
-        while waiting and (len(batch) + 1) * width <= self._budget.tokens:
-            if waiting[0].size < MIN_WIDTH_RATIO * width:
-                break
-            batch.append(waiting.popleft())
-        return batch
+        count = batch_length((each.size for each in waiting), self._budget.tokens)
+        return [waiting.popleft() for _ in range(count)]
 
     def _halve_budget(self, batch: list[PackedSequence]) -> None:
         """Halve the budget after a batch that did not fit; a single path cannot be split."""
