@@ -11,7 +11,7 @@ from bench.estimation.work import Work
 if TYPE_CHECKING:
     from bench.config.run_config import RunConfig
     from bench.estimation.network import NetworkWork
-    from bench.estimation.tasks import Asked
+    from bench.estimation.tasks import TaskDemand
     from bench.method import Method
     from bench.models.structure.model_structure import ModelStructure
 
@@ -45,7 +45,7 @@ class Subject:
     config: RunConfig
     network: NetworkWork
     structure: ModelStructure
-    tasks: Sequence[Asked]
+    tasks: Sequence[TaskDemand]
     device: str
     memory: float
     size_on_disk: float
@@ -94,7 +94,7 @@ class Phase:
     most: Work
     memory: float
     parts: dict[str, Work] = field(default_factory=dict)
-    asked: Asked | None = None
+    asked: TaskDemand | None = None
 
 
 def phases_of(subject: Subject) -> Iterator[Phase]:
@@ -173,7 +173,7 @@ def _training(subject: Subject, name: str, method: Method) -> Phase:
     )  # fmt: skip
 
 
-def _task(subject: Subject, asked: Asked) -> Phase:
+def _task(subject: Subject, asked: TaskDemand) -> Phase:
     network, looped = subject.network, subject.device == "cpu"
     tokens, pairs, computed = asked.computed, asked.pairs, asked.computed
     prompt = subject.prompt
@@ -204,7 +204,7 @@ def _task(subject: Subject, asked: Asked) -> Phase:
     return Phase(f"{model} on {asked.name}", "evaluate", least, most, memory, asked=asked)
 
 
-def _written(subject: Subject, asked: Asked, end: int, length: float, looped: bool) -> Work:
+def _written(subject: Subject, asked: TaskDemand, end: int, length: float, looped: bool) -> Work:
     """Return the decoding of answers: `end` 0 at their shortest, 1 at their longest."""
     written, steps = asked.written[end], asked.steps[end]
     if not written:

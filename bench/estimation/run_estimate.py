@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from bench.config.run_config import RunConfig
     from bench.estimation.network import NetworkWork
-    from bench.estimation.tasks import Asked
+    from bench.estimation.tasks import TaskDemand
     from bench.evaluation import PlannedBenchmark
     from bench.models.model import Model
     from bench.models.source import ModelSource
@@ -170,7 +170,7 @@ class Estimator:
     def __init__(self, hardware: HardwareConfig) -> None:
         self.hardware = hardware
         self._described: dict[object, Described] = {}
-        self._asked: dict[object, tuple[Asked, ...]] = {}
+        self._asked: dict[object, tuple[TaskDemand, ...]] = {}
 
     def estimate(
         self,
@@ -192,7 +192,7 @@ class Estimator:
         hardware.rate(dtype)
         described = self._describe(config, source, dtype)
         gaps = [*missing, *described.missing]
-        tasks: tuple[Asked, ...] = ()
+        tasks: tuple[TaskDemand, ...] = ()
         if benchmark is not None:
             tasks, failed = self._tasks(benchmark, described, source)
             gaps += failed
@@ -225,7 +225,7 @@ class Estimator:
 
     def _tasks(
         self, benchmark: PlannedBenchmark, described: Described, source: ModelSource
-    ) -> tuple[tuple[Asked, ...], list[str]]:
+    ) -> tuple[tuple[TaskDemand, ...], list[str]]:
         from bench.estimation.tasks import asked_by
 
         if described.model.tokenizer is None and source.config.kind != "image_classifier":
@@ -307,7 +307,7 @@ def _subject(
     config: RunConfig,
     source: ModelSource,
     described: Described,
-    tasks: tuple[Asked, ...],
+    tasks: tuple[TaskDemand, ...],
     hardware: HardwareConfig,
     benchmark: PlannedBenchmark | None,
 ) -> Subject:

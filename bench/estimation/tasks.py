@@ -42,7 +42,7 @@ SAMPLED_DOCUMENTS = 96
 
 
 @dataclass(frozen=True)
-class Asked:
+class TaskDemand:
     """What a task asks of a network.
 
     `given` tokens are those of all requests as they stand, `computed` those that pass the network,
@@ -72,7 +72,7 @@ class Asked:
         """Tokens that are not computed because another request begins with them."""
         return max(0.0, self.given - self.computed)
 
-    def scaled(self, share: float) -> Asked:
+    def scaled(self, share: float) -> TaskDemand:
         """Return the whole of which this is a share of the documents."""
         if share == 1:
             return self
@@ -128,7 +128,7 @@ class _Listener(LmEvalAdapter):
         return ["" for _ in requests]
 
 
-def asked_by(harness: object, model: Model, memory: float) -> Iterator[Asked]:
+def asked_by(harness: object, model: Model, memory: float) -> Iterator[TaskDemand]:
     """Yield what each task asks; `model` has a network on the meta device, `memory` bytes are free.
 
     Raises:
@@ -142,15 +142,15 @@ def asked_by(harness: object, model: Model, memory: float) -> Iterator[Asked]:
         yield from _questions(cast("MultimodalHarness", harness))
 
 
-def _images(harness: ImageHarness) -> Asked:
+def _images(harness: ImageHarness) -> TaskDemand:
     count, size = len(harness.scored), harness.benchmark.batch_size
     batch = MAX_AUTO_CLASSIFIED if size == "auto" else size
     name = harness.splits.name
     calls = -(-count // batch)
-    return Asked(name, count, count, count, count, calls=calls, widest=min(count, batch))
+    return TaskDemand(name, count, count, count, count, calls=calls, widest=min(count, batch))
 
 
-def _texts(harness: TextHarness, model: Model, memory: float) -> Iterator[Asked]:
+def _texts(harness: TextHarness, model: Model, memory: float) -> Iterator[TaskDemand]:
     budget = _token_budget(model, memory)
     for task in harness.tasks:
         listener = _Listener(model, harness.benchmark)
@@ -166,7 +166,7 @@ def _texts(harness: TextHarness, model: Model, memory: float) -> Iterator[Asked]
         width, count = text.config.window, len(windows)
         size = perplexity.windows_per_batch(text, harness.benchmark, model.device)
         tokens, calls = float(width * count), -(-count // size)
-        yield Asked(
+        yield TaskDemand(
             text.name, count, count, tokens, tokens, float(width**2 * count), tokens, calls,
             widest=float(width * min(size, count)),
         )  # fmt: skip
@@ -212,7 +212,7 @@ def _token_budget(model: Model, memory: float) -> int:
 
 def _packed(
     name: str, listener: _Listener, model: Model, benchmark: BenchmarkConfig, budget: int
-) -> Asked:
+) -> TaskDemand:
     """Return what the requests that a listener heard ask, packed as the backend packs them."""
     requests = listener.log.requests
     size, device = benchmark.batch_size, model.device
@@ -222,7 +222,9 @@ def _packed(
         batches = AdaptiveBatches(size, device, SILENT)
     given = float(sum(len(inputs) for inputs, _ in requests))
     rows = float(sum(len(targets) for _, targets in requests))
-    asked = Asked(name, requests=len(requests) + len(listener.contexts), given=given, rows=rows)
+    asked = TaskDemand(
+        name, requests=len(requests) + len(listener.contexts), given=given, rows=rows
+    )
     if requests:
         shares = benchmark.backend == "prefix_sharing" and static_reason(model) is None
         if shares:
@@ -282,8 +284,8 @@ def _rows_work(
 
 
 def _with_generation(
-    asked: Asked, contexts: Sequence[tuple[int, int]], batches: AdaptiveBatches
-) -> Asked:
+    asked: TaskDemand, contexts: Sequence[tuple[int, int]], batches: AdaptiveBatches
+) -> TaskDemand:
     """Add generated answers: each ends at its first stop string, after a token at the least."""
     if not contexts:
         return asked
@@ -302,7 +304,7 @@ def _with_generation(
     )
 
 
-def _questions(harness: MultimodalHarness) -> Iterator[Asked]:
+def _questions(harness: MultimodalHarness) -> Iterator[TaskDemand]:
     """Yield tasks with images; the tokens of a prompt are added where its processor is known."""
     size = harness.benchmark.batch_size
     batch = batching.MAX_AUTO_IMAGES if size == "auto" else size
@@ -311,7 +313,7 @@ def _questions(harness: MultimodalHarness) -> Iterator[Asked]:
         options = dict(task.task.config.generation_kwargs or {})
         longest = int(options.get("max_new_tokens") or options.get("max_gen_toks") or 16)
         calls = float(-(-count // batch))
-        yield Asked(
+        yield TaskDemand(
             task.name, count, count, calls=calls, images=count, rows=float(count),
             written=(float(count), float(count * longest)), steps=(calls, calls * longest),
         )  # fmt: skip

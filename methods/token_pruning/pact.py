@@ -139,8 +139,8 @@ def density_centres(distance_IMM: Tensor, member_IM: Tensor, cutoff: float) -> T
     near_IMM = distance_IMM <= cutoff
     denser_near_IMM = near_IMM & (rank_IM[:, None, :] < rank_IM[:, :, None])
     centre_IM, open_IM = torch.zeros_like(member_IM), member_IM.clone()
-    # Rounds instead of one member after the other: whoever has no open denser member in reach is a
-    # centre whatever the rest becomes, and what is in reach of a new centre is decided.
+    # In rounds instead of member by member: one without an open denser member within the cutoff is
+    # a centre whatever becomes of the others, and it decides those within the cutoff.
     while bool(open_IM.any()):
         new_IM = open_IM & ~(denser_near_IMM & open_IM[:, None, :]).any(dim=2)
         centre_IM |= new_IM

@@ -35,6 +35,7 @@ def nvml(monkeypatch):
     module.nvmlDeviceGetTotalEnergyConsumption = lambda board: next(module.millijoules)
     module.nvmlDeviceGetClockInfo = lambda board, kind: {1: 1980}[kind]
     module.nvmlDeviceGetCurrentClocksThrottleReasons = lambda board: module.reasons
+    module.nvmlDeviceGetEnforcedPowerLimit = lambda board: 350_000
     monkeypatch.setitem(sys.modules, "pynvml", module)
     properties = SimpleNamespace(uuid="1234")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
@@ -46,6 +47,13 @@ def test_millijoules_of_the_board_become_joules(nvml):
     assert counter.joules() == 5.0
     assert counter.joules() == 12.5
     assert "board" in counter.how
+
+
+def test_the_power_limit_is_that_of_the_board_or_unknown(nvml):
+    assert NvmlDevice(GPU).power_limit() == 350.0
+    del nvml.nvmlDeviceGetEnforcedPowerLimit
+    with pytest.raises(Unavailable, match="cannot read the power limit"):
+        NvmlDevice(GPU).power_limit()
 
 
 @pytest.mark.parametrize("name", ["Event", "Throttle"])
