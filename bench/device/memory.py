@@ -65,7 +65,7 @@ class PeakMemory:
         self.how = ""
 
     def __enter__(self) -> Self:
-        _trim_heap(self._device)
+        trim_heap(self._device)
         self._gauge = _memory_gauge(self._device)
         self.how = self._gauge.how
         self._before = self._gauge.now()
@@ -75,7 +75,7 @@ class PeakMemory:
     def restart(self) -> None:
         """Forget the peak so far, but keep the reading at the start of the block."""
         assert self._gauge is not None
-        _trim_heap(self._device)
+        trim_heap(self._device)
         self._gauge.reset()
 
     def __exit__(
@@ -97,7 +97,8 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     )
 
 
-def _trim_heap(device: torch.device) -> None:
+def trim_heap(device: torch.device) -> None:
+    """Give freed memory back to the system, so that a reading shows what is in use."""
     # glibc keeps freed memory resident, and a peak that fits into it would not show in the resident
     # set: trim the heap, so that using it again is seen. On a GPU there is no need, because the
     # allocator counts what tensors use and not what it caches.

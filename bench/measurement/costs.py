@@ -16,7 +16,7 @@ from torch import nn
 
 from bench.data.chat import ModelInputs
 from bench.device.devices import release_memory
-from bench.device.memory import PeakMemory, is_out_of_memory
+from bench.device.memory import PeakMemory, is_out_of_memory, trim_heap
 from bench.errors import UserError
 from bench.measurement import energy, image_prompt, speedup
 from bench.measurement.flops.cost_rows import count_call, flops_costs, prompt_flops_costs
@@ -350,13 +350,15 @@ class LeakMonitor:
 
     def __init__(self, network: nn.Module, device: torch.device) -> None:
         self._device = device
+        # What is freed later, and was garbage already, would be subtracted from what is kept.
+        trim_heap(device)
         self._before = self._used() - _network_bytes(network)
 
     def leaked_bytes(self, network: nn.Module) -> int:
         """Return how many more bytes are in use now, or 0 if the growth is tolerable."""
         # Collecting garbage is slow, so it is done only if there seems to be a leak.
         if self._growth(network) > TOLERATED_GROWTH:
-            release_memory(self._device)
+            trim_heap(self._device)
         growth = self._growth(network)
         return growth if growth > TOLERATED_GROWTH else 0
 

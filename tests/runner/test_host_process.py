@@ -33,6 +33,14 @@ def online(monkeypatch):
         monkeypatch.setattr(datasets.config, name, False)
 
 
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C interrupts, though a shell that runs the tests in its background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def state():
     signals = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
     return dict(os.environ), list(sys.argv), signals, gc.get_threshold(), Path.cwd()
@@ -102,7 +110,7 @@ def test_a_command_leaves_the_process_as_it_was(arguments, capsys):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_in_a_destructor_is_not_lost(monkeypatch, capsys, number):
+def test_a_signal_in_a_destructor_is_not_lost(monkeypatch, capsys, ctrl_c, number):
     """Python prints what is raised there and goes on."""
 
     class Dying:
