@@ -32,8 +32,8 @@ def index_table(store: Store) -> pa.Table:
 
     stamps = _record_stamps(store)
     indexed = _read_index(store.root / INDEX)
-    # A run has many rows. Lists of Python and not functions of pyarrow, which import pandas: a third
-    # of the time of `bench ls`.
+    # A run has many rows. Lists of Python, since functions of pyarrow import pandas, which would
+    # take a third of the time of `bench ls`.
     pairs = set(zip(indexed["run"].to_pylist(), indexed["stamp"].to_pylist(), strict=True))
     valid = {run for run, stamp in pairs if stamps.get(run) == stamp}
     fresh = {run: store.find(run) for run in stamps.keys() - valid}
