@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import TypeAlias
 
@@ -227,6 +228,25 @@ def imported_libraries(file: Path, module: str, own: str) -> set[str]:
         found |= {each.partition(".")[0] for each in _imported_names(place, name) if each}
     known = _BY_IMPORTS | sys.stdlib_module_names | {own}
     return {top for top in found - known if _places_of(top) and module_file(top, own) is None}
+
+
+# Once per process: imported libraries keep their version even if the installation changes.
+@functools.cache
+def library_version(name: str) -> str | None:
+    """Return the version of a library; None if it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:  # whoever needs it says so
+        return None
+
+
+@functools.cache
+def distribution_of(module: str) -> str:
+    """Return the name under which a top-level module was installed: scikit-learn for sklearn."""
+    # Listing the modules of all distributions takes a third of a second.
+    if library_version(module) is not None:
+        return module
+    return packages_distributions().get(module, [module])[0]
 
 
 def _files_with(file: Path, module: str) -> tuple[dict[str, Path], dict[str, Path]]:

@@ -7,6 +7,7 @@ here: a run on text does without.
 
 from __future__ import annotations
 
+import dis
 import functools
 import hashlib
 import importlib.util
@@ -28,7 +29,13 @@ import lm_eval.api.task
 from omegaconf import OmegaConf
 
 from bench.data import hub
-from bench.data.digests import code_hash, module_file
+from bench.data.digests import (
+    code_hash,
+    distribution_of,
+    imported_libraries,
+    library_version,
+    module_file,
+)
 from bench.errors import MissingData, UserError, error_sentence, exit_reason, unknown_name
 from bench.evaluation.harness import DocumentSource, hub_source
 from bench.schema import BenchmarkConfig
@@ -275,7 +282,8 @@ def definition_hash(definition: object, files: TaskFiles) -> str:
     """Return a hash of a task as its harness resolved it: settings, and the code that they name.
 
     Code in the harness's task folders, and in a user's own, counts by its content, with all that
-    lies in its folder; the rest of the harness and other installed libraries by their version.
+    lies in its folder; the rest of the harness by its version. Libraries that the code uses, such
+    as the one that computes a metric, count by theirs.
     """
     described = json.dumps(_described(definition, files), sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()
@@ -314,14 +322,35 @@ def _described_code(value: Any, files: TaskFiles) -> str:
     if file.is_relative_to(files.harness_folder):
         # Harnesses load these files by path, under names by which Python does not find them.
         inside = file.with_suffix("").relative_to(files.harness_folder.parents[1])
-        return f"{name} {code_hash(file, '.'.join(inside.parts), f'{files.package}.tasks')}"
+        return f"{name} {_content(file, '.'.join(inside.parts), f'{files.package}.tasks')}"
     # lm-eval names the modules of a user's folder by their paths.
     if "/" in module:
         folder = file.parent.name
-        return f"{value.__qualname__} {code_hash(file, f'{folder}.{file.stem}', folder)}"
+        return f"{value.__qualname__} {_content(file, f'{folder}.{file.stem}', folder)}"
     if module_file(module, own="") is None:
-        return name
-    return f"{name} {code_hash(file, module, module)}"
+        return " ".join([name, *_versions(_libraries_named(value) if code else ())])
+    return f"{name} {_content(file, module, module)}"
+
+
+def _content(file: Path, module: str, own: str) -> str:
+    """Return a hash of code and of what it reads, with the versions of what it imports."""
+    libraries = imported_libraries(file, module, own)
+    return " ".join([code_hash(file, module, own), *_versions(libraries)])
+
+
+def _libraries_named(function: Any) -> set[str]:
+    """Return the top-level modules that a function of a library imports or has imported."""
+    code, names = inspect.unwrap(function).__code__, inspect.unwrap(function).__globals__
+    # `sacrebleu.corpus_bleu`, by a name that the function's module imported ...
+    found = {names[name].__name__ for name in code.co_names if inspect.ismodule(names.get(name))}
+    # ... and `from sklearn.metrics import f1_score`.
+    found |= {step.argval for step in dis.get_instructions(code) if step.opname == "IMPORT_NAME"}
+    return {name.partition(".")[0] for name in found} - sys.stdlib_module_names
+
+
+def _versions(modules: Iterable[str]) -> list[str]:
+    installed = {distribution_of(module) for module in modules}
+    return [f"{name}=={library_version(name)}" for name in sorted(installed)]
 
 
 @contextmanager

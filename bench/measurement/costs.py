@@ -21,6 +21,7 @@ from bench.errors import UserError
 from bench.measurement import energy, image_prompt, speedup
 from bench.measurement.flops.cost_rows import count_call, flops_costs, prompt_flops_costs
 from bench.measurement.model_size import (
+    count_nonzero,
     count_padding,
     count_parameters,
     count_size,
@@ -41,6 +42,7 @@ from bench.measurement.quantities import (
 from bench.measurement.roofline import DeviceLimits, device_limits
 from bench.measurement.workload import GenerationWorkload, Workload, workloads
 from bench.models.bitpacking.packed_modules import packed_linears
+from bench.models.offload import is_offloaded
 from bench.records.record import Cost, MissingMeasurement, SizeAndWork
 from bench.schema import CostsConfig
 from bench.ui import SILENT, Progress, format_quantity
@@ -95,6 +97,10 @@ def count_size_and_work(model: Model, config: CostsConfig) -> SizeAndWork:
         reason=reason,
         held=sum(tensor.numel() for tensor in held),
         padding=count_padding(network),
+        # Only a reading of all weights tells, which takes minutes where they are on a disk.
+        nonzero=None
+        if is_offloaded(network)
+        else count_nonzero(network) + sum(int(tensor.count_nonzero()) for tensor in held),
     )
 
 

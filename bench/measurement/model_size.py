@@ -39,6 +39,13 @@ def count_parameters(network: nn.Module) -> int:
     return sum(weight.numel() for weight in network.parameters()) + packed
 
 
+def count_nonzero(network: nn.Module) -> int:
+    """Return the number of parameters that are not zero, packed ones by their unpacked values."""
+    # Offloaded weights are brought in one at a time, since they may not fit in memory together.
+    packed = (linear.weight for _, linear in packed_linears(network))
+    return sum(int(weight.count_nonzero()) for weight in chain(iter_parameters(network), packed))
+
+
 def count_padding(network: nn.Module) -> int:
     """Return the number of parameters that only fill the storage of other weights up."""
     parts = [module for module in network.modules() if isinstance(module, ReplacedModule)]
@@ -104,7 +111,6 @@ def count_size(network: nn.Module, structure: ModelStructure | None = None) -> M
     others, embeddings and head included, count as active. Modules in which a method replaced the
     experts report themselves how many of their parameters are routed.
     """
-    packed = [linear for _, linear in packed_linears(network)]
     total = count_parameters(network)
     routed, idle, shared = 0, 0.0, 0
     for block in structure.blocks if structure else ():
@@ -120,11 +126,7 @@ def count_size(network: nn.Module, structure: ModelStructure | None = None) -> M
         idle += part * (1 - experts_per_token(network) / experts)
     return ModelSize(
         parameters=total,
-        # Offloaded weights are brought in one at a time, since they may not fit in memory together.
-        nonzero=sum(
-            int(t.count_nonzero())
-            for t in chain(iter_parameters(network), (linear.weight for linear in packed))
-        ),
+        nonzero=count_nonzero(network),
         active=round(total - idle),
         bytes=stored_bytes(network),
         routed=routed,

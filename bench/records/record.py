@@ -58,7 +58,9 @@ class SizeAndWork(_FrozenModel):
 
     `held` counts the floating-point numbers that modules hold besides parameters and packed
     storage, `padding` the parameters that only fill storage up; both are 0 in records of older
-    programs. `flops` is None if it cannot be counted; `reason` says why.
+    programs. `nonzero` counts the numbers of all three kinds that are not zero; None if the weights
+    are offloaded, or the program was older. `flops` is None if it cannot be counted; `reason` says
+    why.
     """
 
     parameters: int
@@ -68,6 +70,7 @@ class SizeAndWork(_FrozenModel):
     reason: str | None = None
     held: int = 0
     padding: int = 0
+    nonzero: int | None = None
 
     @property
     def numbers(self) -> int:

@@ -15,7 +15,6 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args, get_origin
 
@@ -25,7 +24,9 @@ from bench.data.digests import (
     code_hash,
     contents_hash,
     digest,
+    distribution_of,
     imported_libraries,
+    library_version,
     module_file,
     state_hash,
 )
@@ -221,26 +222,7 @@ def _libraries_of(kind: type) -> list[str]:
         file = getattr(sys.modules.get(each.__module__), "__file__", None)
         if file is not None and module_file(each.__module__, _top(kind.__module__)):
             found |= imported_libraries(Path(file), each.__module__, _top(each.__module__))
-    return sorted({_distribution(name) for name in found - _CHECKING_LIBRARIES} - set(_LIBRARIES))
-
-
-# Once per process: imported libraries keep their version even if the installation changes.
-@functools.cache
-def library_version(name: str) -> str | None:
-    """Return the version of a library; None if it is not installed."""
-    try:
-        return version(name)
-    except PackageNotFoundError:  # whoever needs it says so
-        return None
-
-
-@functools.cache
-def _distribution(module: str) -> str:
-    """Return the name under which a top-level module was installed: scikit-learn for sklearn."""
-    # Listing the modules of all distributions takes a third of a second.
-    if library_version(module) is not None:
-        return module
-    return packages_distributions().get(module, [module])[0]
+    return sorted({distribution_of(name) for name in found - _CHECKING_LIBRARIES} - set(_LIBRARIES))
 
 
 def identity_differences(

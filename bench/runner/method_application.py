@@ -110,51 +110,65 @@ def refuse_idle(name: str, method: Method, structure: ModelStructure) -> None:
         )
 
 
-SAVINGS = {"removed": ("parameters", "bytes"), "quantized": ("bytes",), "skipped": ("FLOPs",)}
-"""Effects that claim a saving, and the counts that show it."""
+SHOWN_BY = {
+    "removed": ("parameters", "bytes"),
+    "quantized": ("bytes",),
+    "skipped": ("FLOPs",),
+    "zeroed": ("nonzero parameters",),
+}
+"""Effects, and the counts that fall if a method has them."""
 
 
 def check_effect(effect: str, before: SizeAndWork, after: SizeAndWork) -> EffectCheck:
     """Compare the effect that a method reports with the counts before and after it.
 
     `removed` needs fewer weights and fewer bytes, `quantized` more packed weights, or fewer bytes
-    for all weights, `skipped` fewer FLOPs; the other effects need that there is no saving at all.
+    for all weights, `skipped` fewer FLOPs; the other effects need that there is no saving at all,
+    and `zeroed` more weights that are zero.
     Weights count wherever a module holds them, and padding does not.
     """
     from bench.records import EffectCheck
 
     fewer_bytes = after.bytes < before.bytes
     fewer_weights = after.numbers < before.numbers
-    # Work that could not be counted is not known to have fallen.
-    counted = before.flops is not None and after.flops is not None
     shown = {
         # With fewer weights, fewer bytes say nothing of how those that are left are stored. Packing
         # may leave some out, those of 0 bits.
         "quantized": after.packed > before.packed or (fewer_bytes and not fewer_weights),
         "removed": fewer_weights and fewer_bytes,
-        "skipped": counted and (after.flops or 0) < (before.flops or 0),
+        "skipped": _fell(before.flops, after.flops),
     }
     found = next((name for name, is_shown in shown.items() if is_shown), "none")
     stands = shown.get(effect, found == "none")
+    if effect == "zeroed":
+        stands = stands and _fell(before.nonzero, after.nonzero)
     refutation = None if stands else _refutation(effect, found, before, after)
     return EffectCheck(found=found, before=before, after=after, refutation=refutation)
+
+
+def _fell(before: float | None, after: float | None) -> bool:
+    # What could not be counted is not known to have fallen.
+    return before is not None and after is not None and after < before
 
 
 def _refutation(effect: str, found: str, before: SizeAndWork, after: SizeAndWork) -> str:
     """Say which counts should have fallen and did not, or fell and should not have."""
     if effect == "skipped" and (reason := before.reason or after.reason):
         return f"reports skipped computation, which cannot be confirmed: {reason}"
+    if effect == "zeroed" and found == "none" and None in (before.nonzero, after.nonzero):
+        return "reports zeroed weights, which cannot be confirmed: they are offloaded"
     counts = {
         # As in the rule: a weight that became a buffer is still there.
         "parameters": (before.numbers, after.numbers),
         "bytes": (before.bytes, after.bytes),
         "FLOPs": (before.flops, after.flops),
+        "nonzero parameters": (before.nonzero, after.nonzero),
     }
     shown = "do not show it" if found == "none" else f"show {found}"
     parts = [
         f"{name} {format_quantity(counts[name][0])} before and {format_quantity(counts[name][1])} "
         "after"
-        for name in dict.fromkeys(SAVINGS.get(effect, ()) + SAVINGS.get(found, ()))
+        for name in dict.fromkeys(SHOWN_BY.get(effect, ()) + SHOWN_BY.get(found, ()))
     ]
     return f"reports the effect {effect}, but the counts {shown}: {', '.join(parts)}"
 

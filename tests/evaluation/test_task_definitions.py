@@ -3,8 +3,10 @@
 import functools
 import importlib.util
 
+import lm_eval.api.registry
 import pytest
 
+from bench.evaluation import task_planning
 from bench.evaluation.task_planning import (
     TaskFiles,
     content_fingerprint,
@@ -91,6 +93,37 @@ def test_any_file_of_a_package_of_the_users_own_counts(harness, hashed, name):
     """What its code reads cannot be known; installed harnesses count by what is imported."""
     before = hashed()
     (harness.harness_folder / name).write_text("# changed\n")
+    assert hashed() != before
+
+
+def libraries_at(monkeypatch, **versions):
+    """Pretend that other versions of libraries are installed, by the names that pip knows."""
+    monkeypatch.setattr(
+        task_planning, "library_version", lambda name: versions.get(name.replace("-", "_"), "1.0")
+    )
+
+
+@pytest.mark.parametrize(("metric", "library"), [
+    ("f1", "scikit_learn"), ("mcc", "scikit_learn"), ("bleu", "sacrebleu"), ("ter", "sacrebleu"),
+])  # fmt: skip
+def test_the_library_that_computes_a_metric_counts_by_its_version(
+    hashed, monkeypatch, metric, library
+):
+    computing = {"aggregation": lm_eval.api.registry.get_metric_aggregation(metric)}
+    libraries_at(monkeypatch)
+    before = hashed(**computing), hashed()
+    libraries_at(monkeypatch, **{library: "1.1"})
+    assert hashed(**computing) != before[0]
+    # What the task does not use is no part of it.
+    assert hashed() == before[1]
+
+
+def test_a_library_that_the_tasks_code_imports_counts_by_its_version(harness, hashed, monkeypatch):
+    shared = harness.harness_folder / "mine" / "shared.py"
+    shared.write_text("factor = 1\ndef parse(text):\n    from sympy.parsing import latex\n")
+    libraries_at(monkeypatch)
+    before = hashed()
+    libraries_at(monkeypatch, sympy="1.1")
     assert hashed() != before
 
 

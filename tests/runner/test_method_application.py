@@ -120,7 +120,20 @@ def drop_and_halve(network):
     network.bfloat16()
 
 
+def zero_and_halve(network):
+    zero(network)
+    network.bfloat16()
+
+
+def scale(network):
+    # As small as can be, and yet no zero.
+    with torch.no_grad():
+        network.model.layers[0].self_attn.q_proj.weight.mul_(1e-20)
+
+
 DEEDS = {
+    "zero and halve": zero_and_halve,
+    "scale": scale,
     "hold": hold_as_buffers,
     "hold in short": hold_as_short_buffers,
     "hold as attributes": hold_as_attributes,
@@ -178,6 +191,10 @@ def applied(**methods):
         ("none", "pass", "skipped"),
         ("masked", "drop", "removed"),
         ("zeroed", "halve", "quantized"),
+        ("zeroed", "zero and halve", "quantized"),
+        ("zeroed", "nothing", "none"),
+        ("zeroed", "hold", "none"),
+        ("zeroed", "scale", "none"),
     ],
 )
 def test_a_saving_that_the_counts_do_not_show_is_not_claimed(said, effect, does, found):
@@ -304,6 +321,7 @@ COUNTS = st.builds(
     flops=st.none() | st.integers(1, 5).map(float),
     held=st.integers(0, 2),
     padding=st.integers(0, 2),
+    nonzero=st.none() | st.integers(0, 3),
 )
 
 
@@ -323,4 +341,12 @@ def test_every_claim_stands_exactly_if_its_count_falls(before, after):
     claims = {"removed": removed, "quantized": quantized, "skipped": skipped}
     assert {effect: stands(effect) for effect in claims} == claims
     saved = any(claims.values())
-    assert [stands(effect) for effect in ("zeroed", "masked", "none")] == [not saved] * 3
+    assert [stands(effect) for effect in ("masked", "none")] == [not saved] * 2
+    known = before.nonzero is not None and after.nonzero is not None
+    assert stands("zeroed") == (not saved and known and after.nonzero < before.nonzero)
+
+
+def test_zeroed_weights_that_are_offloaded_are_not_confirmed():
+    counts = SizeAndWork(parameters=9, packed=0, bytes=36, flops=1.0)
+    refutation = check_effect("zeroed", counts, counts).refutation
+    assert refutation == "reports zeroed weights, which cannot be confirmed: they are offloaded"

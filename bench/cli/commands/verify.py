@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from bench.data.digests import library_version
 from bench.errors import EXIT_DONE, EXIT_FAILED, UserError
 from bench.evaluation import evaluate, plan
 from bench.records import Store
 from bench.records import samples as recorded_samples
-from bench.runner.identity import library_version
 from bench.runner.replay import rebuild_model, recorded_config, refuse_changed_data
 from bench.runner.session import Session
 from bench.ui import console, print_json

@@ -103,6 +103,8 @@ def build_task(name: str, benchmark: BenchmarkConfig) -> PlannedTask:
         _refuse_media(name, task)
         if name in benchmark.data:
             _refuse_unfit_rows(name, task, indices, benchmark)
+        # The functions of metrics as well, for the libraries that compute them.
+        identity = definition_hash([identity, task.aggregation()], task_index.FILES)
     headline = _headline(name, list(task.aggregation()), benchmark)
     split = evaluated_split(definition)
     folders = folders_of(task_index.FILES.find_included(name) or file)

@@ -385,7 +385,10 @@ def _planned_task(
 
 def _definitions(tasks: dict[str, TextTask], groups: dict[str, TaskGroup]) -> dict[str, str]:
     """Return the hash of every task as the harness built it, and of what a group makes of them."""
-    told: dict[str, object] = {leaf: [type(task), task.config] for leaf, task in tasks.items()}
+    # The functions of metrics besides their names, for the libraries that compute them.
+    told: dict[str, object] = {
+        leaf: [type(task), task.config, task.aggregation()] for leaf, task in tasks.items()
+    }
     for name, group in groups.items():
         members = [task.task_name for task in group.get_all_tasks()]
         told[name] = [members, group.aggregate_metric_list]
