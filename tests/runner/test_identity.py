@@ -472,12 +472,12 @@ def test_versions_of_what_a_plug_in_imports_count(tmp_path, monkeypatch, forget_
     with_method = config.model_copy(update={"method": {"m": method}})
     before = library_versions(with_method)
     assert before.keys() - library_versions(config).keys() == {"scipy", "scikit-learn"}
-    monkeypatch.setattr(identity, "version", lambda name: {"scipy": "9.9"}.get(name, "1"))
-    identity.library_version.cache_clear()
+    monkeypatch.setattr(digests, "version", lambda name: {"scipy": "9.9"}.get(name, "1"))
+    digests.library_version.cache_clear()
     try:
         assert library_versions(with_method)["scipy"] == "9.9"
     finally:
-        identity.library_version.cache_clear()
+        digests.library_version.cache_clear()
 
 
 def test_differences_are_named_by_dotted_keys_and_short_hashes():
