@@ -107,10 +107,11 @@ class MethodWork:
     """What applying a method costs, for an estimate before the run.
 
     `forwards` are passes of all calibration inputs through the decoder's layers, `backwards` those
-    with gradients (their forwards apart), `observed` whether each expert is computed and looked at
-    by itself, `readings` how often all weights are read. On top come `flops` of other products,
-    such as Gram matrices and factorizations, `elements` that are read and written, and `operators`
-    that Python launches. `memory` is bytes of statistics that are held at once.
+    with gradients (their forwards apart; half a one where all weights are frozen), `observed`
+    whether each expert is computed and looked at by itself, `readings` how often all weights are
+    read. On top come `flops` of other products, such as Gram matrices and factorizations,
+    `elements` that are read and written, and `operators` that Python launches. `memory` is bytes of
+    statistics that are held at once.
     """
 
     forwards: float = 0.0

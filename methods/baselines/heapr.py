@@ -21,13 +21,14 @@ code's loss is a mean and ours a sum over tokens, which is one factor for all.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from bench.errors import UserError
-from bench.method import Context, MethodReport
+from bench.method import Context, MethodReport, MethodWork
 from bench.models.expert_hooks import observe_experts
 from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure
@@ -101,6 +102,10 @@ class Heapr(MicroExpertPruning, CalibratedPruning):
                     f"Heapr needs the gradients of what experts compute, which those of "
                     f"{block.name} do not show: choose camera_p or camera_loss_aware"
                 )
+
+    def work(self, structure: ModelStructure, tokens: int) -> MethodWork:
+        """Add the backward pass, in which no weight gets a gradient."""
+        return replace(super().work(structure, tokens), backwards=0.5)
 
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Run one forward and backward pass per row, rank and remove."""

@@ -19,13 +19,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from bench.method import Context, MethodReport
+from bench.method import Context, MethodReport, MethodWork
 from bench.models.model import Model
+from bench.models.structure.model_structure import ModelStructure
 from bench.models.structure.moe_block import MoEBlock
 from bench.ui import Progress
 from methods.moe.calibration import (
@@ -120,6 +122,18 @@ class CameraLossAware(MicroExpertPruning, CalibratedPruning):
     """
 
     scope: Literal["layer", "global"] = "layer"
+
+    def work(self, structure: ModelStructure, tokens: int) -> MethodWork:
+        """Add the pass for the gradients, in which no weight gets one, and G of every block."""
+        walk = super().work(structure, tokens)
+        blocks = structure.micro_expert_blocks
+        return replace(
+            walk,
+            forwards=walk.forwards + 1,
+            backwards=0.5,
+            flops=2.0 * tokens * sum(block.d_model**2 for block in blocks),
+            memory=walk.memory + 8.0 * sum(block.d_model**2 for block in blocks),
+        )
 
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Run one backward pass per row, measure activations once, rank and remove."""

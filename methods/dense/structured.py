@@ -5,6 +5,7 @@ Shapes: B rows, L tokens per row, T tokens, U units of a layer, C readout column
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any, ClassVar, Literal, cast
 
@@ -13,7 +14,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from bench.errors import UserError
-from bench.method import ALL_FORMS, Context, LayerReport, Method, MethodReport, WeightForm
+from bench.method import (
+    ALL_FORMS,
+    Context,
+    LayerReport,
+    Method,
+    MethodReport,
+    MethodWork,
+    WeightForm,
+)
 from bench.models.layer_stream import LayerStream
 from bench.models.model import Model
 from bench.models.offload import is_offloaded
@@ -145,6 +154,10 @@ class LLMPruner(StructuredPruning):
                 f"protect_first={self.protect_first} and protect_last={self.protect_last} leave "
                 f"none of the {len(structure.layers)} layers of {structure.architecture} to prune"
             )
+
+    def work(self, structure: ModelStructure, tokens: int) -> MethodWork:
+        """Add the backward pass."""
+        return replace(super().work(structure, tokens), backwards=1.0)
 
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Accumulate gradients of the loss, rank units within layers, remove the lowest."""

@@ -8,7 +8,7 @@ Shapes: T tokens, R rows (outputs), C columns (inputs) of a projection.
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -16,7 +16,15 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from bench.errors import UserError
-from bench.method import ALL_FORMS, Context, LayerReport, Method, MethodReport, WeightForm
+from bench.method import (
+    ALL_FORMS,
+    Context,
+    LayerReport,
+    Method,
+    MethodReport,
+    MethodWork,
+    WeightForm,
+)
 from bench.models.layer_stream import LayerStream
 from bench.models.model import Model
 from bench.models.offload import onloaded
@@ -25,6 +33,7 @@ from bench.models.structure.model_structure import ModelStructure
 from methods.dense.sparsity import Pattern, magnitude_mask, sparsegpt, wanda_mask
 from methods.moe.calibration import Gram, observe_inputs
 from methods.moe.pruning import refuse_packed_layer, require_calibration
+from methods.moe.quantizer.method import COLUMN_OPERATORS, column_walk_flops
 
 
 @dataclass(frozen=True)
@@ -152,6 +161,10 @@ class CalibratedWeightPruning(WeightPruning):
     uses_calibration: ClassVar[bool] = True
     batch: int = Field(default=8, ge=1)
 
+    def work(self, structure: ModelStructure, tokens: int) -> MethodWork:
+        """Return two passes, as every layer runs again after it is pruned."""
+        return MethodWork(forwards=2.0, readings=2.0)
+
     @torch.no_grad()
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Send the calibration text through the model layer by layer and prune each in turn."""
@@ -221,6 +234,18 @@ class SparseGPT(CalibratedWeightPruning):
                 f"block={self.block} must be a multiple of {pattern.run} for pattern={self.pattern}"
             )
         return self
+
+    def work(self, structure: ModelStructure, tokens: int) -> MethodWork:
+        """Add what GPTQ's walk over the columns of a matrix takes, whose Hessian this shares."""
+        shapes = [
+            linear.weight.shape for layer in structure.layers for linear in linear_layers(layer)
+        ]
+        return replace(
+            super().work(structure, tokens),
+            flops=sum(column_walk_flops(rows, columns, tokens) for rows, columns in shapes),
+            operators=float(COLUMN_OPERATORS * sum(columns for _, columns in shapes)),
+            memory=4.0 * max(columns**2 for _, columns in shapes),
+        )
 
     def _statistics(self, columns: int, device: torch.device) -> Gram:
         return Gram.empty(columns, device)

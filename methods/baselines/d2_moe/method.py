@@ -6,13 +6,14 @@ Shapes: B rows, L tokens per row.
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import ClassVar
 
 from pydantic import Field
 from torch import Tensor, nn
 
 from bench.errors import UserError
-from bench.method import Context, Effect, LayerReport, MethodReport, WeightForm
+from bench.method import Context, Effect, LayerReport, MethodReport, MethodWork, WeightForm
 from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure
 from bench.models.structure.moe_block import MoEBlock
@@ -78,6 +79,24 @@ class D2Moe(CalibratedPruning):
     def _ranks(self, block: MoEBlock, budget: int) -> list[int] | None:
         kept = 3 * block.d_model * (sum(block.widths) - budget)
         return solve_ranks(block.num_experts, block.d_model, block.d_ff, kept)
+
+    def work(self, structure: ModelStructure, tokens: int) -> MethodWork:
+        """Return two walks, the Fisher pass, the Gram matrices and the decompositions.
+
+        A thin SVD of an m x n matrix, n the shorter side, takes 14·m·n² + 8·n³ (Golub and Van Loan,
+        Matrix Computations, table 8.6.1), in float64, which counts twice.
+        """
+        flops, held = 0.0, 0.0
+        for block in structure.moe:
+            sides = ((block.d_ff, block.d_model),) * 2 + ((block.d_model, block.d_ff),)
+            for rows, columns in sides:
+                long, short = max(rows, columns), min(rows, columns)
+                flops += 2 * tokens * block.top_k * columns**2
+                flops += 2 * block.num_experts * (14 * long * short**2 + 8 * short**3)
+            # A base and its sum of weights, in float64, are held for every block.
+            held += 2 * 8 * 3 * block.d_model * block.d_ff
+        walk = super().work(structure, tokens)
+        return replace(walk, forwards=3.0, backwards=1.0, flops=flops, memory=walk.memory + held)
 
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Measure, merge and factorize; the report counts the remaining weights."""

@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from bench.errors import UserError
-from bench.method import Context, MethodReport, WeightForm
+from bench.method import Context, MethodReport, MethodWork, WeightForm
 from bench.models.layer_stream import LayerStream
 from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure
@@ -155,6 +155,23 @@ class Naee(WholeExpertPruning):
                     "ones: apply it to the unpruned model"
                 )
 
+    def work(self, structure: ModelStructure, tokens: int) -> MethodWork:
+        """Return the passes, what every expert makes of the kept tokens, and the subsets' errors.
+
+        Inner products are taken in float64, which counts twice: 2·E·D with the target and 2·E²·D
+        among the experts per token. A subset costs its squared error at each token.
+        """
+        kept = min(self.tokens, tokens)
+        flops, elements = 0.0, 0.0
+        for block, budget in zip(structure.moe, self.budgets(structure), strict=True):
+            experts, count = block.num_experts, budget // block.d_ff
+            flops += kept * experts * 6 * block.d_model * block.d_ff
+            flops += 2 * kept * (2 * experts + 2 * experts**2) * block.d_model
+            elements += kept * subsets_tried(experts, count, self.exhaustive_limit)
+        # Of the unpruned model, and on the way that is being pruned, where each layer runs again.
+        passes = 3.0 if self.progressive else 1.0
+        return MethodWork(forwards=passes, flops=flops, elements=elements)
+
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Search and drop, block by block; the report says how each block was searched."""
         calibration = require_calibration(context)
@@ -214,6 +231,12 @@ class ExpertSubset:
     error: float
     strategy: Literal["exhaustive", "greedy"]
     tried: int
+
+
+def subsets_tried(experts: int, count: int, limit: int) -> int:
+    """Return how many subsets `search_subset` tries."""
+    every = math.comb(experts, count)
+    return every if every <= limit else count * (2 * experts - count + 1) // 2
 
 
 def search_subset(experts: int, count: int, errors_of: ErrorFunction, limit: int) -> ExpertSubset:

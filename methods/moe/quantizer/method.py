@@ -31,6 +31,16 @@ from methods.moe.quantizer.rounding import Rounder
 COLUMN_OPERATORS = 28
 """Operators of GPTQ per column, views included: codes, values, error and compensation."""
 
+
+def column_walk_flops(rows: int, columns: int, tokens: float) -> float:
+    """Return the FLOPs of GPTQ's and SparseGPT's walk over the columns of one matrix, for a price.
+
+    2·S·C² for its Gram, 4/3·C³ for two Cholesky factors and an inverse in float64, which counts
+    twice, and R·C² for the compensation.
+    """
+    return 2 * tokens * columns**2 + 2 * 4 / 3 * columns**3 + rows * columns**2
+
+
 BitWidth = Annotated[int, Field(ge=1, le=8)]
 
 
@@ -116,11 +126,7 @@ class MoEQuantization(Method):
         require_usual_experts(self.blocks(structure), type(self).__name__)
 
     def work(self, structure: ModelStructure, tokens: int) -> MethodWork:
-        """Return the walk and, for GPTQ, its Gram matrices, their inverses and its columns.
-
-        Per matrix of C columns: 2·S·C² for its Gram, 4/3·C³ for two Cholesky factors and an inverse
-        in float64, which counts twice, and R·C² for the compensation.
-        """
+        """Return the walk and, for GPTQ, the walk over the columns of every matrix."""
         walk = MethodWork(forwards=2.0 * self.uses_calibration, observed=True, readings=2.0)
         if not self.uses_calibration or self.rounding == "rtn":
             return walk
@@ -136,7 +142,7 @@ class MoEQuantization(Method):
             own = [block for block in blocks if block.layer == index]
             linears = (slot.linear for slot in find_linears(layer, own))
             solved += [(*shape_of(linear), float(tokens), 1) for linear in linears]
-        flops = sum(n * (2 * seen * c**2 + 2 * 4 / 3 * c**3 + r * c**2) for r, c, seen, n in solved)
+        flops = sum(n * column_walk_flops(r, c, seen) for r, c, seen, n in solved)
         columns = sum(n * c for _, c, _, n in solved)
         held = max(block.num_experts * (block.d_model**2 + block.d_ff**2) for block in blocks)
         return replace(
