@@ -102,7 +102,7 @@ def launch(
         plugins.active()
         known = existing_sweep(results_dir, overrides.arguments)
         if known is not None and not overrides.is_true("force"):
-            return _resume_plan(known, session, overrides.texts, reused=True)
+            return _resume_plan(known, session, overrides.texts, budget, reused=True)
         return _launch_new(overrides, session, budget)
 
 
@@ -191,17 +191,28 @@ def _announce(
 
 
 def _resume_plan(
-    plan: SweepPlan, session: Session, repeated: Sequence[str], reused: bool = False
+    plan: SweepPlan,
+    session: Session,
+    repeated: Sequence[str],
+    budget: float | None = None,
+    *,
+    reused: bool = False,
 ) -> LaunchOutcome:
-    """Run the missing and failed jobs of a sweep; `reused` counts earlier records as reused."""
+    """Run the missing and failed jobs of a sweep; `reused` counts earlier records as reused.
+
+    `budget` is the most seconds that these jobs may take.
+    """
     done_before = {job.run for job in sweep_jobs(plan)} if reused else set()
     if unfinished_jobs(plan) or not plan.complete:
         # Imported here: a finished sweep is answered without Hydra.
-        from bench.config.sweep_checks import admit_plan
+        from bench.config.sweep_checks import admit_plan, plan_arguments
 
         # In its folder, against which a relative search path counts.
         with _working_directory(plan.working_folder):
             admitted = admit_plan(plan.folder, plan.arguments, plan.jobs, repeated)
+            if budget is not None:
+                planned = plan_arguments(plan.arguments, plan.folder.name)
+                _announce(planned, admitted, session, budget)
         outcome = _run_sweep(plan, admitted, session)
     else:
         outcome = _sweep_outcome(plan)

@@ -8,6 +8,7 @@ from bench.cli.main import main
 from bench.estimation import this_machine
 from bench.estimation.boards import load_hardware
 from bench.records import Store
+from methods.baselines.micro_expert_controls import RandomMicroExperts
 
 # A session keeps the estimator of its machine.
 pytestmark = pytest.mark.own_session
@@ -60,6 +61,29 @@ def test_a_sweep_says_its_estimate_and_a_budget_refuses_it(known, tmp_path, caps
     assert "estimate: 2 runs on here" in error
     assert "--budget 0.001 s: 2 runs take" in error
     assert not Store(tmp_path / "results").all()
+
+
+def test_a_budget_is_for_what_is_left_of_a_sweep(known, tmp_path, capsys, monkeypatch):
+    results = f"results_dir={tmp_path}/results"
+    words = ["-m", *QUICK, results, "method=random_micro_experts", "ratio=0.1,0.2"]
+    with monkeypatch.context() as patch:
+        apply = RandomMicroExperts.apply
+
+        def failing(self, model, context):
+            if self.ratio > 0.15:
+                raise RuntimeError("no luck")
+            return apply(self, model, context)
+
+        patch.setattr(RandomMicroExperts, "apply", failing)
+        main(["run", *words])
+    assert len(Store(tmp_path / "results").all()) == 1
+    capsys.readouterr()
+    assert main(["run", *words, "--budget=0.001s"]) == 2
+    assert "--budget 0.001 s: 1 runs take" in capsys.readouterr().err
+    assert main(["run", *words, "--budget=2h"]) == 0
+    assert len(Store(tmp_path / "results").all()) == 2
+    # Nothing is left to do, so any budget is enough.
+    assert main(["run", *words, "--budget=0.001s"]) == 0
 
 
 @pytest.mark.parametrize(
