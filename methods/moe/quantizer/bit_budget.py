@@ -14,8 +14,6 @@ from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
 from torch import nn
 
 from bench.errors import UserError
@@ -46,6 +44,9 @@ def level_sizes(
     Raises:
         UserError: no such division exists.
     """
+    # Imported here: it takes most of a second, and every quantizer and pruner would wait for it.
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
     proportions = (
         [exact_fraction(share) for share in shares] if shares else [Fraction(1)] * len(bits)
     )
@@ -101,6 +102,9 @@ def solve_multiple_choice_knapsack(
     Raises:
         UserError: no choice is within the budget.
     """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
     items, options = loss_IO.shape
     if not items:
         return np.zeros(0, dtype=np.int64)
