@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo browser picture gallery screenshots docs test test-all test-real test-gpu coverage check audit format perf clean
+.PHONY: help install demo browser picture gallery screenshots docs test test-broad test-all test-real test-gpu coverage check audit format perf clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -48,10 +48,13 @@ docs: $(READY) ## the documentation site in build/site; a warning or a dead link
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-test: $(READY) browser ## the tests
-	$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu and not real'
+test: $(READY) browser ## the tests, in under ten minutes on two cores
+	$(BIN)/python -m pytest -n 2 -m 'not broad and not slow and not gpu and not real'
 
-test-all: $(READY) browser ## the tests and the long proofs
+test-broad: $(READY) browser ## the same on more models, and what takes seconds
+	$(BIN)/python -m pytest -n 2 -m 'broad and not slow and not gpu and not real'
+
+test-all: $(READY) browser ## all tests and the long proofs
 	HYPOTHESIS_PROFILE=searching $(BIN)/python -m pytest -m 'not gpu and not real'
 
 # SLIMBENCH_REAL_TASKS=FOLDER adds the tests on real tasks.

@@ -4,6 +4,7 @@ import functools
 import gc
 import os
 import socket
+from collections import defaultdict
 
 import pytest
 from hypothesis import settings
@@ -85,15 +86,32 @@ def forget_sources():
     forget()
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by marks
 def pytest_collection_modifyitems(items):
-    """Tests marked gpu are skipped, with the reason, where there is no CUDA device."""
+    """Mark what `make test` leaves to `make test-broad`, and skip tests of a GPU without one."""
     import torch
+
+    _mark_beyond_samples(items)
 
     if torch.cuda.is_available():
         return
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def _mark_beyond_samples(items):
+    """Of a test marked sample(n), mark all parameters as broad but n, evenly spaced."""
+    parameters = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("sample"):
+            parameters[item.path, item.originalname].append(item)
+    for found in parameters.values():
+        (count,) = found[0].get_closest_marker("sample").args
+        kept = {round(place * (len(found) - 1) / max(1, count - 1)) for place in range(count)}
+        for place, item in enumerate(found):
+            if place not in kept:
+                item.add_marker(pytest.mark.broad)
 
 
 def pytest_collection_finish():

@@ -29,6 +29,7 @@ def test_the_shared_ratio_reaches_every_method_and_its_own_wins():
     assert config.method["random_experts"].ratio == 0.6
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -46,6 +47,7 @@ def test_what_does_not_decide_the_dense_result_is_not_in_its_identity(overrides)
     assert compose_run_config(overrides).identity() == compose_run_config([]).identity()
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -109,6 +111,7 @@ NEEDED = {
 }
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize(
     "group", ["model", "method", "benchmark", "calibration", "tracker", "costs"]
 )
@@ -160,6 +163,7 @@ DOUBLES = [
 ]
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(("text", "said"), DOUBLES)
 def test_two_things_that_cannot_both_be_meant_are_refused(text, said):
     for wrong in ([text], ["ratio=0.4", text]):

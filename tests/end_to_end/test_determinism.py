@@ -39,6 +39,7 @@ def test_repeated_a_run_is_the_same_to_the_last_bit(bench):
     pd.testing.assert_frame_equal(ours, theirs, check_exact=True)
 
 
+@pytest.mark.broad
 def test_batch_size_and_threads_change_nothing_beyond_the_tolerance(bench):
     record, whole = ran(bench, "a", "threads=1", "benchmark.batch_size=32")
     for place, how in (("b", ("threads=1", "benchmark.batch_size=3")), ("c", ("threads=2",))):
@@ -51,6 +52,7 @@ def test_batch_size_and_threads_change_nothing_beyond_the_tolerance(bench):
             assert theirs.value == pytest.approx(ours.value, rel=TOLERANCE)
 
 
+@pytest.mark.broad
 def test_the_seed_decides_what_is_drawn_and_not_the_shots(bench):
     first, ours = ran(bench, "a", "seed=1")
     again, _ = ran(bench, "b", "seed=1")

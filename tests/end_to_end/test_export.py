@@ -41,6 +41,7 @@ def test_an_exported_run_loads_in_one_call_and_in_a_run(bench, tmp_path):
     assert again.model.parameters == record.cost("parameters").value
 
 
+@pytest.mark.broad
 def test_a_record_says_enough_to_build_its_config_again(bench):
     bench("run", "method=[random_micro_experts,camera_p]", "ratio=0.2", "seed=7", *QUICK,
           "method.camera_p.alpha=0.05")  # fmt: skip
@@ -61,6 +62,7 @@ def one_run(tmp_path_factory):
     return results
 
 
+@pytest.mark.broad
 def test_a_folder_for_an_engine_says_what_it_saves_and_loads_in_transformers(
     one_run, bench, tmp_path
 ):

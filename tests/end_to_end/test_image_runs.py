@@ -152,6 +152,7 @@ def test_slimming_without_batch_norm(refused):
     assert "slimming needs BatchNorm scales" in found
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("flag", ["--for=vllm", "--onnx"])
 def test_forms_that_a_model_has_not(bench, tmp_path, flag):
     model = "micro_lenet" if flag == "--for=vllm" else "micro_moe"
@@ -163,6 +164,7 @@ def test_forms_that_a_model_has_not(bench, tmp_path, flag):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.broad
 def test_a_network_of_torchvision_scores_a_folder_of_images(bench, tmp_path):
     for number, name in enumerate(("cat", "dog", "owl")):
         (tmp_path / "images" / name).mkdir(parents=True)

@@ -95,6 +95,7 @@ def test_a_length_that_cannot_be_counted_is_named_and_no_number_stands_for_it(re
     assert not [cost for cost in made["costs"] if "flops" in cost["quantity"]]
 
 
+@pytest.mark.broad
 def test_a_device_without_a_counter_has_no_energy_and_says_why(record, monkeypatch):
     def none(_):
         raise Unavailable("this GPU has no energy counter")

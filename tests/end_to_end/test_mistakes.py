@@ -37,6 +37,7 @@ def refused(tmp_path, monkeypatch, capsys):
     return call
 
 
+@pytest.mark.sample(25)
 @pytest.mark.parametrize(("asked", "said"), [
     ("ratio=0.2,0.4", "add -m to run each of them"),
     ("method=dense,camera_p", "method=[dense,camera_p] applies them one after the other"),
@@ -128,6 +129,7 @@ def test_a_sweep_of_too_many_jobs(refused):
     assert "more than hydra.sweeper.max_jobs=1: give fewer values, or raise it" in said
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("asked", "said"), [
     ("hydra.sweeper.trials=0", "a whole number from 1 on"),
     ("hydra.sweeper.parallel=many", "a whole number from 1 on"),

@@ -60,6 +60,7 @@ def test_a_stand_in_table_runs_what_is_missing_and_nothing_twice(call):
     assert resolve_run(repeated, Session()).id == pruned.id
 
 
+@pytest.mark.broad
 def test_seeds_can_be_swept_and_a_cell_is_their_mean(call):
     code, _, _ = call(
         "table", "wgsef_grid", "scale=micro", "rows=[dense]", "-m", "seed=1,2,3",
@@ -72,6 +73,7 @@ def test_seeds_can_be_swept_and_a_cell_is_their_mean(call):
     assert len(accuracies.runs.iloc[0].split()) == 3
 
 
+@pytest.mark.broad
 def test_a_failed_run_leaves_its_cell_empty_and_the_others_whole(call, monkeypatch):
     from methods.wgsef.sparse_training import MagnitudePruning
 
@@ -89,6 +91,7 @@ def test_a_failed_run_leaves_its_cell_empty_and_the_others_whole(call, monkeypat
     assert len(Store(call.results).all()) == 1
 
 
+@pytest.mark.broad
 def test_without_a_network_every_model_and_data_set_is_named_and_nothing_runs(call):
     code, out, err = call(
         "table", "camera_main", "offline=true", "tracker=none", f"results_dir={call.results}"
@@ -105,6 +108,7 @@ def test_without_a_network_every_model_and_data_set_is_named_and_nothing_runs(ca
     assert not (call.results / "runs").exists()
 
 
+@pytest.mark.broad
 def test_folders_of_images_are_named_as_well(call):
     code, _, err = call(
         "table", "wgsef_grid", "tracker=none", f"results_dir={call.results}", "rows=[dense]"
@@ -189,6 +193,7 @@ def test_a_run_with_a_method_is_verified(call):
     assert verdict["worst"] <= verdict["tolerance"]
 
 
+@pytest.mark.broad
 def test_a_changed_sample_is_found(call):
     call(
         "run", "model=micro_resnet", "benchmark=images", "benchmark.limit=6", "tracker=none",

@@ -35,6 +35,7 @@ def example(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
+@pytest.mark.broad
 def test_every_command_finds_the_example(bench, example, tmp_path, capsys):
     code, _, said = bench("run", "method=zero_weakest")
     assert code == 2

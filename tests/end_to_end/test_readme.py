@@ -37,6 +37,7 @@ RUNS = [words[2:] for words in commands() if words[:2] == ["bench", "run"]]
 
 
 # Composed and validated, not run: some need a GPU, a hub or a folder of the reader's.
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("overrides", RUNS, ids=" ".join)
 def test_every_run_composes(overrides):
     assert alternative_configs(Overrides.parse(overrides))

@@ -40,6 +40,7 @@ def test_a_run_leaves_one_whole_record_and_is_not_repeated(bench):
     assert {p: p.stat().st_mtime_ns for p in folder.iterdir()} == before
 
 
+@pytest.mark.broad
 def test_the_same_run_twice_gives_the_same_numbers(bench):
     arguments = ("run", "method=camera_p", "ratio=0.6")
     bench(*arguments)
@@ -70,6 +71,7 @@ def test_a_sweep_shares_group_and_dense_record(bench):
     assert len({record.model.fingerprint for record in records}) == 1
 
 
+@pytest.mark.broad
 def test_a_dense_run_after_pruned_ones_is_untouched(bench):
     fast = ("benchmark.tasks=[arc_easy]", "benchmark.perplexity={}")
     bench("run", *fast)
@@ -161,6 +163,7 @@ def test_doctor_says_what_works_offline(bench):
     assert found["model mixtral_8x7b"]["state"] == "missing"
 
 
+@pytest.mark.broad
 def test_prefetch_takes_the_name_of_a_table(bench):
     code, out, _ = bench("prefetch", "camera_main", "scale=micro", "variants=[20%]")
     assert code == 0
@@ -192,6 +195,7 @@ def test_the_composed_config_can_be_seen_without_running(bench):
     assert not (bench.results / "runs").exists()
 
 
+@pytest.mark.broad
 def test_a_sweep_goes_over_a_folder_and_a_named_model(bench, tmp_path, monkeypatch):
     shipped = Path(next(iter(embedded.__path__))) / "micro_moe"
     shutil.copytree(shipped, tmp_path / "mine")

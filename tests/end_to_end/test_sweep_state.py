@@ -61,6 +61,7 @@ def test_only_what_failed_is_run_again(tmp_path, capsys, monkeypatch):
     assert (summary["done"], summary["failed"]) == (3, 0)
 
 
+@pytest.mark.broad
 def test_asking_by_force_is_a_new_sweep(tmp_path):
     sweep = [*SWEEP, f"results_dir={tmp_path}"]
     sweep[3] = "ratio=0.2"
@@ -72,6 +73,7 @@ def test_asking_by_force_is_a_new_sweep(tmp_path):
     assert len(list((tmp_path / "sweeps").iterdir())) == 2
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("force", ["force=True", "++force='true'"])
 def test_any_spelling_of_force_runs_a_repeated_sweep_again(tmp_path, force):
     sweep = [

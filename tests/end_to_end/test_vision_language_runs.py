@@ -115,6 +115,7 @@ def test_skipped_work_costs_less(bench):
     assert dense.provenance["prompts"] is None
 
 
+@pytest.mark.broad
 def test_a_strategy_and_pruned_experts_compose(bench, moe_llava):
     local = ("model=local", "model.kind=image_text", f"model.path={moe_llava}")
     code, _, err = bench("run", *local, *FEW, "method=[yopo_25,camera_p]", "ratio=0.4")
@@ -125,6 +126,7 @@ def test_a_strategy_and_pruned_experts_compose(bench, moe_llava):
     assert record.cost("parameters").value < record.model.parameters
 
 
+@pytest.mark.broad
 def test_fine_tuning_under_a_strategy(bench):
     few = ("method.visual_finetune.count=8", "method.visual_finetune.batch=4")
     code, _, err = bench("run", "model=micro_llava", *FEW, "method=[vtw,visual_finetune]", *few)

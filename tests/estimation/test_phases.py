@@ -26,6 +26,7 @@ def large():
     return bench.estimate(**arguments, **OFFLINE, over=maps, hardware="a100_40gb")
 
 
+@pytest.mark.broad
 def test_a_model_above_the_memory_does_not_fit_and_the_cure_is_named(large):
     whole, streamed = large.runs
     assert not whole.fits

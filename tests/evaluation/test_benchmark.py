@@ -83,6 +83,7 @@ def test_a_group_is_aggregated_by_the_harness(model):
     assert [m.task for m in metrics if m.headline] == ["pair"]
 
 
+@pytest.mark.broad
 def test_a_bootstrapped_error_is_given_without_a_word(model, tmp_path, capfd):
     file = tmp_path / "cola.jsonl"
     rows = [{"sentence": f"this is number {i}", "label": i % 2} for i in range(12)]

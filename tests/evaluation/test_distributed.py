@@ -81,6 +81,7 @@ TEXT = [
 IMAGES = ["model=micro_llava", "benchmark=mllm_seven_micro", "benchmark.tasks=[pope]"]
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("asked", [TEXT, pytest.param(IMAGES, marks=pytest.mark.slow)])
 def test_two_processes_write_the_record_of_one(tmp_path, asked):
     common = [*asked, "benchmark.limit=8", "tracker=none", "method=[]"]

@@ -182,6 +182,7 @@ def _ask(how, home, address):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.broad
 def test_what_was_fetched_is_found_again_without_a_network(published, tmp_path):
     home = tmp_path / "home"
     with serving(published) as address:
@@ -242,6 +243,7 @@ def test_one_switch_turns_the_libraries_off():
     assert not hub.is_reachable()
 
 
+@pytest.mark.broad
 def test_why_a_hub_that_answers_has_nothing_is_told(tmp_path):
     with serving(tmp_path) as address:
         message = _run("online", tmp_path / "home", address).stderr

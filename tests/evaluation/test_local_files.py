@@ -44,6 +44,7 @@ def test_every_task_has_its_columns_listed():
     assert set(TEXT_COLUMNS) == set(LABELS) == set(TASKS)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("task", TASKS)
 def test_a_file_of_the_same_documents_gives_the_same_answers(task, model, tmp_path):
     embedded = plan(BenchmarkConfig(name="m", suite="micro", tasks=(task,), limit=8), offline=True)

@@ -127,6 +127,7 @@ def test_a_library_that_the_tasks_code_imports_counts_by_its_version(harness, ha
     assert hashed() != before
 
 
+@pytest.mark.broad
 def test_objects_do_not_count_by_their_place_in_memory(hashed):
     class Sampler:
         def __init__(self, seed):

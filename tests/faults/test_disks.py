@@ -95,6 +95,7 @@ def failing(tmp_path):
     subprocess.run(["umount", "-l", str(disk.folder)], check=True)
 
 
+@pytest.mark.broad
 def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(disk, same):
     results = disk / "results"
     (disk / "ballast").write_bytes(b"\0" * 56 * 1024)
@@ -127,6 +128,7 @@ def test_a_full_disk_stops_a_sweep_wherever_it_is(disk, undisturbed, kilobytes):
     assert not list((results / "unfinished").iterdir())
 
 
+@pytest.mark.broad
 def test_a_quota_stops_the_run(tmp_path, same):
     results = tmp_path / "results"
 
@@ -152,6 +154,7 @@ def test_a_read_only_folder_is_refused_before_any_work(disk):
     )
 
 
+@pytest.mark.broad
 def test_a_disk_that_turns_read_only_stops_the_run_which_goes_on_when_it_is_mended(
     failing, tmp_path, same
 ):
@@ -195,6 +198,7 @@ def test_what_is_on_a_read_only_disk_can_be_read(disk):
     assert list(load(disk / "results").run.unique()) == ["a" * 12]
 
 
+@pytest.mark.broad
 def test_twenty_processes_write_five_hundred_records(tmp_path):
     def write_some(number):
         store = Store(tmp_path)
@@ -225,6 +229,7 @@ def test_twenty_processes_write_five_hundred_records(tmp_path):
     assert not [path for path in store.runs.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.broad
 def test_a_damaged_record_is_made_again_and_kept_aside(tmp_path, same):
     results = tmp_path / "results"
     assert run(results, *RUN)[0] == 0

@@ -5,6 +5,8 @@ import random
 import signal
 import time
 
+import pytest
+
 from bench.records import Store, files
 from tests.faults.killable_runs import (
     counting,
@@ -67,6 +69,7 @@ def test_killed_at_every_stage_in_turn_it_ends_as_one_that_was_not(tmp_path, sam
     same(results)
 
 
+@pytest.mark.broad
 def test_killed_between_record_and_clean_up_it_is_done(tmp_path, same):
     results = tmp_path / "results"
     assert run(results, *RUN, before=die_at_rename(1))[0] == -signal.SIGKILL
@@ -76,6 +79,7 @@ def test_killed_between_record_and_clean_up_it_is_done(tmp_path, same):
     same(results)
 
 
+@pytest.mark.broad
 def test_killed_while_a_record_is_replaced_there_is_always_one(tmp_path, same):
     results = tmp_path / "results"
     run(results, *RUN)
@@ -86,6 +90,7 @@ def test_killed_while_a_record_is_replaced_there_is_always_one(tmp_path, same):
     assert only(results) == before
 
 
+@pytest.mark.broad
 def test_killed_while_it_scores_again_and_again_no_sample_is_scored_twice(tmp_path, same):
     results, log, kills = tmp_path / "results", tmp_path / "scored", 4
     draw, before = random.Random(8), 1
@@ -101,6 +106,7 @@ def test_killed_while_it_scores_again_and_again_no_sample_is_scored_twice(tmp_pa
     assert scored_twice(log) <= kills * largest_batch(log)
 
 
+@pytest.mark.broad
 def test_polite_signals_are_exit_code_75_and_nothing_is_scored_twice(tmp_path, same):
     results, log, before = tmp_path / "results", tmp_path / "scored", 1
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
@@ -115,6 +121,7 @@ def test_polite_signals_are_exit_code_75_and_nothing_is_scored_twice(tmp_path, s
     assert scored_twice(log) == 0
 
 
+@pytest.mark.broad
 def test_of_processes_at_one_run_one_works_and_the_others_wait(tmp_path, same):
     results, log = tmp_path / "results", tmp_path / "scored"
     first = start(results, *RUN, before=counting(log, pause=2.0))
@@ -131,6 +138,7 @@ def test_of_processes_at_one_run_one_works_and_the_others_wait(tmp_path, same):
     same(results)
 
 
+@pytest.mark.broad
 def test_other_methods_meet_none_of_its_answers(tmp_path, undisturbed):
     """A method that has changed is another run: it scores every sample itself."""
     results, log = tmp_path / "results", tmp_path / "scored"
@@ -156,6 +164,7 @@ def test_two_identical_sweeps_at_once_execute_every_run_once(tmp_path, undisturb
     assert len(log.read_text().split()) == 2 * len(set(log.read_text().split()))
 
 
+@pytest.mark.broad
 def test_a_sweep_that_is_killed_from_outside_goes_on(tmp_path, undisturbed):
     results, log = tmp_path / "results", tmp_path / "scored"
     sweep = ("-m", "method=dense", "seed=1,2")

@@ -63,6 +63,7 @@ def command_in(folder, *more):
     return [sys.executable, "-P", "-c", COMMANDS, json.dumps([str(results), run])]
 
 
+@pytest.mark.broad
 def test_records_in_a_folder_with_foreign_letters(tmp_path, capsys):
     results = tmp_path / f"{ODD} {FOREIGN}"
     fill(results, 3, per_task=0)
@@ -89,6 +90,7 @@ def test_bytes_that_the_locale_cannot_read_are_named_with_the_cure(tmp_path, cap
         assert "set PYTHONUTF8=1" in capsys.readouterr().err
 
 
+@pytest.mark.broad
 def test_a_run_without_home_or_locale_on_odd_paths_and_a_clock_that_goes_back(tmp_path):
     folder = tmp_path / ODD
     folder.mkdir()

@@ -54,6 +54,7 @@ def test_any_groups_compose_or_are_refused_in_a_sentence(groups, methods):
         assert list(config.method) == methods
 
 
+@pytest.mark.broad
 @settings(max_examples=60 if thorough else 6, suppress_health_check=patient)
 @given(st.sampled_from(SMALL), st.sampled_from(EMBEDDED), any_methods)
 def test_small_models_are_fit_or_refused_before_anything_is_loaded(

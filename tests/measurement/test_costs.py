@@ -171,6 +171,7 @@ def test_rounds_are_added_only_where_a_ratio_is_claimed():
         assert {cost.parts["rounds"] for cost in rows(found, "latency").values()} == {5}
 
 
+@pytest.mark.broad
 def test_lengths_that_do_not_fit_are_gaps_and_the_others_are_measured():
     found = measure_costs(
         MeasuredPair(model(llama())), config("memory", lengths=(16, 62), batches=(1, 2))

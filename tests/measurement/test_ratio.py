@@ -35,6 +35,7 @@ def test_a_machine_that_slows_down_halfway_changes_both_medians_but_not_the_rati
     assert ratio.value == pytest.approx(1.25, rel=0.005)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("rounds", [15, 20, 30])
 def test_the_interval_covers_the_true_ratio_about_as_often_as_it_says(rounds):
     draws = np.random.default_rng(1)
@@ -46,6 +47,7 @@ def test_the_interval_covers_the_true_ratio_about_as_often_as_it_says(rounds):
     assert covered >= 194  # 198 are expected
 
 
+@pytest.mark.broad
 def test_going_on_until_the_interval_is_narrow_leaves_its_coverage_alone():
     """Looking again and again could stop where the interval is narrow by luck, and off."""
     draws = np.random.default_rng(2)

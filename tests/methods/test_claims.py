@@ -89,6 +89,7 @@ def prompts_of(model):
     return ProcessedPrompts.of([dict(call)])
 
 
+@pytest.mark.sample(7)
 @pytest.mark.parametrize(
     "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
 )

@@ -40,6 +40,7 @@ def test_nothing_of_the_layers_is_in_memory(folder):
     assert model.device.type == "cpu"
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(
     "knobs",
     [
@@ -104,6 +105,7 @@ def test_changes_are_kept_when_something_fails(folder):
         assert not layer.input_layernorm.weight.any()
 
 
+@pytest.mark.sample(1)
 def test_costs_are_counted_without_loading_it_all(folder):
     costs = CostsConfig(name="tiny", batch=1, length=8)
     on_disk, in_memory = loaded(folder, "offload_disk"), loaded(folder)

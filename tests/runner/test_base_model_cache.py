@@ -67,6 +67,7 @@ def test_is_given_away_when_a_copy_does_not_fit(source, loads, monkeypatch):
     assert len(loads) == 2
 
 
+@pytest.mark.broad
 def test_another_source_takes_its_place(source, loads, tmp_path):
     keeper = BaseModelCache()
     keeper.acquire(source, will_change=False)

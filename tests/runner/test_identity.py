@@ -526,6 +526,7 @@ def test_the_command_says_why_two_runs_differ(tmp_path, capsys):
     assert "differ in no part" in capsys.readouterr().out
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("benchmark", [
     ["benchmark=nine_tasks_micro", "benchmark.tasks=[arc_easy,hellaswag]"],
     ["model=micro_llava", "benchmark=mllm_seven_micro", "benchmark.tasks=[gqa]"],

@@ -166,6 +166,7 @@ def applied(**methods):
         return apply_methods(config, model, context, session), model
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize(
     ("effect", "does", "found"),
     [
@@ -207,6 +208,7 @@ def test_a_saving_that_the_counts_do_not_show_is_not_claimed(said, effect, does,
     assert effect in line
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     ("effect", "does", "found"),
     [

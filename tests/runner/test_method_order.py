@@ -118,6 +118,7 @@ def applied(model, methods):
     return own
 
 
+@pytest.mark.broad
 def test_what_is_declared_is_what_is_left(micro_moe):
     plain: nn.Module = micro_moe.network
     assert weight_forms(plain) == set()

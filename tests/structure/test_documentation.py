@@ -67,6 +67,7 @@ def test_the_reference_has_every_command_key_and_config(reference):
             assert f"| `{file.stem}` |" in shipped
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("page", [DOCS / "start.md", *TUTORIALS], ids=lambda page: page.stem)
 def test_every_run_of_a_tutorial_composes(page, tmp_path, monkeypatch):
     written_out(page, tmp_path, monkeypatch)

@@ -29,6 +29,7 @@ def study(results):
     return json.loads(file.read_text())
 
 
+@pytest.mark.broad
 def test_a_search_prunes_goes_on_and_keeps_the_front(tmp_path, capsys):
     results = tmp_path / "results"
     asked = [

@@ -148,6 +148,7 @@ def test_what_the_test_asks_is_never_asked_in_training(task: str) -> None:
     assert train.isdisjoint(test)
 
 
+@pytest.mark.sample(4)
 @each_task
 def test_no_test_question_is_in_the_corpus(task: str) -> None:
     text = training_text()

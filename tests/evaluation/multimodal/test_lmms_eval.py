@@ -67,6 +67,7 @@ def of(seven, name):
     return config, next(task for task in tasks if task.name == name)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["gqa", "vqav2_val", "scienceqa_img", "textvqa_val"])
 def test_half_right_is_a_half(name, seven):
     config, task = of(seven, name)

@@ -64,6 +64,7 @@ UNFIT = {
 }  # fmt: skip
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", UNFIT)
 def test_an_unfit_image_is_named_before_scoring_and_counted_if_allowed(llava, tmp_path, kind):
     rows, (image, reason) = pope(), UNFIT[kind]
@@ -79,6 +80,7 @@ def test_an_unfit_image_is_named_before_scoring_and_counted_if_allowed(llava, tm
     assert found.samples[2]["image_hash"] is None
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("task", "column", "absent"),
     [("pope", "answer", None), ("pope", "answer", ""), ("scienceqa_img", "answer", -1),
@@ -96,6 +98,7 @@ def test_a_question_without_its_answer_is_named(tmp_path, task, column, absent):
         planned(path, task, allow_missing=0.9)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("absent", [math.nan, -1.0, 5.0, 0.5])
 def test_an_index_of_a_choice_may_be_a_whole_float_and_no_other(tmp_path, absent):
     rows = [dict(row) for row in documents("scienceqa_img")[:4]]
@@ -123,6 +126,7 @@ def test_ten_empty_answers_are_no_label():
     assert not planned_tasks._label_fault("vqav2_val", {"answers": answers})
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_the_check_before_scoring_it_is_a_gap(llava, tmp_path, monkeypatch, backend):
     """As for images of the hub, which are not all decoded beforehand."""

@@ -13,6 +13,7 @@ def planned(task, **settings):
     return plan(config, offline=True)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("task", ["pope", "mme", "gqa"])
 def test_stored_answers_give_the_same_numbers(task, llava):
     found = evaluate(llava, planned(task, allow_missing=1.0))
@@ -32,6 +33,7 @@ def test_rows_without_generations_are_refused_by_name(llava):
         rescore(planned("pope"), old)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("column", "different"), [("doc_hash", "document"), ("question_hash", "prompt")]
 )

@@ -39,6 +39,7 @@ def answers(model, asked, batch=8, share=True, **options):
     return [answer.text for answers in each for answer in answers]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("batch", [2, 7])
 def test_answers_equal_those_of_whole_prompts(name, batch, mllms):
@@ -127,6 +128,7 @@ def official():
     return LayerDrop(layers=2, execution="masked")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("method", [None, windows, drop])
 def test_both_backends_give_the_same_samples_whatever_is_skipped(micro_llava, method):
     model = micro_llava if method is None else applied(micro_llava, method())

@@ -76,6 +76,7 @@ def calls():
         yield real
 
 
+@pytest.mark.broad
 def test_every_operator_is_counted_or_free():
     known = {*flop_registry, *flop_formulas()}
     seen = {operator for counted in calls() for operator in counted.operators}

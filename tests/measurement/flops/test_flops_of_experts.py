@@ -79,6 +79,7 @@ def both_agree(network, length=LENGTH):
     return structure, token
 
 
+@pytest.mark.broad
 @settings(max_examples=6, deadline=None)
 @given(configs(), st.integers(2, 20))
 def test_a_forward_and_a_token(config, length):
@@ -95,6 +96,7 @@ def test_pruned_by_camera(config, ratio):
     both_agree(pruned(build(name, **changes), ratio))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_pruned(name):
     both_agree(pruned(build(name), 0.4))
@@ -141,6 +143,7 @@ def test_a_dense_decoder():
     }
 
 
+@pytest.mark.broad
 def test_packed_weights_and_shared_bases():
     context = Context(0, Calibration(tokens(rows=3), "calibration"))
     for method in (D2Moe(ratio=0.5), Gptq(bits=4, group=8, min_tokens=4)):
@@ -154,6 +157,7 @@ def micro_moe():
     return AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("ratio", [None, 0.2, 0.4, 0.6])
 def test_counts_of_micro_moe_agree_dense_and_after_camera_p(micro_moe, ratio):
     """A forward and one token: it meets 4 of 16 experts, which pruning leaves of unlike widths."""
@@ -165,6 +169,7 @@ def test_counts_of_micro_moe_agree_dense_and_after_camera_p(micro_moe, ratio):
     agree(token, analytic.text_token_macs(network, structure, 1, 512))
 
 
+@pytest.mark.broad
 def test_a_token_after_any_method_that_leaves_unlike_experts():
     context = Context(0, Calibration(tokens(rows=3), "calibration"))
     pruned, packed = CameraP(ratio=0.6, align=2), Gptq(bits=4, group=4, min_tokens=4)

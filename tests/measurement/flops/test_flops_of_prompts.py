@@ -79,6 +79,7 @@ def counted_dense(name):
     return count_prefill(loaded(name), prompt(name, [6, (4, 6), 4]))[0]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_network_as_it_is(name):
     counted, products = both_agree(loaded(name))
@@ -89,6 +90,7 @@ def test_the_network_as_it_is(name):
     assert sum(parts.values()) == modules["decoder"]
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name", THREE)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_each_strategy_alone(name, strategy):
@@ -117,6 +119,7 @@ def test_pruned_tokens(name, method):
     assert macs_by_part(products)["method"] > 0
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("method", sorted(METHODS | LLAVA_METHODS))
 def test_every_pruning_method_says_what_choosing_costs(method):
     both_agree(loaded("llava_llama", (METHODS | LLAVA_METHODS)[method]))

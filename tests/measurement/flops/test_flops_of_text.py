@@ -56,6 +56,7 @@ def expected(shapes, batch, length):
     }
 
 
+@pytest.mark.broad
 @settings(max_examples=10, deadline=None)
 @given(moe_shapes(), st.integers(1, 3), st.sampled_from([8, 33]))
 def test_counted_equals_the_formula_for_a_moe(shapes, batch, length):

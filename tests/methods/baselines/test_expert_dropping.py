@@ -103,6 +103,7 @@ def test_a_masked_network_is_built_again_from_its_description(name, layout):
     assert torch.equal(again(rows).logits, network(rows).logits)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("mode", ["rows removed", "masked"])
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
 def test_costs_are_counted_on_what_is_left(name, mode):

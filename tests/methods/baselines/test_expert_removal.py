@@ -49,6 +49,7 @@ def test_zeroed_takes_what_camera_p_takes_and_leaves_the_router(name, layout, me
     json.dumps(report.details, allow_nan=False)
 
 
+@pytest.mark.sample(20)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("layout", ["fused", "list"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -67,6 +68,7 @@ def test_removed_computes_the_same_as_zeroed_without_the_weights(name, layout, m
     )
 
 
+@pytest.mark.sample(20)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("layout", ["fused", "list"])
 @pytest.mark.parametrize("name", ARCHITECTURES)

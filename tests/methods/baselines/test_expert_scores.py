@@ -27,6 +27,7 @@ def routed_tokens(network):
                 yield number, expert, x_TD[token], weight
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("layout", ["fused", "list"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_reap_and_frequency_token_by_token(name, layout):

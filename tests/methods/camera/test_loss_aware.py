@@ -48,6 +48,7 @@ def test_with_an_identity_it_is_the_energy_at_alpha_zero(name):
         torch.testing.assert_close(mine, energy(moments, norms, 0.0), rtol=1e-6, atol=0)
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("layout", ["fused", "list"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_metric_is_the_mean_outer_product_of_gradients(name, layout):
@@ -80,6 +81,7 @@ def test_a_metric_of_nothing_is_zero():
     assert not OutputMetric(inspect_model(build("olmoe")).moe[0]).metric().any()
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_zeroes_the_lowest_in_its_scope(name, scope):

@@ -29,6 +29,7 @@ def pruned(network, rows=None, **knobs):
     return model, report
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("layout", ["fused", "list"])
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -44,6 +44,7 @@ def zeros(network):
     return sum(int((weight == 0).sum()) for weight in network.parameters())
 
 
+@pytest.mark.sample(4)
 @EVERY
 def test_each_method_runs_and_counts_what_it_did(name):
     dense = build_dense(name)
@@ -100,6 +101,7 @@ def test_a_block_equals_its_decomposition(name):
     assert all(max(found.apart) < 1e-6 for found in observers.values())
 
 
+@pytest.mark.sample(6)
 @EVERY
 def test_zeroed_equals_removed_and_the_stock_class_reloads_it(name, tmp_path):
     zeroed, _ = applied(CameraP(ratio=0.4, state="zeroed"), build_dense(name))
@@ -132,6 +134,7 @@ def test_layers_of_different_widths_run_and_have_no_config(name, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("label", ["camera_q", "camera_q_dagger", "rtn", "awq"])
 @EVERY
 def test_many_bits_change_next_to_nothing(name, label):
@@ -150,6 +153,7 @@ def test_many_bits_change_next_to_nothing(name, label):
     assert 0 < apart < 0.05
 
 
+@pytest.mark.sample(4)
 @EVERY
 def test_a_packed_decoder_is_loaded_from_its_folder(name, tmp_path):
     # With neurons of 0 bits, which are removed, their biases with them.
@@ -165,6 +169,7 @@ def test_a_packed_decoder_is_loaded_from_its_folder(name, tmp_path):
 STREAMED = ["camera_p", "camera_q", "camera_pq", "gptq", "awq", "wanda", "sparsegpt", "shortgpt"]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["phi3", "gpt2"])
 def test_a_decoder_on_disk_is_changed_like_one_in_memory(name, tmp_path):
     folder = save(build_dense(name), tmp_path / "model")
@@ -184,6 +189,7 @@ def test_a_decoder_on_disk_is_changed_like_one_in_memory(name, tmp_path):
         METHODS["wgsef_neurons"].apply(loaded("offload_disk"), context())
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["llama_biased", "gemma2", "phi3", "gpt2", "opt", "falcon"])
 def test_each_method_runs_in_bfloat16(name):
     dense = build_dense(name).to(torch.bfloat16)

@@ -59,6 +59,7 @@ def slow_output(block, x_TD, index_TK, weight_TK):
     return y_TD
 
 
+@pytest.mark.sample(16)
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_a_block_equals_its_decomposition(name):
     network = network_of(name)
@@ -94,6 +95,7 @@ def test_layer_by_layer_equals_the_whole_forward(name):
     torch.testing.assert_close(last, seen[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.sample(16)
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_zeroed_equals_removed(name):
     zeroed, removed = network_of(name), network_of(name)

@@ -53,6 +53,7 @@ def watched(network, observer):
     return block, measured, other
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("layout", ["fused", "list"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_replacement_error_is_that_of_replacing_one_micro_expert(name, layout):
@@ -85,6 +86,7 @@ def test_replacement_error_is_that_of_replacing_one_micro_expert(name, layout):
             )
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("budget_bits", [1.0, 3.5, 6.0, 9.25])
 def test_bytes_stay_within_the_budget(scope, budget_bits):

@@ -40,6 +40,7 @@ from tests.models.tiny_networks import (
 )
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_survives_a_copy_and_a_safetensors_file(architecture, tmp_path):
     network = build(architecture)
@@ -65,6 +66,7 @@ def test_description_of_another_network_is_refused(layout):
         install_packed(network_of("qwen3_moe", layout), description)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_pruned_and_packed_comes_back_from_a_folder(architecture, tmp_path):
     network = build(architecture)
@@ -80,6 +82,7 @@ def test_pruned_and_packed_comes_back_from_a_folder(architecture, tmp_path):
     assert [b.widths for b in again.structure.moe] == [b.widths for b in inspect_model(network).moe]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["rtn", "camera_q", "camera_pq", "camera_pq_global"])
 def test_packed_on_disk_is_packed_in_memory(name, tmp_path):
     folder = save(build("qwen2_moe"), tmp_path / "model")
@@ -92,6 +95,7 @@ def test_packed_on_disk_is_packed_in_memory(name, tmp_path):
     assert torch.equal(*logits)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_flops_parameters_and_structure_stay(architecture):
     network = build(architecture)

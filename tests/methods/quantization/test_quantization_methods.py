@@ -32,6 +32,7 @@ from tests.methods.quantization.quantized_networks import (
 from tests.models.tiny_networks import ARCHITECTURES, build, tokens
 
 
+@pytest.mark.sample(16)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
     ("name", "layout"),
@@ -50,6 +51,7 @@ def test_packed_equals_rounded_in_place(name, architecture, layout):
     json.dumps(report.details, allow_nan=False)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_both_layouts_are_packed_alike(architecture):
     logits = []

@@ -63,6 +63,7 @@ def shortened_run(name, call, found, following=()):
     return network.lm_head(decoder.norm(x))[0, -1 - len(following) :]
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("method", ["divprune", "fastv", "pyramid_drop", "sparsevlm", "visionzip"])
 @pytest.mark.parametrize("name", ["llava_llama", "internvl_qwen3"])

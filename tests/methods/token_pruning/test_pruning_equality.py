@@ -54,6 +54,7 @@ def assert_skipped_is_masked(name, network, engine, call, tokens=4):
     return gone
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", NAMES)
 def test_skipped_is_masked(name, method):
@@ -62,6 +63,7 @@ def test_skipped_is_masked(name, method):
     assert all(bool(removal.gone_BS.any()) for removal in gone)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", ["llava_qwen2_moe", "qwen2_5_vl", "qwen3_vl", "internvl_phi3"])
 @pytest.mark.parametrize("method", ["fastv", "sparsevlm", "visionzip"])
 def test_other_architectures(name, method):
@@ -69,6 +71,7 @@ def test_other_architectures(name, method):
     assert_skipped_is_masked(name, network, engine, prompt(name, *BATCH))
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("method", ["fastv", "divprune", "dart", "prumerge_plus"])
 def test_pruning_composes_with_every_strategy(name, method):
@@ -88,6 +91,7 @@ def test_selections_compose():
     assert [removal.after for removal in gone] == [0, 2]
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("method", METHODS)
 def test_all_tokens_is_dense(name, method):
@@ -191,6 +195,7 @@ def test_random_tokens_follow_the_seed_and_not_the_batch():
     assert (whole - again)[where].abs().max() < TOLERANCE
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["llava_llama", "qwen3_vl"])
 def test_half_precision_keeps_as_many_tokens(name, method):

@@ -43,6 +43,7 @@ def frame_places(name, call, network):
         yield int(sample[0]), place
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("after", [1, 2, 3])
 def test_fastv_ranks_by_the_last_words_attention_in_the_layer_before(name, after):

@@ -152,6 +152,7 @@ def test_vtw_reports_its_layers():
     assert details["layers"] == 2 and details["average_tokens"] == 12.5
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("name", ["llava_llama", "internvl_qwen2"])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_cache_is_what_the_work_says(name, method):
@@ -190,6 +191,7 @@ def test_choosing_is_timed_apart():
     assert engine.overhead.seconds == 0
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", [*METHODS, "vtw"])
 def test_every_config_makes_its_method(name):
     knobs = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())

@@ -130,6 +130,7 @@ def assert_continued_alike(network, stock, plan, call, removed=()):
             assert (got - wanted).abs().max() < TOLERANCE
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_skipping_equals_masking_in_every_order(name, order):
@@ -139,6 +140,7 @@ def test_skipping_equals_masking_in_every_order(name, order):
     assert_continued_alike(network, stock, plan, call)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -162,6 +164,7 @@ def are_images(*parts):
     return all(isinstance(part, tuple) for part in parts)
 
 
+@pytest.mark.broad
 @settings(max_examples=25)
 @given(
     rows=st.lists(
@@ -180,6 +183,7 @@ def test_prompts_drawn_at_random(rows):
     assert_skipped_is_masked(network, stock, plan, call)
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["llava_llama", "qwen2_vl", "qwen3_vl"])
 def test_every_pruning_method_computes_the_last_row(name, method):

@@ -73,6 +73,7 @@ def assert_equal(network, stock, plan, call, tokens=16):
     return ours[where]
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_skip_equals_mask_and_every_setting_matters(name):
     network, stock, plan = planned(name)
@@ -122,6 +123,7 @@ def test_padding_on_the_right(name):
     assert padding and (ours - expected)[where].abs().max() < TOLERANCE
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("name", ["llava_mistral", "qwen2_5_vl"])
 @pytest.mark.parametrize(
     "settings",

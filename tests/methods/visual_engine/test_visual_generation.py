@@ -30,6 +30,7 @@ def test_text_only_prompts_are_untouched(name):
     )
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_sampling_draws_the_same_tokens(name):
     network, stock, plan = planned(name)
@@ -51,6 +52,7 @@ def test_beams_follow_their_cache():
     assert torch.equal(ours, expected)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("window", [True, False])
 @pytest.mark.parametrize(
     "turns",

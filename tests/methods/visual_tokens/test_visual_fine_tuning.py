@@ -74,6 +74,7 @@ def test_the_tokens_are_those_of_the_whole_conversation(processor):
     assert ours.tolist() == theirs.tolist()
 
 
+@pytest.mark.broad
 def test_training_under_strategies_lowers_the_loss_and_leaves_the_tower(model):
     SparseFFN(keep=0.5, choose="first").apply(model, Context(seed=1))
     LayerDrop(layers=3).apply(model, Context(seed=1))
@@ -160,6 +161,7 @@ def test_another_layout_is_one_sentence(tmp_path, rows, said):
         conversations_from_file(llava_file(tmp_path, rows), str(tmp_path))
 
 
+@pytest.mark.broad
 def test_a_failed_training_leaves_the_network_as_it_runs(model):
     network = model.network.to(torch.bfloat16)
     with pytest.raises(UserError, match="the loss is not finite"):

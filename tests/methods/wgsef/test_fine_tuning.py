@@ -26,6 +26,7 @@ def applied(network, seed=0, **knobs):
     return model, method.apply(model, Context(seed, Calibration(tokens(), "calibration")))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_budget_goes_and_removed_equals_zeroed(name):
     zeroed, report = applied(build(name), state="zeroed")

@@ -63,6 +63,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("name", "optimizer", "kill"),
     [

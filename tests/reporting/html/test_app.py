@@ -197,6 +197,7 @@ def test_a_phone_needs_no_sideways_scrolling(visit, ten):
     page.wait_for_selector(".command")
 
 
+@pytest.mark.broad
 def test_five_thousand_runs_are_paged_sorted_and_opened(visit, thousands):
     path, records = thousands
     page = visit(path).open("#/leaderboard")

@@ -397,6 +397,7 @@ def test_records_are_found_by_what_decides_their_result():
     assert {(t.name, t.stand_in) for t in shown} == {("camera_main", True), ("heapr", True)}
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", table_names())
 def test_runs_of_every_table_compose(name):
     """Each row and each section once; variants differ in numbers only."""
@@ -611,6 +612,7 @@ def test_the_community_table_has_a_row_for_every_method_that_removes_tokens(scal
     assert len(removing) > 14 and removing <= shown
 
 
+@pytest.mark.broad
 def test_every_method_of_a_stand_in_fits_its_model():
     from bench.models import loading, source
     from bench.models.structure.model_structure import inspect_model

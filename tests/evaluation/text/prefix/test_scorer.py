@@ -82,6 +82,7 @@ WITH_LONG_PREFIX = drawn(2, 60, 90, 12, 3, 4)
 LONG = drawn(3, 2, 1, 300, 3, 40)
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_every_architecture_answers_the_same(kind, attention):
     window = KINDS[kind].get("sliding_window")
@@ -165,6 +166,7 @@ class Full(Forward):
         return super().__call__(batch, read_R, cache)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("room", [45, 60, 150, 300])
 def test_out_of_memory_halves_the_budget_says_so_and_changes_nothing(llama, room):
     said, report = io.StringIO(), BackendReport("prefix_sharing")

@@ -145,6 +145,7 @@ def _multiplied_out(network, plain):
     return plain
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("ratio", [0.2, 0.55])
 @pytest.mark.parametrize("layout", ["fused", "list"])
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -66,6 +66,7 @@ def applied(network, **knobs):
     return model, method.apply(model, context)
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("selector", ["debiased", "greedy", "energy"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_it_removes_the_budget_and_removed_equals_zeroed(name, selector):
