@@ -160,11 +160,12 @@ def admit(overrides: Overrides) -> Admitted:
     """Check arguments of the command line, with Hydra's own config that they compose.
 
     Raises:
-        UserError: they are refused; see `bench.config.gate`.
+        UserError: they are refused, see `bench.config.gate`, or a key of a single run has several
+            values.
     """
     with hydra_errors_as_user_errors(overrides.texts), hydra_config_tree():
         composed = _first_composition(overrides)
-    return Admitted(tuple(overrides.arguments), _is_multirun(overrides, composed), composed)
+    return _admitted(overrides, composed)
 
 
 def admit_plan(
@@ -188,12 +189,15 @@ def admit_plan(
     runs = [*jobs, *listed_runs(composed)]
     check_plan(folder, overrides, runs, repeated)
     refuse_unplanned(folder, overrides, runs, repeated)
-    return Admitted(tuple(overrides.arguments), _is_multirun(overrides, composed), composed)
+    return _admitted(overrides, composed)
 
 
-def _is_multirun(overrides: Overrides, composed: DictConfig) -> bool:
-    """Return whether a sweep is requested, by a flag or by a config with mode MULTIRUN."""
-    return overrides.multirun or bool(composed.hydra.mode == RunMode.MULTIRUN)
+def _admitted(overrides: Overrides, composed: DictConfig) -> Admitted:
+    # A sweep is asked for by a flag or by a config with mode MULTIRUN.
+    is_sweep = overrides.multirun or bool(composed.hydra.mode == RunMode.MULTIRUN)
+    if not is_sweep:
+        overrides.refuse_several_values()
+    return Admitted(tuple(overrides.arguments), is_sweep, composed)
 
 
 def check_sweeper(overrides: Overrides, configs: Sequence[RunConfig], composed: DictConfig) -> None:

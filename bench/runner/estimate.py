@@ -53,8 +53,6 @@ def estimate_runs(
         if overrides.is_true("offline"):
             hub.go_offline()
         admitted = admit(overrides)
-        if not admitted.is_sweep:
-            overrides.refuse_several_values()
         return estimate_configs(every_config(overrides, admitted), hardware, session)
 
 

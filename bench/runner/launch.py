@@ -135,8 +135,6 @@ def _launch_new(
     )
 
     admitted = admit(overrides)
-    if not admitted.is_sweep:
-        overrides.refuse_several_values()
     configs = alternative_configs(overrides, admitted.composed)
     for config in configs:
         refuse_unknown_objective("objective", config.objective, config.benchmark)
@@ -205,7 +203,8 @@ def _resume_plan(
     done_before = {job.run for job in sweep_jobs(plan)} if reused else set()
     if unfinished_jobs(plan) or not plan.complete:
         # Imported here: a finished sweep is answered without Hydra.
-        from bench.config.sweep_checks import admit_plan, plan_arguments
+        from bench.config.gate import plan_arguments
+        from bench.config.sweep_checks import admit_plan
 
         # In its folder, against which a relative search path counts.
         with _working_directory(plan.working_folder):

@@ -149,6 +149,12 @@ def test_a_planned_job_passes_the_same_gate(job):
         admit_plan(HERE, ["-m", "seed=1,2"], [["seed=1"], job], [])
 
 
+@pytest.mark.parametrize("arguments", [["seed=1,2"], ["method=dense,camera_p"], ["seed=range(3)"]])
+def test_a_plan_of_a_single_run_has_no_several_values(arguments):
+    with pytest.raises(UserError, match="several values: add -m"):
+        admit_plan(HERE, arguments, [], [])
+
+
 def foreign_plan(results, arguments, jobs=()):
     plan = create_plan(results, arguments, None)
     return plan.with_jobs(jobs, complete=bool(jobs))
