@@ -240,6 +240,12 @@ class FlopsProvider(Protocol):
     def layers(self, inputs: ModelInputs) -> list[VisualLayer]:
         """Return every layer of the decoder as papers count it."""
 
+    def tower_rows(self, inputs: ModelInputs) -> tuple[int, ...] | None:
+        """Return how many rows an image has in each layer of the vision tower, class token included.
+
+        The last number's patches reach the projector. None if they are those of the dense model.
+        """
+
 
 def flops_provider_of(network: nn.Module) -> FlopsProvider | None:
     """Return the FLOPs provider that a method stored on a network, if any."""

@@ -30,6 +30,7 @@ from bench.errors import UserError
 from bench.models.network import replace_forward
 from bench.models.structure.model_structure import ModelStructure, inspect_model
 from bench.models.vlm.decoder_view import DecoderLayer, open_decoder
+from bench.models.vlm.tower_pruning import RankPatches
 from bench.models.vlm.vision_tower import LayerRequest, Tower, TowerOutput
 from bench.models.vlm.visual_tokens import VisualTokens, locate_visual_tokens
 from methods.visual_engine.forward_state import (
@@ -97,11 +98,17 @@ class VisualEngine:
     @contextmanager
     def dense(self) -> Iterator[None]:
         """Run the network without any plan inside the block."""
-        before, self._bypassed = self._bypassed, True
+        before = self._bypassed
+        self._bypass(True)
         try:
             yield
         finally:
-            self._bypassed = before
+            self._bypass(before)
+
+    def _bypass(self, bypassed: bool) -> None:
+        self._bypassed = bypassed
+        if self.tower is not None and self.tower.pruning is not None:
+            self.tower.pruning.enabled = not bypassed
 
     def last_logits(self, call: ModelInputs) -> Tensor:
         """Return the logits of every sample's last token, [B, V], without a cache."""
@@ -122,6 +129,21 @@ class VisualEngine:
         if self.tower is None:
             self.tower = Tower(self.network)
         self.tower.request(*layers)
+
+    def prune_tower(self, name: str, rank: RankPatches) -> None:
+        """Let patches leave inside the vision tower; a pruning step must remove their tokens.
+
+        Raises:
+            UserError: the tower does not allow it.
+        """
+        self.record_tower()
+        cast(Tower, self.tower).prune(name, rank)
+
+    @property
+    def tower_rows(self) -> tuple[int, ...] | None:
+        """Rows of an image in each layer of the tower's last pass; None if none leave there."""
+        pruning = None if self.tower is None else self.tower.pruning
+        return None if pruning is None else tuple(pruning.rows)
 
     def _locate_tokens(
         self, inner: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]

@@ -125,6 +125,14 @@ class VisualFlops:
             found.append(VisualLayer(tokens, heads / total, neurons, windowed))
         return found
 
+    def tower_rows(self, inputs: ModelInputs) -> tuple[int, ...] | None:
+        """Return the rows of an image in each layer of the vision tower; None if all stay."""
+        if self.engine.tower_rows is None:
+            return None
+        with torch.no_grad():
+            self.engine.last_logits(inputs)
+        return self.engine.tower_rows
+
     def _stages(self, inputs: ModelInputs) -> Iterator[LayerCall]:
         """Yield every layer with its rows, in the order of `VisualEngine._through_layers`."""
         engine, plan = self.engine, self.engine.plan
@@ -162,8 +170,10 @@ class VisualFlops:
 
     @torch.no_grad()
     def _counts_left(self, inputs: ModelInputs) -> list[tuple[int, ...]]:
-        """Return the tokens of each frame after each step, none unless a step is adaptive."""
-        if not any(step.adaptive for step in self.engine.plan.steps):
+        """Return the tokens of each frame after each step, none unless an image decides on rows."""
+        adaptive = any(step.adaptive for step in self.engine.plan.steps)
+        # Inside the tower the image decides when patches leave, though not how many are left.
+        if not adaptive and self.engine.tower_rows is None:
             return []
         self.engine.last_logits(inputs)
         return self.engine.tokens_left()

@@ -132,13 +132,17 @@ QWEN_TOKENS = {
 MOE = ("llava_qwen2_moe", "internvl_qwen3_moe", "qwen3_vl_moe")
 
 
-def build(name, seed=0, **changes):
-    """A network of one architecture with random float32 weights large enough to matter."""
+def build(name, seed=0, tower=None, **changes):
+    """A network of one architecture with random float32 weights large enough to matter.
+
+    `changes` are to the decoder's config, `tower` to that of the vision tower.
+    """
     family, kind, extra = (ARCHITECTURES | LAYOUTS)[name]
     text = TEXT | extra | changes | ({} if kind is None else {"model_type": kind})
     tokens = QWEN_TOKENS if family.startswith("Qwen") else {}
     kind = "Llava" if family == "Pixtral" else family
-    config = getattr(transformers, f"{kind}Config")(text_config=text, **VISION[family], **tokens)
+    vision = VISION[family] | {"vision_config": VISION[family]["vision_config"] | (tower or {})}
+    config = getattr(transformers, f"{kind}Config")(text_config=text, **vision, **tokens)
     network = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
     torch.manual_seed(seed)
     for weight in network.parameters():
