@@ -241,9 +241,10 @@ class FlopsProvider(Protocol):
         """Return every layer of the decoder as papers count it."""
 
     def tower_rows(self, inputs: ModelInputs) -> tuple[int, ...] | None:
-        """Return how many rows an image has in each layer of the vision tower, class token included.
+        """Return how many rows an image has in each layer of the vision tower.
 
-        The last number's patches reach the projector. None if they are those of the dense model.
+        The class token counts; the patches of the last layer reach the projector. None if the
+        numbers are those of the dense model.
         """
 
 

@@ -30,7 +30,7 @@ from bench.errors import UserError
 from bench.models.network import replace_forward
 from bench.models.structure.model_structure import ModelStructure, inspect_model
 from bench.models.vlm.decoder_view import DecoderLayer, open_decoder
-from bench.models.vlm.tower_pruning import RankPatches
+from bench.models.vlm.tower_pass import RankPatches
 from bench.models.vlm.vision_tower import LayerRequest, Tower, TowerOutput
 from bench.models.vlm.visual_tokens import VisualTokens, locate_visual_tokens
 from methods.visual_engine.forward_state import (

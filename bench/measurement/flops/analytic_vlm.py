@@ -25,7 +25,7 @@ from bench.models.macs import (
 )
 from bench.models.network import text_config
 from bench.models.structure.model_structure import ModelStructure
-from bench.models.vlm.tower_readings import CLASS_TOKEN_MODELS, patches_per_token
+from bench.models.vlm.tower_pass import CLASS_TOKEN_MODELS, patches_per_token
 from bench.models.vlm.vision_tower import tower_parts
 from bench.models.vlm.visual_tokens import VisualTokens, locate_visual_tokens
 
@@ -168,12 +168,12 @@ def _full_tower(
     yield MatmulCost("vision", float(images * patches * matrix_weights(embedding)), "visual")
     # CLIP names these `layers` and `self_attn`, InternVL's tower `layer` and `attention`.
     layers = getattr(part.encoder, "layers", None) or part.encoder.layer
-    for layer, rows in zip(layers, left or [rows] * len(layers), strict=True):
+    for layer, present in zip(layers, left or [rows] * len(layers), strict=True):
         attention = getattr(layer, "self_attn", None) or layer.attention
         # Multiply-adds per (query, key) pair: q · k and weight · v, over all heads.
         per_pair = 2 * attention.num_heads * attention.head_dim
-        yield MatmulCost("vision", float(images * rows * matrix_weights(layer)), "visual")
-        pairs = images * rows * rows
+        yield MatmulCost("vision", float(images * present * matrix_weights(layer)), "visual")
+        pairs = images * present * present
         yield attention_cost("visual", pairs, pairs, per_pair, part="vision")
 
 

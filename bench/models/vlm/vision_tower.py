@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from bench.errors import UserError
 from bench.models.macs import matrix_weights
 from bench.models.network import NetworkConfig, TransformersNetwork
-from bench.models.vlm.tower_pruning import RankPatches, TowerPruning
-from bench.models.vlm.tower_readings import (
+from bench.models.vlm.tower_pass import (
     CLASS_TOKEN_MODELS,
     AttentionArguments,
     ClassTokenAttention,
     PatchAttention,
+    RankPatches,
     TowerCall,
+    TowerPruning,
     mean_attention,
     patches_per_token,
     read_class_token,
@@ -38,8 +39,8 @@ from bench.models.vlm.tower_readings import (
 PATCH_TOKEN_MODELS = ("llava",)
 
 READ_AND_PRUNED = (
-    "one method prunes inside the vision tower and another prunes there too or reads layers of it "
-    "(hiprune, vscan, and release's variants of prumerge): list only one of them"
+    "one method prunes inside the vision tower and another prunes there too or reads layers of it: "
+    "list only one of them"
 )
 
 
@@ -79,8 +80,8 @@ class TowerOutput:
     summed. `keys_VHd` are means over patches. `features_VF` are the projector's inputs, and
     `project` maps such features [n, F] to embeddings [n, d_model]. `class_VF` are the features that
     the class token of a token's image would have there; None if it cannot be projected alone.
-    `layers` holds the further layers that were requested. `kept_V` marks the tokens that are left if
-    a method removes some inside the tower; what is read of the others is zero.
+    `layers` holds the further layers that were requested. `kept_V` marks the tokens that are left
+    if a method removes some inside the tower; what is read of the others is zero.
     """
 
     received_V: Tensor
@@ -189,8 +190,9 @@ class Tower:
         last = self._layer_number(LayerRequest("projected")) - 1
         if last < 0:
             raise UserError(
-                f"{name} prunes before the layer of the vision tower whose output is projected, but "
-                f"that is the first one (vision_feature_layer={self.config.vision_feature_layer})"
+                f"{name} prunes before the layer of the vision tower whose output is projected, "
+                "but that is the first one "
+                f"(vision_feature_layer={self.config.vision_feature_layer})"
             )
         if "flash" in str(getattr(self.config.vision_config, "_attn_implementation", "")):
             raise UserError(
@@ -298,8 +300,11 @@ class Tower:
             class_I1F = torch.cat([each[:, :1] for each in states])
             class_VF = class_I1F.expand(-1, len(received) // len(class_I1F), -1).flatten(0, 1)
         layers = {request: self._read_layer(request, calls) for request in self._requests}
-        kept = [call.whole(torch.ones_like(call.places, dtype=torch.bool)).flatten()
-                for call in calls if call.places is not None]
+        kept = [
+            call.whole(torch.ones_like(call.places, dtype=torch.bool)).flatten()
+            for call in calls
+            if call.places is not None
+        ]
         kept_V = torch.cat(kept) if kept else None
         return TowerOutput(received, keys, features, project, class_VF, layers, kept_V)
 

@@ -1,4 +1,4 @@
-"""FlowCut against a slow transcription that runs transformers' own modules on fewer and fewer rows."""
+"""FlowCut against a slow transcription that runs transformers' own modules on fewer rows."""
 
 import math
 from types import SimpleNamespace
@@ -9,8 +9,8 @@ import torch
 from bench.errors import UserError
 from bench.models.macs import macs_by_part
 from methods.token_pruning.divprune import DivPrune
-from methods.token_pruning.flowcut import FlowCut, patches_to_cut
-from methods.token_pruning.hiprune import HiPrune
+from methods.token_pruning.tower.flowcut import FlowCut, patches_to_cut
+from methods.token_pruning.tower.hiprune import HiPrune
 from methods.token_pruning.visionzip import VisionZip
 from methods.visual_engine.decoder import visual_engine_of
 from tests.measurement.flops.agreement import agree
@@ -45,7 +45,7 @@ def softmax_of_heads(query, rows):
 
 
 def cut_tower(network, pixels, keep):
-    """Features of the patches that the release leaves of one image, their places, rows per layer."""
+    """Features of the patches that the release leaves of one image, their places, all rows."""
     vision = network.model.vision_tower
     x = vision.pre_layrnorm(vision.embeddings(pixels))[0]
     places, score, rows = list(range(N)), None, []

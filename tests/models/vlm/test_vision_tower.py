@@ -10,7 +10,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_
 
 from bench.errors import UserError
 from bench.models.vlm.frames import fixed_frame_size
-from bench.models.vlm.tower_readings import by_token
+from bench.models.vlm.tower_pass import by_token
 from bench.models.vlm.vision_tower import Tower, tower_parts
 from bench.models.vlm.visual_tokens import locate_visual_tokens
 from tests.methods.visual_engine.tiny_mllms import CLIP, IMAGE, TEXT, build, prompt

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench.method import Context
 from bench.models.model import Model
-from bench.models.vlm.tower_pruning import TowerRows
+from bench.models.vlm.tower_pass import TowerRows
 from bench.models.vlm.vision_tower import TowerSizes
 from methods.token_pruning.base import BeforeDecoder, require_whole_images
 from methods.visual_engine.decoder import VisualEngine
@@ -80,9 +80,7 @@ def flow_scores(rows: TowerRows, attention_IM: Tensor) -> Tensor:
     return (_shares(attention_IM) + _shares(common_IM)) * norm_IM
 
 
-def patches_to_cut(
-    attention_IM: Tensor, count_I: Tensor, target_I: Tensor, until: int
-) -> Tensor:
+def patches_to_cut(attention_IM: Tensor, count_I: Tensor, target_I: Tensor, until: int) -> Tensor:
     """Return how many patches leave after a layer, `until` layers before the last cut, [I].
 
     Of N patches (N - T) / √until · (1 - (H / log N)²), rounded, with the entropy H of the class
@@ -98,7 +96,7 @@ def patches_to_cut(
 
 
 def _head_mean_softmax(rows: TowerRows, query_IHd: Tensor, keys_ISHd: Tensor) -> Tensor:
-    """Return the softmax of one row's products with all rows, mean over heads, of patches [I, M]."""
+    """Return the patches' part of the softmax of one row's products, mean over heads, [I, M]."""
     products_IHS = torch.einsum("ihd,ishd->ihs", query_IHd, keys_ISHd)
     hidden_IM = ~rows.valid_IM
     hidden_IS = torch.cat([torch.zeros_like(hidden_IM[:, :1]), hidden_IM], dim=1)
