@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -146,7 +147,10 @@ class VisualFlops:
         nothing = torch.zeros(*visual.index_BR.shape, 0, device=ids_BS.device)
         here = all_visual_tokens(tokens, visual, (nothing, nothing), [])
         initial_counts = Frames.of(here.cells).counts
-        masks = attention_masks(text, here.rows, here.cells, plan.window, None, 0)
+        look = partial(
+            attention_masks, window=plan.window, past=None, offset=0, attention=tokens.attention
+        )
+        masks = look(text, here.rows, here.cells)
         waiting, left = list(plan.steps), iter(self._counts_left(inputs))
         explicit = False
         for layer in engine.decoder.layers:
@@ -162,9 +166,7 @@ class VisualFlops:
                 chosen += _choosing(step, sizes)
                 here = _after_selection(step, here, initial_counts, counted)
                 explicit |= step.weighs
-                masks = attention_masks(
-                    text, here.rows, here.cells, plan.window, None, 0, explicit=explicit
-                )
+                masks = look(text, here.rows, here.cells, explicit=explicit)
             ready = engine.weight_cache.layer(layer.index)
             yield LayerCall(layer, ready, text, here, masks, tuple(chosen))
 
