@@ -8,7 +8,14 @@ import torch
 from torch.nn.functional import cosine_similarity, normalize
 
 from methods.token_pruning.frames.holitom import HoliTom, folded, static_windows
-from tests.methods.token_pruning.recorded_steps import applied, record_steps, removals
+from tests.measurement.flops.agreement import agree
+from tests.methods.token_pruning.recorded_steps import (
+    CONTEXT,
+    applied,
+    loaded,
+    record_steps,
+    removals,
+)
 from tests.methods.token_pruning.test_dycoke import frames
 from tests.methods.token_pruning.test_variants import (
     NAME,
@@ -171,6 +178,17 @@ def clustered(mean, count):
         0.6 * mean[c] + 0.4 * torch.stack(others).mean(0) if others else mean[c]
         for c, others in joined.items()
     ]
+
+
+def test_both_parts_say_what_they_cost():
+    from bench.measurement.flops import analytic_vlm
+    from bench.measurement.image_prompt import count_prefill
+
+    model = loaded(NAME)
+    call = similar_frames(prompt(NAME, frames(3), seed=2), 3, 0.9)
+    HoliTom(keep=0.5, threshold=0.9, layer=0.5, drop=0.4).apply(model, CONTEXT)
+    products = analytic_vlm.image_prompt_macs(model.network, model.structure, call)
+    agree(count_prefill(model, call)[0], products)
 
 
 @pytest.mark.parametrize("name", ["llava_llama", "qwen2_5_vl"])
