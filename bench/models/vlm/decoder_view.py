@@ -130,8 +130,8 @@ class DecoderLayer:
 
     A branch's output is normed before it is added if the layer has a norm for that; without a norm
     of its own, the feed-forward reads what attention reads. `kind` is the layer's type where types
-    differ in their rotations. `loaded_moe` describes its MoE block as
-    loaded; it is None in a dense layer.
+    differ in their rotations. `loaded_moe` describes its MoE block as loaded; it is None in a dense
+    layer.
     """
 
     index: int
@@ -147,16 +147,16 @@ class DecoderLayer:
 
     def feed_forward_input(self, normed: Tensor, attended: Tensor) -> Tensor:
         """Return what the feed-forward reads: states after attention, or what attention reads."""
-        return normed if self.feed_forward_norm is None else self.feed_forward_norm(attended)
+        norm = self.feed_forward_norm
+        return normed if norm is None else _through(norm, attended)
 
     def attended(self, branch: Tensor) -> Tensor:
         """Return what attention adds to the states, from its projected output."""
-        return branch if self.attention_output_norm is None else self.attention_output_norm(branch)
+        return _through(self.attention_output_norm, branch)
 
     def fed_forward(self, branch: Tensor) -> Tensor:
         """Return what the feed-forward adds to the states, from its output."""
-        norm = self.feed_forward_output_norm
-        return branch if norm is None else norm(branch)
+        return _through(self.feed_forward_output_norm, branch)
 
     @property
     def moe(self) -> MoEBlock | None:
@@ -265,6 +265,12 @@ def decoder_layers(structure: ModelStructure) -> tuple[DecoderLayer, ...]:
             )
         )
     return tuple(found)
+
+
+def _through(norm: nn.Module | None, x: Tensor) -> Tensor:
+    """Return the norm of some rows, the rows themselves without one."""
+    normed: Tensor = x if norm is None else norm(x)
+    return normed
 
 
 def _norms(layer: _Layer) -> tuple[nn.Module | None, nn.Module | None, nn.Module | None]:

@@ -76,7 +76,7 @@ def effective_rank(products_IMM: Tensor) -> Tensor:
     sigma_IM = torch.linalg.eigvalsh(products_IMM).clamp(min=0).sqrt()
     total_I1 = sigma_IM.sum(dim=1, keepdim=True)
     share_IM = sigma_IM / total_I1.clamp(min=torch.finfo(sigma_IM.dtype).tiny)
-    entropy_I = torch.special.entr(share_IM).sum(dim=1)
+    entropy_I: Tensor = torch.special.entr(share_IM).sum(dim=1)
     return entropy_I.exp().masked_fill(total_I1[:, 0] == 0, 0)
 
 
