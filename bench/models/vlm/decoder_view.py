@@ -248,7 +248,8 @@ def decoder_layers(structure: ModelStructure) -> tuple[DecoderLayer, ...]:
         config = getattr(getattr(module, "self_attn", None), "config", None)
         _refuse_unsupported(structure, config)
         layer = cast(_Layer, module)
-        types = config.layer_types if config.model_type in WINDOWED_DECODERS else None
+        windowed = getattr(config, "model_type", None) in WINDOWED_DECODERS
+        types = getattr(config, "layer_types", None) if windowed else None
         norms = _norms(layer)
         found.append(
             DecoderLayer(

@@ -91,7 +91,7 @@ def patches_to_cut(attention_IM: Tensor, count_I: Tensor, target_I: Tensor, unti
     entropy_I: Tensor = torch.special.entr(_shares(attention_IM)).sum(dim=1)
     # An image of one patch has nothing to lose, and no largest entropy.
     evenness_I = entropy_I / count_I.clamp(min=2).log()
-    leaving_I = (count_I - target_I) / until**0.5 * (1 - evenness_I**2)
+    leaving_I: Tensor = (count_I - target_I) / until**0.5 * (1 - evenness_I**2)
     return leaving_I.round().long()
 
 
