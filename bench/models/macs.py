@@ -240,6 +240,13 @@ class FlopsProvider(Protocol):
     def layers(self, inputs: ModelInputs) -> list[VisualLayer]:
         """Return every layer of the decoder as papers count it."""
 
+    def tower_rows(self, inputs: ModelInputs) -> tuple[int, ...] | None:
+        """Return how many rows an image has in each layer of the vision tower.
+
+        The class token counts; the patches of the last layer reach the projector. None if the
+        numbers are those of the dense model.
+        """
+
 
 def flops_provider_of(network: nn.Module) -> FlopsProvider | None:
     """Return the FLOPs provider that a method stored on a network, if any."""

@@ -167,14 +167,19 @@ class InDecoder(TokenPruning):
         )
 
 
+def require_whole_images(inputs: SelectionInputs, name: str) -> None:
+    """Raise `UserError` if an earlier step has removed tokens."""
+    if inputs.frames.counts != inputs.initial_counts:
+        raise UserError(f"{name} needs whole images: list it before other token pruning")
+
+
 def frame_sides(inputs: SelectionInputs, name: str) -> tuple[Tensor, Tensor]:
     """Return the number of rows and of columns of every frame, [I] each.
 
     Raises:
         UserError: an earlier step has removed tokens, so that rows have holes.
     """
-    if inputs.frames.counts != inputs.initial_counts:
-        raise UserError(f"{name} needs whole images: list it before other token pruning")
+    require_whole_images(inputs, name)
     cells = inputs.cells.row_N, inputs.cells.column_N
     rows_I, columns_I = (part.masked_fill(~inputs.valid, 0).amax(dim=1) + 1 for part in cells)
     return rows_I, columns_I

@@ -1,8 +1,8 @@
 """Attention of text rows and visual rows computed separately, in one layer.
 
-Shapes: B samples, T text rows and N visual rows of the call, P and M text and visual tokens of
-earlier calls, D d_model, H query heads, h kept, G key-value heads, V read by kept heads, d a head's
-width, R rows of any stream.
+Shapes: B samples, T text rows, N visual rows and S tokens of the call, P and M text and visual
+tokens of earlier calls, D d_model, H query heads, h kept, G key-value heads, V read by kept heads,
+d a head's width, R rows of any stream.
 
 Text queries of dropped heads attend to text only; those of kept heads attend to visual and text
 keys. Visual queries exist for kept heads only. Each softmax runs over attended keys only; masked
@@ -11,12 +11,13 @@ keys are never computed.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from bench.models.vlm.decoder_view import AttentionView
@@ -35,14 +36,29 @@ class StreamQKV:
     v: Tensor
 
 
+def angles_of_kinds(
+    rotary: nn.Module, x_BSD: Tensor, kinds: Sequence[str], positions: Tensor
+) -> Rotary:
+    """Return cos and sin of the rotations by some positions, of all kinds of layers in a row."""
+    if "layer_type" in inspect.signature(rotary.forward).parameters:
+        found = [rotary(x_BSD, positions, kind) for kind in kinds]
+    else:
+        # Cohere 2 rotates in layers with a window only; a turn by nothing stands for none.
+        turn: Rotary = rotary(x_BSD, positions)
+        none = torch.ones_like(turn[0]), torch.zeros_like(turn[1])
+        found = [turn if kind == "sliding_attention" else none for kind in kinds]
+    cos, sin = (torch.cat(parts, dim=-1) for parts in zip(*found, strict=True))
+    return cos, sin
+
+
 def split_heads(x_BRE: Tensor, width: int) -> Tensor:
     """Split rows into heads, [B, heads, R, d]."""
     x_BRHd: Tensor = x_BRE.unflatten(-1, (-1, width))
     return x_BRHd.transpose(1, 2)
 
 
-def apply_rotary(x_BHRd: Tensor, rotary: Rotary) -> Tensor:
-    """Apply rotary embeddings to the two halves of each head.
+def apply_rotary(x_BHRd: Tensor, rotary: Rotary, *, interleaved: bool = False) -> Tensor:
+    """Apply rotary embeddings to the two halves of each head, or to neighbouring components.
 
     Components beyond the width of the angles are not rotated.
     """
@@ -50,8 +66,13 @@ def apply_rotary(x_BHRd: Tensor, rotary: Rotary) -> Tensor:
     # Partial rotary embeddings (Phi-3 family) give angles narrower than a head; the remaining
     # components carry no position.
     turned, kept = x_BHRd.split([cos.shape[-1], x_BHRd.shape[-1] - cos.shape[-1]], dim=-1)
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
+    if interleaved:
+        first, second = turned[..., ::2], turned[..., 1::2]
+        across = torch.stack([-second, first], dim=-1).flatten(-2)
+    else:
+        first, second = turned.chunk(2, dim=-1)
+        across = torch.cat([-second, first], dim=-1)
+    turned = turned * cos + across * sin
     return torch.cat([turned, kept], dim=-1) if kept.shape[-1] else turned
 
 
@@ -62,7 +83,7 @@ def norm_and_rotate(
     x_BRHd = x_BRE.unflatten(-1, (-1, view.head_dim))
     if norm is not None:
         x_BRHd = norm(x_BRHd)
-    return apply_rotary(x_BRHd.transpose(1, 2), rotary)
+    return apply_rotary(x_BRHd.transpose(1, 2), rotary, interleaved=view.interleaved)
 
 
 def attend(

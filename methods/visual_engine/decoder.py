@@ -27,11 +27,13 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from bench.data.chat import ModelInputs
 from bench.device.devices import synchronize
 from bench.errors import UserError
-from bench.models.network import replace_forward
+from bench.models.network import TransformersNetwork, replace_forward
 from bench.models.structure.model_structure import ModelStructure, inspect_model
 from bench.models.vlm.decoder_view import DecoderLayer, open_decoder
+from bench.models.vlm.tower_pass import RankPatches
 from bench.models.vlm.vision_tower import LayerRequest, Tower, TowerOutput
-from bench.models.vlm.visual_tokens import VisualTokens, locate_visual_tokens
+from bench.models.vlm.visual_tokens import BIDIRECTIONAL, VisualTokens, locate_visual_tokens
+from methods.visual_engine.attention import angles_of_kinds
 from methods.visual_engine.forward_state import (
     CallPositions,
     ForwardState,
@@ -42,7 +44,7 @@ from methods.visual_engine.forward_state import (
     take_angles,
 )
 from methods.visual_engine.kv_cache import is_split_cache, split_cache
-from methods.visual_engine.layer import Streams, two_stream_layer, upcoming_qk
+from methods.visual_engine.layer import CallContext, Streams, two_stream_layer, upcoming_qk
 from methods.visual_engine.masked_mode import MaskedMode
 from methods.visual_engine.plan import VisualPlan
 from methods.visual_engine.selection_inputs import InputEmbeddings, LayerQK, LayersAhead
@@ -87,6 +89,7 @@ class VisualEngine:
         self.tower: Tower | None = None
         self._left: list[Cells] = []
         self._tokens: VisualTokens | None = None
+        self._padding_mask: Tensor | None = None
         self._bypassed = False
         self._original_forward: Callable[..., object] = self.decoder.module.forward
         # For good: a copy of the network copies the engine, and with it this replacement.
@@ -97,11 +100,17 @@ class VisualEngine:
     @contextmanager
     def dense(self) -> Iterator[None]:
         """Run the network without any plan inside the block."""
-        before, self._bypassed = self._bypassed, True
+        before = self._bypassed
+        self._bypass(True)
         try:
             yield
         finally:
-            self._bypassed = before
+            self._bypass(before)
+
+    def _bypass(self, bypassed: bool) -> None:
+        self._bypassed = bypassed
+        if self.tower is not None and self.tower.pruning is not None:
+            self.tower.pruning.enabled = not bypassed
 
     def last_logits(self, call: ModelInputs) -> Tensor:
         """Return the logits of every sample's last token, [B, V], without a cache."""
@@ -123,6 +132,21 @@ class VisualEngine:
             self.tower = Tower(self.network)
         self.tower.request(*layers)
 
+    def prune_tower(self, name: str, rank: RankPatches) -> None:
+        """Let patches leave inside the vision tower; a pruning step must remove their tokens.
+
+        Raises:
+            UserError: the tower does not allow it.
+        """
+        self.record_tower()
+        cast(Tower, self.tower).prune(name, rank)
+
+    @property
+    def tower_rows(self) -> tuple[int, ...] | None:
+        """Rows of an image in each layer of the tower's last pass; None if none leave there."""
+        pruning = None if self.tower is None else self.tower.pruning
+        return None if pruning is None else tuple(pruning.rows)
+
     def _locate_tokens(
         self, inner: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> None:
@@ -130,13 +154,17 @@ class VisualEngine:
         # Only the inner model sees token ids and pixels; the decoder below it gets embeddings. What
         # the hook finds is kept until the decoder's forward takes it.
         call = inspect.signature(inner.forward).bind_partial(*args, **kwargs).arguments
-        self._tokens = locate_visual_tokens(self.network, call | call.pop("kwargs", {}))
+        call |= call.pop("kwargs", {})
+        self._tokens = locate_visual_tokens(self.network, call)
+        # Gemma's inner models turn it into masks of their own before the decoder sees it.
+        self._padding_mask = call.get("attention_mask")
 
     def forward(self, *args: object, **call: Unpack[DecoderCall]) -> object:
         """Run one call: by the original decoder, in masked mode, or on two streams."""
         # Taken before any test below, together with the tower's recordings: a call that returns
         # early must not leave them for the next one, whose images they are not.
         tokens, self._tokens = self._tokens, None
+        padding, self._padding_mask = self._padding_mask, None
         read_tower = self._tower_reader(tokens)
         cache = call.get("past_key_values")
         if self._bypassed or self.plan.execution is None:
@@ -149,6 +177,8 @@ class VisualEngine:
         # how to read the visual part.
         if tokens is None and not is_split_cache(cache):
             return self._original_forward(*args, **call)
+        if cast(TransformersNetwork, self.network).config.model_type in BIDIRECTIONAL:
+            call["attention_mask"] = padding
         return self._run(tokens, read_tower, **call)
 
     def _tower_reader(self, tokens: VisualTokens | None) -> ReadTower:
@@ -185,6 +215,7 @@ class VisualEngine:
             cache = DynamicCache(config=config)
         text, visual = split_rows(inputs_embeds, tokens, attention_mask)
         offset = 0 if cache is None else cache.get_seq_length()
+        self._require_reach(offset + inputs_embeds.shape[1])
         stages = len(self.plan.steps) + 1
         if cache is not None and not is_split_cache(cache):
             past_mask = None if attention_mask is None else attention_mask[:, :offset]
@@ -255,7 +286,7 @@ class VisualEngine:
                     with self.overhead.timed(streams.text_BTD.device):
                         streams = state.run_step(step, streams, read_tower, ahead)
                 stage += 1
-            call = state.call(steps[:stage])
+            call = self._of_kind(layer, state.call(steps[:stage]))
             if layer.index < cut:
                 streams = two_stream_layer(
                     streams,
@@ -290,8 +321,25 @@ class VisualEngine:
         reached: Sequence[TokenPruningStep],
     ) -> LayerQK:
         """Return the queries and keys of a layer that runs after some steps, for rows before."""
-        weights = self.weight_cache.layer(layer.index)
-        return upcoming_qk(streams, layer, weights, state.upcoming(reached))
+        weights, call = self.weight_cache.layer(layer.index), state.upcoming(reached)
+        return upcoming_qk(streams, layer, weights, self._of_kind(layer, call))
+
+    def _of_kind(self, layer: DecoderLayer, call: CallContext) -> CallContext:
+        """Return what the layers of a layer's kind share."""
+        if layer.kind is None:
+            return call
+        return call.of_kind(self.decoder.kinds.index(layer.kind), len(self.decoder.kinds))
+
+    def _require_reach(self, length: int) -> None:
+        """Refuse a sequence in which some layer's sliding window would hide tokens."""
+        reach = self.decoder.reach
+        if reach is not None and length > reach:
+            raise UserError(
+                f"a sequence has {length} tokens, but some layers of "
+                f"{self.decoder.config.model_type} attend to the last {reach} only, and "
+                "visual-token methods do not support such windows: use fewer images or crops, "
+                "shorter prompts, or method=dense"
+            )
 
     def _final_norm(self, x: Tensor) -> Tensor:
         return cast(Callable[[Tensor], Tensor], self.decoder.module.norm)(x)
@@ -308,7 +356,9 @@ class VisualEngine:
             positions = positions[1:]
         if positions.ndim == 2 and hasattr(rotary, "mrope_section"):
             positions = positions[None].expand(3, -1, -1)
-        return CallPositions(positions, partial(rotary, x_BSD))
+        kinds = self.decoder.kinds
+        rotate = partial(angles_of_kinds, rotary, x_BSD, kinds) if kinds else partial(rotary, x_BSD)
+        return CallPositions(positions, rotate)
 
 
 def visual_engine_of(network: nn.Module) -> VisualEngine:
@@ -329,7 +379,7 @@ def split_rows(
     Raises:
         UserError: the attention mask is not a padding mask of two dimensions.
     """
-    if mask is not None and mask.ndim != 2:
+    if mask is not None and getattr(mask, "ndim", None) != 2:
         raise UserError("visual token strategies need a padding mask of two dimensions")
     batch, length = x_BSD.shape[:2]
     # Generation: one text row per sample, real in every sample, so that the mask need not be read,

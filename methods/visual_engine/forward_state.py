@@ -167,7 +167,14 @@ class ForwardState:
             0 if rows is None else rows.count,
         )
         masks = attention_masks(
-            self.text, rows, cells, self.window, past, self.offset, explicit=weight_BK is not None
+            self.text,
+            rows,
+            cells,
+            self.window,
+            past,
+            self.offset,
+            explicit=weight_BK is not None,
+            attention="causal" if self.images is None else self.images.tokens.attention,
         )
         return CallContext(
             masks=masks if weight_BK is None else masks.weighed(weight_BK),

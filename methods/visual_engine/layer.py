@@ -6,7 +6,7 @@ read, d a head's width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -38,6 +38,16 @@ class CallContext:
     text_rotary: Rotary
     visual_rotary: Rotary | None
     cache: DynamicCache | None
+
+    def of_kind(self, number: int, kinds: int) -> CallContext:
+        """Return what layers of one kind share: of the angles of all kinds side by side, theirs."""
+
+        def own(rotary: Rotary) -> Rotary:
+            cos, sin = (part.chunk(kinds, dim=-1)[number] for part in rotary)
+            return cos, sin
+
+        visual = None if self.visual_rotary is None else own(self.visual_rotary)
+        return replace(self, text_rotary=own(self.text_rotary), visual_rotary=visual)
 
     def layer(self, index: int) -> SplitCacheLayer | None:
         """Return one layer's cache, if there is a cache."""
@@ -80,21 +90,23 @@ def two_stream_layer(
     if visual is None:
         cached = _cached_visual(call.layer(layer.index))
         out_BHTd = text_attention(text, cached, weights, call.masks)
-        return Streams(_finish_text(streams.text_BTD, out_BHTd, layer), None)
-    own = _project_visual(layer.attention_norm(visual), weights, call, last)
+        return Streams(_finish_text(streams.text_BTD, text_in, out_BHTd, layer), None)
+    visual_in = layer.attention_norm(visual)
+    own = _project_visual(visual_in, weights, call, last)
     visual_kv = _cache_visual(own, call.layer(layer.index)) if weights.heads.kept else None
     if last:
         out_BHTd = text_attention(text, visual_kv, weights, call.masks)
-        return Streams(_finish_text(streams.text_BTD, out_BHTd, layer), None)
+        return Streams(_finish_text(streams.text_BTD, text_in, out_BHTd, layer), None)
     out_BHTd, out_BhNd = _attend_streams(text, own, visual_kv, weights, call.masks)
-    x_BND = visual + _project_output(out_BhNd, weights, visual)
-    x_BND = x_BND + weights.feed_forward(layer.feed_forward_norm(x_BND))
+    x_BND = visual + layer.attended(_project_output(out_BhNd, weights, visual))
+    fed_BND = weights.feed_forward(layer.feed_forward_input(visual_in, x_BND))
+    x_BND = x_BND + layer.fed_forward(fed_BND)
     last_qk = None
     if keep_qk:
         last_qk = LayerQK(
             layer.index, text, visual_kv[0] if visual_kv else None, weights, call.masks
         )
-    return Streams(_finish_text(streams.text_BTD, out_BHTd, layer), x_BND, last_qk)
+    return Streams(_finish_text(streams.text_BTD, text_in, out_BHTd, layer), x_BND, last_qk)
 
 
 def upcoming_qk(
@@ -195,12 +207,14 @@ def _project_output(out_BhNd: Tensor | None, weights: VisualWeights, visual: Ten
     return torch.zeros_like(visual) if weights.o.bias is None else weights.o.bias.expand_as(visual)
 
 
-def _finish_text(x_BTD: Tensor, out_BHTd: Tensor, layer: DecoderLayer) -> Tensor:
-    """Add attention and feed-forward to text rows, [B, T, D]."""
+def _finish_text(
+    x_BTD: Tensor, normed_BTD: Tensor, out_BHTd: Tensor, layer: DecoderLayer
+) -> Tensor:
+    """Add attention and feed-forward to text rows, [B, T, D]; `normed` is what attention read."""
     # A call may consist of images and padding only, as when a prompt is processed in chunks.
     if not x_BTD.shape[1]:
         return x_BTD
     view = layer.attention_view()
-    x_BTD = x_BTD + project(out_BHTd.transpose(1, 2).flatten(2), view.o)
-    feed_forward: Tensor = layer.feed_forward(layer.feed_forward_norm(x_BTD))
-    return x_BTD + feed_forward
+    x_BTD = x_BTD + layer.attended(project(out_BHTd.transpose(1, 2).flatten(2), view.o))
+    fed_BTD: Tensor = layer.feed_forward(layer.feed_forward_input(normed_BTD, x_BTD))
+    return x_BTD + layer.fed_forward(fed_BTD)

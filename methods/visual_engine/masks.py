@@ -8,9 +8,10 @@ over visual keys are what is added to the products instead: log w, or -inf.
 
 A window limits visual attention on the patch grid: a token at cell (r, c) attends to the cell
 (r', c') of the same frame if max(|r - r'|, |c - c'|) is at most the radius; windows end at the
-frame's border. For few rows it is a mask, for many a list of bands: grid rows with the keys in
-their reach. Frame -1 marks padding; padding rows attend to each other, which keeps a softmax over
-them finite.
+frame's border, and take the place of the visual keys that a token attends to otherwise: earlier
+ones, all of its frame (Gemma 3) or all of the prompt (PaliGemma). For few rows it is a mask, for
+many a list of bands: grid rows with the keys in their reach. Frame -1 marks padding; padding rows
+attend to each other, which keeps a softmax over them finite.
 
 Shapes of windows: Q visual queries, K visual keys, N visual rows of one sample.
 """
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bench.models.vlm.visual_tokens import ImageAttention
 from methods.visual_engine.kv_cache import CachedPositions
 from methods.visual_engine.settings import Window
 from methods.visual_engine.token_index import Cells, TokenRows
@@ -91,13 +93,18 @@ class StreamPositions:
     query: Tensor
     key: Tensor
     key_valid: Tensor
+    forwards: bool = False
 
     def can_attend_to(self, other: StreamPositions) -> Tensor:
-        """Mark the keys of `other` before each query of this stream, [B, 1, Q, K]."""
+        """Mark the keys of `other` before each query of this stream, [B, 1, Q, K].
+
+        With `forwards`, those behind it as well.
+        """
         # Strictly before: only a readout row shares its position with a row of the other stream,
         # the visual token that it repeats.
-        earlier = self.query[:, :, None] > other.key[:, None, :]
-        return (earlier & other.key_valid[:, None, :])[:, None]
+        query, key = self.query[:, :, None], other.key[:, None, :]
+        seen = query != key if self.forwards else query > key
+        return (seen & other.key_valid[:, None, :])[:, None]
 
     def can_attend_to_self(self) -> Tensor:
         """Mark the keys of this stream that its own queries attend to, [B, 1, Q, K]."""
@@ -126,14 +133,20 @@ def attention_masks(
     offset: int,
     *,
     explicit: bool = False,
+    attention: ImageAttention = "causal",
 ) -> AttentionMasks:
     """Compute the masks of one call that starts `offset` tokens into its sequences.
 
     `visual` and `cells` [B, N] are None in a call without images, `past` in a first call. With
     `explicit`, every mask over visual keys exists, so that the keys' weights can be added.
+    `attention` is what the call's visual tokens attend to.
     """
+    forwards = attention == "prompt"
     text_places = _stream_positions(text, offset, past.text if past else None)
     visual_places = _visual_positions(visual, offset, past, text_places)
+    text_places, visual_places = (
+        replace(places, forwards=forwards) for places in (text_places, visual_places)
+    )
     # Four properties decide what can be left out. `uniform`: no padding, and every sample has text
     # at the same positions; one row of masks then serves the whole batch. `full`: no padding,
     # wherever the text is. `single`: one text row after everything else, as in generation; it
@@ -144,7 +157,7 @@ def attention_masks(
     uniform = text.valid_BR is None and uniform_past
     full = text.full and (past is None or (past.text.full and past.visual.full))
     single = full and text.count == 1 and visual is None
-    causal = uniform and offset == 0
+    causal = uniform and offset == 0 and not forwards
     text_mask = None if causal or single else text_places.can_attend_to_self()
     mixed = None
     if not single or explicit:
@@ -155,20 +168,29 @@ def attention_masks(
     before = visual_places.can_attend_to(text_places)
     if uniform and visual.valid_BR is None:
         mixed, before = None if mixed is None else mixed[:1], before[:1]
-    plain = causal and text.readout_BR is None and not explicit
+    plain = causal and attention == "causal" and text.readout_BR is None and not explicit
     if window is None and plain and visual.valid_BR is None:
         # Without a window, visual rows are causal as well. Both streams in the order of the call
         # are then one plain causal attention, which runs without any mask.
         order = torch.cat([text.index_BR[0], visual.index_BR[0]]).argsort()
         return AttentionMasks(causal, text_mask, mixed, before, (), order)
     if window is None:
-        blocks: tuple[MaskBlock, ...] = (
-            _mask_block(ALL, ALL, ALL, visual_places.can_attend_to_self(), before),
-        )
+        own = visual_places.can_attend_to_self()
+        if attention == "frame":
+            own = _with_own_frame(own, cells)
+        blocks: tuple[MaskBlock, ...] = (_mask_block(ALL, ALL, ALL, own, before),)
     else:
         first_key = visual_places.key.shape[1] - visual.count
         blocks = _window_blocks(cells, window, before, first_key)
     return AttentionMasks(causal, text_mask, mixed, before, blocks, None)
+
+
+def _with_own_frame(own: Tensor, cells: Cells) -> Tensor:
+    """Let every visual row attend to all rows of its frame, which are the last keys."""
+    frame_BN = cells.frame_N
+    same_BNN = (frame_BN[:, :, None] == frame_BN[:, None, :]) & (frame_BN >= 0)[:, None, :]
+    past = own.shape[-1] - frame_BN.shape[1]
+    return own | functional.pad(same_BNN, (past, 0))[:, None]
 
 
 def _stream_positions(

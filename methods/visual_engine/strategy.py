@@ -11,7 +11,8 @@ from bench.models.macs import FLOPS_PROVIDER_ATTRIBUTE
 from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure
 from bench.models.vlm.decoder_view import decoder_layers
-from bench.models.vlm.frames import FRAME_READERS, fixed_frame_size
+from bench.models.vlm.frames import FRAME_READERS, REFUSED_ARCHITECTURES, fixed_frame_size
+from bench.models.vlm.visual_tokens import BIDIRECTIONAL
 from methods.visual_engine.cost.flops import (
     VisualFlops,
     average_tokens,
@@ -44,6 +45,11 @@ class VisualStrategy(Method):
         decoder_layers(structure)
         if self.execution == "masked" and structure.moe:
             raise UserError("execution=masked does not support MoE models")
+        if self.execution == "masked" and structure.model_type in BIDIRECTIONAL:
+            raise UserError(
+                f"execution=masked does not support {structure.architecture}, whose images attend "
+                "in both directions: set execution=skip"
+            )
 
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Add the settings; from now on the network follows the whole plan.
@@ -77,6 +83,9 @@ class VisualStrategy(Method):
 
 def require_visual_tokens_support(method: str, structure: ModelStructure) -> None:
     """Raise `UserError` unless the model is a supported vision-language model."""
+    reason = REFUSED_ARCHITECTURES.get(structure.model_type)
+    if reason is not None:
+        raise UserError(f"{method} does not support {structure.architecture}: {reason}")
     if structure.model_type not in FRAME_READERS:
         raise UserError(
             f"{method} needs visual tokens, but {structure.architecture} is not a vision-language "

@@ -104,7 +104,7 @@ class AttentionRecorder:
         self.text: TokenRows = rows_where(self.real_BS & ~tokens.mask)
         self._sums: dict[str, list[Tensor]] = {"last": [], "text": []}
         self._states: list[Tensor] = []
-        self._rotary: Rotary | None = None
+        self._rotary: list[Rotary] = []
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -129,8 +129,8 @@ class AttentionRecorder:
         layer processes the rows of all earlier cuts in one batch.
         """
         decoder = self.engine.decoder
-        layers, rotary = decoder.layers, cast(Rotary, self._rotary)
-        masks = attention_masks(self.text, None, None, None, None, 0)
+        layers, attention = decoder.layers, self.tokens.attention
+        masks = attention_masks(self.text, None, None, None, None, 0, attention=attention)
         streams = self._states[0][:0]
         for layer in layers[1:]:
             # The batch grows by one cut per layer: entry c holds the text rows that lost their
@@ -139,7 +139,8 @@ class AttentionRecorder:
             streams = torch.cat([streams, self._states[layer.index]])
             repeats = len(streams) // len(dense_BV)
             angles = tuple(
-                part.expand(len(dense_BV), -1, -1).repeat(repeats, 1, 1) for part in rotary
+                part.expand(len(dense_BV), -1, -1).repeat(repeats, 1, 1)
+                for part in self._rotary[layer.index]
             )
             mask = None if masks.text_BTK is None else masks.text_BTK.repeat(repeats, 1, 1, 1)
             streams = layer.module(streams, attention_mask=mask, position_embeddings=angles)
@@ -153,9 +154,8 @@ class AttentionRecorder:
     def _enter_layer(self, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         hidden_BSD = args[0] if args else kwargs["hidden_states"]
         self._states.append(self.text.take(hidden_BSD))
-        if self._rotary is None:
-            cos, sin = kwargs["position_embeddings"]
-            self._rotary = (self.text.take(cos), self.text.take(sin))
+        cos, sin = kwargs["position_embeddings"]
+        self._rotary.append((self.text.take(cos), self.text.take(sin)))
 
     def _attention(
         self,
@@ -187,7 +187,10 @@ class AttentionRecorder:
         index_BHRd = rows_BR[:, None, :, None].expand(-1, q_BHSd.shape[1], -1, q_BHSd.shape[3])
         scores = q_BHSd.gather(2, index_BHRd).float() @ k_BHSd.float().transpose(2, 3) * scaling
         places_S = torch.arange(k_BHSd.shape[2], device=rows_BR.device)
-        seen_BRS = (places_S <= rows_BR[..., None]) & self.real_BS[:, None]
+        seen_BRS = places_S <= rows_BR[..., None]
+        if self.tokens.attention == "prompt":
+            seen_BRS = torch.ones_like(seen_BRS)
+        seen_BRS &= self.real_BS[:, None]
         weight = scores.masked_fill(~seen_BRS[:, None], -torch.inf).softmax(dim=-1)
         # Rows are the last R text rows, so their validity is the end of that of all. Padded rows
         # have no attention mass to count.

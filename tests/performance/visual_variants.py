@@ -25,13 +25,13 @@ from methods.token_pruning.cdpruner import CDPruner
 from methods.token_pruning.dart import DART
 from methods.token_pruning.divprune import DivPrune
 from methods.token_pruning.fastv import FastV
-from methods.token_pruning.hiprune import HiPrune
 from methods.token_pruning.prumerge_plus import PruMergePlus
 from methods.token_pruning.pyramid_drop import PyramidDrop
 from methods.token_pruning.scope import SCOPE
 from methods.token_pruning.sparsevlm import SparseVLM
+from methods.token_pruning.tower.hiprune import HiPrune
+from methods.token_pruning.tower.vispruner import VisPruner
 from methods.token_pruning.visionzip import VisionZip
-from methods.token_pruning.vispruner import VisPruner
 from methods.visual_engine.decoder import visual_engine_of
 from methods.visual_engine.selection_inputs import SelectionInputs, TokenSelection
 from methods.visual_engine.selection_step import TokenPruningStep

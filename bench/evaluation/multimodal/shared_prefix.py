@@ -22,6 +22,7 @@ from bench.evaluation.multimodal.prompts import EncodedPrompt
 from bench.evaluation.networks import CacheLayer, KeyValueCache, LanguageModel, NetworkConfig
 from bench.models.model import Model
 from bench.models.network import non_attention_layer, sliding_window
+from bench.models.vlm.visual_tokens import BIDIRECTIONAL
 
 GROWTH = 64
 """Tokens by which a row may grow before it is copied: a question and a short answer."""
@@ -39,6 +40,8 @@ def unsupported_reason(model: Model) -> str | None:
     """Return why every prompt must be computed whole, or None if prefixes can be shared."""
     if model.needs_prompt:
         return "a method needs whole prompts"
+    if BIDIRECTIONAL.get(str(getattr(model.network.config, "model_type", ""))) == "prompt":
+        return "the network's images attend to the question behind them"
     layer, window = non_attention_layer(model.network), sliding_window(model.network)
     if layer is not None:
         return f"the network has {layer} layers"

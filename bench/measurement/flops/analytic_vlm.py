@@ -1,6 +1,6 @@
 """Analytic multiply-adds of prompts with images: vision tower, projector and decoder.
 
-Every patch passes every layer of the tower.
+Every patch passes every layer of the tower, unless a method removes some on their way.
 
 Shapes: P patches of a frame, c patches merged into a visual token.
 """
@@ -25,7 +25,8 @@ from bench.models.macs import (
 )
 from bench.models.network import text_config
 from bench.models.structure.model_structure import ModelStructure
-from bench.models.vlm.vision_tower import CLASS_TOKEN_MODELS, patches_per_token, tower_parts
+from bench.models.vlm.tower_pass import CLASS_TOKEN_MODELS, patches_per_token
+from bench.models.vlm.vision_tower import tower_parts
 from bench.models.vlm.visual_tokens import VisualTokens, locate_visual_tokens
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ def image_prompt_macs(
         planned = list(
             decoder_macs(structure.layers, text_config(network), CallTokens.prompt(marked))
         )
-    vision = vision_macs(network, inputs, int(marked.sum()))
+    rows = None if plan is None else plan.tower_rows(inputs)
+    vision = vision_macs(network, inputs, int(marked.sum()), rows)
     return [*vision, *planned, head_macs(network, len(marked))]
 
 
@@ -95,8 +97,12 @@ def _require_visual_tokens(network: nn.Module, inputs: ModelInputs) -> VisualTok
 GRID_INPUTS = ("image_grid_thw", "video_grid_thw")
 
 
-def vision_macs(network: nn.Module, inputs: ModelInputs, tokens: int) -> list[MatmulCost]:
+def vision_macs(
+    network: nn.Module, inputs: ModelInputs, tokens: int, rows: Sequence[int] | None = None
+) -> list[MatmulCost]:
     """Return the multiply-adds of encoding the images of a call into `tokens` visual tokens.
+
+    `rows` are those of an image in each layer of the tower where a method removes some.
 
     Raises:
         UserError: the vision tower is of an unsupported type.
@@ -110,7 +116,9 @@ def vision_macs(network: nn.Module, inputs: ModelInputs, tokens: int) -> list[Ma
         # Qwen's towers take any size and receive a (time, height, width) grid per image instead.
         patches = tokens * patches_per_token(config)
         images = int(inputs["pixel_values"].shape[0])
-        encoded = _class_token_tower(module, patches // images, images)
+        encoded = _class_token_tower(module, patches // images, images, rows)
+        # What has left does not reach the projector; the class token does not either.
+        tokens = tokens if rows is None else images * (rows[-1] - 1)
     else:
         grids = [row for name in GRID_INPUTS for row in _grid_rows(inputs.get(name))]
         encoded = _patch_tower(module, config, grids)
@@ -141,23 +149,31 @@ def _tiled_images(network: nn.Module, inputs: ModelInputs) -> Iterator[MatmulCos
     yield from _projector_macs(module, projector, tiles * patches // merged)
 
 
-def _class_token_tower(module: nn.Module, patches: int, images: int) -> Iterator[MatmulCost]:
-    """Yield a tower in which the class token and all patches of an image attend to each other."""
-    return _full_tower(module, patches, images, patches + 1)
+def _class_token_tower(
+    module: nn.Module, patches: int, images: int, left: Sequence[int] | None
+) -> Iterator[MatmulCost]:
+    """Yield a tower in which the class token and the patches of an image attend to each other."""
+    return _full_tower(module, patches, images, patches + 1, left)
 
 
-def _full_tower(module: nn.Module, patches: int, images: int, rows: int) -> Iterator[MatmulCost]:
-    """Yield a tower in which all rows of an image, patches and others, attend to each other."""
+def _full_tower(
+    module: nn.Module, patches: int, images: int, rows: int, left: Sequence[int] | None = None
+) -> Iterator[MatmulCost]:
+    """Yield a tower in which all rows of an image, patches and others, attend to each other.
+
+    `left` are the rows of each layer where they are not the same in all.
+    """
     part = cast(Any, module)
     embedding = next(m for m in part.embeddings.modules() if isinstance(m, nn.Conv2d))
     yield MatmulCost("vision", float(images * patches * matrix_weights(embedding)), "visual")
     # CLIP names these `layers` and `self_attn`, InternVL's tower `layer` and `attention`.
-    for layer in getattr(part.encoder, "layers", None) or part.encoder.layer:
+    layers = getattr(part.encoder, "layers", None) or part.encoder.layer
+    for layer, present in zip(layers, left or [rows] * len(layers), strict=True):
         attention = getattr(layer, "self_attn", None) or layer.attention
         # Multiply-adds per (query, key) pair: q · k and weight · v, over all heads.
         per_pair = 2 * attention.num_heads * attention.head_dim
-        yield MatmulCost("vision", float(images * rows * matrix_weights(layer)), "visual")
-        pairs = images * rows * rows
+        yield MatmulCost("vision", float(images * present * matrix_weights(layer)), "visual")
+        pairs = images * present * present
         yield attention_cost("visual", pairs, pairs, per_pair, part="vision")
 
 

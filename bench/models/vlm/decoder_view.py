@@ -3,8 +3,10 @@
 Shapes: D d_model, H query heads, G key-value heads, d a head's width, F the feed-forward's width.
 
 A layer is supported when it computes x + attention(norm(x)) and then x + feed_forward(norm(x)),
-with rotary positions on halves of a head and full causal attention. Modules do not show that, so
-supported decoders are listed by name, and a test compares each with transformers' own forward.
+perhaps with a norm of each branch before it is added (Gemma 3, GLM-4V) or with both branches from
+one norm (Cohere 2), with rotary positions and attention to all earlier tokens. Modules do not show
+that, so supported decoders are listed by name, and a test compares each with transformers' own
+forward.
 """
 
 from __future__ import annotations
@@ -23,6 +25,10 @@ from bench.models.structure.moe_block import MoEBlock, UnsupportedStructure, moe
 
 # Values of the text config's `model_type`. Before adding one, add it to the equality test.
 SUPPORTED_DECODERS = (
+    "cohere2",
+    "gemma",
+    "gemma3_text",
+    "glm4v_text",
     "llama",
     "mistral",
     "phi3",
@@ -37,11 +43,28 @@ SUPPORTED_DECODERS = (
 )
 
 
+# Decoders with sliding windows that are supported as far as a window reaches: up to there none
+# hides anything.
+WINDOWED_DECODERS = ("cohere2", "gemma3_text")
+
+# Those that rotate neighbours (0, 1), (2, 3), ... of a head's components instead of its halves.
+INTERLEAVED_DECODERS = ("cohere2", "glm4v_text")
+
+# Why some decoders are not supported that users ask for.
+REFUSED_DECODERS = {
+    "gemma2": "it caps the products of attention, which fused kernels do not",
+}
+
+
 class _Layer(Protocol):
     """Decoder layer of a supported architecture."""
 
     input_layernorm: nn.Module
     post_attention_layernorm: nn.Module
+    post_self_attn_layernorm: nn.Module
+    post_mlp_layernorm: nn.Module
+    pre_feedforward_layernorm: nn.Module
+    post_feedforward_layernorm: nn.Module
     self_attn: nn.Module
     mlp: nn.Module
 
@@ -84,7 +107,8 @@ class Projection:
 class AttentionView:
     """The four projections of a layer's attention: q [H·d, D], k and v [G·d, D], o [D, H·d].
 
-    `q_norm` and `k_norm`, if any, act on single heads before rotation.
+    `q_norm` and `k_norm`, if any, act on single heads before rotation, which is of neighbouring
+    components if `interleaved`, else of halves.
     """
 
     q: Projection
@@ -97,22 +121,42 @@ class AttentionView:
     groups: int
     head_dim: int
     scaling: float
+    interleaved: bool = False
 
 
 @dataclass(frozen=True)
 class DecoderLayer:
     """One decoder layer: the module and its parts.
 
-    `loaded_moe` describes its MoE block as loaded; it is None in a dense layer.
+    A branch's output is normed before it is added if the layer has a norm for that; without a norm
+    of its own, the feed-forward reads what attention reads. `kind` is the layer's type where types
+    differ in their rotations. `loaded_moe` describes its MoE block as loaded; it is None in a dense
+    layer.
     """
 
     index: int
     module: nn.Module
     attention_norm: nn.Module
-    feed_forward_norm: nn.Module
+    feed_forward_norm: nn.Module | None
     attention: nn.Module
     feed_forward: nn.Module
     loaded_moe: MoEBlock | None
+    attention_output_norm: nn.Module | None = None
+    feed_forward_output_norm: nn.Module | None = None
+    kind: str | None = None
+
+    def feed_forward_input(self, normed: Tensor, attended: Tensor) -> Tensor:
+        """Return what the feed-forward reads: states after attention, or what attention reads."""
+        norm = self.feed_forward_norm
+        return normed if norm is None else _through(norm, attended)
+
+    def attended(self, branch: Tensor) -> Tensor:
+        """Return what attention adds to the states, from its projected output."""
+        return _through(self.attention_output_norm, branch)
+
+    def fed_forward(self, branch: Tensor) -> Tensor:
+        """Return what the feed-forward adds to the states, from its output."""
+        return _through(self.feed_forward_output_norm, branch)
 
     @property
     def moe(self) -> MoEBlock | None:
@@ -166,6 +210,17 @@ class Decoder:
         """The text decoder's own config."""
         return cast(TransformersNetwork, self.module).config
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of layers that differ in their rotations, none if all have the same."""
+        return tuple(sorted({layer.kind for layer in self.layers if layer.kind is not None}))
+
+    @property
+    def reach(self) -> int | None:
+        """Number of tokens up to which every layer attends to all earlier ones; None if any."""
+        sliding = "sliding_attention" in self.kinds
+        return int(self.config.sliding_window) if sliding else None
+
 
 def open_decoder(network: nn.Module, structure: ModelStructure) -> Decoder:
     """Return the decoder of a vision-language model.
@@ -193,18 +248,48 @@ def decoder_layers(structure: ModelStructure) -> tuple[DecoderLayer, ...]:
         config = getattr(getattr(module, "self_attn", None), "config", None)
         _refuse_unsupported(structure, config)
         layer = cast(_Layer, module)
+        windowed = getattr(config, "model_type", None) in WINDOWED_DECODERS
+        types = getattr(config, "layer_types", None) if windowed else None
+        norms = _norms(layer)
         found.append(
             DecoderLayer(
                 index=index,
                 module=module,
                 attention_norm=layer.input_layernorm,
-                feed_forward_norm=layer.post_attention_layernorm,
+                feed_forward_norm=norms[1],
                 attention=layer.self_attn,
                 feed_forward=layer.mlp,
                 loaded_moe=blocks.get(index),
+                attention_output_norm=norms[0],
+                feed_forward_output_norm=norms[2],
+                kind=None if types is None else types[index],
             )
         )
     return tuple(found)
+
+
+def _through(norm: nn.Module | None, x: Tensor) -> Tensor:
+    """Return the norm of some rows, the rows themselves without one."""
+    normed: Tensor = x if norm is None else norm(x)
+    return normed
+
+
+def _norms(layer: _Layer) -> tuple[nn.Module | None, nn.Module | None, nn.Module | None]:
+    """Return a layer's norms of attention's output and of the feed-forward's input and output."""
+    # `post_attention_layernorm` is the name of the first one in Gemma, of the second one elsewhere.
+    if hasattr(layer, "pre_feedforward_layernorm"):
+        return (
+            layer.post_attention_layernorm,
+            layer.pre_feedforward_layernorm,
+            layer.post_feedforward_layernorm,
+        )
+    if hasattr(layer, "post_self_attn_layernorm"):
+        return (
+            layer.post_self_attn_layernorm,
+            layer.post_attention_layernorm,
+            layer.post_mlp_layernorm,
+        )
+    return None, getattr(layer, "post_attention_layernorm", None), None
 
 
 def feed_forward_view(module: nn.Module) -> ExpertView:
@@ -229,11 +314,18 @@ def feed_forward_view(module: nn.Module) -> ExpertView:
 def _refuse_unsupported(structure: ModelStructure, config: NetworkConfig | None) -> None:
     """Raise unless the layer belongs to a supported decoder with full attention."""
     kind = getattr(config, "model_type", None)
+    if kind in REFUSED_DECODERS:
+        raise UserError(
+            f"visual-token methods do not support the decoder of {structure.architecture} "
+            f"({kind}): {REFUSED_DECODERS[kind]}"
+        )
     if config is None or kind not in SUPPORTED_DECODERS:
         raise UserError(
             f"the decoder of {structure.architecture} is a {kind or 'kind without self_attn'}, "
             f"which is not supported: choose a model with one of {', '.join(SUPPORTED_DECODERS)}"
         )
+    if kind in WINDOWED_DECODERS:
+        return
     sliding = getattr(config, "sliding_window", None)
     types: Sequence[str] = getattr(config, "layer_types", None) or ()
     # A window at least as long as the longest sequence never hides anything. Without `layer_types`,
@@ -268,6 +360,7 @@ def _attention_view(module: _Attention) -> AttentionView:
         groups=groups,
         head_dim=width,
         scaling=module.scaling,
+        interleaved=config.model_type in INTERLEAVED_DECODERS,
     )
 
 

@@ -90,6 +90,33 @@ def _internvl_frames(
     return _square_frames(config, mask_BS, _internvl_side(config), images)
 
 
+def _gemma_frames(
+    inner: nn.Module, call: CallArguments, modality: str, mask_BS: Tensor
+) -> list[Frame]:
+    """Gemma 3: one square of pooled patches per image or crop of it."""
+    config = _config(inner)
+    images = _pixel_images(call, modality)
+    return _square_frames(config, mask_BS, _gemma_side(config), images)
+
+
+def _cohere_frames(
+    inner: nn.Module, call: CallArguments, modality: str, mask_BS: Tensor
+) -> list[Frame]:
+    """Cohere2-Vision: one square per tile after pixel shuffle, a line break behind each."""
+    config = _config(inner)
+    images = _pixel_images(call, modality)
+    return _square_frames(config, mask_BS, _cohere_side(config), images)
+
+
+def _glm_frames(
+    inner: nn.Module, call: CallArguments, modality: str, mask_BS: Tensor
+) -> list[Frame]:
+    """GLM-4V: as Qwen-VL; frames of videos have the id of images and are not told apart."""
+    if modality != "image":
+        raise UserError("videos of glm4v are not supported: give their frames as images")
+    return _qwen_frames(inner, call, modality, mask_BS)
+
+
 def _idefics_frames(
     inner: nn.Module, call: CallArguments, modality: str, mask_BS: Tensor
 ) -> list[Frame]:
@@ -243,7 +270,14 @@ def _frames_from_positions(call: CallArguments, modality: str, mask_BS: Tensor) 
 def fixed_frame_size(network: nn.Module) -> Frame | None:
     """Return rows and columns of a frame if all have the same, None if image sizes vary."""
     config = cast(TransformersNetwork, network).config
-    sides = {"llava": _llava_side, "internvl": _internvl_side, "deepseek_vl": _llava_side}
+    sides = {
+        "llava": _llava_side,
+        "internvl": _internvl_side,
+        "deepseek_vl": _llava_side,
+        "cohere2_vision": _cohere_side,
+        "gemma3": _gemma_side,
+        "paligemma": _llava_side,
+    }
     if config.model_type not in sides:
         return None
     if config.vision_config.model_type == "pixtral":
@@ -255,6 +289,15 @@ def fixed_frame_size(network: nn.Module) -> Frame | None:
 def _llava_side(config: NetworkConfig) -> int:
     vision = config.vision_config
     return int(vision.image_size // vision.patch_size)
+
+
+def _cohere_side(config: NetworkConfig) -> int:
+    vision = config.vision_config
+    return int(vision.image_size // vision.patch_size // config.downsample_factor)
+
+
+def _gemma_side(config: NetworkConfig) -> int:
+    return isqrt(config.mm_tokens_per_image)
 
 
 def _internvl_side(config: NetworkConfig) -> int:
@@ -285,8 +328,18 @@ FRAME_READERS: dict[str, FrameReader] = {
     "smolvlm": _idefics_frames,
     "mistral3": _frames_of_rows,
     "deepseek_vl": _llava_frames,
+    "cohere2_vision": _cohere_frames,
+    "gemma3": _gemma_frames,
+    "glm4v": _glm_frames,
+    "paligemma": _llava_frames,
     "qwen2_vl": _qwen_frames,
     "qwen2_5_vl": _qwen_frames,
     "qwen3_vl": _qwen_frames,
     "qwen3_vl_moe": _qwen_frames,
 }
+
+# Why some architectures have no reader that users ask for.
+RECURRENT = (
+    "three of four layers are recurrent: text reads their state, which every visual token changes"
+)
+REFUSED_ARCHITECTURES = {"qwen3_5": RECURRENT, "qwen3_5_moe": RECURRENT}

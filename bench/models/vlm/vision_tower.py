@@ -13,8 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from math import isqrt
-from typing import Any, Literal, NamedTuple, Protocol, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +21,27 @@ from torch import Tensor, nn
 from bench.errors import UserError
 from bench.models.macs import matrix_weights
 from bench.models.network import NetworkConfig, TransformersNetwork
+from bench.models.vlm.tower_pass import (
+    CLASS_TOKEN_MODELS,
+    AttentionArguments,
+    ClassTokenAttention,
+    PatchAttention,
+    RankPatches,
+    TowerCall,
+    TowerPruning,
+    mean_attention,
+    patches_per_token,
+    read_class_token,
+    read_patches,
+)
 
-# Queries per chunk when the attention of all patches is needed: bounds the [H, Q, P] weights.
-QUERY_CHUNK = 256
-
-# Models whose tower prepends a class token to an image.
-CLASS_TOKEN_MODELS = ("llava", "internvl")
-
-# Those in which a patch is a token, so that the class token is of the same kind.
+# Models in which a patch is a token, so that the class token is of the same kind.
 PATCH_TOKEN_MODELS = ("llava",)
+
+READ_AND_PRUNED = (
+    "one method prunes inside the vision tower and another prunes there too or reads layers of it: "
+    "list only one of them"
+)
 
 
 @dataclass(frozen=True)
@@ -69,7 +80,8 @@ class TowerOutput:
     summed. `keys_VHd` are means over patches. `features_VF` are the projector's inputs, and
     `project` maps such features [n, F] to embeddings [n, d_model]. `class_VF` are the features that
     the class token of a token's image would have there; None if it cannot be projected alone.
-    `layers` holds the further layers that were requested.
+    `layers` holds the further layers that were requested. `kept_V` marks the tokens that are left
+    if a method removes some inside the tower; what is read of the others is zero.
     """
 
     received_V: Tensor
@@ -78,6 +90,7 @@ class TowerOutput:
     project: Callable[[Tensor], Tensor]
     class_VF: Tensor | None = None
     layers: Mapping[LayerRequest, LayerReading] = field(default_factory=dict)
+    kept_V: Tensor | None = None
 
     def select(self, index: Tensor) -> TowerOutput:
         """Return the tokens with these numbers, in any shape."""
@@ -88,6 +101,7 @@ class TowerOutput:
             self.project,
             None if self.class_VF is None else self.class_VF[index],
             {request: reading.select(index) for request, reading in self.layers.items()},
+            None if self.kept_V is None else self.kept_V[index],
         )
 
 
@@ -97,7 +111,8 @@ class TowerSizes:
 
     `keys` is the width of a token's keys over all `heads`, `features` that of the projector's
     input; `project` is the MACs of projecting one token, `layers` those of reading each requested
-    layer. `class_token`: there is one that can be projected like a patch.
+    layer. `class_token`: there is one that can be projected like a patch. `rows` are those that an
+    image had in the last pass, in each layer after which a method may remove some.
     """
 
     reading_macs: int
@@ -107,27 +122,7 @@ class TowerSizes:
     project: int
     layers: Mapping[LayerRequest, int] = field(default_factory=dict)
     class_token: bool = False
-
-
-# Arguments by keyword of the observed attention: positions, boundaries of frames.
-AttentionArguments = dict[str, Any]
-
-
-class ClassTokenAttention(Protocol):
-    """Attention of a tower with a class token (CLIP, InternViT)."""
-
-    num_heads: int
-    scale: float
-    q_proj: nn.Linear
-    k_proj: nn.Linear
-
-
-class PatchAttention(Protocol):
-    """Attention of a tower without a class token (Qwen-VL)."""
-
-    num_heads: int
-    scaling: float
-    qkv: nn.Linear
+    rows: tuple[int, ...] = ()
 
 
 class TowerParts(NamedTuple):
@@ -136,22 +131,6 @@ class TowerParts(NamedTuple):
     tower: nn.Module
     attention: nn.Module
     projector: nn.Module
-
-
-@dataclass
-class TowerCall:
-    """One pass through the tower: inputs of the observed attention and of the projector.
-
-    `states` are the outputs of the observed layer where it has a class token, `layers` the inputs
-    of attention in requested layers, by number.
-    """
-
-    hidden: Tensor
-    kwargs: AttentionArguments
-    features: Tensor
-    grids: Tensor | None
-    states: Tensor | None = None
-    layers: dict[int, Tensor] = field(default_factory=dict)
 
 
 class Tower:
@@ -170,6 +149,7 @@ class Tower:
         self._layers: dict[int, Tensor] = {}
         self._requests: list[LayerRequest] = []
         self._calls: list[TowerCall] = []
+        self.pruning: TowerPruning | None = None
         tower.register_forward_pre_hook(self._begin, with_kwargs=True)
         self._attention.register_forward_pre_hook(self._attend, with_kwargs=True)
         self._projector.register_forward_pre_hook(self._project)
@@ -187,12 +167,39 @@ class Tower:
             UserError: the tower has no class token, several patches make one token, or there is no
                 such layer.
         """
+        if requests and self.pruning is not None:
+            raise UserError(READ_AND_PRUNED)
         for request in requests:
             number = self._layer_number(request)
             if request not in self._requests:
                 self._requests.append(request)
                 attention = cast(Any, self._encoder[number]).self_attn
                 attention.register_forward_pre_hook(partial(self._enter, number), with_kwargs=True)
+
+    def prune(self, name: str, rank: RankPatches) -> None:
+        """Let patches leave inside the tower from now on, by the scores of a method of this name.
+
+        They leave before the layer whose output is projected.
+
+        Raises:
+            UserError: the tower has no class token, several patches make one token, nothing comes
+                before the projected layer, or another method prunes there or reads further layers.
+        """
+        if self._requests or self.pruning is not None:
+            raise UserError(READ_AND_PRUNED)
+        last = self._layer_number(LayerRequest("projected")) - 1
+        if last < 0:
+            raise UserError(
+                f"{name} prunes before the layer of the vision tower whose output is projected, "
+                "but that is the first one "
+                f"(vision_feature_layer={self.config.vision_feature_layer})"
+            )
+        if "flash" in str(getattr(self.config.vision_config, "_attn_implementation", "")):
+            raise UserError(
+                f"{name} masks patches of the vision tower, which flash attention cannot: set "
+                "model.attention=sdpa"
+            )
+        self.pruning = TowerPruning(self._encoder, self._projector, last, rank)
 
     def _layer_number(self, request: LayerRequest) -> int:
         depth, layer = len(self._encoder), request.layer
@@ -228,6 +235,8 @@ class Tower:
         # through the tower: there is nothing to record then.
         if self._hidden is not None:
             call = TowerCall(*self._hidden, args[0], self._grids, self._states, self._layers)
+            if self.pruning is not None:
+                call.places, call.patches = self.pruning.places(), self.pruning.patches
             self._calls.append(call)
             self._hidden, self._states, self._layers = None, None, {}
 
@@ -259,7 +268,8 @@ class Tower:
         layers = {request: self._request_macs(request, patches) for request in self._requests}
         project = matrix_weights(self._projector)
         has_class = bool(self._encoder)
-        return TowerSizes(macs, width, heads, width * merged, project, layers, has_class)
+        rows = () if self.pruning is None else tuple(self.pruning.rows[: self.pruning.last + 1])
+        return TowerSizes(macs, width, heads, width * merged, project, layers, has_class, rows)
 
     def _request_macs(self, request: LayerRequest, patches: Sequence[int]) -> int:
         layer: Any = self._encoder[self._layer_number(request)]
@@ -275,7 +285,7 @@ class Tower:
     @torch.no_grad()
     def read(self, calls: list[TowerCall]) -> TowerOutput:
         """Compute the tower output of these passes, in their order."""
-        read = _read_class_token if self.config.model_type in CLASS_TOKEN_MODELS else _read_patches
+        read = read_class_token if self.config.model_type in CLASS_TOKEN_MODELS else read_patches
         found = [read(self.config, self._attention, call) for call in calls]
         received, keys, features = (torch.cat(part) for part in zip(*found, strict=True))
         width = calls[0].features.shape[-1]
@@ -287,10 +297,16 @@ class Tower:
         states = [call.states for call in calls if call.states is not None]
         class_VF = None
         if states and states[0].shape[-1] == width:
-            whole_ISF = torch.cat(states)
-            class_VF = whole_ISF[:, :1].expand(-1, whole_ISF.shape[1] - 1, -1).flatten(0, 1)
+            class_I1F = torch.cat([each[:, :1] for each in states])
+            class_VF = class_I1F.expand(-1, len(received) // len(class_I1F), -1).flatten(0, 1)
         layers = {request: self._read_layer(request, calls) for request in self._requests}
-        return TowerOutput(received, keys, features, project, class_VF, layers)
+        kept = [
+            call.whole(torch.ones_like(call.places, dtype=torch.bool)).flatten()
+            for call in calls
+            if call.places is not None
+        ]
+        kept_V = torch.cat(kept) if kept else None
+        return TowerOutput(received, keys, features, project, class_VF, layers, kept_V)
 
     def _read_layer(self, request: LayerRequest, calls: list[TowerCall]) -> LayerReading:
         number = self._layer_number(request)
@@ -302,7 +318,7 @@ class Tower:
             hidden_ISD[:, :1] if request.queries == "class" else hidden_ISD
         )
         scale = (k_ISD.shape[-1] / heads) ** -0.5
-        received_IP = _mean_attention(asked_IQD, k_ISD, heads, scale)[:, 1:]
+        received_IP = mean_attention(asked_IQD, k_ISD, heads, scale)[:, 1:]
         return LayerReading(received_IP.flatten(), k_ISD[:, 1:].flatten(0, 1))
 
 
@@ -335,18 +351,6 @@ def tower_parts(network: nn.Module) -> TowerParts:
     )
 
 
-def patches_per_token(config: NetworkConfig) -> int:
-    """Return the number of patches that are merged into one visual token."""
-    return _merge_side(config) ** 2
-
-
-def _merge_side(config: NetworkConfig) -> int:
-    """Return the side of the square of patches that are merged into one visual token."""
-    if config.model_type in CLASS_TOKEN_MODELS:
-        return round(1 / getattr(config, "downsample_ratio", 1))
-    return int(config.vision_config.spatial_merge_size)
-
-
 def _feature_layer_index(config: NetworkConfig, depth: int) -> int:
     """Return the index of the layer whose output is projected."""
     chosen = config.vision_feature_layer
@@ -354,92 +358,3 @@ def _feature_layer_index(config: NetworkConfig, depth: int) -> int:
         raise UserError(f"vision_feature_layer={chosen}: attention is read at one layer only")
     # Hidden state 0 is the embedding, so state k is the output of layer k - 1.
     return max(depth + chosen if chosen < 0 else chosen - 1, 0)
-
-
-TowerReading = tuple[Tensor, Tensor, Tensor]
-
-
-def _read_class_token(config: NetworkConfig, module: nn.Module, call: TowerCall) -> TowerReading:
-    """Read a tower whose first token is the class token; patches are a square in raster order."""
-    attention = cast(ClassTokenAttention, module)
-    heads, hidden_ISD = attention.num_heads, call.hidden
-    # The attention of the class token is computed again, in float32: fused attention (SDPA, flash)
-    # returns no weights, and eager attention would slow the whole tower for one layer's row. Only
-    # its query is computed, so this costs S products per head instead of S².
-    norms = [getattr(attention, f"{name}_norm", nn.Identity()) for name in "qk"]
-    q_I1Hd = norms[0](attention.q_proj(hidden_ISD[:, :1])).unflatten(-1, (heads, -1))
-    k_ISHd = norms[1](attention.k_proj(hidden_ISD)).unflatten(-1, (heads, -1))
-    scores_IHS = torch.einsum("iqhd,ishd->ihs", q_I1Hd.float(), k_ISHd.float()) * attention.scale
-    received_IS = scores_IHS.softmax(dim=-1).mean(dim=1)
-    side = _merge_side(config)
-    received_IP, keys_IPHd = received_IS[:, 1:], k_ISHd[:, 1:]
-    received_INc = _by_token(received_IP, side)
-    keys_INcHd = _by_token(keys_IPHd, side)
-    features_VF = call.features.flatten(0, 1)
-    return received_INc.sum(2).flatten(), keys_INcHd.mean(2).flatten(0, 1), features_VF
-
-
-def _by_token(x_IP: Tensor, merged: int) -> Tensor:
-    """Group values of patches [I, P, ...] by token, [I, P / c, c, ...], with c = merged²."""
-    side = isqrt(x_IP.shape[1])
-    # Pixel shuffle (InternVL) merges squares of `merged` x `merged` patches; rows and columns are
-    # split into (token, offset) and the two offsets brought together.
-    grid: Tensor = x_IP.unflatten(1, (side // merged, merged, side // merged, merged))
-    return grid.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-
-
-def _read_patches(config: NetworkConfig, module: nn.Module, call: TowerCall) -> TowerReading:
-    """Read a tower without a class token; the patches of a token are adjacent."""
-    attention = cast(PatchAttention, module)
-    from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
-
-    qkv = attention.qkv(call.hidden).unflatten(-1, (3, attention.num_heads, -1))
-    q_PHd, k_PHd, _ = qkv.unbind(1)
-    q_PHd, k_PHd = apply_rotary_pos_emb_vision(q_PHd, k_PHd, *call.kwargs["position_embeddings"])
-    # The observed layer has full attention, so `cu_seqlens` delimits frames; in a windowed layer it
-    # would delimit windows.
-    lengths = call.kwargs["cu_seqlens"].diff().tolist()
-    frames = zip(q_PHd.split(lengths), k_PHd.split(lengths), strict=True)
-    received_P = torch.cat([_mean_received(q, k, attention.scaling) for q, k in frames])
-    merged = patches_per_token(config)
-    # Attention adds up over the patches of a token; keys are averaged, to stay keys.
-    received_V = received_P.unflatten(0, (-1, merged)).sum(1)
-    keys_VHd = k_PHd.unflatten(0, (-1, merged)).mean(1)
-    features_VF = call.features.reshape(len(received_V), -1)
-    if not hasattr(config.vision_config, "fullatt_block_indexes"):
-        return received_V, keys_VHd, features_VF
-    order_V = _raster_order(config.vision_config, cast(Tensor, call.grids))
-    return received_V[order_V], keys_VHd[order_V], features_VF[order_V]
-
-
-def _mean_attention(q_IQD: Tensor, k_ISD: Tensor, heads: int, scale: float) -> Tensor:
-    """Return the mean attention of some queries to each key, over queries and heads, [I, S]."""
-    k_IHdS = k_ISD.unflatten(-1, (heads, -1)).permute(0, 2, 3, 1).float()
-    total_IS = torch.zeros(k_ISD.shape[:2], device=k_ISD.device)
-    for q_ICD in q_IQD.split(QUERY_CHUNK, dim=1):
-        q_IHCd = q_ICD.unflatten(-1, (heads, -1)).transpose(1, 2).float()
-        total_IS += (q_IHCd @ k_IHdS * scale).softmax(dim=-1).mean(dim=1).sum(dim=1)
-    return total_IS / q_IQD.shape[1]
-
-
-def _mean_received(q_PHd: Tensor, k_PHd: Tensor, scaling: float) -> Tensor:
-    """Return the mean attention that each patch of a frame receives, [P]."""
-    k_HdP = k_PHd.permute(1, 2, 0).float()
-    total_P = torch.zeros(len(k_PHd), device=k_PHd.device)
-    for q_QHd in q_PHd.split(QUERY_CHUNK):
-        weight_HQP = (q_QHd.transpose(0, 1).float() @ k_HdP * scaling).softmax(dim=-1)
-        # Only the sum over queries is kept, so memory stays linear in the number of patches.
-        total_P += weight_HQP.mean(dim=0).sum(dim=0)
-    return total_P / len(q_PHd)
-
-
-def _raster_order(vision: NetworkConfig, grids: Tensor) -> Tensor:
-    """Return the raster order of tokens that Qwen2.5-VL sorts by windows, [V]."""
-    from transformers.vision_utils import get_vision_window_index
-
-    window_V, _ = get_vision_window_index(
-        grids, vision.spatial_merge_size, vision.window_size, vision.patch_size
-    )
-    # Position i of the tower holds token window_V[i]; `argsort` inverts the permutation.
-    order_V: Tensor = torch.as_tensor(window_V, device=grids.device).argsort()
-    return order_V

@@ -14,9 +14,9 @@ tokens of the call in reading order.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,15 @@ from bench.errors import UserError, unknown_name
 from bench.models.network import TransformersNetwork
 from bench.models.vlm.frames import FRAME_READERS, PIXELS, CallArguments, Frame
 
+ImageAttention = Literal["causal", "frame", "prompt"]
+"""What a call's visual tokens attend to besides earlier tokens: nothing, the rest of their frame,
+or all of the prompt, whose text does so as well."""
+
 # Values that processors write into mm_token_type_ids; 0 is text.
 TYPE_IDS = {"image": 1, "video": 2}
+
+# Architectures whose images attend forwards as well; all others are causal.
+BIDIRECTIONAL: dict[str, ImageAttention] = {"gemma3": "frame", "paligemma": "prompt"}
 
 
 def locate_visual_tokens(network: nn.Module, call: CallArguments) -> VisualTokens | None:
@@ -57,7 +64,28 @@ def locate_visual_tokens(network: nn.Module, call: CallArguments) -> VisualToken
         first = 0 if found is None else int(found.frame_BS.max()) + 1
         tokens = assign_frames(mask_BS, family(inner, call, modality, mask_BS), first)
         found = tokens if found is None else merge_visual_tokens(found, tokens)
-    return found
+    return found and replace(found, attention=_image_attention(config.model_type, call))
+
+
+def _image_attention(model_type: str, call: CallArguments) -> ImageAttention:
+    """Return what the call's visual tokens attend to.
+
+    Raises:
+        UserError: types of tokens are missing, or mark an answer to learn from.
+    """
+    types_BS = call.get("token_type_ids")
+    # Without the types, transformers falls back to causal attention with Gemma 3, and with
+    # PaliGemma to an attention that depends on whether there is padding.
+    if model_type not in BIDIRECTIONAL or (types_BS is None and model_type == "gemma3"):
+        return "causal"
+    if types_BS is None:
+        raise UserError("token_type_ids is missing: pass everything that the processor returns")
+    if model_type == "paligemma" and bool((types_BS != 0).any()):
+        raise UserError(
+            "token_type_ids of paligemma mark an answer behind the prompt (its suffix), which "
+            "visual-token methods do not support: give the prompt alone"
+        )
+    return BIDIRECTIONAL[model_type]
 
 
 def _has_input(call: CallArguments, modality: str) -> bool:
@@ -91,13 +119,15 @@ class VisualTokens:
 
     `frame_BS` numbers the frames of the call and is -1 where a token is text or padding; `row_BS`
     and `column_BS` are a token's position inside its frame. `separator_BS` (bool) marks the text
-    that is part of an image; None if there is none.
+    that is part of an image; None if there is none. `attention` is what they attend to in the
+    call.
     """
 
     frame_BS: Tensor
     row_BS: Tensor
     column_BS: Tensor
     separator_BS: Tensor | None = None
+    attention: ImageAttention = "causal"
 
     @property
     def mask(self) -> Tensor:

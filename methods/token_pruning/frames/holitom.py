@@ -1,10 +1,12 @@
 """HoliTom (Shao et al., NeurIPS 2025): what stays the same over frames is merged, once for all.
 
-Shapes: I frames, M tokens of a frame, F frames of one prompt, n tokens of one of them, D width.
+Shapes: I frames, M tokens of a frame, F frames of one prompt, n tokens of one of them, D width; V
+tokens of all frames of one prompt in the decoder, K of them kept, R removed.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import ceil
 from typing import ClassVar, cast
 
@@ -33,11 +35,15 @@ class HoliTom(TokenPruning):
     the centres of clusters by density peaks (as many nearest as clusters, at most `neighbours`).
     A centre becomes `centre` of itself and the rest of its members' mean.
 
-    As the release runs by default (github.com/cokeshao/HoliTom, e9b2972), without its second part,
-    which merges tokens inside the decoder. Attention is that of the tower as it is read here: from
-    the class token where there is one, from all patches otherwise. Each prompt has its own share:
-    the release carries that of one prompt over to the next of a batch. A frame of which nothing
-    would be left keeps its most attended token.
+    Then, at the share `layer` of the decoder's depth, a share `drop` of all tokens of a prompt goes
+    that get least attention from its last token in the layer before. Each is folded into the kept
+    token of highest cosine, in order of place: the mean of what that has become and of itself.
+    Tokens keep the positions that they have by then, whatever `positions` says of the first part.
+
+    As the release runs in its scripts (github.com/cokeshao/HoliTom, e9b2972): the 18th of 28 layers
+    and a half. Attention of the tower is that of the class token where there is one, and else from
+    all patches. Each prompt has its own share: the release carries that of one prompt over to the
+    next of a batch. A frame of which nothing would be left keeps its most attended token.
     """
 
     label: ClassVar[str] = "holitom"
@@ -47,20 +53,34 @@ class HoliTom(TokenPruning):
     threshold: float = Field(default=0.8, ge=-1, le=1)
     centre: float = Field(default=0.6, ge=0, le=1)
     neighbours: int = Field(default=7, ge=1)
+    layer: float = Field(default=18 / 28, gt=0, lt=1)
+    drop: float = Field(default=0.5, ge=0, lt=1)
 
     def _steps(self, depth: int, context: Context) -> list[TokenPruningStep]:
-        # The number of static places depends on the frames.
-        return [
-            TokenPruningStep(
-                self.label,
-                0,
-                Quota.of("all"),
-                self._choose,
-                reads_tower=True,
-                macs=self._macs,
-                adaptive=True,
-            )
-        ]
+        # The number of static places depends on the frames, and attention decides between frames.
+        before = TokenPruningStep(
+            self.label,
+            0,
+            Quota.of("all"),
+            self._choose,
+            reads_tower=True,
+            macs=self._macs,
+            adaptive=True,
+        )
+        inside = TokenPruningStep(
+            self.label,
+            max(1, round(self.layer * depth)),
+            Quota.of("all"),
+            self._fold,
+            attention=True,
+            macs=_folding_macs,
+            adaptive=True,
+        )
+        return [before, inside] if self.drop else [before]
+
+    def _placed_steps(self, depth: int, context: Context) -> list[TokenPruningStep]:
+        first, *rest = super()._placed_steps(depth, context)
+        return [first, *(replace(step, renumbers=False) for step in rest)]
 
     def _choose(self, inputs: SelectionInputs, keep_I: Tensor) -> TokenSelection:
         attention_IM = inputs.require_tower_output().received_V
@@ -91,9 +111,7 @@ class HoliTom(TokenPruning):
                 kept_IM[here, places_C] = changed_IM[here, places_C] = True
                 states_IMD[here, places_C] = merged_CD
                 order_IM[here, places_C] = places_C
-        # Methods that follow count on a token of every frame.
-        empty_I = ~kept_IM.any(dim=1)
-        kept_IM |= top_tokens(attention_IM, inputs.valid, empty_I.long())
+        kept_IM |= _of_empty_frames(kept_IM, attention_IM, inputs.valid)
         return TokenSelection(kept_IM, changed_IM, states_IMD, order_IM)
 
     def _merged(self, x_SD: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -109,6 +127,23 @@ class HoliTom(TokenPruning):
                 rest_D = x_SD[joined_S].mean(dim=0)
                 merged_CD[row] = self.centre * merged_CD[row] + (1 - self.centre) * rest_D
         return centres_C, merged_CD
+
+    def _fold(self, inputs: SelectionInputs, keep_I: Tensor) -> TokenSelection:
+        """Keep the tokens that the last one attends to, across frames, and fold in the others."""
+        attention_IM = inputs.attention(inputs.last_row())[:, 0]
+        kept_IM, states_IMD = torch.zeros_like(inputs.valid), inputs.states_IMD.clone()
+        samples_I = inputs.frames.sample_I
+        prompts = [inputs.valid & (samples_I == s)[:, None] for s in samples_I.unique().tolist()]
+        for own_IM in prompts:
+            attention_V = attention_IM[own_IM]
+            wanted = round(len(attention_V) * (1 - self.drop))
+            kept_V = torch.zeros_like(attention_V, dtype=torch.bool)
+            kept_V[attention_V.argsort(descending=True, stable=True)[:wanted]] = True
+            kept_IM[own_IM] = kept_V
+        kept_IM |= _of_empty_frames(kept_IM, attention_IM, inputs.valid)
+        for own_IM in prompts:
+            states_IMD[own_IM] = folded(inputs.states_IMD[own_IM], kept_IM[own_IM])
+        return TokenSelection(kept_IM, kept_IM, states_IMD)
 
     def _macs(self, sizes: SelectionSizes) -> float:
         """Charge the tower's attention, and at most the distances of all places of each window."""
@@ -143,3 +178,35 @@ def static_windows(same_Gn: Tensor) -> list[tuple[int, int, Tensor]]:
         windows.append((first, last, same_n))
         last = first - 1
     return windows[::-1]
+
+
+def folded(x_VD: Tensor, kept_V: Tensor) -> Tensor:
+    """Fold removed tokens into the kept ones of highest cosine; return all tokens, [V, D].
+
+    In order of place, a kept token becomes the mean of what it is by then and of the next removed
+    one that is closest to it; cosines are of the tokens as they come.
+    """
+    removed_RD, kept_KD = x_VD[~kept_V].float(), x_VD[kept_V].float()
+    unit_RD, unit_KD = (functional.normalize(x, dim=-1) for x in (removed_RD, kept_KD))
+    owner_R = (unit_RD @ unit_KD.T).argmax(dim=1)
+    # Each later token of the same owner halves what came before it.
+    later_RR = (owner_R[:, None] == owner_R[None, :]).triu(diagonal=1)
+    weight_R = 0.5 ** (later_RR.sum(dim=1) + 1).float()
+    halvings_K = owner_R.bincount(minlength=len(kept_KD))
+    folded_KD = kept_KD * 0.5 ** halvings_K[:, None].float()
+    folded_KD.index_add_(0, owner_R, removed_RD * weight_R[:, None])
+    x_VD = x_VD.clone()
+    x_VD[kept_V] = folded_KD.to(x_VD.dtype)
+    return x_VD
+
+
+def _folding_macs(sizes: SelectionSizes) -> float:
+    """Return the MACs of the last token's attention and of the cosines, for prompts of one size."""
+    kept, removed = sum(sizes.kept), sum(sizes.counts) - sum(sizes.kept)
+    return sizes.row_macs + kept * removed * sizes.width / sizes.samples
+
+
+def _of_empty_frames(kept_IM: Tensor, attention_IM: Tensor, valid_IM: Tensor) -> Tensor:
+    """Mark the most attended token of every frame that would keep none."""
+    # Methods that follow count on a token of every frame.
+    return top_tokens(attention_IM, valid_IM, (~kept_IM.any(dim=1)).long())

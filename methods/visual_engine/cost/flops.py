@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -125,6 +126,14 @@ class VisualFlops:
             found.append(VisualLayer(tokens, heads / total, neurons, windowed))
         return found
 
+    def tower_rows(self, inputs: ModelInputs) -> tuple[int, ...] | None:
+        """Return the rows of an image in each layer of the vision tower; None if all stay."""
+        if self.engine.tower_rows is None:
+            return None
+        with torch.no_grad():
+            self.engine.last_logits(inputs)
+        return self.engine.tower_rows
+
     def _stages(self, inputs: ModelInputs) -> Iterator[LayerCall]:
         """Yield every layer with its rows, in the order of `VisualEngine._through_layers`."""
         engine, plan = self.engine, self.engine.plan
@@ -138,7 +147,10 @@ class VisualFlops:
         nothing = torch.zeros(*visual.index_BR.shape, 0, device=ids_BS.device)
         here = all_visual_tokens(tokens, visual, (nothing, nothing), [])
         initial_counts = Frames.of(here.cells).counts
-        masks = attention_masks(text, here.rows, here.cells, plan.window, None, 0)
+        look = partial(
+            attention_masks, window=plan.window, past=None, offset=0, attention=tokens.attention
+        )
+        masks = look(text, here.rows, here.cells)
         waiting, left = list(plan.steps), iter(self._counts_left(inputs))
         explicit = False
         for layer in engine.decoder.layers:
@@ -154,16 +166,16 @@ class VisualFlops:
                 chosen += _choosing(step, sizes)
                 here = _after_selection(step, here, initial_counts, counted)
                 explicit |= step.weighs
-                masks = attention_masks(
-                    text, here.rows, here.cells, plan.window, None, 0, explicit=explicit
-                )
+                masks = look(text, here.rows, here.cells, explicit=explicit)
             ready = engine.weight_cache.layer(layer.index)
             yield LayerCall(layer, ready, text, here, masks, tuple(chosen))
 
     @torch.no_grad()
     def _counts_left(self, inputs: ModelInputs) -> list[tuple[int, ...]]:
-        """Return the tokens of each frame after each step, none unless a step is adaptive."""
-        if not any(step.adaptive for step in self.engine.plan.steps):
+        """Return the tokens of each frame after each step, none unless an image decides on rows."""
+        adaptive = any(step.adaptive for step in self.engine.plan.steps)
+        # Inside the tower the image decides when patches leave, though not how many are left.
+        if not adaptive and self.engine.tower_rows is None:
             return []
         self.engine.last_logits(inputs)
         return self.engine.tokens_left()

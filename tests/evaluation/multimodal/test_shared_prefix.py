@@ -163,3 +163,12 @@ def test_a_window_shorter_than_the_prompts_shares_nothing(llava):
         == "the network has sliding attention over 64 tokens"
     )
     assert shared_prefix.unsupported_reason(llava) is None
+
+
+def test_images_that_see_the_question_are_not_shared(llava):
+    from tests.methods.visual_engine.tiny_mllms import build
+
+    paligemma = replace(llava)
+    paligemma.network = build("paligemma")
+    reason = shared_prefix.unsupported_reason(paligemma)
+    assert reason == "the network's images attend to the question behind them"

@@ -18,9 +18,10 @@ from bench.models.macs import flops_provider_of, macs_by_part
 from bench.models.model import Model
 from bench.schema import ModelConfig
 from methods.token_pruning.fastv import FastV
-from methods.token_pruning.hiprune import HiPrune
+from methods.token_pruning.tower.agilepruner import AgilePruner
+from methods.token_pruning.tower.hiprune import HiPrune
+from methods.token_pruning.tower.vispruner import VisPruner
 from methods.token_pruning.visionzip import VisionZip
-from methods.token_pruning.vispruner import VisPruner
 from methods.visual_engine.decoder import visual_engine_of
 from methods.visual_tokens.head_pruning import HeadPruning
 from methods.visual_tokens.layer_drop import LayerDrop
@@ -148,7 +149,9 @@ def test_every_release_says_what_choosing_costs(method):
     both_agree(loaded("llava_llama", METHODS[method].model_copy(update={"variant": "release"})))
 
 
-@pytest.mark.parametrize("method", [VisPruner(keep=5), HiPrune(keep=5)], ids=str)
+@pytest.mark.parametrize(
+    "method", [VisPruner(keep=5), HiPrune(keep=5), AgilePruner(keep=5)], ids=str
+)
 def test_what_reads_more_of_the_tower_says_what_that_costs(method):
     both_agree(loaded("llava_llama", method))
 

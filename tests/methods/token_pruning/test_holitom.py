@@ -5,10 +5,17 @@ from math import ceil
 
 import pytest
 import torch
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, normalize
 
-from methods.token_pruning.frames.holitom import HoliTom, static_windows
-from tests.methods.token_pruning.recorded_steps import applied, record_steps, removals
+from methods.token_pruning.frames.holitom import HoliTom, folded, static_windows
+from tests.measurement.flops.agreement import agree
+from tests.methods.token_pruning.recorded_steps import (
+    CONTEXT,
+    applied,
+    loaded,
+    record_steps,
+    removals,
+)
 from tests.methods.token_pruning.test_dycoke import frames
 from tests.methods.token_pruning.test_variants import (
     NAME,
@@ -62,9 +69,30 @@ def similar_frames(call, count, mix):
     return call
 
 
+def folded_by_steps(x, kept, image):
+    """Rows of a sequence without the image rows that are not kept, each folded into another."""
+    x, unit = x.clone(), normalize(x, dim=-1)
+    for row in image:
+        if row not in kept:
+            closest = max(kept, key=lambda k, row=row: float(unit[row] @ unit[k]))
+            x[closest] = (x[closest] + x[row]) / 2
+    return x
+
+
+def inside_the_decoder(layers, x, image, drop):
+    """The release's second part after two layers: rows that are left, and their positions."""
+    attention = layers.weights[:, -1].mean(0)
+    best = sorted(image, key=lambda row: -float(attention[row]))
+    kept = best[: round(len(image) * (1 - drop))]
+    x = folded_by_steps(x, kept, image)
+    rows = [row for row in range(len(x)) if row not in image or row in kept]
+    return x[rows], torch.tensor(rows)
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.4])
 @pytest.mark.parametrize("keep", [0.25, 0.5])
 @pytest.mark.parametrize("count, mix, threshold", [(1, 0, 0.5), (3, 0.9, 0.9), (5, 0.8, 0.8)])
-def test_the_release(count, mix, threshold, keep):
+def test_the_release(count, mix, threshold, keep, drop):
     call = similar_frames(prompt(NAME, frames(count), seed=count), count, mix)
     layers = Layers(stock())
     x = layers.embeddings(call)
@@ -93,16 +121,35 @@ def test_the_release(count, mix, threshold, keep):
                 left[frame] = [image[frame, attention[frame].argmax()]]
     if count > 1:
         assert any(last > first for first, last in windows)
-    parts = []
+    parts, rows = [], []
     for start, kept in zip(starts, left, strict=True):
         parts += [x[start - 1 : start], *(row[None] for row in kept)]
+        rows += range(len(parts) - len(kept), len(parts))
     x = torch.cat([*parts, x[-3:]])
+    places = torch.arange(len(x))
     for index in range(4):
-        x = layers.run(index, x, torch.arange(len(x)))
-    method = HoliTom(keep=keep, threshold=threshold, positions="renumbered")
+        if drop and index == 2:
+            x, places = inside_the_decoder(layers, x, rows, drop)
+        x = layers.run(index, x, places)
+    method = HoliTom(keep=keep, threshold=threshold, positions="renumbered", layer=0.5, drop=drop)
     ours, engine = applied(NAME, method)
-    assert (last_logits(ours, call) - layers.logits(x)).abs().max() < TOLERANCE
-    assert engine.tokens_left() == [tuple(len(kept) for kept in left)]
+    seen = record_steps(engine)
+    logits = last_logits(ours, call)
+    assert engine.tokens_left()[0] == tuple(len(kept) for kept in left)
+    if drop and seen[1].choice.keep_IM.sum() > round(len(rows) * (1 - drop)):
+        return  # the release would leave nothing of some frame
+    assert (logits - layers.logits(x)).abs().max() < TOLERANCE
+
+
+def test_folding_halves_what_came_before():
+    kept = torch.tensor([True, False, False, True, False])
+    x = torch.tensor([[8.0, 0.0], [4.0, 0.0], [2.0, 0.0], [0.0, 1.0], [0.0, 3.0]])
+    assert folded(x, kept)[kept].tolist() == [[4.0, 0.0], [0.0, 2.0]]
+    torch.manual_seed(1)
+    x, kept = torch.randn(30, 4), torch.rand(30) < 0.3
+    wanted = folded_by_steps(x, kept.nonzero()[:, 0].tolist(), list(range(30)))
+    assert torch.allclose(folded(x, kept)[kept], wanted[kept], atol=1e-6)
+    assert torch.equal(folded(x, torch.ones(30).bool()), x)
 
 
 def clustered(mean, count):
@@ -133,9 +180,20 @@ def clustered(mean, count):
     ]
 
 
+def test_both_parts_say_what_they_cost():
+    from bench.measurement.flops import analytic_vlm
+    from bench.measurement.image_prompt import count_prefill
+
+    model = loaded(NAME)
+    call = similar_frames(prompt(NAME, frames(3), seed=2), 3, 0.9)
+    HoliTom(keep=0.5, threshold=0.9, layer=0.5, drop=0.4).apply(model, CONTEXT)
+    products = analytic_vlm.image_prompt_macs(model.network, model.structure, call)
+    agree(count_prefill(model, call)[0], products)
+
+
 @pytest.mark.parametrize("name", ["llava_llama", "qwen2_5_vl"])
 def test_skipped_is_masked(name):
-    network, engine = applied(name, HoliTom(keep=0.4, threshold=-1.0))
+    network, engine = applied(name, HoliTom(keep=0.4, threshold=-1.0, layer=0.5, drop=0.4))
     seen, other = record_steps(engine), build(name)
     call = prompt(name, [1, (4, 6), 1, (4, 6), 1, (4, 6), 2], [2, (4, 6), 3], [4])
     ours = network(**call).logits

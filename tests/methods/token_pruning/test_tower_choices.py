@@ -1,4 +1,4 @@
-"""HiPrune and VisPruner against slow transcriptions on the tower's own attention and features."""
+"""HiPrune, VisPruner and AgilePruner against slow transcriptions on the tower's own values."""
 
 import pytest
 import torch
@@ -6,8 +6,15 @@ from torch.nn.functional import cosine_similarity
 
 from bench.errors import UserError
 from methods.token_pruning.divprune import DivPrune
-from methods.token_pruning.hiprune import HiPrune, with_neighbours
-from methods.token_pruning.vispruner import VisPruner, drop_duplicates
+from methods.token_pruning.tower.agilepruner import (
+    AgilePruner,
+    cosine_distances,
+    effective_rank,
+    take_apart,
+    token_products,
+)
+from methods.token_pruning.tower.hiprune import HiPrune, with_neighbours
+from methods.token_pruning.tower.vispruner import VisPruner, drop_duplicates
 from tests.methods.token_pruning.recorded_steps import applied, record_steps, removals
 from tests.methods.token_pruning.test_variants import NAME, N, Tower, a_prompt, stock
 from tests.methods.visual_engine.masked_reference import masked_reference
@@ -85,8 +92,60 @@ def test_two_that_are_dropped_in_one_round_are_both_at_even_places():
     assert left.tolist() == [3, 5]
 
 
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("keep, threshold, average", [(8, 0.25, 5), (8, 2, 1), (3, 0.1, 0.5)])
+def test_agilepruner(seed, keep, threshold, average):
+    call, network = a_prompt(seed), stock()
+    tower = Tower(network, call["pixel_values"])
+    x, received = tower.features[1:], tower.attention.mean(0)[0, 1:]
+    singular = torch.linalg.svdvals(x.double())
+    share = singular / singular.sum()
+    erank = float((-share * share.log()).sum().exp())
+    order = received.argsort(descending=True).tolist()
+    left, taken = list(order), []
+    for place, i in enumerate(order, start=1):
+        if i not in left or len(taken) == keep:
+            continue
+        taken.append(i)
+        tau = min(threshold, place * erank / average * 0.01)
+        left = [j for j in left if 1 - float(cosine_similarity(x[i], x[j], dim=0)) >= tau]
+    dropped = [j for j in order if j not in taken]
+    wanted = {*taken, *dropped[: keep - len(taken)]}
+    method = AgilePruner(keep=keep, threshold=threshold, average_rank=average)
+    assert chosen(method, call) == wanted
+    plain = VisPruner(keep=keep, important=1.0)  # attention alone
+    assert chosen(AgilePruner(keep=keep, threshold=0.0), call) == chosen(plain, call)
+
+
+def test_tokens_that_are_taken_are_apart():
+    torch.manual_seed(0)
+    x, valid = torch.randn(2, 30, 5), torch.ones(2, 30, dtype=torch.bool)
+    valid[1, 20:] = False
+    products = token_products(x, valid)
+    far = cosine_distances(products)
+    unit = torch.nn.functional.normalize(x[0].double(), dim=-1)
+    assert torch.allclose(far[0], 1 - unit @ unit.T)
+    order = torch.stack([torch.randperm(30), torch.arange(30)])
+    taken = take_apart(far, order, torch.full((2, 30), 0.4))
+    both = taken[0][:, None] & taken[0][None, :] & ~torch.eye(30, dtype=torch.bool)
+    assert taken[0].sum() > 3 and far[0][both].min() >= 0.4
+    # And whatever was dropped is close to one that was taken before it.
+    place = order[0].argsort()
+    earlier = place[None, :] < place[:, None]
+    near = (far[0] < 0.4) & earlier & taken[0]
+    assert torch.equal(near.any(1), ~taken[0])
+    # Padding is no token; of orthogonal ones each counts.
+    alone = effective_rank(token_products(x[1:, :20], valid[1:, :20]))
+    assert torch.allclose(effective_rank(products)[1:], alone)
+    ranks = effective_rank(token_products(torch.eye(4)[None], valid[:1, :4]))
+    assert ranks.tolist() == pytest.approx([4.0])
+    assert effective_rank(torch.zeros(1, 3, 3, dtype=torch.float64)).tolist() == [0.0]
+
+
 @pytest.mark.parametrize(
-    "method", [HiPrune(keep=6, alpha=0.8), VisPruner(keep=6)], ids=["hiprune", "vispruner"]
+    "method",
+    [HiPrune(keep=6, alpha=0.8), VisPruner(keep=6), AgilePruner(keep=6, average_rank=3)],
+    ids=["hiprune", "vispruner", "agilepruner"],
 )
 def test_skipped_is_masked(method):
     network, engine = applied(NAME, method)

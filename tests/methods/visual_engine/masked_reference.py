@@ -55,7 +55,7 @@ class MaskedReference:
         self.thin = [self._thinned(layer) for layer in self.layers]
         self.tokens: VisualTokens | None = None
         self.real_BK: Tensor | None = None
-        self.new = 0
+        self.new = self.first = 0
 
     def _thinned(self, layer: DecoderLayer) -> nn.Module:
         """Copy a layer's feed-forward without the neurons that visual rows skip."""
@@ -86,6 +86,7 @@ class MaskedReference:
         found = found or VisualTokens(none, none, none)
         mask = kwargs.get("attention_mask")
         self.new = ids.shape[1]
+        self.first = ids.shape[1] if first else self.first
         self.tokens = found if first or self.tokens is None else _followed_by(self.tokens, found)
         length = self.tokens.frame_BS.shape[1]
         self.real_BK = torch.ones(len(ids), length).bool() if mask is None else mask.bool()
@@ -115,8 +116,15 @@ class MaskedReference:
         kept = tuple(range(heads)) if kept is None else kept
         key = torch.arange(length)
         query = key[length - self.new :]
-        seen_BQK = (query[:, None] >= key[None, :]) & real_BK[:, None, :]
         vq, vk = tokens.mask[:, query][:, :, None], tokens.mask[:, None, :]
+        seen_BQK = (query[:, None] >= key[None, :]).expand(len(real_BK), -1, -1)
+        if tokens.attention == "frame":
+            frame = tokens.frame_BS
+            seen_BQK = seen_BQK | (vq & vk & (frame[:, query][:, :, None] == frame[:, None, :]))
+        if tokens.attention == "prompt":
+            # Answers see the whole prompt anyway, and each other in causal order.
+            seen_BQK = seen_BQK | ((query < self.first)[:, None] & (key < self.first))
+        seen_BQK = seen_BQK & real_BK[:, None, :]
         if plan.window is not None:
             seen_BQK = torch.where(vq & vk, self._near(tokens, query, key), seen_BQK)
         allowed = seen_BQK[:, None].repeat(1, heads, 1, 1)
@@ -206,4 +214,5 @@ def _followed_by(first: VisualTokens, then: VisualTokens) -> VisualTokens:
         torch.cat([first.frame_BS, moved], 1),
         torch.cat([first.row_BS, then.row_BS], 1),
         torch.cat([first.column_BS, then.column_BS], 1),
+        attention=first.attention,
     )

@@ -12,9 +12,11 @@ import transformers
 
 import bench
 from bench.errors import UserError
+from bench.models.vlm.decoder_view import decoder_layers
 from bench.models.vlm.visual_tokens import locate_visual_tokens
 from methods.token_pruning.sparsevlm import SparseVLM
 from methods.token_pruning.visionzip import VisionZip
+from methods.visual_engine.decoder import visual_engine_of
 from methods.visual_engine.strategy import require_visual_tokens_support
 from tests.methods.token_pruning.recorded_steps import METHODS, applied, record_steps, removals
 from tests.methods.visual_engine.masked_reference import masked_reference
@@ -44,6 +46,10 @@ FRAMES = {
     "mistral3": ("Mistral 3", "whole images of any size", "breaks behind rows"),
     "pixtral": ("Pixtral (`llava`)", "whole images of any size", "breaks behind rows"),
     "deepseek_vl": ("DeepSeek-VL", "whole images of one size", ""),
+    "glm4v": ("GLM-4V", "whole images of any size; no videos", ""),
+    "cohere2_vision": ("Cohere2-Vision, up to its window", "tiles, the whole image last", "breaks"),
+    "gemma3": ("Gemma 3, up to its window", "images or crops, attending in both directions", ""),
+    "paligemma": ("PaliGemma", "whole images; the prompt attends in both directions", ""),
     "qwen2_vl": ("Qwen2-VL", "whole images of any size, frames of videos", ""),
     "qwen2_5_vl": ("Qwen2.5-VL", "as Qwen2-VL", ""),
     "qwen3_vl": ("Qwen3-VL", "as Qwen2-VL", "timestamps"),
@@ -51,11 +57,7 @@ FRAMES = {
 }
 # Why not, for each that users ask for.
 REFUSED = {
-    "gemma3": ("Gemma 3", "images attend within themselves in both directions; sliding windows"),
-    "paligemma": ("PaliGemma", "image and question attend to each other in both directions"),
-    "glm4v": ("GLM-4V", "four norms in a layer, interleaved rotation"),
     "qwen3_5": ("Qwen3.5", "three of four layers are recurrent"),
-    "cohere2_vision": ("Cohere2-Vision", "attention and feed-forward of a layer run in parallel"),
 }
 
 
@@ -84,8 +86,18 @@ def _all():
 def test_what_has_no_reference_is_refused_by_name(kind):
     assert kind in transformers.models.auto.configuration_auto.CONFIG_MAPPING
     structure = SimpleNamespace(model_type=kind, architecture=kind)
-    with pytest.raises(UserError, match=f"{kind} is not a vision-language model that is supported"):
+    with pytest.raises(UserError, match=f"fastv does not support {kind}: {REFUSED[kind][1]}"):
         require_visual_tokens_support("fastv", structure)
+
+
+def test_a_decoder_that_caps_its_products_is_refused_by_name():
+    """PaliGemma 2."""
+    layer = SimpleNamespace(self_attn=SimpleNamespace(config=SimpleNamespace(model_type="gemma2")))
+    structure = SimpleNamespace(
+        model_type="paligemma", architecture="PaliGemma", moe=(), layers=[layer]
+    )
+    with pytest.raises(UserError, match=r"decoder of PaliGemma \(gemma2\): it caps the products"):
+        decoder_layers(structure)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -101,6 +113,57 @@ def test_skipping_equals_masking(name):
             ours = network(**call).logits
         where = text_of(call)
         assert not where.any() or (ours - expected)[where].abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_plan_that_skips_nothing_is_transformers_own_forward(name):
+    network, stock = build(name), build(name)
+    visual_engine_of(network).plan.set_execution("skip")
+    call = laid_out_prompt(name, *BATCH)
+    settings = {"max_new_tokens": 4, "do_sample": False, "output_logits": True}
+    with torch.no_grad():
+        for each in (call, *(laid_out_prompt(name, row) for row in ORDERS)):
+            read = text_of(each)
+            read[:, -1] = True  # also where an image ends the prompt
+            off = (network(**each).logits - stock(**each).logits)[read]
+            assert off.abs().max() < TOLERANCE
+        ours, theirs = (
+            torch.stack(net.generate(**call, **settings, return_dict_in_generate=True).logits)
+            for net in (network, stock)
+        )
+    assert (ours - theirs).abs().max() < TOLERANCE
+
+
+def test_images_attend_forwards_only_where_the_processor_says_so():
+    """Without types, transformers' masks of Gemma 3 are causal, and so are ours."""
+    network, stock = build("gemma3"), build("gemma3")
+    visual_engine_of(network).plan.set_execution("skip")
+    call = laid_out_prompt("gemma3", [2, (1, 1), 6])
+    where = text_of(call)
+    both = stock(**call).logits[where]
+    del call["token_type_ids"]
+    causal = stock(**call).logits[where]
+    assert (both - causal).abs().max() > 1e-3
+    assert (network(**call).logits[where] - causal).abs().max() < TOLERANCE
+    call = laid_out_prompt("paligemma", [2, (1, 1), 6])
+    del call["token_type_ids"]
+    with pytest.raises(UserError, match="token_type_ids is missing"):
+        locate_visual_tokens(build("paligemma"), call)
+
+
+def test_a_sequence_beyond_a_sliding_window_is_refused():
+    network = build("gemma3", sliding_window=30)
+    visual_engine_of(network).plan.set_execution("skip")
+    network(**laid_out_prompt("gemma3", [4, (1, 1), 8]))
+    with pytest.raises(UserError, match=r"has 31 tokens.* attend to the last 30 only"):
+        network(**laid_out_prompt("gemma3", [4, (1, 1), 9]))
+
+
+def test_an_answer_to_learn_from_is_no_prompt():
+    call = laid_out_prompt("paligemma", [(1, 1), 6])
+    call["token_type_ids"][0, -2:] = 1
+    with pytest.raises(UserError, match="give the prompt alone"):
+        locate_visual_tokens(build("paligemma"), call)
 
 
 @pytest.mark.parametrize("method", ["fastv", "divprune", "sparsevlm"])

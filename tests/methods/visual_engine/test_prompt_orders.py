@@ -51,7 +51,7 @@ def last_as_text(found: VisualTokens) -> VisualTokens:
     """Return the visual tokens of a call without those that end a sample."""
     frame_BS = found.frame_BS.clone()
     frame_BS[:, -1] = -1
-    return VisualTokens(frame_BS, found.row_BS, found.column_BS)
+    return VisualTokens(frame_BS, found.row_BS, found.column_BS, attention=found.attention)
 
 
 def expected_logits(stock, plan, call, removed=()):

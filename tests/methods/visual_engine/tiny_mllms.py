@@ -79,6 +79,25 @@ ARCHITECTURES = {
     "qwen3_vl": ("Qwen3VL", None, GROUPED | MROPE | {"head_dim": 8}),
     "qwen3_vl_moe": ("Qwen3VLMoe", None, GROUPED | MROPE | EXPERTS | {"head_dim": 8}),
 }
+GEMMA3 = {
+    "head_dim": 8,
+    "query_pre_attn_scalar": 5,
+    "sliding_window": 256,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+    },
+}
+COHERE2 = {"sliding_window": 512, "layer_types": ["sliding_attention", "full_attention"] * 2}
+GLM4V = {
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "mrope_section": [1, 1, 1],
+        "partial_rotary_factor": 0.75,
+    }
+}
 # Families whose images are laid out otherwise: several frames, separators, rows with breaks.
 LAYOUTS = {
     "llava_next": ("LlavaNext", "llama", {}),
@@ -88,6 +107,10 @@ LAYOUTS = {
     "mistral3": ("Mistral3", "mistral", GROUPED | {"sliding_window": None}),
     "pixtral": ("Pixtral", "mistral", GROUPED | {"sliding_window": None}),
     "deepseek_vl": ("DeepseekVL", "llama", {}),
+    "cohere2_vision": ("Cohere2Vision", "cohere2", GROUPED | COHERE2),
+    "glm4v": ("Glm4v", None, GROUPED | GLM4V),
+    "gemma3": ("Gemma3", "gemma3_text", GROUPED | GEMMA3),
+    "paligemma": ("PaliGemma", "gemma", GROUPED | {"head_dim": 8}),
 }
 SIGLIP = CLIP | {"model_type": "siglip_vision_model"}
 IDEFICS = {key: SIGLIP[key] for key in list(SIGLIP)[1:5]} | {"image_size": 16, "patch_size": 2}
@@ -116,6 +139,33 @@ VISION = {
         "vision_feature_select_strategy": "full",
     },
     "DeepseekVL": {"vision_config": SIGLIP, "image_token_id": IMAGE},
+    "Cohere2Vision": {
+        "vision_config": SIGLIP | {"vision_use_head": False, "image_size": 16, "patch_size": 2},
+        "image_token_id": IMAGE,
+        "downsample_factor": 2,
+        "alignment_intermediate_size": 16,
+    },
+    "Glm4v": {
+        "vision_config": {
+            "depth": 2,
+            "hidden_size": 16,
+            "out_hidden_size": 32,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "image_size": 32,
+            "patch_size": 4,
+        },
+    },
+    "Gemma3": {
+        "vision_config": SIGLIP | {"vision_use_head": False, "image_size": 16, "patch_size": 2},
+        "image_token_index": IMAGE,
+        "mm_tokens_per_image": 16,
+    },
+    "PaliGemma": {
+        "vision_config": SIGLIP | {"vision_use_head": False, "projection_dim": 32},
+        "image_token_index": IMAGE,
+        "projection_dim": 32,
+    },
     "Llava": {"vision_config": CLIP, "image_token_index": IMAGE},
     "InternVL": {"vision_config": INTERN, "image_token_id": IMAGE, "image_seq_length": 16},
     "Qwen2VL": {"vision_config": QWEN2},
@@ -129,21 +179,34 @@ QWEN_TOKENS = {
     "vision_start_token_id": 58,
     "vision_end_token_id": 59,
 }
+GLM_TOKENS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "image_start_token_id": 57,
+    "image_end_token_id": 59,
+    "video_start_token_id": 62,
+    "video_end_token_id": 63,
+}
 MOE = ("llava_qwen2_moe", "internvl_qwen3_moe", "qwen3_vl_moe")
 
 
-def build(name, seed=0, **changes):
-    """A network of one architecture with random float32 weights large enough to matter."""
+def build(name, seed=0, tower=None, **changes):
+    """A network of one architecture with random float32 weights large enough to matter.
+
+    `changes` are to the decoder's config, `tower` to that of the vision tower.
+    """
     family, kind, extra = (ARCHITECTURES | LAYOUTS)[name]
     text = TEXT | extra | changes | ({} if kind is None else {"model_type": kind})
-    tokens = QWEN_TOKENS if family.startswith("Qwen") else {}
+    tokens = QWEN_TOKENS if family.startswith("Qwen") else GLM_TOKENS if family == "Glm4v" else {}
     kind = "Llava" if family == "Pixtral" else family
-    config = getattr(transformers, f"{kind}Config")(text_config=text, **VISION[family], **tokens)
+    vision = VISION[family] | {"vision_config": VISION[family]["vision_config"] | (tower or {})}
+    config = getattr(transformers, f"{kind}Config")(text_config=text, **vision, **tokens)
     network = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
     torch.manual_seed(seed)
-    for weight in network.parameters():
+    for part, weight in network.named_parameters():
         nn.init.normal_(weight, std=0.15)
-        if weight.ndim == 1:
+        # Gemma's norms multiply by 1 + w.
+        if weight.ndim == 1 and not ("Gemma" in family and "language_model" in part):
             weight.data += 1
     network.generation_config.eos_token_id = None
     network.generation_config.pad_token_id = 0
@@ -214,7 +277,12 @@ def laid_out_prompt(name, *rows, seed=0):
     length = max(map(len, ids))
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in ids])
     ids = torch.tensor([[0] * (length - len(row)) + row for row in ids])
-    return {"input_ids": ids, "attention_mask": mask} | _laid_out_pixels(family, images, rng)
+    call = {"input_ids": ids, "attention_mask": mask} | _laid_out_pixels(family, images, rng)
+    if family in ("Gemma3", "PaliGemma"):
+        call["token_type_ids"] = (ids == IMAGE).long() * (family == "Gemma3")
+    if family == "Glm4v":
+        call["mm_token_type_ids"] = (ids == IMAGE).int()
+    return call
 
 
 def anyres_canvas(size):
@@ -241,8 +309,14 @@ def _image_tokens(family, size, *, several):
         return [IMAGE] * (25 + rows * (columns + 1))
     if family in ("Mistral3", "Pixtral"):
         return ([IMAGE] * size[1] + [58]) * (size[0] - 1) + [IMAGE] * size[1] + [59]
-    if family == "DeepseekVL":
+    if family in ("DeepseekVL", "PaliGemma"):
         return [IMAGE] * 25
+    if family == "Cohere2Vision":  # a line break behind each tile, and behind the whole image
+        return [*([*[IMAGE] * 16, 58] * (size[0] * size[1] + 1)), 59]
+    if family == "Glm4v":
+        return [57, *[IMAGE] * (size[0] * size[1]), 59]
+    if family == "Gemma3":
+        return [58, *[IMAGE] * 16, 59]
     tile = [58, *[IMAGE] * 16]  # a tag before each tile, and a last one for the whole image
     return tile * (size[0] * size[1] + 1) + [59]
 
@@ -256,8 +330,17 @@ def _laid_out_pixels(family, images, rng):
     def noise(*shape):
         return torch.randn(*shape, generator=rng)
 
-    if family == "DeepseekVL":
+    if family in ("DeepseekVL", "PaliGemma"):
         return {"pixel_values": noise(len(sizes), 3, 20, 20)}
+    if family == "Cohere2Vision":
+        return {"pixel_values": noise(sum(h * w + 1 for h, w in sizes), 3, 16, 16)}
+    if family == "Glm4v":
+        return {
+            "pixel_values": noise(sum(4 * h * w for h, w in sizes), 3 * 2 * 4 * 4),
+            "image_grid_thw": torch.tensor([[1, 2 * h, 2 * w] for h, w in sizes]),
+        }
+    if family == "Gemma3":
+        return {"pixel_values": noise(len(sizes), 3, 16, 16)}
     if family in ("Mistral3", "Pixtral"):
         unit = 8 if family == "Mistral3" else 4
         pixels = [(unit * height, unit * width) for height, width in sizes]

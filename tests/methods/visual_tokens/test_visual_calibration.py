@@ -16,20 +16,22 @@ from methods.visual_tokens.calibration import calibrate, load_calibration_stats
 from methods.visual_tokens.head_pruning import HeadPruning
 from methods.visual_tokens.layer_drop import LayerDrop
 from methods.visual_tokens.sparse_ffn import SparseFFN
-from tests.methods.visual_engine.tiny_mllms import IMAGE, build, prompt
+from tests.methods.visual_engine.tiny_mllms import IMAGE, LAYOUTS, build, laid_out_prompt, prompt
 from tests.methods.visual_tokens.test_visual_strategies import context, loaded
 
 NAMES = ["llava_llama", "internvl_qwen3", "qwen2_vl", "qwen3_vl_moe", "internvl_qwen3_moe"]
+# Other rotations by layer, other norms, images that attend forwards.
+OTHERS = ["gemma3", "paligemma", "cohere2_vision", "glm4v"]
 ROWS = ([4, (3, 4), 5], [2, (2, 2), 7])
 
 
 def found(name, **changes):
     engine = visual_engine_of(build(name, **changes))
-    call = prompt(name, *ROWS)
+    call = (laid_out_prompt if name in LAYOUTS else prompt)(name, *ROWS)
     return engine, call, calibrate(engine, ProcessedPrompts.of([call]), SILENT)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + OTHERS)
 def test_head_scores_are_sums_over_the_whole_attention_matrix(name):
     _, call, stats = found(name)
     network = build(name)
@@ -74,7 +76,7 @@ def test_expert_scores_weigh_each_token_as_the_router_does():
         assert torch.allclose(stats.neurons[1][number], direct, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + OTHERS)
 def test_cuts_cost_what_running_them_costs(name):
     engine, call, stats = found(name)
     dense = build(name)(**call).logits[:, -1].double().log_softmax(-1)

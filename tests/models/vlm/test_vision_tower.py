@@ -10,7 +10,8 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_
 
 from bench.errors import UserError
 from bench.models.vlm.frames import fixed_frame_size
-from bench.models.vlm.vision_tower import Tower, _by_token, tower_parts
+from bench.models.vlm.tower_pass import by_token
+from bench.models.vlm.vision_tower import Tower, tower_parts
 from bench.models.vlm.visual_tokens import locate_visual_tokens
 from tests.methods.visual_engine.tiny_mllms import CLIP, IMAGE, TEXT, build, prompt
 
@@ -44,7 +45,7 @@ def test_the_class_tokens_attention_is_the_towers_own(name):
 def test_a_token_is_the_patches_that_pixel_shuffle_joins():
     patches = torch.arange(64.0).view(1, 8, 8, 1)
     joined = build("internvl_qwen2").model.pixel_shuffle(patches, 0.5).view(16, 4)
-    ours = _by_token(patches.view(1, 64), 2)[0]
+    ours = by_token(patches.view(1, 64), 2)[0]
     assert torch.equal(joined.sort(dim=1).values, ours.sort(dim=1).values)
 
 
