@@ -259,6 +259,11 @@ def _add_record_commands(command: AddCommand) -> None:
     doctor = command(
         "doctor", "doctor:run_command", "installed packages, devices, and what works offline"
     )
+    track.add_argument(
+        "--workspace",
+        action="store_true",
+        help="save a W&B workspace that opens on score against cost; only without RUN",
+    )
     consent = command(
         "trust", "trust:run_command", "allow the packages and configs of a project file"
     )
