@@ -120,7 +120,7 @@ def report(given: argparse.Namespace) -> int:
     """`bench report`."""
     from bench.reporting.html import SampleShare, write_report
 
-    share = SampleShare(per_run=given.samples, runs=given.sample_runs)
+    share = SampleShare(per_run=given.samples, runs=given.sample_runs, images=given.images)
     written = write_report(given.results_dir, given.out, share)
     print_text(f"wrote {written.path} ({written})")
     if given.open:
