@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import TypeAdapter
+
 from bench.errors import UserError, optional_module
 from bench.records.files import read_json, write_bytes
 from bench.records.record import Record
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 EXTRA = "workspace"
 """The optional dependency that installs wandb-workspaces."""
+VIEWS_FILE = "wandb_home/workspaces.json"
+"""Addresses of saved views, in the folder of the results that is W&B's own."""
 NAME = "slimbench"
 """The name of the view in W&B."""
 LABEL = "${run:displayName}"
@@ -131,23 +135,35 @@ def save_workspace(records: Sequence[Record], config: TrackerConfig, results_dir
 
     entity = config.entity or wandb.Api().default_entity
     made = build_workspace(workspace_content(records), entity, config.project)
-    note = results_dir / "tracked" / f"workspace-{entity}-{config.project}.json"
-    before = _saved_before(note)
+    saved = _saved_views(results_dir)
+    before = _view(saved.get(f"{entity}/{config.project}"), entity, config.project)
     if before is not None:
         before.sections, before.runset_settings = made.sections, made.runset_settings
         made = before
     made.save()
-    write_bytes(note, json.dumps({"workspace": made.url}, indent=1).encode())
+    saved[f"{entity}/{config.project}"] = str(made.url)
+    write_bytes(results_dir / VIEWS_FILE, json.dumps(saved, indent=1).encode())
     return str(made.url)
 
 
-def _saved_before(note: Path) -> Workspace | None:
-    """Return the workspace that a note names, None if there is none or it is gone."""
+def _saved_views(results_dir: Path) -> dict[str, str]:
+    """Return the addresses of the views that were saved from here, by entity and project."""
+    try:
+        return TypeAdapter(dict[str, str]).validate_python(read_json(results_dir / VIEWS_FILE))
+    except (OSError, ValueError):
+        return {}
+
+
+def _view(url: str | None, entity: str, project: str) -> Workspace | None:
+    """Return the view at an address, None without one or if it is gone."""
+    if url is None:
+        return None
     workspaces = optional_module("wandb_workspaces.workspaces", EXTRA)
     try:
-        content = read_json(note)
-        found: Workspace = workspaces.Workspace.from_url(str(dict(content)["workspace"]))
-    # Somebody may have removed the view, and the note may be of another server: a new one is saved.
+        found: Workspace = workspaces.Workspace.from_url(url)
+    # Somebody may have removed the view, and the address may be of another server: a new one is
+    # saved.
     except Exception:
         return None
-    return found
+    # A results folder may come from somebody else, and name any view that this user may change.
+    return found if (found.entity, found.project) == (entity, project) else None

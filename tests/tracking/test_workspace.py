@@ -84,12 +84,17 @@ def test_it_is_saved_again_over_itself(library, records, tmp_path, monkeypatch):
     kept.clear()
     save_workspace(records, ONLINE, tmp_path)
     assert kept["view0"].name == NAME
+    # A results folder from elsewhere names a view of another project, which stays as it is.
+    foreign = kept["view0"] = build_workspace(workspace_content([]), "me", "theirs")
+    foreign._internal_name = "view0"
+    assert save_workspace(records, ONLINE, tmp_path).endswith("view1")
+    assert foreign.sections == []
 
 
 def test_offline_it_is_one_sentence(records, tmp_path):
     said = track_workspace(records, TrackerConfig(kind="wandb", mode="offline"), tmp_path)
     assert "on W&B's server alone" in said
-    assert not (tmp_path / "tracked").exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_it_is_asked_for_of_a_whole_project(tmp_path, capsys):
