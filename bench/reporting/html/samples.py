@@ -186,18 +186,17 @@ def thumbnails(
 
 
 def _data_uri(image: Image) -> str:
-    """Return a small copy of an image: a drawing as PNG, a photograph as JPEG."""
+    """Return a small image as it is, and a small copy of a large one."""
     from PIL import ImageOps
 
-    small = ImageOps.exif_transpose(image).convert("RGB")
-    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    encoded = {}
-    for kind in ("png", "jpeg"):
-        out = io.BytesIO()
-        small.save(out, kind, quality=80, optimize=True)
-        encoded[kind] = out.getvalue()
-    kind = min(encoded, key=lambda kind: len(encoded[kind]))
-    return f"data:image/{kind};base64,{base64.b64encode(encoded[kind]).decode()}"
+    shown = ImageOps.exif_transpose(image).convert("RGB")
+    kind = "png"
+    if max(shown.size) > THUMBNAIL_SIDE:
+        shown.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+        kind = "jpeg"
+    out = io.BytesIO()
+    shown.save(out, kind, quality=80, optimize=True)
+    return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
 def readable_table(path: Path) -> pa.Table | None:

@@ -68,7 +68,7 @@ def test_images_are_those_of_the_questions_and_only_on_request(pictured):
     chunk = chunk_of(root, made, images=True)
     for at, sample in enumerate(chunk["runs"][made.id]["samples"]):
         (place,) = sample["images"]
-        # The scenes are smaller than a thumbnail and drawn, so nothing is lost.
+        # The scenes are smaller than a thumbnail, so nothing is lost.
         expected = asked(at).convert("RGB")
         assert max(expected.size) <= THUMBNAIL_SIDE
         assert np.array_equal(np.asarray(opened(chunk["images"][place])), np.asarray(expected))
@@ -81,7 +81,7 @@ def test_images_are_those_of_the_questions_and_only_on_request(pictured):
     [
         ({}, "gqa document 1 differ"),
         ({"tasks": ["pope"], "metrics": {}}, "no document 0 of task gqa"),
-        ({"tasks": 7}, "are damaged"),
+        ({"unheard_of": 7}, "are damaged"),
     ],
 )
 def test_what_is_not_found_again_costs_the_images_and_says_why(tmp_path, benchmark, said):
@@ -95,14 +95,16 @@ def test_what_is_not_found_again_costs_the_images_and_says_why(tmp_path, benchma
 def test_no_record_can_make_the_code_of_tasks_run(tmp_path):
     """A stranger's record that names task files with code, and says that they are trusted."""
     proof = tmp_path / "ran"
-    (tmp_path / "evil.py").write_text(f"open({str(proof)!r}, 'w')\ndef words(doc): return 'x'\n")
-    (tmp_path / "evil.yaml").write_text(
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "evil.py").write_text(f"open({str(proof)!r}, 'w')\ndef words(doc): return 'x'\n")
+    (tasks / "evil.yaml").write_text(
         "task: evil\ndataset_path: json\noutput_type: generate_until\ntest_split: train\n"
         "doc_to_text: !function evil.words\ndoc_to_target: x\n"
     )
     made = stored(
-        tmp_path, ["1" * 64], harness="lm_eval", tasks=["evil"], include=[str(tmp_path)],
-        trust_code=True, metrics={},
+        tmp_path, ["1" * 64], harness="lm_eval", tasks=["evil"], include=[str(tasks)],
+        trust_code=True, metrics={}, suite="real",
     )  # fmt: skip
     found, reason = thumbnails(
         made, [{"image_hash": "1" * 64, "task": "evil", "doc_id": 0}], PlanCache()
