@@ -1,6 +1,7 @@
 """Images of questions in the report: on request, checked by hash, never in place of others."""
 
 import base64
+import functools
 import io
 
 import numpy as np
@@ -21,10 +22,14 @@ from bench.reporting.leaderboard import build_leaderboard
 from tests.reporting.html.synthetic_records import metric, record
 
 
+@functools.cache
+def scenes():
+    return {each["id"]: each["image"] for each in question_sets.scene_images("gqa")}
+
+
 def asked(document):
     """The image of a document of the scenes' gqa as a run hashes it."""
-    row = question_sets.documents("gqa")[document]
-    return {each["id"]: each["image"] for each in question_sets.scene_images("gqa")}[row["imageId"]]
+    return scenes()[question_sets.documents("gqa")[document]["imageId"]]
 
 
 def stored(root, hashes, **benchmark):
