@@ -247,6 +247,9 @@ def _add_record_commands(command: AddCommand) -> None:
         metavar="N",
         help="include samples of the N newest runs (200)",
     )
+    report.add_argument(
+        "--images", action="store_true", help="include thumbnails of the images of these samples"
+    )
     track = command(
         "track", "records:track", "send records to W&B again; without RUN: all, and an overview"
     )
@@ -255,6 +258,11 @@ def _add_record_commands(command: AddCommand) -> None:
     )
     track.add_argument(
         "--model", type=Path, metavar="DIR", help="also send the exported model of the one RUN"
+    )
+    track.add_argument(
+        "--workspace",
+        action="store_true",
+        help="save a W&B workspace that opens on score against cost; only without RUN",
     )
     doctor = command(
         "doctor", "doctor:run_command", "installed packages, devices, and what works offline"

@@ -41,6 +41,7 @@ from bench.schema import BenchmarkConfig, ModelConfig, ModelKind
 from bench.ui import Progress
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import nn
 
     from bench.data.chat import Tokenizer
@@ -73,9 +74,16 @@ class ImageHarness:
         """Return nothing, as for definitions."""
         return frozenset()
 
-    def images(self, task: str, document: int) -> tuple[()]:
-        """Return nothing: a classifier's rows do not reference images by hash."""
-        return ()
+    def images(self, task: str, document: int) -> list[Image]:
+        """Return an image as the network sees it, its values stretched to those of a picture.
+
+        Raises:
+            UserError: the benchmark scores no such image, or it cannot be decoded.
+        """
+        if task != self.splits.name or document not in range(len(self.scored)):
+            raise UserError(f"benchmark={self.benchmark.name} has no image {document} of {task}")
+        image_BCHH, _ = self.scored.fetch(torch.tensor([document]), None)
+        return [_picture(image_BCHH[0])]
 
     def check_tokenizer(self, model: ModelConfig, tokenizer: Tokenizer, network: nn.Module) -> None:
         """Check nothing: classifiers read no text."""
@@ -205,6 +213,17 @@ def _sample_rows(
 def _blank_row(task: str, index: int) -> SampleRow:
     unknown = dict.fromkeys(("target", "prediction", "probability", ACCURACY, "missing"))
     return {"task": task, "doc_id": index, **unknown}
+
+
+def _picture(image_CHH: Tensor) -> Image:
+    """Return normalized values as a picture: the least is black, the greatest is white."""
+    from PIL import Image
+
+    low, high = image_CHH.aminmax()
+    byte_CHH = ((image_CHH - low) * (255 / (high - low).clamp_min(1e-12))).round().byte().cpu()
+    # Channels that are no colours are shown as their first one.
+    values = byte_CHH.movedim(0, -1) if len(byte_CHH) == 3 else byte_CHH[0]
+    return Image.fromarray(values.numpy())
 
 
 def _accuracy(benchmark: BenchmarkConfig, task: str, correct: list[float]) -> Metric:

@@ -5,42 +5,16 @@ from __future__ import annotations
 import csv
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from pydantic import BeforeValidator, TypeAdapter
-
-# pydantic needs this one below Python 3.12.
-from typing_extensions import TypedDict
-
-from bench.errors import UserError
 from bench.evaluation.metrics import AVERAGE
 from bench.plugins import active, config_file
-from bench.records.files import read_json, reason_of
 from bench.reporting.cost_table import print_costs
-from bench.sweeps.job import STUDY_FILE
+from bench.reporting.study import StudyReport, TrialReport, pareto_trials, read_study
 from bench.ui import console, draw_rows
 
 if TYPE_CHECKING:
     from bench.records import Record, Store
-
-
-class TrialReport(TypedDict):
-    """One trial of a search, as the sweeper writes it."""
-
-    run: str | None
-    state: str
-    front: bool
-    # Of a trial that failed there are none.
-    values: Annotated[list[float], BeforeValidator(lambda values: values or [])]
-    params: dict[str, object]
-
-
-class StudyReport(TypedDict):
-    """A search: its name, the direction of each objective, and its trials."""
-
-    study: str
-    objectives: dict[str, str]
-    trials: list[TrialReport]
 
 
 def list_configs(group: str) -> list[dict[str, object]]:
@@ -177,7 +151,7 @@ def _metric_row(record: Record, index: int) -> dict[str, object]:
 
 def print_search(folder: Path) -> None:
     """Print the Pareto set of a search and write `pareto.csv` and `pareto.svg` next to its jobs."""
-    study = _read_study(folder / STUDY_FILE)
+    study = read_study(folder)
     rows = pareto_trials(study)
     draw_rows(rows, title=f"study {study['study']}: Pareto-optimal trials")
     _write_trials(folder / "pareto.csv", rows)
@@ -189,35 +163,6 @@ def print_search(folder: Path) -> None:
     )  # fmt: skip
     where = f"{folder / 'pareto.csv'}" + (f" and {folder / 'pareto.svg'}" if drawn else "")
     console().print(f"{len(states)} trials: {counts}. {where}")
-
-
-def _read_study(path: Path) -> StudyReport:
-    try:
-        study = TypeAdapter(StudyReport).validate_python(read_json(path))
-        known = [
-            trial for trial in study["trials"] if trial["front"] or trial["state"] == "complete"
-        ]
-        if any(len(trial["values"]) != len(study["objectives"]) for trial in known):
-            raise ValueError("a trial has not one value per objective")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {reason_of(error)}") from None
-    return study
-
-
-def pareto_trials(study: StudyReport) -> list[dict[str, object]]:
-    """Return one row per Pareto-optimal trial, the best in the first objective first."""
-    best = [trial for trial in study["trials"] if trial["front"]]
-    # Optuna keeps each objective in its own direction; the sign makes ascending order best first.
-    sign = -1.0 if next(iter(study["objectives"].values())) == "maximize" else 1.0
-    best.sort(key=lambda trial: sign * float(trial["values"][0]))
-    return [
-        {
-            "run": trial["run"],
-            **dict(zip(study["objectives"], trial["values"], strict=True)),
-            **{key.removeprefix("method."): value for key, value in trial["params"].items()},
-        }
-        for trial in best
-    ]
 
 
 def plot_trials(study: StudyReport, path: Path) -> bool:

@@ -22,7 +22,7 @@ from bench.reporting.leaderboard import (
 from bench.reporting.tables.cell_text import line_text
 from bench.reporting.tables.table import Table, TableCell
 from bench.schema import TrackerConfig
-from bench.tracking.tracker import track, track_overview
+from bench.tracking.tracker import track, track_overview, track_workspace
 from bench.tracking.wandb_run import Overview, ScatterPlot, WandbTable
 
 RUN_COLUMNS = (
@@ -46,10 +46,13 @@ def sync_all(
     page: Path,
     tables: Sequence[Table] = (),
     entities: Collection[str] = (),
+    *,
+    workspace: bool = False,
 ) -> Iterator[tuple[str, str | None]]:
     """Send all records and one overview per project; yield each name and its error, if any.
 
-    `entities` are those that the person at the keyboard allows; see `tracker_of`.
+    With `workspace`, a saved view of each project as well. `entities` are those that the person at
+    the keyboard allows; see `tracker_of`.
     """
     yield from sync_runs(store, records, entities)
     projects: dict[TrackerConfig, list[Record]] = defaultdict(list)
@@ -59,6 +62,8 @@ def sync_all(
     for config, group in projects.items():
         overview = build_overview(build_leaderboard(group), page, tables)
         yield f"overview of {config.project}", track_overview(overview, config, store.root)
+        if workspace:
+            yield f"workspace of {config.project}", track_workspace(group, config, store.root)
 
 
 def sync_runs(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from bench.errors import UserError, error_sentence
@@ -12,6 +13,7 @@ from bench.schema import TrackerConfig
 from bench.tracking import wandb_run
 from bench.tracking.upload import LiveRun, Opening, Upload, UploadTimeout, upload_in_subprocess
 from bench.tracking.wandb_run import Overview
+from bench.tracking.workspace import save_workspace
 
 _unanswered_runs: list[str] = []
 """Runs for which the server did not answer this process in time."""
@@ -87,6 +89,18 @@ def track_overview(overview: Overview, config: TrackerConfig, results_dir: Path)
     except Exception as error:  # as above
         reason = error_sentence(error)
         return f"sending the overview to W&B failed ({reason}); retry: bench track"
+    return None
+
+
+def track_workspace(
+    records: Sequence[Record], config: TrackerConfig, results_dir: Path
+) -> str | None:
+    """Save a project's workspace; return None on success, else one sentence about the failure."""
+    try:
+        save_workspace(records, config, results_dir)
+    except Exception as error:  # as above
+        reason = error_sentence(error)
+        return f"saving the workspace in W&B failed ({reason}); retry: bench track --workspace"
     return None
 
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 SWEEP_VARIABLE = "WANDB_SWEEP_ID"
 """Set by the agent of a W&B sweep for the commands that it starts."""
+OVERVIEW_ID = "overview"
 WandbMode = Literal["online", "offline", "disabled"]
 WANDB_MODES: tuple[WandbMode, ...] = ("online", "offline", "disabled")
 
@@ -379,12 +380,10 @@ def send_overview(overview: Overview, config: TrackerConfig, results_dir: Path) 
     Raises:
         Exception: any error of W&B; the caller decides whether it matters.
     """
-    # No run id is given, so every overview is a new W&B run; the latest one is current.
-    with open_wandb_run(config, results_dir, name="overview", job_type="overview") as (
-        wandb,
-        run,
-        kept,
-    ):
+    # One id per project: sending an overview again continues the same W&B run.
+    with open_wandb_run(
+        config, results_dir, name="overview", job_type="overview", run_id=OVERVIEW_ID
+    ) as (wandb, run, kept):
         run.log({"leaderboard/runs": _to_wandb(wandb, overview.leaderboard)})
         for name, plot in overview.pareto.items():
             drawn = wandb.plot.scatter(

@@ -33,14 +33,19 @@ API = {
     ],
     "Write a method": [
         "bench.method.Method", "bench.method.Context", "bench.method.MethodReport",
-        "bench.method.LayerReport", "bench.models.model.Model",
+        "bench.method.LayerReport", "bench.method.MethodWork", "bench.method.RecipeConfig",
+        "bench.models.model.Model",
         "bench.models.structure.model_structure.ModelStructure",
         "bench.models.structure.moe_block.MoEBlock",
         "bench.models.structure.expert_view.ExpertView",
+        "bench.models.replaced_modules.ReplacedModule", "bench.models.macs.FlopsProvider",
     ],
     "Results": [
+        "bench.runner.launch.Runs", "bench.estimation.run_estimate.SweepEstimate",
+        "bench.estimation.run_estimate.RunEstimate", "bench.estimation.run_estimate.PhaseEstimate",
         "bench.reporting.comparison.comparison.Comparison",
-        "bench.reporting.comparison.contrast.Contrast",
+        "bench.reporting.comparison.contrast.Contrast", "bench.records.record.run_id",
+        "bench.records.record.without_real_saving",
     ],
     "Errors": [
         "bench.errors.UserError", "bench.errors.MissingData", "bench.errors.RunsFailed",
@@ -132,7 +137,7 @@ def _described(name: str) -> str:
 
 def _record() -> str:
     names = ["Record", "AppliedMethod", "EffectCheck", "SizeAndWork", "DenseModel", "Metric",
-             "TaskEvidence", "Cost", "MissingMeasurement"]  # fmt: skip
+             "TaskEvidence", "Cost", "MissingMeasurement", "EstimatedPhase"]  # fmt: skip
     parts = [
         "# The record",
         "`results/runs/ID/record.json` holds these fields. Readers ignore fields that they do not "

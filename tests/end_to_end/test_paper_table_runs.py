@@ -140,9 +140,13 @@ def test_wrong_input_is_one_sentence(call, given, said):
 
 def test_keys_of_the_table_and_of_its_runs_are_told_apart():
     asked = TableRequest.parse(
-        ["scale=micro", "rows=[a,b]", "-m", "seed=1,2", "tracker=none", "hydra/launcher=joblib"]
-    )
-    assert (asked.scale, asked.selections, asked.seeds) == ("micro", {"rows": ["a", "b"]}, (1, 2))
+        [
+            "scale=micro", "rows=[a,b]", "to_dense=[avg]", "-m", "seed=1,2", "tracker=none",
+            "hydra/launcher=joblib",
+        ]
+    )  # fmt: skip
+    assert (asked.scale, asked.seeds) == ("micro", (1, 2))
+    assert asked.selections == {"rows": ["a", "b"], "to_dense": ["avg"]}
     assert asked.run_overrides == ("tracker=none",)
     assert asked.launcher_overrides == ("hydra/launcher=joblib",)
 
@@ -153,6 +157,7 @@ def test_two_selections_of_one_part_are_refused():
         ["scale=micro", "scale=full"],
         ["rows=a", "rows=b"],
         ["costs=[FLOPs]", "costs=[bytes]"],
+        ["to_dense=[avg]", "to_dense=[FLOPs]"],
     ):
         with pytest.raises(UserError, match=re.escape(f"{given[0]} and {given[1]} both set")):
             TableRequest.parse(given)

@@ -49,4 +49,4 @@ def _opened(browser: Any, file: Path, address: str) -> Figure:
         page.close()
     best, middle = min(took), sorted(took)[ROUNDS // 2]
     how = f"{RUNS:,} runs, fastest of {ROUNDS}, median {middle:.2f} s"
-    return Figure(f"report opens at {address}", best, "<= 3 s", best <= 3, how)
+    return Figure(f"report opens at {address}", best, "<= 2 s", best <= 2, how)

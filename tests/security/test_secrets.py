@@ -306,7 +306,7 @@ def test_the_page_sent_to_wandb_holds_no_samples_that_stay_at_home(tmp_path, mon
         "bench.reporting.html.write_report",
         lambda root, out, share: shares.append((out, share)) or WrittenReport(out, 1, 0, 0),
     )
-    monkeypatch.setattr("bench.reporting.wandb_sync.sync_all", lambda *_: [])
+    monkeypatch.setattr("bench.reporting.wandb_sync.sync_all", lambda *_, **__: [])
     assert main(["track", "--results-dir", str(store.root)]) == 0
     ((out, share),) = shares
     assert share.runs == 0

@@ -15,10 +15,15 @@ from pathlib import Path
 import pytest
 
 import bench
+import bench.method
+import bench.records
 from bench.cli.main import main
 from bench.cli.parser import COMMANDS
 from bench.config.overrides import Overrides
 from bench.config.sweep_checks import alternative_configs
+from bench.estimation.run_estimate import SweepEstimate
+from bench.reporting.comparison import Comparison
+from bench.runner.launch import Runs
 from bench.schema import BenchmarkConfig
 
 ROOT = Path(__file__).parents[2]
@@ -47,12 +52,21 @@ def commands(page):
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
+def public_objects():
+    """What `bench` and `bench.records` export, what a method is made of, what functions return."""
+    for module in (bench, bench.records):
+        yield from (getattr(module, name) for name in module.__all__ if name != "records")
+    for name, member in vars(bench.method).items():
+        if isinstance(member, type) and member.__module__ == "bench.method" and name[0] != "_":
+            yield member
+    yield from (Runs, SweepEstimate, Comparison)
+
+
 def test_every_public_name_has_a_reference(reference):
-    page = reference.pages()["reference/python.md"]
-    parts = [name.rpartition(".") for name in re.findall(r"^::: ([\w.]+)$", page, re.M)]
+    pages = "\n".join(reference.pages().values())
+    parts = [name.rpartition(".") for name in re.findall(r"^::: ([\w.]+)$", pages, re.M)]
     objects = {getattr(importlib.import_module(module), member) for module, _, member in parts}
-    assert {getattr(bench, name) for name in bench.__all__ if name != "records"} <= objects
-    assert {bench.records.load, bench.records.samples, bench.records.Store} <= objects
+    assert set(public_objects()) <= objects
 
 
 def test_the_reference_has_every_command_key_and_config(reference):

@@ -10,7 +10,7 @@ from optuna.trial import TrialState
 from bench.cli.main import main
 from bench.errors import UserError
 from bench.records import Store
-from bench.reporting.terminal_views import pareto_trials
+from bench.reporting.study import pareto_trials
 from bench.sweeps.optuna_sweeper import OptunaSweeper, _requeue_interrupted
 
 TINY = [

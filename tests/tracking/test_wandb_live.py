@@ -170,14 +170,18 @@ def test_an_exported_model_is_an_artifact_of_its_run(store, tmp_path):
     assert json.loads(made.metadata)["made_from"]["name"] == record.model.name
 
 
-def test_savings_are_what_was_counted_over_all_methods():
-    def applied(before, after):
-        counts = [SizeAndWork(parameters=n, packed=0, bytes=4 * n, flops=2.0 * n)
-                  for n in (before, after)]  # fmt: skip
-        check = EffectCheck(found="removed", before=counts[0], after=counts[1])
-        return make(ratio=0.4).methods[0].model_copy(update={"check": check})
+def checked(record, before=100, after=40):
+    """A record with a method whose effect was counted."""
+    counts = [SizeAndWork(parameters=n, packed=0, bytes=4 * n, flops=2.0 * n)
+              for n in (before, after)]  # fmt: skip
+    check = EffectCheck(found="removed", before=counts[0], after=counts[1])
+    method = record.methods[0].model_copy(update={"check": check})
+    return record.model_copy(update={"methods": (method,)})
 
-    record = make().model_copy(update={"methods": (applied(100, 80), applied(80, 40))})
+
+def test_savings_are_what_was_counted_over_all_methods():
+    steps = (checked(make(ratio=0.4), 100, 80), checked(make(ratio=0.4), 80, 40))
+    record = make().model_copy(update={"methods": tuple(step.methods[0] for step in steps)})
     columns = summary_columns(record)
     assert (columns["flops_saving"], columns["bytes_saving"]) == (0.6, 0.6)
     assert "flops_saving" not in summary_columns(make())

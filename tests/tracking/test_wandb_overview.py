@@ -11,6 +11,7 @@ from bench.reporting.leaderboard import build_leaderboard
 from bench.reporting.wandb_sync import build_overview, sync_all
 from bench.schema import TrackerConfig
 from bench.tracking.tracker import track_overview
+from bench.tracking.wandb_run import OVERVIEW_ID
 from tests.reporting.html.synthetic_records import fill, paper_table
 from tests.tracking.offline import entries
 
@@ -28,6 +29,8 @@ def offline_runs(home):
         for entry in entries(file):
             if entry.WhichOneof("record_type") == "run":
                 kind = entry.run.job_type
+                # One W&B run per project, however often it is sent.
+                assert kind != "overview" or entry.run.run_id == OVERVIEW_ID
             if entry.WhichOneof("record_type") == "history":
                 for item in entry.history.item:
                     key = item.key or "/".join(item.nested_key)

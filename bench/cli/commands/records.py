@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from bench.cli.parser import LISTABLE
-from bench.errors import EXIT_DONE, EXIT_FAILED, UserError, unknown_name
+from bench.errors import EXIT_DONE, EXIT_FAILED, UserError, optional_module, unknown_name
 from bench.ui import note, print_json, print_rows, print_text, warn
 
 
@@ -120,7 +120,7 @@ def report(given: argparse.Namespace) -> int:
     """`bench report`."""
     from bench.reporting.html import SampleShare, write_report
 
-    share = SampleShare(per_run=given.samples, runs=given.sample_runs)
+    share = SampleShare(per_run=given.samples, runs=given.sample_runs, images=given.images)
     written = write_report(given.results_dir, given.out, share)
     print_text(f"wrote {written.path} ({written})")
     if given.open:
@@ -137,6 +137,7 @@ def track(given: argparse.Namespace) -> int:
     from bench.reporting.wandb_sync import sync_all, sync_runs, tracker_of
     from bench.tracking.tracker import track as send
     from bench.tracking.tracker import track_model
+    from bench.tracking.workspace import EXTRA as WORKSPACE_EXTRA
 
     store = Store(given.results_dir)
     refuse_unwritable("--results-dir", store.root / "tracked", folder=True)
@@ -144,6 +145,10 @@ def track(given: argparse.Namespace) -> int:
     entities = [_allowed_entity(word) for word in given.runs if "=" in word]
     if given.model is not None and len(runs) != 1:
         raise UserError(f"--model {given.model}: name the one RUN that was exported there")
+    if given.workspace:
+        if runs:
+            raise UserError("--workspace is of a whole project: give no RUN with it")
+        optional_module("wandb_workspaces", WORKSPACE_EXTRA)
     if given.model is not None:
         record = store.get(runs[0])
         config = tracker_of(record, entities)
@@ -164,7 +169,9 @@ def track(given: argparse.Namespace) -> int:
         page = write_report(given.results_dir, out, share).path
         # The overview in W&B holds the report page and the tables, which are built from all
         # records: it is only renewed when all are sent.
-        return _report_sent(sync_all(store, records, page, tuple(tables_of(records)), entities))
+        tables = tuple(tables_of(records))
+        sent = sync_all(store, records, page, tables, entities, workspace=given.workspace)
+        return _report_sent(sent)
 
 
 def _allowed_entity(word: str) -> str:

@@ -28,7 +28,7 @@ from bench.reporting.tables import (
     records_of_table,
     table_slots,
 )
-from bench.reporting.tables.table_config import COSTS, PARTS, with_overrides
+from bench.reporting.tables.table_config import COSTS, PARTS, TO_DENSE, with_overrides
 from bench.reporting.tables.writers import TABLE_FOLDER, print_table, table_rows, write_table
 from bench.runner.inputs import resolve_run
 from bench.runner.launch import LaunchOutcome, launch
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 RESERVED_KEYS = ("model", "method", "benchmark", "ratio", "experiment")
 """Keys that a table sets for its runs; users select among its rows instead."""
+SELECTIONS = (*PARTS, COSTS, TO_DENSE)
+"""Keys of the table that take a list of names."""
 PAGE_OPTION = "--page"
 
 
@@ -89,11 +91,11 @@ class TableRequest:
         for argument in arguments:
             # A table's own keys are no overrides of Hydra: names of rows may hold any character.
             key, _, value = argument.partition("=")
-            if key in ("scale", *PARTS, COSTS) and own.setdefault(key, argument) != argument:
+            if key in ("scale", *SELECTIONS) and own.setdefault(key, argument) != argument:
                 raise UserError(f"{own[key]} and {argument} both set {key}: give one of them")
             if key == "scale":
                 request.scale = value
-            elif key in (*PARTS, COSTS):
+            elif key in SELECTIONS:
                 request.selections[key] = _split_list(value)
             elif argument != "--json":
                 others.append(argument)

@@ -98,8 +98,16 @@ class MultimodalHarness:
         return frozenset().union(*(task.folders for task in self.tasks))
 
     def images(self, task: str, document: int) -> list[Image]:
-        """Return the images of a document, given its index in the whole data set."""
-        (planned,) = (each for each in self.tasks if each.name == task)
+        """Return the images of a document, given its index in the whole data set.
+
+        Raises:
+            UserError: the benchmark has no such document.
+        """
+        planned = next((each for each in self.tasks if each.name == task), None)
+        if planned is None or document not in planned.indices:
+            raise UserError(
+                f"benchmark={self.benchmark.name} has no document {document} of task {task}"
+            )
         return planned.images(planned.indices.index(document))
 
     def check_tokenizer(self, model: ModelConfig, tokenizer: Tokenizer, network: nn.Module) -> None:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from bench.errors import UserError
-from bench.evaluation import BenchmarkConfig, PlanCache
+from bench.evaluation import PlanCache
 from bench.records import Metric, Record
 from bench.records.files import refuse_unwritable
 from bench.reporting.comparison.comparison import ComparedRun
 from bench.reporting.comparison.metric_forms import metric_rows
+from bench.reporting.document_images import Document, document_images
 
 LENGTH_NORMALIZED = "acc_norm"
 """lm-eval's metric that divides the log-likelihood of a choice by its length in characters."""
@@ -139,25 +139,17 @@ def write_flip_images(
 
     Raises:
         MissingData: the benchmark's data are not on this machine and cannot be downloaded.
-        UserError: the images of a document differ from those of the run.
+        UserError: as `document_images` raises it.
     """
-    flip_of_image = {flip.image: flip for flip in flips if flip.image}
-    if not flip_of_image:
+    # Several questions may be about one image, which is written once.
+    wanted = {f.image: Document(f.task, f.document, f.image) for f in flips if f.image}
+    if not wanted:
         return {}
-    # Here, since it imports transformers, for which a comparison of texts need not wait.
-    from bench.evaluation.multimodal.prompts import image_hash
-
     refuse_unwritable("--results-dir", results_dir / IMAGE_FOLDER, folder=True)
-    benchmark = BenchmarkConfig.model_validate(record.config["benchmark"])
-    plan = PlanCache().plan(benchmark, offline=bool(record.config.get("offline")))
     written: dict[str, list[Path]] = {}
-    for name, flip in flip_of_image.items():
-        images = plan.harness.images(flip.task, flip.document)
-        if image_hash(images) != name:
-            raise UserError(
-                f"the images of {flip.task} document {flip.document} differ from the run's: the "
-                "data have changed since the run"
-            )
+    found = document_images(record, list(wanted.values()), PlanCache())
+    for name, document in wanted.items():
+        images = found[document]
         # 64 bits of the hash are enough to tell the images of one results folder apart.
         stem = results_dir / IMAGE_FOLDER / name[:16]
         stem.parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 APP_SCRIPTS = (
     "data", "format", "route", "theme", "figure", "grid", "overview", "leaderboard", "pareto",
-    "tables", "samples", "run", "compare", "main",
+    "tables", "samples", "run", "compare", "searches", "main",
 )  # fmt: skip
 """The page's own scripts. They share one scope, and each uses only those before it."""
 PACKAGE_FILES = importlib.resources.files("bench.reporting.html")
@@ -30,6 +30,7 @@ def render_page(
     index: Mapping[str, object],
     details: Sequence[Sequence[Mapping[str, object]]],
     samples: Sequence[Mapping[str, object]],
+    searches: Sequence[Mapping[str, object]] = (),
 ) -> str:
     """Return the complete HTML page."""
     # Escaping is on for every template, not chosen by file name, and an undefined variable is an
@@ -48,6 +49,7 @@ def render_page(
         index=json_text(index),
         details=[gzip_base64(chunk) for chunk in details],
         samples=[gzip_base64(chunk) for chunk in samples],
+        searches=[gzip_base64(search) for search in searches],
     )
 
 

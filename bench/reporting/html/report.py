@@ -20,6 +20,7 @@ from bench.reporting.html import page, samples
 from bench.reporting.html.samples import SampleChunk, SampleShare
 from bench.reporting.leaderboard import Leaderboard, LeaderboardRow, build_leaderboard
 from bench.reporting.record_numbers import PERCENT_METRICS, metric_identity
+from bench.reporting.study import Study, best_so_far, studies_in
 from bench.reporting.tables.builder import tables_of
 from bench.reporting.tables.cell_text import DIGITS, TRUST_MARKS, line_text
 from bench.reporting.tables.table import Table, TableCell
@@ -69,14 +70,16 @@ def write_report(
     leaderboard = build_leaderboard(records)
     built = tables(records) if tables is not None else _built_tables(records, results_dir)
     chunks = list(samples.sample_chunks(leaderboard, store, share))
+    searches = studies_in(results_dir)
     content = page.render_page(
         index=_report_index(
-            leaderboard, store, share, chunks, [table_entry(table) for table in built]
+            leaderboard, store, share, chunks, [table_entry(table) for table in built], searches
         ),
         details=[
             [run_details(record) for record in chunk] for chunk in _record_chunks(leaderboard)
         ],
         samples=chunks,
+        searches=[search_entry(search) for search in searches],
     ).encode("utf-8", "replace")
     write_bytes(path, content)
     # The atomic write goes through a temporary file that only its owner may read; a report is
@@ -105,6 +108,7 @@ def _report_index(
     share: SampleShare,
     chunks: Sequence[SampleChunk],
     tables: Sequence[dict[str, object]],
+    searches: Sequence[Study],
 ) -> dict[str, object]:
     """Return the data the page needs at once; everything else is unpacked when it is opened."""
     # Samples are chunked by setting and details by position, so a run has two chunk numbers.
@@ -122,6 +126,9 @@ def _report_index(
             for at, row in enumerate(leaderboard.rows)
         ],
         "tables": tables,
+        "searches": [
+            {"name": search.report["study"], "sweeps": search.sweeps} for search in searches
+        ],
         "about": _sentences(leaderboard),
         "share": asdict(share),
         "unreadable": store.unreadable,
@@ -200,6 +207,18 @@ def shorten_lists(value: object) -> object:
     return value
 
 
+def search_entry(search: Study) -> dict[str, object]:
+    """Return a search as the page reads it: its trials, and the best values after each of them."""
+    report = search.report
+    return {
+        "objectives": [
+            {"name": name, "maximize": direction == "maximize", "best": best_so_far(report, name)}
+            for name, direction in report["objectives"].items()
+        ],
+        "trials": [{**trial, "number": number} for number, trial in enumerate(report["trials"])],
+    }
+
+
 def table_entry(table: Table) -> dict[str, object]:
     """Return a table as the page reads it."""
     return {
@@ -208,7 +227,12 @@ def table_entry(table: Table) -> dict[str, object]:
         "stand_in": table.stand_in,
         "columns": [
             # No digits: the page writes the number with a decimal prefix.
-            {"name": head.text, "unit": head.unit, "digits": DIGITS.get(head.unit)}
+            {
+                "name": head.text,
+                "unit": head.unit,
+                "digits": DIGITS.get(head.unit),
+                "signed": head.to_dense,
+            }
             for head in table.columns
         ],
         "lines": [

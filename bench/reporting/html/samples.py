@@ -10,22 +10,27 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterable, Iterator
+import io
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 import numpy as np
 
+from bench.errors import UserError
+from bench.evaluation import PlanCache
 from bench.records import Record, Store
 from bench.records.files import warn_once
 from bench.records.index import samples_table
 from bench.records.store import SAMPLES
+from bench.reporting.document_images import Document, document_images
 from bench.reporting.leaderboard import Leaderboard, LeaderboardRow
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from PIL.Image import Image
 
 QUESTION_COLUMNS = ("task", "filter", "doc_id", "target", "prompt", "choices")
 ANSWER_COLUMNS = (
@@ -44,14 +49,21 @@ MAX_TEXT_LENGTH = 4000
 
 @dataclass(frozen=True)
 class SampleShare:
-    """Embedded samples: `per_run` samples of each of the `runs` newest runs."""
+    """Embedded samples: `per_run` samples of each of the `runs` newest runs.
+
+    With `images`, the images of their questions as thumbnails.
+    """
 
     per_run: int = 40
     runs: int = 200
+    images: bool = False
 
 
 class SampleEntry(TypedDict):
-    """One sample as the page reads it; `prompt` and `choices` are positions in `texts`."""
+    """One sample as the page reads it.
+
+    `prompt` and `choices` are positions in the chunk's `texts`, `images` in its `images`.
+    """
 
     task: str
     filter: str | None
@@ -59,6 +71,7 @@ class SampleEntry(TypedDict):
     prompt: int | None
     target: str | None
     choices: list[int | None]
+    images: list[int]
     logs: list[float]
     answer: str | None
     raw: str | None
@@ -81,9 +94,14 @@ class RunSamples(TypedDict):
 
 
 class SampleChunk(TypedDict):
-    """Samples of some runs by run id, and the texts that they share."""
+    """Samples of some runs by run id, and the texts and images (data URIs) that they share.
+
+    `no_images` is the reason why images that were asked for are left out.
+    """
 
     texts: list[str]
+    images: list[str]
+    no_images: str | None
     runs: dict[str, RunSamples]
 
 
@@ -99,9 +117,10 @@ def sample_chunks(
     # By setting, because only runs of one setting share texts; the stable sort keeps the newest
     # first within a setting.
     rows = sorted((r for r in leaderboard.rows if r.record.id in wanted), key=lambda r: r.setting)
+    plans = PlanCache() if share.images else None
     for _, group in groupby(rows, key=lambda row: row.setting):
         for batch in _batched(group, RUNS_PER_CHUNK):
-            yield _sample_chunk(batch, store, share.per_run)
+            yield _sample_chunk(batch, store, share.per_run, plans)
 
 
 def _batched(rows: Iterable[LeaderboardRow], size: int) -> Iterator[tuple[LeaderboardRow, ...]]:
@@ -112,18 +131,72 @@ def _batched(rows: Iterable[LeaderboardRow], size: int) -> Iterator[tuple[Leader
         yield batch
 
 
-def _sample_chunk(rows: Iterable[LeaderboardRow], store: Store, per_run: int) -> SampleChunk:
-    texts: dict[str, int] = {}
+def _sample_chunk(
+    rows: Sequence[LeaderboardRow], store: Store, per_run: int, plans: PlanCache | None
+) -> SampleChunk:
+    """Return the samples of some runs; with `plans`, the images of their questions as well."""
+    chosen: dict[str, list[SampleRow]] = {}
     runs: dict[str, RunSamples] = {}
     for row in rows:
-        table = readable_table(store.folder(row.record.id) / SAMPLES)
-        entries = [_sample_entry(sample, texts) for sample in chosen_samples(table, per_run)]
-        runs[row.record.id] = {
+        run = row.record.id
+        table = readable_table(store.folder(run) / SAMPLES)
+        chosen[run] = chosen_samples(table, per_run)
+        runs[run] = {
             "total": 0 if table is None else table.num_rows,
-            "samples": entries,
+            "samples": [],
             "outcomes": {} if table is None else packed_outcomes(table, row.record),
         }
-    return {"texts": list(texts), "runs": runs}
+    seen: Thumbnails = {}
+    reason = None
+    if plans is not None:
+        # Runs of a setting have the same questions, so any of their records names the benchmark.
+        seen, reason = thumbnails(rows[0].record, chain(*chosen.values()), plans)
+    texts: dict[str, int] = {}
+    images: dict[str, int] = {}
+    for run, samples in chosen.items():
+        runs[run]["samples"] = [_sample_entry(sample, texts, images, seen) for sample in samples]
+    return {"texts": list(texts), "images": list(images), "no_images": reason, "runs": runs}
+
+
+Thumbnails: TypeAlias = "dict[tuple[str, int], list[str]]"
+"""Images by task and document, as data URIs."""
+THUMBNAIL_SIDE = 240
+"""Pixels of a thumbnail's longer side; smaller images stay as they are."""
+
+
+def thumbnails(
+    record: Record, rows: Iterable[SampleRow], plans: PlanCache
+) -> tuple[Thumbnails, str | None]:
+    """Return small images of the questions, and the reason if there are none.
+
+    The benchmark's data may be gone from this machine, which must not cost the report.
+    """
+    # Rows of a classifier have no hash, but each of them is about an image.
+    classified = record.config["benchmark"].get("harness") == "images"
+    asked = (Document(row["task"], row["doc_id"], row.get("image_hash")) for row in rows)
+    wanted = dict.fromkeys(each for each in asked if each.image_hash or classified)
+    try:
+        found = document_images(record, wanted, plans)
+    except UserError as error:
+        return {}, str(error)
+    return {
+        (document.task, document.number): list(map(_data_uri, images))
+        for document, images in found.items()
+    }, None
+
+
+def _data_uri(image: Image) -> str:
+    """Return a small image as it is, and a small copy of a large one."""
+    from PIL import ImageOps
+
+    shown = ImageOps.exif_transpose(image).convert("RGB")
+    kind = "png"
+    if max(shown.size) > THUMBNAIL_SIDE:
+        shown.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+        kind = "jpeg"
+    out = io.BytesIO()
+    shown.save(out, kind, quality=80, optimize=True)
+    return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
 def readable_table(path: Path) -> pa.Table | None:
@@ -195,13 +268,19 @@ def evenly_spaced(positions: list[int], count: int) -> list[int]:
     return [positions[i * total // count] for i in range(count)] if total > count else positions
 
 
-def _sample_entry(row: SampleRow, texts: dict[str, int]) -> SampleEntry:
-    """Keep the question, the answer and the scores of a sample; add its texts to `texts`."""
+def _sample_entry(
+    row: SampleRow, texts: dict[str, int], images: dict[str, int], seen: Thumbnails
+) -> SampleEntry:
+    """Keep the question, the answer and the scores of a sample.
+
+    Its texts are added to `texts`, and those images of `seen` that it shows to `images`.
+    """
 
     def position(text: str | None) -> int | None:
         return None if text is None else texts.setdefault(text[:MAX_TEXT_LENGTH], len(texts))
 
     answer = row.get("response")
+    pictures = seen.get((row["task"], row.get("doc_id", -1)), ())
     return {
         "task": row["task"],
         "filter": row.get("filter"),
@@ -209,6 +288,8 @@ def _sample_entry(row: SampleRow, texts: dict[str, int]) -> SampleEntry:
         "prompt": position(row.get("prompt")),
         "target": _optional_text(row.get("target")),
         "choices": [position(choice) for choice in row.get("choices") or []],
+        # Several questions may be about one image.
+        "images": [images.setdefault(uri, len(images)) for uri in pictures],
         # The page shows fewer digits than that, and shorter numbers compress better.
         "logs": [round(value, 3) for value in row.get("loglikelihoods") or []],
         "answer": _optional_text(row.get("prediction") if answer is None else answer),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
@@ -77,25 +78,82 @@ def tables_of(records: Sequence[Record]) -> Iterator[Table]:
 def build_table(config: TableConfig, found: Mapping[TableSlot, Sequence[Record]]) -> Table:
     """Put the records of each line next to the published cells."""
     theirs = {name: _section_cells(config, name) for name in config.sections}
-    lines = [
-        _table_line(config, slot, found.get(slot, ()), theirs[slot.section])
+    lines = {
+        slot: _table_line(config, slot, found.get(slot, ()), theirs[slot.section])
         for slot in table_slots(config)
-    ]
-    columns = config.columns.items()
+    }
     labels = {name: _label(config, name, found) for name in config.columns}
+    changes = _changes(config, found)
     return Table(
         name=config.name,
         title=config.title,
         stand_in=config.stand_in,
-        columns=tuple(
-            ColumnHead(name, c.unit, c.lower_is_better, labels[name]) for name, c in columns
-        ),
+        columns=tuple(_heads(config, labels)),
         # A line with neither our number nor a published one is left out; one with either stays,
         # since a gap in the reproduction has to be visible.
-        lines=tuple(line for line in lines if line.runs or any(c.published for c in line.cells)),
+        lines=tuple(
+            replace(line, cells=tuple(_beside(config, line.cells, changes.get(slot, {}))))
+            for slot, line in lines.items()
+            if line.runs or any(cell.published for cell in line.cells)
+        ),
         notes=tuple(_notes(config, theirs)),
-        agreements=tuple(_agreements(config, lines, theirs, labels)),
+        agreements=tuple(_agreements(config, list(lines.values()), theirs, labels)),
     )
+
+
+def _heads(config: TableConfig, labels: Mapping[str, str | None]) -> Iterator[ColumnHead]:
+    """Yield the head of each column, and of its changes against dense if they are asked for."""
+    for name, column in config.columns.items():
+        head = ColumnHead(name, column.unit, column.lower_is_better, labels[name])
+        yield head
+        if name in config.to_dense:
+            label = head.label and f"{head.label} to dense"
+            unit = column.unit if column.quantity is None else "%"
+            yield ColumnHead(f"{name} to dense", unit, column.lower_is_better, label, to_dense=True)
+
+
+def _beside(
+    config: TableConfig, cells: Sequence[TableCell], changes: Mapping[str, TableCell]
+) -> Iterator[TableCell]:
+    """Yield a line's cells in the order of `_heads`."""
+    for name, cell in zip(config.columns, cells, strict=True):
+        yield cell
+        if name in config.to_dense:
+            yield changes.get(name, TableCell())
+
+
+def _changes(
+    config: TableConfig, found: Mapping[TableSlot, Sequence[Record]]
+) -> dict[TableSlot, dict[str, TableCell]]:
+    """Return the changes of each line against the dense line of its section, by column."""
+    whole = {slot: records for slot, records in found.items() if len(records) == len(slot.runs)}
+    dense = {
+        slot.section: records
+        for slot, records in whole.items()
+        if records and all(record.is_dense for record in records)
+    }
+    return {
+        slot: {
+            name: _change_cell(config, slot, name, records, dense[slot.section])
+            for name in config.to_dense
+        }
+        for slot, records in whole.items()
+        if slot.section in dense and not all(record.is_dense for record in records)
+    }
+
+
+def _change_cell(
+    config: TableConfig,
+    slot: TableSlot,
+    name: str,
+    records: Sequence[Record],
+    dense: Sequence[Record],
+) -> TableCell:
+    column = numbers.with_variables(config.columns[name], config.sections[slot.section].variables)
+    reason = numbers.unlike_dense(column, records, dense)
+    if reason is not None:
+        return TableCell(refusal=f"{name} to dense: {reason}")
+    return TableCell(numbers.change_to_dense(column, records, dense))
 
 
 def _section_cells(config: TableConfig, section: str) -> PublishedCells:

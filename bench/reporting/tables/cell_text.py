@@ -61,14 +61,14 @@ def line_text(line: TableLine) -> str:
     return " ".join(filter(None, (line.name, line.variant, marks)))
 
 
-def our_text(number: OurValue | None, unit: str) -> str:
-    """Return our number with its standard error."""
+def our_text(number: OurValue | None, head: ColumnHead) -> str:
+    """Return our number with its standard error; a change against the dense model has a sign."""
     if number is None:
         return EMPTY
-    if unit in ("count", "FLOP"):
+    if head.unit in ("count", "FLOP"):
         return format_quantity(number.value)
-    digits = DIGITS[unit]
-    text = f"{number.value:.{digits}f}"
+    digits = DIGITS[head.unit]
+    text = f"{number.value:{'+' if head.to_dense else ''}.{digits}f}"
     error = "" if number.stderr is None else f" ±{number.stderr:.{digits}f}"
     return f"{text}{error}{f' ({number.missing} missing)' if number.missing else ''}"
 
@@ -92,15 +92,15 @@ def difference_text(cell: TableCell, unit: str, refusals: Sequence[str]) -> str:
     return text if cell.inside is None else f"{text} {'in' if cell.inside else 'out'}"
 
 
-def cell_texts(table: Table, cell: TableCell, unit: str) -> tuple[str, str, str]:
+def cell_texts(table: Table, cell: TableCell, head: ColumnHead) -> tuple[str, str, str]:
     """Return a cell's three texts in the order of `CELL_KINDS`."""
-    refused = difference_text(cell, unit, table.refusals)
-    return our_text(cell.ours, unit), their_text(cell, unit), refused
+    refused = difference_text(cell, head.unit, table.refusals)
+    return our_text(cell.ours, head), their_text(cell, head.unit), refused
 
 
 def line_kinds(table: Table, line: TableLine) -> tuple[str, ...]:
     """Return the kinds of number that a line has; at least our own."""
-    texts = [cell_texts(table, c, h.unit) for c, h in zip(line.cells, table.columns, strict=True)]
+    texts = [cell_texts(table, c, h) for c, h in zip(line.cells, table.columns, strict=True)]
     kinds = [kind for i, kind in enumerate(CELL_KINDS) if any(text[i] != EMPTY for text in texts)]
     # A line without any number still shows its name and an empty cell.
     return tuple(kinds) or ("ours",)

@@ -9,7 +9,7 @@ from string import Template
 from typing import TYPE_CHECKING
 
 from bench.evaluation.metrics import AVERAGE
-from bench.reporting.record_numbers import NORMAL_QUANTILE, data_text
+from bench.reporting.record_numbers import NORMAL_QUANTILE, data_text, metric_identity
 from bench.reporting.tables.table import OurValue
 from bench.reporting.tables.table_config import TableColumn
 
@@ -86,6 +86,47 @@ def _record_value(column: TableColumn, record: Record) -> tuple[float, float | N
         return None
     error = None if metric.stderr is None else metric.stderr / factor
     return metric.value / factor, error
+
+
+def change_to_dense(
+    column: TableColumn, records: Sequence[Record], dense: Sequence[Record]
+) -> OurValue | None:
+    """Return the change of a column's number against the dense runs, seed by seed.
+
+    A cost changes by a share in percent, any other number by a difference in the column's unit.
+    Several seeds have the standard error of their mean. A single pair has none: its two runs share
+    their samples, so that their errors are not independent; `bench compare` pairs the samples.
+    None if one of the runs lacks the number.
+    """
+    changes = []
+    for run, before in zip(records, dense, strict=True):
+        found, then = _record_value(column, run), _record_value(column, before)
+        if found is None or then is None or (column.quantity is not None and not then[0]):
+            return None
+        change = found[0] - then[0]
+        changes.append(change if column.quantity is None else 100 * change / then[0])
+    ids = tuple(record.id for record in records)
+    mean = math.fsum(changes) / len(changes)
+    if len(changes) == 1:
+        return OurValue(mean, None, None, None, ids)
+    stderr = statistics.stdev(changes) / math.sqrt(len(changes))
+    reach = _student_quantile(len(changes) - 1) * stderr
+    return OurValue(mean, stderr, mean - reach, mean + reach, ids)
+
+
+def unlike_dense(
+    column: TableColumn, records: Sequence[Record], dense: Sequence[Record]
+) -> str | None:
+    """Return what of a number's identity differs between the runs and the dense ones, if any."""
+    for run, before in zip(records, dense, strict=True):
+        ours, theirs = column_metric(column, run), column_metric(column, before)
+        if ours is None or theirs is None:
+            continue
+        then = metric_identity(before, theirs)
+        differing = [key for key, value in metric_identity(run, ours).items() if value != then[key]]
+        if differing:
+            return f"the dense run has a different {differing[0]}"
+    return None
 
 
 def scored_on(column: TableColumn, records: Sequence[Record]) -> Iterator[str | None]:

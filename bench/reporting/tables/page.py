@@ -149,7 +149,7 @@ def _head_text(head: ColumnHead) -> str:
 def _line_texts(columns: Sequence[ColumnHead], line: TableLine) -> Iterator[str]:
     yield cell_text.line_text(line)
     for head, cell in zip(columns, line.cells, strict=True):
-        yield cell_text.our_text(cell.ours, head.unit)
+        yield cell_text.our_text(cell.ours, head)
     yield ", ".join(f"`{run[:8]}`" for run in line.runs)
 
 

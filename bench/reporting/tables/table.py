@@ -14,13 +14,15 @@ from bench.reporting.tables.published import PublishedCell
 class ColumnHead:
     """A column: its name, the unit of its numbers, and whether lower is better.
 
-    `label` says what our numbers were scored on if that is not what the name says.
+    `label` says what our numbers were scored on if that is not what the name says. The numbers of a
+    column `to_dense` are changes against the dense line of their section.
     """
 
     name: str
     unit: str
     lower_is_better: bool
     label: str | None = None
+    to_dense: bool = False
 
     @property
     def text(self) -> str:

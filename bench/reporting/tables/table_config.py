@@ -95,7 +95,8 @@ class TableConfig(_TableModel):
     states how the source's images became pixels, by the keys of `model.processor`: numbers of runs
     with other values are not subtracted. Without `published` the numbers are ours alone. `about`
     says on the table's page what a reader has to know, and `against` names rows by a row that the
-    page compares them with, variant by variant.
+    page compares them with, variant by variant. `to_dense` names columns that get a column of
+    changes against the section's dense line beside them.
     """
 
     name: str
@@ -109,6 +110,7 @@ class TableConfig(_TableModel):
     rows: dict[str, TableRow]
     columns: dict[str, TableColumn]
     against: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    to_dense: tuple[str, ...] = ()
     stand_in: bool = False
     images: dict[str, str | int] = Field(default_factory=dict)
 
@@ -139,7 +141,7 @@ def table_scales(name: str) -> tuple[str | None, ...]:
     return (None, MICRO) if _composed_table(name).get(MICRO) is not None else (None,)
 
 
-COSTS = "costs"
+COSTS, TO_DENSE = "costs", "to_dense"
 COST_COLUMNS: Tree = {
     "FLOPs": {"quantity": "flops", "scope": "forward", "unit": "FLOP", "lower_is_better": True},
     "parameters": {"quantity": "parameters", "unit": "count", "lower_is_better": True},
@@ -153,7 +155,8 @@ def load_table_config(
     """Return one table's config; with `scale="micro"`, the config of its stand-in.
 
     The `micro` part is merged into the rest: mappings merge, lists are replaced, null removes.
-    `chosen` restricts the table to some sections, rows, variants or columns; `costs` adds columns.
+    `chosen` restricts the table to some sections, rows, variants or columns; `costs` adds columns,
+    and `to_dense` changes against the dense model.
 
     Raises:
         UserError: there is no such table, scale, section, row, variant, column or cost.
@@ -170,11 +173,13 @@ def load_table_config(
         plain = _without_nulls(_merged(plain, {**micro, "stand_in": True}))
     # After the merge: names that only the stand-in has can be chosen as well.
     for part, kept in (chosen or {}).items():
-        if part != COSTS:
+        if part in PARTS:
             plain[part] = _selected(part, plain.get(part, {}), kept)
     # After the columns of the table, which a choice of columns does not concern.
     added = _selected(COSTS, COST_COLUMNS, (chosen or {}).get(COSTS, []))
     plain["columns"] = {**plain.get("columns", {}), **added}
+    if TO_DENSE in (chosen or {}):
+        plain[TO_DENSE] = list(_selected(TO_DENSE, plain["columns"], (chosen or {})[TO_DENSE]))
     try:
         return TableConfig.model_validate({**plain, "name": name})
     except ValidationError as error:

@@ -16,7 +16,7 @@ from rich.table import Table as RichTable
 
 from bench.records.files import write_bytes
 from bench.reporting.tables import cell_text
-from bench.reporting.tables.table import Table, TableCell, TableLine
+from bench.reporting.tables.table import ColumnHead, Table, TableCell, TableLine
 from bench.reporting.terminal_tables import terminal_table, widest_fitting
 from bench.ui import console
 
@@ -105,9 +105,9 @@ def as_markdown(table: Table) -> str:
     return "\n".join([*parts, ""])
 
 
-def _kind_text(table: Table, cell: TableCell, unit: str, kind: str) -> str:
+def _kind_text(table: Table, cell: TableCell, head: ColumnHead, kind: str) -> str:
     """Return one of a cell's texts: `ours`, `theirs` or `difference`."""
-    return cell_text.cell_texts(table, cell, unit)[cell_text.CELL_KINDS.index(kind)]
+    return cell_text.cell_texts(table, cell, head)[cell_text.CELL_KINDS.index(kind)]
 
 
 def _markdown_row(cells: list[str]) -> str:
@@ -119,7 +119,7 @@ def _linked_texts(table: Table, line: TableLine, kind: str) -> list[str]:
     texts = []
     best = _best_columns(table, line, kind)
     for column, (head, cell) in enumerate(zip(table.columns, line.cells, strict=True)):
-        text = _kind_text(table, cell, head.unit, kind)
+        text = _kind_text(table, cell, head, kind)
         if kind == "ours" and cell.ours is not None:
             text = f"[{text}]({RECORD_LINK.format(run=cell.ours.runs[0])})"
         text = f"**{text}**" if column in best else text
@@ -135,13 +135,14 @@ def _best_columns(table: Table, line: TableLine, kind: str) -> set[int]:
     return {column for row, column in found if row == place}
 
 
-# Square brackets are wrapped in braces: a row of a tabular ends in `\\`, and a bracket after it
-# would be read as its optional argument. `<` and `>` are different glyphs in the default text font
-# encoding of LaTeX.
+# Square brackets and stars are wrapped in braces: a row of a tabular ends in `\\`, and one of them
+# after it would be read as its option. `<`, `>` and `|` are different glyphs in the default font
+# encoding of LaTeX. A line end might end a paragraph, which a caption must not.
 LATEX_ESCAPES = {
     "\\": r"\textbackslash{}", "%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "$": r"\$",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
-    "±": r"$\pm$", "<": "$<$", ">": "$>$", "[": "{[}", "]": "{]}",
+    "±": r"$\pm$", "×": r"$\times$", "<": "$<$", ">": "$>$", "|": r"\textbar{}", "[": "{[}",
+    "]": "{]}", "*": "{*}", "\n": " ",
     "ᶜ": r"\textsuperscript{c}", "ˢ": r"\textsuperscript{s}", "ᵗ": r"\textsuperscript{t}",
 }  # fmt: skip
 
@@ -161,7 +162,7 @@ def as_latex(table: Table) -> str:
                 label = "" if number else cell_text.line_text(line)
                 best = _best_columns(table, line, kind)
                 texts = [
-                    _escape_latex(_kind_text(table, cell, head.unit, kind))
+                    _escape_latex(_kind_text(table, cell, head, kind))
                     for head, cell in zip(table.columns, line.cells, strict=True)
                 ]
                 texts = [rf"\textbf{{{t}}}" if i in best else t for i, t in enumerate(texts)]
@@ -229,7 +230,7 @@ def _html_rows(table: Table, line: TableLine) -> list[str]:
         label = "" if number else html.escape(cell_text.line_text(line))
         best = _best_columns(table, line, kind)
         texts = [
-            _html_cell(table, cell, head.unit, kind)
+            _html_cell(table, cell, head, kind)
             for head, cell in zip(table.columns, line.cells, strict=True)
         ]
         texts = [f"<b>{text}</b>" if i in best else text for i, text in enumerate(texts)]
@@ -239,8 +240,8 @@ def _html_rows(table: Table, line: TableLine) -> list[str]:
     return found
 
 
-def _html_cell(table: Table, cell: TableCell, unit: str, kind: str) -> str:
-    text = html.escape(_kind_text(table, cell, unit, kind))
+def _html_cell(table: Table, cell: TableCell, head: ColumnHead, kind: str) -> str:
+    text = html.escape(_kind_text(table, cell, head, kind))
     if kind == "ours" and cell.ours is not None:
         # The mean links to the first seed's record, and small numbers to those of the others.
         first, *others = cell.ours.runs
@@ -294,7 +295,7 @@ def _rich_part(table: Table, columns: range) -> RichTable:
         part.add_row(section, style="bold")
         for line in lines:
             texts = [
-                cell_text.cell_texts(table, line.cells[column], table.columns[column].unit)
+                cell_text.cell_texts(table, line.cells[column], table.columns[column])
                 for column in columns
             ]
             for number, kind in enumerate(cell_text.line_kinds(table, line)):

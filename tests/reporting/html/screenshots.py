@@ -27,6 +27,7 @@ def pages(results_dir):
         "leaderboard": "#/leaderboard?setting=0",
         "pareto": "#/pareto",
         "compare": f"#/compare?runs={compared}",
+        "searches": "#/searches",
         "tables": "#/tables",
         "run": f"#/run/{(others or records)[-1].id}",
     }

@@ -1,5 +1,6 @@
 """Records that look like real ones, as many as a test wants, without running anything."""
 
+import json
 import random
 
 from bench.records import AppliedMethod, Cost, DenseModel, Metric, Record, Store, run_id
@@ -129,3 +130,33 @@ def paper_table(run):
         lines=(TableLine("tiny", "40 %", "CAMERA-P", (run,), cells),),
         notes=("n",), agreements=(),
     )  # fmt: skip
+
+
+def write_search(root, name, records, *, sweep=None, failed=2):
+    """A search over the records, its front by brute force, and some trials without values."""
+    flops = [record.cost("flops", "forward 1x512").value for record in records]
+    values = {r.id: [r.metric("average").value, n] for r, n in zip(records, flops, strict=True)}
+
+    def beaten(own):
+        return any(other != own and other[0] >= own[0] and other[1] <= own[1]
+                   for other in values.values())  # fmt: skip
+
+    trials = [
+        {
+            "trial": number, "state": "complete", "values": values[r.id], "run": r.id,
+            "params": {"ratio": 0.1 + number / 30, "method.camera_p.level": "layer"},
+            "reason": None, "front": not beaten(values[r.id]),
+        } for number, r in enumerate(records)
+    ]  # fmt: skip
+    states = ("pruned", "fail")
+    ended = [
+        {"trial": len(trials) + at, "state": states[at % 2], "values": None, "run": None,
+         "params": {"ratio": 0.6}, "reason": "hopeless", "front": False}
+        for at in range(failed)
+    ]  # fmt: skip
+    objectives = {"average": "maximize", "flops": "minimize"}
+    folder = root / "sweeps" / (sweep or records[-1].sweep)
+    folder.mkdir(parents=True, exist_ok=True)
+    study = {"study": name, "objectives": objectives, "trials": trials + ended}
+    (folder / "study.json").write_text(json.dumps(study))
+    return study

@@ -182,13 +182,8 @@ def luminance(colour):
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def test_a_phone_needs_no_sideways_scrolling(visit, ten):
-    path, records = ten
-    opened = visit(path, viewport=PHONE)
-    for address in ("#/", "#/leaderboard", "#/pareto", "#/tables", f"#/run/{records[3].id}"):
-        page = opened.open(address)
-        page.wait_for_timeout(200)
-        assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"], address
+def test_a_phone_sorts_by_a_select(visit, ten):
+    opened = visit(ten[0], viewport=PHONE)
     page = opened.open("#/leaderboard")
     page.get_by_label("Sort by").select_option("-retention")
     kept = numbers(page, "Kept")

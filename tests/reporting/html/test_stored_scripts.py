@@ -1,5 +1,7 @@
 """What data and models say is shown, never run: with the page's policy and without it."""
 
+import json
+
 import pytest
 
 from bench.records import AppliedMethod, Store
@@ -43,6 +45,12 @@ def poisoned(tmp_path_factory):
         store.write(one, rows, "")
     (store.runs / "broken").mkdir()
     (store.runs / "broken" / "record.json").write_text('{"schema_version": "' + EVIL[:40] + '"}')
+    trial = {"run": bad.id, "state": "complete", "front": True, "values": [1.0, 2.0],
+             "params": {EVIL: EVIL}}  # fmt: skip
+    search = {"study": EVIL, "objectives": {EVIL: "maximize", "flops": "minimize"},
+              "trials": [trial, {**trial, "values": [0.5, 3.0], "front": False}]}  # fmt: skip
+    (root / "sweeps" / "evil").mkdir(parents=True)
+    (root / "sweeps" / "evil" / "study.json").write_text(json.dumps(search))
     return write_report(root).path, bad
 
 
@@ -50,8 +58,12 @@ def poisoned(tmp_path_factory):
 def test_stored_scripts_are_text(visit, poisoned, bypass_csp):
     path, bad = poisoned
     opened = visit(path, bypass_csp=bypass_csp)
-    for address in ("#/", "#/leaderboard?setting=0&tasks=1", "#/pareto", f"#/run/{bad.id}"):
+    pages = ("#/", "#/leaderboard?setting=0&tasks=1", "#/pareto", "#/searches", f"#/run/{bad.id}")
+    for address in pages:
         page = opened.open(address)
+        if "searches" in address:
+            page.get_by_role("table").wait_for()
+            page.wait_for_selector(".figure svg")
         if "run" in address:
             page.wait_for_selector(".sample")
             for summary in page.locator("summary").all():

@@ -38,15 +38,16 @@ async function heldOf(run) {
 // The embedded samples of a run, with their texts in place; null when it has none.
 async function samplesOf(run) {
   if (!run || run.samples === null) return null;
-  const { texts, runs } = await unpack(`samples-${run.samples}`);
+  const { texts, runs, images, no_images: noImages } = await unpack(`samples-${run.samples}`);
   const { total, samples } = runs[run.id];
   const text = (place) => (place === null ? null : texts[place]);
   const whole = (sample) => ({
     ...sample,
     prompt: text(sample.prompt),
     choices: sample.choices.map(text),
+    images: sample.images.map((place) => images[place]),
   });
-  return { total, samples: samples.map(whole) };
+  return { total, noImages, samples: samples.map(whole) };
 }
 
 // The result of an asynchronous call, undefined until it arrives. A result that arrives after

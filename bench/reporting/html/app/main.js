@@ -1,7 +1,7 @@
 // Frame of every page: header, navigation, footer.
 
 const PAGES = [["overview", "Overview"], ["leaderboard", "Leaderboard"], ["pareto", "Pareto"], ["compare", "Compare"],
-  ...(INDEX.tables.length ? [["tables", "Tables"]] : [])];
+  ...(INDEX.searches.length ? [["searches", "Searches"]] : []), ...(INDEX.tables.length ? [["tables", "Tables"]] : [])];
 
 function App() {
   const route = useRoute();
@@ -14,7 +14,7 @@ function App() {
       document.getElementById("main")?.focus({ preventScroll: true });
     }
     arrived.current = true;
-    const title = { run: RUNS.get(route.name)?.label, tables: route.name }[route.page] || route.page;
+    const title = { run: RUNS.get(route.name)?.label, tables: route.name, searches: route.name }[route.page] || route.page;
     document.title = `${title} · slimbench report`;
   }, [route.page, route.name]);
   useEffect(() => {
@@ -32,6 +32,7 @@ function App() {
     leaderboard: () => html`<${Leaderboard} route=${route} />`,
     pareto: () => html`<${Pareto} route=${route} />`,
     compare: () => html`<${Compare} route=${route} />`,
+    searches: () => html`<${Searches} route=${route} />`,
     tables: () => html`<${Tables} route=${route} />`,
     run: () => html`<${RunPage} key=${route.name} id=${route.name} />`,
   }[route.page];

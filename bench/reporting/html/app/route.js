@@ -28,6 +28,8 @@ function address(page, query = {}) {
 
 const runAddress = (id) => address(`run/${encodeURIComponent(id)}`);
 
+const searchAddress = (search) => address(`searches/${encodeURIComponent(search.name)}`);
+
 // Change the query without a new entry in the browser's history: typing in the search field would
 // otherwise bury the back button. `replaceState` fires no event, so one is dispatched here.
 function adjust(route, changes) {

@@ -9,10 +9,11 @@ function RunPage({ id }) {
     return html`<main id="main" tabindex="-1"><h1>No such run</h1><p class="lead">This report has no run <code>${id}</code>. <a href="#/leaderboard">All runs</a></p></main>`;
   }
   const task = run.where.tasks[0];
+  const search = INDEX.searches.find((one) => one.sweeps.includes(run.sweep));
   return html`<main id="main" tabindex="-1">
     <p class="crumbs"><a href=${address("leaderboard", { setting: run.setting })}>${run.where.name}</a></p>
     <h1><${Mark} family=${run.family} size=${60} /> ${run.label}</h1>
-    <p class="quiet">run <code>${run.id}</code>, ${denseRun && html`<a href=${address("compare", { runs: `${run.dense},${run.id}` })}>compared with dense</a>, `}started ${when(run.started)} UTC${run.sweep && html`, sweep <a href=${address("leaderboard", { q: run.sweep })}>${run.sweep}</a>`}</p>
+    <p class="quiet">run <code>${run.id}</code>, ${denseRun && html`<a href=${address("compare", { runs: `${run.dense},${run.id}` })}>compared with dense</a>, `}started ${when(run.started)} UTC${run.sweep && html`, sweep <a href=${address("leaderboard", { q: run.sweep })}>${run.sweep}</a>`}${search && html`, search <a href=${searchAddress(search)}>${search.name}</a>`}</p>
     <dl class="figures">
       ${task && run.values[0] && html`<div><dt>${words(task.task)}</dt><dd><${Scored} pair=${run.values[0]} answered=${run.answered[0]} task=${task} /> ${unit(task)}</dd></div>`}
       ${run.retention !== null && denseRun && html`<div><dt>kept of dense</dt><dd>${fixed(run.retention * 100, 1)} %</dd></div>`}

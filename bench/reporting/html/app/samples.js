@@ -38,6 +38,7 @@ function Samples({ run, record }) {
   const tasks = [...new Set(own.samples.map((sample) => sample.task))];
   return html`
     <p class="quiet">${own.samples.length} of ${count(own.total, "sample")}, evenly spaced within each task, whatever the answers were. All of them: <code>${folder}</code></p>
+    ${own.noImages && html`<p class="quiet">Images are not shown: ${own.noImages}</p>`}
     <div class="filters">
       <${Choice} label="Task" value=${task} onChange=${setTask} options=${[["", "all"], ...tasks.map((one) => [one, one])]} />
       <${Choice} label="Outcome" value=${outcome} onChange=${setOutcome} options=${OUTCOMES} />
@@ -54,6 +55,9 @@ function Verdict({ value }) {
   return html`<span class="verdict">${value.toFixed(2)}</span>`;
 }
 
+// An image of few pixels is enlarged to its pixels, which a browser would blur.
+const showPixels = ({ target }) => target.classList.toggle("pixels", target.naturalWidth < 64);
+
 function Sample({ sample, now, before, against = "dense" }) {
   const best = sample.logs.length ? d3.maxIndex(sample.logs) : -1;
   const target = targetText(sample);
@@ -61,6 +65,8 @@ function Sample({ sample, now, before, against = "dense" }) {
     <header><span>${sample.task} <span class="quiet">#${sample.doc}</span></span><span><${Verdict} value=${now} />
       ${before !== null && before !== now && html`<span class="quiet">${against}: ${before === 1 ? "right" : before === 0 ? "wrong" : before.toFixed(2)}</span>`}</span></header>
     ${sample.cut > 0 && html`<p class="quiet">${count(sample.cut, "token")} cut on the left; the model saw only this</p>`}
+    ${sample.images.length > 0 && html`<div class="seen">${sample.images.map((image, at) => html`
+      <img src=${image} alt="image ${at + 1} of ${sample.task} #${sample.doc}" loading="lazy" onLoad=${showPixels} />`)}</div>`}
     ${sample.prompt !== null && html`<pre class="prompt">${sample.prompt}</pre>`}
     ${sample.choices.length > 0 && html`<ul class="choices">${sample.choices.map((choice, at) => html`
       <li class=${at === best ? "picked" : ""}><span>${choice}${choice === target && html` <span class="badge">target</span>`}</span>

@@ -32,7 +32,7 @@ function Beside({ cell, head, reasons }) {
   const show = (value) => (head.digits === null ? quantity(value) : fixed(value, digits));
   const { ours, theirs, difference, inside, refusal } = cell;
   const [value, error, run] = ours ?? [null, null, null];
-  const own = html`${show(value)}${error !== null && html`<span class="error"> ±${error.toFixed(digits)}</span>`}`;
+  const own = html`${head.signed && value > 0 ? "+" : ""}${show(value)}${error !== null && html`<span class="error"> ±${error.toFixed(digits)}</span>`}`;
   return html`<span class="beside">${run ? html`<a href=${runAddress(run)}>${own}</a>` : own}
     <small>${theirs && html`<span title=${theirs[3]}>${theirs[0]}${theirs[1] === head.unit ? "" : ` ${theirs[1]}`}${theirs[2]}${theirs[3] ? "!" : ""}</span>`}
       ${difference !== null && html` <span class=${inside === false ? "outside" : ""}>${difference > 0 ? "+" : ""}${show(difference)}</span>`}
