@@ -21,7 +21,7 @@ from methods.baselines.micro_expert_controls import (
     RandomExperts,
     RandomMicroExperts,
 )
-from methods.baselines.moe_slimming.pruning import MoESlimming
+from methods.baselines.moe_slimming import MoESlimming
 from methods.baselines.mone import Mone
 from methods.baselines.naee import Naee
 from methods.camera.joint import CameraPQ

@@ -7,8 +7,7 @@ import torch
 
 from bench.models.structure.model_structure import inspect_model
 from bench.ui import SILENT
-from methods.baselines.moe_slimming.attribution import Attribution, clipped_sum
-from methods.baselines.moe_slimming.pruning import MoESlimming
+from methods.baselines.moe_slimming import Attribution, MoESlimming, clipped_sum
 from methods.moe.micro_experts import SHARED, expert_spans
 from tests.methods.method_application import Masked, model_of
 from tests.models.tiny_networks import build, build_dense, tokens, unfuse
@@ -115,7 +114,7 @@ def loss_at(block, layer, factors, inputs, teacher_TD):
 @pytest.mark.parametrize("order", ["first", "second"])
 def test_scores_are_derivatives_of_the_local_loss(order, monkeypatch):
     """By differences of the layer's own loss in the factor of one expert, at 0.9 for all."""
-    monkeypatch.setattr("methods.baselines.moe_slimming.attribution.QUANTILE", 1.0)
+    monkeypatch.setattr("methods.baselines.moe_slimming.QUANTILE", 1.0)
     network, rows = unfuse(build("qwen2_moe").double()), tokens(rows=2, length=8)
     block = inspect_model(network).moe[0]
     layer, inputs = inspect_model(network).layers[block.layer], {}
@@ -167,5 +166,5 @@ def test_one_outlier_among_many_tokens_is_clipped(monkeypatch):
     value_SD[7, 1] = -50
     assert clipped_sum(value_SD).tolist() == pytest.approx([101, 99])
     assert clipped_sum(value_SD[6:8]).tolist() == pytest.approx([2, -49])
-    monkeypatch.setattr("methods.baselines.moe_slimming.attribution.QUANTILE_LIMIT", 101)
+    monkeypatch.setattr("methods.baselines.moe_slimming.QUANTILE_LIMIT", 101)
     assert clipped_sum(value_SD).tolist() == pytest.approx([101, 99])

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from methods.baselines.moe_slimming.budgets import (
+from methods.baselines.coverage_budgets import (
     expert_weights,
     keep_by_coverage,
     layer_weights,

@@ -7,7 +7,7 @@ import torch
 
 from bench.errors import UserError
 from bench.models.structure.model_structure import inspect_model
-from methods.baselines.moe_slimming.pruning import MoESlimming
+from methods.baselines.moe_slimming import MoESlimming
 from tests.methods.method_application import applied, zeroed
 from tests.models.tiny_networks import build, build_dense, tokens
 
