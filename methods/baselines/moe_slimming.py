@@ -106,7 +106,7 @@ class Attribution(NullObserver):
         view = self._block.expert(expert)
         squares = [value.float().square().sum(0) for value in _channels(view, x_SD, hidden_SF)]
         held = self._squares[expert]
-        held[:] = [sum(pair) for pair in zip(held, squares, strict=True)] if held else squares
+        held[:] = [a + b for a, b in zip(held, squares, strict=True)] if held else squares
         output_SD = view.combine(hidden_SF).float() * weight_S.float()[:, None]
         self._outputs[expert].append(output_SD)
 
