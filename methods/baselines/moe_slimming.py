@@ -37,6 +37,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bench.errors import UserError
 from bench.method import Context, MethodReport
 from bench.models.model import Model
 from bench.models.structure.expert_view import ExpertView
@@ -96,6 +97,7 @@ class Attribution(NullObserver):
         self._squares: dict[int, list[Tensor]] = defaultdict(list)  # of each expert, 2 or 3 × [F]
         self._places: dict[int, list[Tensor]] = defaultdict(list)
         self._outputs: dict[int, list[Tensor]] = defaultdict(list)
+        self._block_shape: torch.Size | None = None
 
     def places(self, expert: int, token_S: Tensor) -> None:
         """Take which tokens of the step the next call of `routed` is about."""
@@ -110,8 +112,21 @@ class Attribution(NullObserver):
         output_SD = view.combine(hidden_SF).float() * weight_S.float()[:, None]
         self._outputs[expert].append(output_SD)
 
+    def output(self, y_TD: Tensor) -> None:
+        """Remember the shape that the layer's output must have as well."""
+        self._block_shape = y_TD.shape
+
     def layer_output(self, h_TD: Tensor) -> None:
-        """Take the layer's output, residual included, and update all averages."""
+        """Take the layer's output, residual included, and update all averages.
+
+        Raises:
+            UserError: it is not one hidden state per token, such as of hyper-connections.
+        """
+        if h_TD.shape != self._block_shape:
+            raise UserError(
+                f"moe_slimming needs decoder layers with one hidden state per token; the layer of "
+                f"{self._block.name} returns several: choose camera_p"
+            )
         routed_TD = torch.zeros_like(h_TD, dtype=torch.float32)
         weight_T = 1 / (h_TD.float().square().sum(1) + EPSILON)
         found = [
