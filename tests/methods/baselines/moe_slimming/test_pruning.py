@@ -79,6 +79,6 @@ def test_a_ratio_beyond_the_routed_experts_is_refused():
 def test_layers_with_several_hidden_states_per_token_are_refused():
     network = moe_zoo.build("deepseek_v4")
     before = {name: weight.clone() for name, weight in network.named_parameters()}
-    with pytest.raises(UserError, match="layer of model.layers.0.mlp returns several"):
+    with pytest.raises(UserError, match=r"layer of model\.layers\.0\.mlp returns several"):
         applied(MoESlimming(ratio=0.3), network)
     assert all(torch.equal(weight, before[name]) for name, weight in network.named_parameters())
