@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol, cast
+from typing import Literal, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,14 @@ class ExpertObserver(Protocol):
 
     def output(self, y_TD: Tensor) -> None:
         """Take the block's output."""
+
+
+@runtime_checkable
+class TokenObserver(ExpertObserver, Protocol):
+    """An observer that also takes which tokens reach an expert."""
+
+    def places(self, expert: int, token_S: Tensor) -> None:
+        """Take the rows of the block's input [T, D] that the next call of `routed` is about."""
 
 
 _ExpertsForward = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
@@ -204,6 +212,8 @@ def _by_expert(
             token_S = slots_S // index_TK.shape[1]
             x_SD = x_TD[token_S]
             hidden_SF = view.hidden(x_SD)
+            if isinstance(observer, TokenObserver):
+                observer.places(expert, token_S)
             observer.routed(expert, x_SD, hidden_SF, shown[slots_S])
             yield RoutedTokens(view, token_S, applied[slots_S], hidden_SF)
 
@@ -266,7 +276,11 @@ def _hook_dense(block: MoEBlock, observer: ExpertObserver, chunk: int, stack: Ex
         while unchecked:
             view = unchecked.pop().expert(0)
             _require_decomposition(block.name, block.block, view, x_TD[:SAMPLE], hidden_TF[:SAMPLE])
-        for x_SD, hidden_SF in zip(x_TD.split(chunk), hidden_TF.split(chunk), strict=True):
+        row_T = torch.arange(len(x_TD), device=x_TD.device)
+        pieces = (torch.split(part, chunk) for part in (row_T, x_TD, hidden_TF))
+        for token_S, x_SD, hidden_SF in zip(*pieces, strict=True):
+            if isinstance(observer, TokenObserver):
+                observer.places(0, token_S)
             observer.routed(0, x_SD, hidden_SF, x_SD.new_ones(len(x_SD)))
 
     stack.callback(feed_forward.sources[0].register_forward_pre_hook(enter).remove)

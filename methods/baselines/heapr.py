@@ -42,7 +42,12 @@ from methods.moe.calibration import (
     require_finite,
 )
 from methods.moe.micro_experts import expert_spans, expert_view
-from methods.moe.pruning import MicroExpertPruning, refuse_offloaded, require_calibration
+from methods.moe.pruning import (
+    MicroExpertPruning,
+    refuse_offloaded,
+    require_calibration,
+    require_routed_room,
+)
 from methods.moe.ranking import energy_share, lowest, lowest_overall
 
 
@@ -91,12 +96,9 @@ class Heapr(MicroExpertPruning, CalibratedPruning):
     def check(self, structure: ModelStructure) -> None:
         """Also refuse a ratio that routed experts alone cannot reach, and experts in a list."""
         super().check(structure)
-        for block, budget in zip(self.blocks(structure), self.budgets(structure), strict=True):
-            if budget > sum(block.widths):
-                raise UserError(
-                    f"ratio={self.ratio} removes {budget} micro-experts of {block.name}, but its "
-                    f"routed experts have {sum(block.widths)}: use a lower ratio"
-                )
+        blocks = self.blocks(structure)
+        require_routed_room(blocks, self.budgets(structure), self.ratio)
+        for block in blocks:
             if block.layout in ("list", "flat"):
                 raise UserError(
                     f"Heapr needs the gradients of what experts compute, which those of "

@@ -90,6 +90,16 @@ def require_experts(structure: ModelStructure, method: str, verb: str) -> None:
         )
 
 
+def require_routed_room(blocks: Sequence[MoEBlock], budgets: Sequence[int], ratio: float) -> None:
+    """Raise if the routed experts of a block have fewer micro-experts than its budget."""
+    for block, budget in zip(blocks, budgets, strict=True):
+        if budget > sum(block.widths):
+            raise UserError(
+                f"ratio={ratio} removes {budget} micro-experts of {block.name}, but its "
+                f"routed experts have {sum(block.widths)}: use a lower ratio"
+            )
+
+
 def require_usual_experts(blocks: Sequence[MoEBlock], method: str) -> None:
     """Raise if experts have another form than Wdown (act(Wgate x) ⊙ Wup x)."""
     for block in blocks:

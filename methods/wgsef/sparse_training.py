@@ -1,7 +1,7 @@
-"""Methods for image classifiers: WGSEF and each competitor in the same training.
+"""Methods for image classifiers: sparse training with any solver, and WGSEF.
 
-`SparseTraining` trains with any solver; a method is its options and its solver. `Train` is the same
-training with nothing removed.
+A method is its options and its solver; `competitors` has the others. `Train` is the same training
+with nothing removed.
 
 Shapes: M groups of all families.
 """
@@ -27,17 +27,18 @@ from methods.wgsef.groups.choice import ConvolutionGroups, GroupChoice
 from methods.wgsef.groups.costs import GroupCosts
 from methods.wgsef.groups.partition import GroupPartition
 from methods.wgsef.removal import smaller_classifier
-from methods.wgsef.solvers import envelope, group_lasso, penalties, torch_pruning_solvers
+from methods.wgsef.solvers import envelope
 from methods.wgsef.solvers.allocation import (
     Allocation,
     BudgetScope,
     CostAllocation,
     GlobalAllocation,
+    IsomorphicAllocation,
     LayerAllocation,
     PatternAllocation,
     refuse_impossible_sparsity,
 )
-from methods.wgsef.solvers.solver import HardThresholdSolver, MagnitudeSolver, Solver, SolverContext
+from methods.wgsef.solvers.solver import Solver, SolverContext
 from methods.wgsef.trainer import Trainer, TrainingJob, TrainingOutcome
 
 if TYPE_CHECKING:
@@ -156,10 +157,10 @@ class SparseTraining(ClassifierTraining):
 
     `groups` is one kind of group or several that do not overlap; `layers`, `block` and `masks` are
     those of `GroupChoice`. `ratio` is the fraction to remove, counted in `unit`: groups,
-    multiply-adds or bytes. With scope
-    `global` all layers share one budget, with `layer` each loses that fraction of its groups. If
-    `k` is given, it is the number of groups to keep in the whole network instead. `floor` is the
-    minimum fraction kept per layer. Kept counts are rounded up to `multiple`. With scope `pattern`,
+    multiply-adds or bytes. With scope `global` all layers share one budget, with `layer` each loses
+    that fraction of its groups, with `isomorphic` all layers of one form do together. If `k` is
+    given, it is the number of groups to keep in the whole network instead. `floor` is the minimum
+    fraction kept per layer. Kept counts are rounded up to `multiple`. With scope `pattern`,
     `pattern=[N, M]` keeps N of every M consecutive groups of a layer, whatever `ratio` is.
     """
 
@@ -185,6 +186,10 @@ class SparseTraining(ClassifierTraining):
             raise ValueError(
                 f"scope={self.scope} counts groups, not unit={self.unit}: set scope=global or "
                 "unit=groups"
+            )
+        if self.scope == "isomorphic" and self.groups not in ("filters", ("filters",)):
+            raise ValueError(
+                "scope=isomorphic compares how layers are coupled: it needs groups=filters"
             )
         if (self.scope == "pattern") != (self.pattern is not None):
             raise ValueError("scope=pattern and pattern=[N,M] need each other: set both")
@@ -262,8 +267,8 @@ class SparseTraining(ClassifierTraining):
             return PatternAllocation(partition, *self.pattern)
         sparsity = self._sparsity(partition.groups)
         if self.unit == "groups":
-            kind = LayerAllocation if self.scope == "layer" else GlobalAllocation
-            return kind(partition, sparsity, self.floor)
+            kind = {"layer": LayerAllocation, "isomorphic": IsomorphicAllocation}
+            return kind.get(self.scope, GlobalAllocation)(partition, sparsity, self.floor)
         # Multiply-adds depend on the image size, so costs are counted on a real example.
         image, _ = splits.test.fetch(torch.zeros(1, dtype=torch.long), None)
         costs = GroupCosts(network, partition.families, image.to(partition.device), self.unit)
@@ -320,122 +325,3 @@ class Wgsef(SparseTraining):
         if self.algorithm == "hspg":
             return envelope.EnvelopeHalfSpaceSolver(context, form)
         return envelope.DebiasedSolver(context, self.reach)
-
-
-class GroupLasso(SparseTraining):
-    """Group lasso by Prox-SG; with `adaptive`, in the metric of the optimizer (ProxSSI)."""
-
-    strength: float = Field(default=1e-2, gt=0)
-    adaptive: bool = False
-
-    def solver(self, context: SolverContext) -> Solver:
-        """Return the solver."""
-        maker = (
-            group_lasso.AdaptiveGroupLassoSolver if self.adaptive else group_lasso.GroupLassoSolver
-        )
-        return maker(context, self.strength)
-
-
-Variant = Literal["ours", "released"]
-"""A competitor in the shared form of all solvers here, or as its authors' code updates weights."""
-
-
-class Hspg(SparseTraining):
-    """HSPG: Prox-SG on group lasso, then half-space steps after the fraction `warmup`.
-
-    With `variant=released` the first part is a sub-gradient method, and `cap` is the share of a
-    layer's groups at which half-space tests end.
-    """
-
-    variant: Variant = "ours"
-    strength: float = Field(default=1e-2, gt=0)
-    epsilon: float = Field(default=0.0, ge=0, lt=1)
-    warmup: float = Field(default=0.25, ge=0, le=1)
-    cap: float = Field(default=1.0, gt=0, le=1)
-
-    @model_validator(mode="after")
-    def _refuse_cap(self) -> Self:
-        if self.variant == "ours" and self.cap < 1:
-            raise ValueError(f"cap={self.cap:g} belongs to variant=released: set that, or cap=1")
-        return self
-
-    def solver(self, context: SolverContext) -> Solver:
-        """Return the solver."""
-        if self.variant == "released":
-            return group_lasso.ReleasedHspgSolver(
-                context, self.strength, self.epsilon, self.warmup, self.cap
-            )
-        return group_lasso.HspgSolver(context, self.strength, self.epsilon, self.warmup)
-
-
-class AdaHspg(SparseTraining):
-    """AdaHSPG+ without variance reduction: chooses between both kinds of step each epoch."""
-
-    strength: float = Field(default=3e-2, gt=0)
-    mu: float = Field(default=1.0, gt=0)
-
-    def solver(self, context: SolverContext) -> Solver:
-        """Return the solver."""
-        return group_lasso.AdaHspgSolver(context, self.strength, self.mu)
-
-
-class DeepHoyer(SparseTraining):
-    """The group Hoyer-square penalty."""
-
-    variant: Variant = "ours"
-    strength: float = Field(default=1e-1, gt=0)
-
-    def solver(self, context: SolverContext) -> Solver:
-        """Return the solver."""
-        released = self.variant == "released"
-        maker = penalties.ReleasedDeepHoyerSolver if released else penalties.DeepHoyerSolver
-        return maker(context, self.strength)
-
-
-class Slimming(SparseTraining):
-    """Network slimming: L1 on BatchNorm scales."""
-
-    strength: float = Field(default=3e-2, gt=0)
-
-    def solver(self, context: SolverContext) -> Solver:
-        """Return the solver."""
-        return penalties.SlimmingSolver(context, self.strength)
-
-
-class MagnitudePruning(SparseTraining):
-    """Dense training, then selection of the groups of largest norm."""
-
-    def solver(self, context: SolverContext) -> Solver:
-        """Return the solver."""
-        return MagnitudeSolver(context)
-
-
-class IterativeHardThresholding(SparseTraining):
-    """Projection onto fewer and fewer groups after each step."""
-
-    def solver(self, context: SolverContext) -> Solver:
-        """Return the solver."""
-        return HardThresholdSolver(context)
-
-
-class GroupNorm(SparseTraining):
-    """torch-pruning's sparse training with group norms (DepGraph)."""
-
-    variant: Variant = "ours"
-    strength: float = Field(default=1e-3, gt=0)
-
-    def solver(self, context: SolverContext) -> Solver:
-        """Return the solver."""
-        normalizer = "max" if self.variant == "released" else "mean"
-        return torch_pruning_solvers.GroupNormSolver(context, self.strength, normalizer)
-
-
-class GrowingReg(SparseTraining):
-    """torch-pruning's growing regularisation."""
-
-    strength: float = Field(default=1e-4, gt=0)
-    growth: float = Field(default=1e-3, gt=0)
-
-    def solver(self, context: SolverContext) -> Solver:
-        """Return the solver."""
-        return torch_pruning_solvers.GrowingRegSolver(context, self.strength, self.growth)

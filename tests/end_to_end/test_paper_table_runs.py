@@ -75,7 +75,7 @@ def test_seeds_can_be_swept_and_a_cell_is_their_mean(call):
 
 @pytest.mark.broad
 def test_a_failed_run_leaves_its_cell_empty_and_the_others_whole(call, monkeypatch):
-    from methods.wgsef.sparse_training import MagnitudePruning
+    from methods.wgsef.competitors import MagnitudePruning
 
     def failing(self, model, context):
         raise RuntimeError("the disk caught fire")

@@ -42,7 +42,7 @@ TIMES = {"estimate", "started", "finished"}
 # What trainings need, loaded once by the server and not again by each of its forks.
 TRAINERS = (
     "bench.evaluation.images",
-    "methods.wgsef.sparse_training",
+    "methods.wgsef.competitors",
     "methods.wgsef.fine_tuning",
 )
 

@@ -214,7 +214,21 @@ def _family_of(group: Any, names: dict[nn.Module, str]) -> GroupFamily | None:
         return None
     # Root indices number the groups from 0 without gaps.
     count = 1 + max(int(owned_slice.groups.max()) for owned_slice in owned)
-    return GroupFamily(producers[0], "filters", count, tuple(owned), tuple(readers))
+    form = _form_of(group)
+    return GroupFamily(producers[0], "filters", count, tuple(owned), tuple(readers), form=form)
+
+
+def _form_of(group: Any) -> str:
+    """Return the kinds of layers that are cut together and on which side, in the order of tracing.
+
+    Isomorphic Pruning (arXiv 2407.04616) compares groups of equal form, as torch-pruning tags them.
+    """
+    parts = []
+    for item in group:
+        side = "out" if "out_channels" in item.dep.handler.__name__ else "in"
+        ends = (type(end.module).__name__ for end in (item.dep.source, item.dep.target))
+        parts.append(f"{'>'.join(ends)}:{side}")
+    return " ".join(parts)
 
 
 def _output_slices(name: str, module: nn.Module, units: Tensor, groups: Tensor) -> list[Slice]:

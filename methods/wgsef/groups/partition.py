@@ -283,7 +283,8 @@ class GroupFamily:
     """M groups of one kind in one place.
 
     `owned_slices` are measured and shrunk; `reader_slices` are only cut when groups are removed.
-    `unremovable_reason` is None if the groups can be removed from the network.
+    `unremovable_reason` is None if the groups can be removed from the network. `form` says how the
+    layers of coupled filters depend on each other: families of equal form are isomorphic.
     """
 
     name: str
@@ -292,6 +293,7 @@ class GroupFamily:
     owned_slices: tuple[Slice, ...]
     reader_slices: tuple[Slice, ...] = ()
     unremovable_reason: str | None = None
+    form: str = ""
 
 
 def unit_count(shape: torch.Size, axes: tuple[int, ...]) -> int:

@@ -1,4 +1,4 @@
-"""Number of groups that may stay, and where: a budget for the network, per layer, or of a cost.
+"""Number of groups that may stay: a budget for the network, per layer or form, or of a cost.
 
 Shapes: M groups of all families, L families, N groups of the largest, F places within
 the largest floor.
@@ -21,7 +21,7 @@ from methods.wgsef.groups.partition import GroupPartition
 from methods.wgsef.prox.operators import Shrinkage
 from methods.wgsef.solvers.schedules import cubic_sparsity
 
-BudgetScope = Literal["global", "layer", "pattern"]
+BudgetScope = Literal["global", "layer", "isomorphic", "pattern"]
 ProxOperator = Callable[..., Shrinkage]
 """`prox_envelope` or `prox_debiased`: norms, k, lam, and as keywords weight, metric, cost_LM."""
 
@@ -58,6 +58,8 @@ class Allocation(ABC):
         floors = _floor_counts(partition.sizes, floor)
         self._floors = torch.tensor(floors, device=partition.device)
         self._size_L = torch.tensor(partition.sizes, dtype=torch.float64, device=partition.device)
+        places_F = torch.arange(int(self._floors.max()), device=partition.device)
+        self._within_LF = places_F < self._floors[:, None]
 
     def k(self, progress: float) -> int:
         """Return the number of groups of the whole network that may stay at this point."""
@@ -72,6 +74,15 @@ class Allocation(ABC):
     @abstractmethod
     def select(self, score_M: Tensor, progress: float = 1.0) -> Tensor:
         """Return a mask [M] of the groups of highest score that the budget of this point allows."""
+
+    def _strongest(self, score_M: Tensor) -> Tensor:
+        """Return a mask [M] of the groups that the floors protect."""
+        score_LN = self._partition.pad_by_family(score_M)
+        # All families take as many as the largest floor needs; `_within_LF` masks the surplus of
+        # the others.
+        place_LF = score_LN.topk(self._within_LF.shape[1], -1).indices
+        protected_LN = torch.zeros_like(score_LN, dtype=torch.bool)
+        return self._partition.unpad(protected_LN.scatter_(-1, place_LF, self._within_LF))
 
     @abstractmethod
     def constraint_rows(self, values_M: Tensor) -> Tensor:
@@ -125,6 +136,71 @@ class LayerAllocation(_RowAllocation):
         return (self._size_L - gone_L).maximum(self._floors.double())
 
 
+class IsomorphicAllocation(_RowAllocation):
+    """A budget for all families of one form: together they lose the fraction (Isomorphic Pruning).
+
+    Groups of layers that are coupled in the same way compete, others never do (Fang et al., ECCV
+    2024). Every family keeps its floor, where torch-pruning leaves a layer whole that would lose
+    everything; of equal scores the first stay, where it removes all.
+    """
+
+    def __init__(self, partition: GroupPartition, sparsity: float, floor: float = 0.05) -> None:
+        super().__init__(partition, sparsity, floor)
+        forms = [family.form for family in partition.families]
+        rows = {form: row for row, form in enumerate(dict.fromkeys(forms))}
+        row_L = torch.tensor([rows[form] for form in forms])
+        row_M = row_L.repeat_interleave(torch.tensor(partition.sizes))
+        self._member_RM = (torch.arange(len(rows))[:, None] == row_M).to(partition.device)
+        self._size_R = self._member_RM.sum(1).double()
+        floor_R = torch.zeros(len(rows), dtype=torch.float64)
+        self._floor_R = floor_R.index_add_(0, row_L, self._floors.cpu().double())
+        self._floor_R = self._floor_R.to(partition.device)
+        width = int(self._size_R.max())
+        within_M = self._member_RM.cumsum(1).masked_fill(~self._member_RM, 0).sum(0) - 1
+        self._place_M = row_M.to(partition.device) * width + within_M
+        self._shape = (len(rows), width)
+
+    def k(self, progress: float) -> int:
+        """Return the number of groups of the whole network that may stay at this point."""
+        return int(self.k_rows(progress).sum())
+
+    def constraint_rows(self, values_M: Tensor) -> Tensor:
+        """Return the values with one row per form."""
+        rows, width = self._shape
+        flat = values_M.new_zeros(rows * width)
+        return flat.index_copy_(0, self._place_M, values_M).view(rows, width)
+
+    def from_constraint_rows(self, values_LN: Tensor) -> Tensor:
+        """Return values with one row per form as [M] again."""
+        return values_LN.flatten()[self._place_M]
+
+    def k_rows(self, progress: float) -> Tensor:
+        """Return the number of groups that each form may keep."""
+        gone_R = (self._sparsity * cubic_sparsity(progress) * self._size_R + 1e-9).floor()
+        return (self._size_R - gone_R).maximum(self._floor_R)
+
+    def shrink(
+        self, operator: ProxOperator, norm_M: Tensor, strength: ProxParameters, progress: float
+    ) -> tuple[Tensor, Tensor]:
+        """Solve one equation per form for the groups outside the floors."""
+        score_M = norm_M if strength.weight is None else strength.weight.sqrt() * norm_M
+        held_M = self._strongest(score_M)
+        padding_LN = 1 - self.constraint_rows(torch.ones_like(norm_M))
+        keywords = strength.as_keywords(lambda value_M: self.constraint_rows(value_M) + padding_LN)
+        left_R = self.k_rows(progress) - self._floor_R
+        # The operators need k > 0; what they return of a form without any is not used.
+        free_LN = self.constraint_rows(norm_M.masked_fill(held_M, 0))
+        shrunk = operator(free_LN, left_R.clamp_min(1), strength.lam, **keywords)
+        used_LN = (left_R > 0)[:, None]
+        scale_M = self.from_constraint_rows(torch.where(used_LN, shrunk.scale, 0.0))
+        gate_M = self.from_constraint_rows(torch.where(used_LN, shrunk.gate, 0.0))
+        return scale_M.masked_fill(held_M, 1), gate_M.masked_fill(held_M, 1)
+
+    def select(self, score_M: Tensor, progress: float = 1.0) -> Tensor:
+        """Return a mask [M] of each form's groups of highest score, floors first."""
+        return super().select(torch.where(self._strongest(score_M), torch.inf, score_M), progress)
+
+
 class PatternAllocation(_RowAllocation):
     """N of every M consecutive groups of a family stay: N:M sparsity where groups are weights.
 
@@ -175,8 +251,6 @@ class _NetworkAllocation(Allocation):
     def __init__(self, partition: GroupPartition, sparsity: float, floor: float = 0.05) -> None:
         super().__init__(partition, sparsity, floor)
         self._protected = int(self._floors.sum())
-        places_F = torch.arange(int(self._floors.max()), device=partition.device)
-        self._within_LF = places_F < self._floors[:, None]
 
     def shrink(
         self, operator: ProxOperator, norm_M: Tensor, strength: ProxParameters, progress: float
@@ -202,15 +276,6 @@ class _NetworkAllocation(Allocation):
         self, score_M: Tensor, held_M: Tensor, progress: float
     ) -> tuple[float, dict[str, Tensor]]:
         """Return the joint budget of the groups outside the floors, and their costs if any."""
-
-    def _strongest(self, score_M: Tensor) -> Tensor:
-        """Return a mask [M] of the groups that the floors protect."""
-        score_LN = self._partition.pad_by_family(score_M)
-        # All families take as many as the largest floor needs; `_within_LF` masks the surplus of
-        # the others.
-        place_LF = score_LN.topk(self._within_LF.shape[1], -1).indices
-        protected_LN = torch.zeros_like(score_LN, dtype=torch.bool)
-        return self._partition.unpad(protected_LN.scatter_(-1, place_LF, self._within_LF))
 
 
 class GlobalAllocation(_NetworkAllocation):

@@ -21,6 +21,7 @@ from methods.baselines.micro_expert_controls import (
     RandomExperts,
     RandomMicroExperts,
 )
+from methods.baselines.moe_slimming import MoESlimming
 from methods.baselines.mone import Mone
 from methods.baselines.naee import Naee
 from methods.camera.joint import CameraPQ
@@ -46,6 +47,7 @@ METHODS = {
     "camera_p": CameraP(ratio=0.4),
     "camera_loss_aware": CameraLossAware(**CUT),
     "heapr": Heapr(**CUT, scope="layer"),
+    "moe_slimming": MoESlimming(**CUT),
     "camera_q": CameraQ(shares=(1, 2, 1), block=4, **NEAREST),
     "camera_q_dagger": CameraQDagger(bits=(4, 3), shares=(1, 1), **NEAREST),
     "camera_pq": CameraPQ(budget_bits=6, block=4, **NEAREST),

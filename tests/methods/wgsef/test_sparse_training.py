@@ -15,13 +15,15 @@ from bench.models.classifiers.classifier import VisionConfig
 from bench.models.model import Model
 from bench.models.structure.model_structure import inspect_model
 from bench.schema import ModelConfig
+from methods.wgsef import competitors
 from methods.wgsef import sparse_training as methods
 
 CONF = Path(__file__).parents[3] / "conf" / "method"
 FILES = sorted(
     path
     for path in CONF.glob("*.yaml")
-    if "methods.wgsef.sparse_training." in path.read_text() and path.stem != "train"
+    if "methods.wgsef.sparse_training.W" in path.read_text()
+    or "methods.wgsef.competitors." in path.read_text()
 )
 FOLLOWED = {"data": "digits", "data_folder": None, "split": "test"}
 SHARED = yaml.safe_load((CONF.parent / "config.yaml").read_text())
@@ -38,7 +40,8 @@ def model(name="micro_vgg", **changes):
 
 def knobs(path):
     given = yaml.safe_load(path.read_text())
-    maker = getattr(methods, given.pop("_target_").rpartition(".")[2])
+    module, _, name = given.pop("_target_").rpartition(".")
+    maker = getattr({"competitors": competitors}.get(module.rpartition(".")[2], methods), name)
     # What the benchmark says, which only Hydra can look up.
     assert all(given[key].startswith("${oc.select:benchmark.images.") for key in FOLLOWED)
     # What all methods of a sweep share.
@@ -62,7 +65,7 @@ def test_every_config_is_a_method_that_removes_the_share_it_was_given(path):
 
 
 def test_the_configs_name_every_knob_of_their_class():
-    assert len(FILES) == 10
+    assert len(FILES) == 11
     for path in (*FILES, CONF / "train.yaml"):
         maker, given = knobs(path)
         assert set(given) == set(maker.model_fields), path.stem
@@ -110,7 +113,7 @@ def test_training_without_sparsity_keeps_every_weight_and_learns(name):
     }
     assert report.details["history"][1]["loss"] < report.details["history"][0]["loss"]
     # The recipe is that of sparse training: until its selection, plain training is the same.
-    rival = methods.MagnitudePruning(ratio=0.5, recipe={**recipe, "sparse_share": 1.0})
+    rival = competitors.MagnitudePruning(ratio=0.5, recipe={**recipe, "sparse_share": 1.0})
     other = rival.apply(model(name), Context(seed=0)).details["history"][0]
     again = methods.Train(recipe={**recipe, "sparse_share": 1.0}).apply(
         model(name), Context(seed=0)
@@ -152,6 +155,7 @@ def test_going_on_from_the_models_own_weights_starts_from_them():
         ({"scope": "layer", "unit": "macs"}, "scope=layer counts groups, not unit=macs"),
         ({"k": 5, "scope": "layer"}, "needs scope=global and unit=groups"),
         ({"k": 5, "unit": "bytes"}, "needs scope=global and unit=groups"),
+        ({"scope": "isomorphic", "groups": "channels"}, "needs groups=filters"),
         ({"reach": 1.5}, "less than or equal to 1"),
     ],
 )

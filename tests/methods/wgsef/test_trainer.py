@@ -14,6 +14,7 @@ from methods.wgsef.groups.partition import GroupPartition
 from methods.wgsef.solvers.allocation import CostAllocation, GlobalAllocation, LayerAllocation
 from methods.wgsef.solvers.envelope import DebiasedSolver, EnvelopeHalfSpaceSolver, EnvelopeSolver
 from methods.wgsef.solvers.group_lasso import AdaHspgSolver, AdaptiveGroupLassoSolver
+from methods.wgsef.solvers.hesso import HessoSolver
 from methods.wgsef.solvers.optimizers import ProximalAdam, ProximalSGD
 from methods.wgsef.solvers.schedules import cubic_sparsity, learning_rate_factor
 from methods.wgsef.solvers.solver import HardThresholdSolver, MagnitudeSolver
@@ -26,6 +27,7 @@ SOLVERS = {
     "envelope_half_space": EnvelopeHalfSpaceSolver,
     "adahspg": lambda context: AdaHspgSolver(context, 1e-2),
     "growing_reg": GrowingRegSolver,
+    "hesso": lambda context: HessoSolver(context, start=0.1, span=0.8, periods=2),
     "hard_threshold": HardThresholdSolver,
 }
 
@@ -73,6 +75,7 @@ class Killed(Exception):
         ("envelope_half_space", "sgd", 9),
         ("adahspg", "sgd", 8),
         ("growing_reg", "sgd", 9),
+        ("hesso", "sgd", 5),
         ("hard_threshold", "sgd", 16),
     ],
 )

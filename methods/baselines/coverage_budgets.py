@@ -1,0 +1,126 @@
+"""MoE-Slimming's budgets: how many micro-experts each layer and each routed expert keeps.
+
+Shapes: L layers, E routed experts of a layer, F an expert's width, N micro-experts that are ranked.
+
+A share r of the summed score of N micro-experts, sorted from the greatest, is *covered* by the
+shortest prefix whose sum reaches it: micro-expert j is kept once r exceeds
+
+    c_j = (Σ_{i<j} v_i) / Σ_i v_i,        or j / N where the sum is zero
+
+Layers and experts have weights u, and all have the share r = λ u. The official code bisects λ in 32
+steps until the number that is kept is near the wanted one, and repairs the rest one by one. But
+every c_j / u is the λ at which one more is kept, so the least of them are the kept ones: the
+bisection's limit, exactly as many as wanted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from methods.moe.ranking import apportion, lowest_overall
+
+SMOOTHINGS = 4  # as in the code; its comment says two
+LEAST_WEIGHT = 1e-6
+
+
+def covered_before(score_N: Tensor) -> Tensor:
+    """Return c, float64 [N]: the share covered without each micro-expert, from the greatest on."""
+    sorted_N = score_N.double().clamp_min(0).sort(descending=True).values
+    if not sorted_N.any():
+        sorted_N = torch.ones_like(sorted_N)
+    sum_N = sorted_N.cumsum(0)
+    return (sum_N - sorted_N).clamp_min(0) / sum_N[-1:]
+
+
+def keep_by_coverage(scores: Sequence[Tensor], weights: Sequence[float], keep: int) -> list[int]:
+    """Return how many of each group are kept, `keep` in all, where group g covers a share λ u_g.
+
+    `scores` [N] and the positive `weights` u are those of the groups. Ties go to the first group.
+    """
+    entries = [
+        covered_before(score_N) / weight for score_N, weight in zip(scores, weights, strict=True)
+    ]
+    return [len(chosen) for chosen in lowest_overall(entries, keep)]
+
+
+def layer_weights(loss_L: Tensor) -> list[float]:
+    """Return the weight of each layer from its relative loss [L]; their mean is one.
+
+    Four times the root, then a clamp to one (unbiased) standard deviation around the mean.
+    """
+    weight_L = loss_L.double()
+    for _ in range(SMOOTHINGS):
+        weight_L = weight_L.sqrt()
+        if len(weight_L) > 1:
+            deviation, mean = torch.std_mean(weight_L)
+            weight_L = weight_L.clamp(mean - deviation, mean + deviation)
+    mean = weight_L.mean()
+    # Without any loss, as when every routed expert is zero, no layer is preferred.
+    weight_L = weight_L / mean if mean > 0 else torch.ones_like(weight_L)
+    found: list[float] = weight_L.clamp_min(LEAST_WEIGHT).tolist()
+    return found
+
+
+def expert_weights(score_E: Tensor) -> list[float]:
+    """Return the weight of each expert of a layer, √max(s, 0) normalised to sum one, [E]."""
+    weight_E = score_E.double().clamp_min(0).sqrt()
+    total = weight_E.sum()
+    if total > 0:
+        weight_E = weight_E / total
+    found: list[float] = weight_E.clamp_min(LEAST_WEIGHT).tolist()
+    return found
+
+
+def rounded_widths(
+    widths: Sequence[Sequence[int]], full: Sequence[Sequence[int]], multiple: int, least: int
+) -> list[list[int]]:
+    """Return widths that are multiples of `multiple`, and zero or at least `least`.
+
+    `widths` [L, E] are rounded down, those that fall below `least` become zero, and what this frees
+    is returned in whole multiples: to layers in proportion to the room that their remaining experts
+    have up to `full` [L, E], and there first to the largest remainders, then in proportion to room.
+    If the room does not suffice, the widest of those that became zero get `least` back. So the sum
+    changes by at most half of `multiple` or `least`, whichever is greater.
+    """
+    least = math.ceil(least / multiple) * multiple
+    kept = [[width // multiple * multiple for width in layer] for layer in widths]
+    kept = [[width if width >= least else 0 for width in layer] for layer in kept]
+    lost = sorted(
+        (
+            (-width, number, expert)
+            for number, layer in enumerate(widths)
+            for expert, width in enumerate(layer)
+            if kept[number][expert] == 0 and width and full[number][expert] >= max(least, multiple)
+        ),
+        reverse=True,
+    )
+    while True:
+        rooms = [
+            [(most - width) // multiple if width else 0 for width, most in zip(*pair, strict=True)]
+            for pair in zip(kept, full, strict=True)
+        ]
+        by_layer = [sum(room) for room in rooms]
+        freed = sum(map(sum, widths)) - sum(map(sum, kept))
+        if not lost or freed - multiple * sum(by_layer) < max(least, multiple) / 2:
+            break
+        _, number, expert = lost.pop()
+        kept[number][expert] = max(least, multiple)
+    pieces = min((freed + multiple // 2) // multiple, sum(by_layer))
+    if pieces <= 0:
+        return kept
+    for number, share in enumerate(apportion(by_layer, pieces)):
+        layer, room = kept[number], rooms[number]
+        over = [width % multiple for width in widths[number]]
+        first = sorted((e for e in range(len(over)) if over[e] and room[e]), key=lambda e: -over[e])
+        for expert in first[:share]:
+            layer[expert] += multiple
+            room[expert] -= 1
+        rest = share - len(first[:share])
+        if rest:
+            for expert, more in enumerate(apportion(room, rest)):
+                layer[expert] += more * multiple
+    return kept

@@ -1,0 +1,156 @@
+"""WGSEF's competitors and controls, each a solver in the same sparse training."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from methods.wgsef.solvers import group_lasso, penalties, torch_pruning_solvers
+from methods.wgsef.solvers.hesso import HessoSolver
+from methods.wgsef.solvers.solver import HardThresholdSolver, MagnitudeSolver, Solver, SolverContext
+from methods.wgsef.sparse_training import SparseTraining
+
+
+class GroupLasso(SparseTraining):
+    """Group lasso by Prox-SG; with `adaptive`, in the metric of the optimizer (ProxSSI)."""
+
+    strength: float = Field(default=1e-2, gt=0)
+    adaptive: bool = False
+
+    def solver(self, context: SolverContext) -> Solver:
+        """Return the solver."""
+        maker = (
+            group_lasso.AdaptiveGroupLassoSolver if self.adaptive else group_lasso.GroupLassoSolver
+        )
+        return maker(context, self.strength)
+
+
+Variant = Literal["ours", "released"]
+"""A competitor in the shared form of all solvers here, or as its authors' code updates weights."""
+
+
+class Hspg(SparseTraining):
+    """HSPG: Prox-SG on group lasso, then half-space steps after the fraction `warmup`.
+
+    With `variant=released` the first part is a sub-gradient method, and `cap` is the share of a
+    layer's groups at which half-space tests end.
+    """
+
+    variant: Variant = "ours"
+    strength: float = Field(default=1e-2, gt=0)
+    epsilon: float = Field(default=0.0, ge=0, lt=1)
+    warmup: float = Field(default=0.25, ge=0, le=1)
+    cap: float = Field(default=1.0, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _refuse_cap(self) -> Self:
+        if self.variant == "ours" and self.cap < 1:
+            raise ValueError(f"cap={self.cap:g} belongs to variant=released: set that, or cap=1")
+        return self
+
+    def solver(self, context: SolverContext) -> Solver:
+        """Return the solver."""
+        if self.variant == "released":
+            return group_lasso.ReleasedHspgSolver(
+                context, self.strength, self.epsilon, self.warmup, self.cap
+            )
+        return group_lasso.HspgSolver(context, self.strength, self.epsilon, self.warmup)
+
+
+class AdaHspg(SparseTraining):
+    """AdaHSPG+ without variance reduction: chooses between both kinds of step each epoch."""
+
+    strength: float = Field(default=3e-2, gt=0)
+    mu: float = Field(default=1.0, gt=0)
+
+    def solver(self, context: SolverContext) -> Solver:
+        """Return the solver."""
+        return group_lasso.AdaHspgSolver(context, self.strength, self.mu)
+
+
+class DeepHoyer(SparseTraining):
+    """The group Hoyer-square penalty."""
+
+    variant: Variant = "ours"
+    strength: float = Field(default=1e-1, gt=0)
+
+    def solver(self, context: SolverContext) -> Solver:
+        """Return the solver."""
+        released = self.variant == "released"
+        maker = penalties.ReleasedDeepHoyerSolver if released else penalties.DeepHoyerSolver
+        return maker(context, self.strength)
+
+
+class Slimming(SparseTraining):
+    """Network slimming: L1 on BatchNorm scales."""
+
+    strength: float = Field(default=3e-2, gt=0)
+
+    def solver(self, context: SolverContext) -> Solver:
+        """Return the solver."""
+        return penalties.SlimmingSolver(context, self.strength)
+
+
+class MagnitudePruning(SparseTraining):
+    """Dense training, then selection of the groups of largest norm."""
+
+    def solver(self, context: SolverContext) -> Solver:
+        """Return the solver."""
+        return MagnitudeSolver(context)
+
+
+class IterativeHardThresholding(SparseTraining):
+    """Projection onto fewer and fewer groups after each step."""
+
+    def solver(self, context: SolverContext) -> Solver:
+        """Return the solver."""
+        return HardThresholdSolver(context)
+
+
+class GroupNorm(SparseTraining):
+    """torch-pruning's sparse training with group norms (DepGraph)."""
+
+    variant: Variant = "ours"
+    strength: float = Field(default=1e-3, gt=0)
+
+    def solver(self, context: SolverContext) -> Solver:
+        """Return the solver."""
+        normalizer = "max" if self.variant == "released" else "mean"
+        return torch_pruning_solvers.GroupNormSolver(context, self.strength, normalizer)
+
+
+class Hesso(SparseTraining):
+    """HESSO: groups of least saliency, chosen period by period, fade to zero on a straight line.
+
+    Training is plain until the fraction `start` of the time before the selection, and the `periods`
+    are over after `span` more of it.
+    """
+
+    start: float = Field(default=0.15, ge=0, lt=1)
+    span: float = Field(default=0.2, gt=0, le=1)
+    periods: int = Field(default=10, ge=1)
+
+    @model_validator(mode="after")
+    def _refuse_long_span(self) -> Self:
+        if self.start + self.span > 1:
+            raise ValueError(
+                f"start={self.start:g} and span={self.span:g} end after the selection: their sum "
+                "is at most 1"
+            )
+        return self
+
+    def solver(self, context: SolverContext) -> Solver:
+        """Return the solver."""
+        return HessoSolver(context, self.start, self.span, self.periods)
+
+
+class GrowingReg(SparseTraining):
+    """torch-pruning's growing regularisation."""
+
+    strength: float = Field(default=1e-4, gt=0)
+    growth: float = Field(default=1e-3, gt=0)
+
+    def solver(self, context: SolverContext) -> Solver:
+        """Return the solver."""
+        return torch_pruning_solvers.GrowingRegSolver(context, self.strength, self.growth)
