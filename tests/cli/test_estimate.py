@@ -63,6 +63,7 @@ def test_a_sweep_says_its_estimate_and_a_budget_refuses_it(known, tmp_path, caps
     assert not Store(tmp_path / "results").all()
 
 
+@pytest.mark.broad
 def test_a_budget_is_for_what_is_left_of_a_sweep(known, tmp_path, capsys, monkeypatch):
     results = f"results_dir={tmp_path}/results"
     words = ["-m", *QUICK, results, "method=random_micro_experts", "ratio=0.1,0.2"]

@@ -32,6 +32,7 @@ def ran(bench, place, *arguments):
     return record, samples(record.id, bench.results)
 
 
+@pytest.mark.broad
 def test_repeated_a_run_is_the_same_to_the_last_bit(bench):
     (first, ours), (second, theirs) = ran(bench, "a", "threads=1"), ran(bench, "b", "threads=1")
     assert first.started != second.started

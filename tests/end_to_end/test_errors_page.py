@@ -37,6 +37,7 @@ def test_every_class_has_its_row():
     assert told == classes
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize(("command", "message"), rows("## Frequent mistakes"))
 def test_a_frequent_mistake_is_answered_as_told(tmp_path, monkeypatch, capsys, command, message):
     monkeypatch.chdir(tmp_path)

@@ -45,6 +45,7 @@ def test_a_run_has_its_measured_costs_in_the_record_and_in_one_table(record):
     assert f"{speedup['value']:.3f}" in out
 
 
+@pytest.mark.broad
 def test_a_zeroed_run_says_so_where_its_gain_would_be(record):
     made, out = record("method=random_experts", "costs.measure=[latency]")
     assert not [

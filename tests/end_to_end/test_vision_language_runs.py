@@ -135,6 +135,7 @@ def test_fine_tuning_under_a_strategy(bench):
     assert len(record.methods[1].report["losses"]) == 2
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("asked", "said"),
     [

@@ -57,6 +57,7 @@ def passes(method, network):
     return seen["forward"] / whole, seen["backward"] / whole
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize(
     ("name", "make"),
     [(name, lambda: build("qwen3_moe")) for name in ON_EXPERTS]

@@ -179,6 +179,7 @@ def grammatical(path, labels):
     return local(path, tasks=("cola",), data={"cola": str(path)}, metrics={})
 
 
+@pytest.mark.broad
 def test_a_label_that_is_no_choice_is_found_in_any_task_of_choices(model, tmp_path):
     """The test splits of GLUE on the hub have label -1."""
     path = tmp_path / "cola.jsonl"

@@ -152,6 +152,7 @@ def test_other_methods_meet_none_of_its_answers(tmp_path, undisturbed):
     assert alone.read_text() == (undisturbed.parent / "scored").read_text()
 
 
+@pytest.mark.broad
 def test_two_identical_sweeps_at_once_execute_every_run_once(tmp_path, undisturbed):
     results, log = tmp_path / "results", tmp_path / "scored"
     sweep = ("-m", "method=dense", "seed=1,2")

@@ -247,6 +247,7 @@ def test_a_foreign_record_is_read_or_left_out(results, capsys):
     fuzz_records(capsys, results, random.Random(1), 5, readers=1)
 
 
+@pytest.mark.broad
 def test_no_value_of_what_reports_read_stops_a_command(results, capsys):
     """All of them in one folder, so that each command has to get past every one."""
     store = Store(results)

@@ -166,7 +166,7 @@ def applied(**methods):
         return apply_methods(config, model, context, session), model
 
 
-@pytest.mark.sample(10)
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(
     ("effect", "does", "found"),
     [

@@ -32,6 +32,7 @@ def test_a_cut_spends_the_budget_in_order(widths, data):
         assert chosen.partial_count < widths[chosen.partial_expert]
 
 
+@pytest.mark.sample(16)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("layout", ["fused", "list"])
 @pytest.mark.parametrize("name", ARCHITECTURES)

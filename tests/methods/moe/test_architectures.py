@@ -80,6 +80,7 @@ def test_a_block_equals_its_decomposition(name):
         assert apart < 1e-6, block.name
 
 
+@pytest.mark.sample(16)
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_layer_by_layer_equals_the_whole_forward(name):
     network, seen = network_of(name), []
@@ -127,6 +128,7 @@ def busiest(network, block):
     return sorted(counts.argsort(descending=True)[:2].tolist())
 
 
+@pytest.mark.sample(16)
 @pytest.mark.parametrize("name", DROPPABLE)
 def test_masked_in_the_models_own_code_equals_dropped(name):
     network = network_of(name)
@@ -143,6 +145,7 @@ def test_masked_in_the_models_own_code_equals_dropped(name):
         torch.testing.assert_close(network(rows()).logits, masked, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.sample(16)
 @pytest.mark.parametrize("name", DROPPABLE)
 def test_reap_drops_from_every_layer(name):
     network = network_of(name)

@@ -32,7 +32,7 @@ from tests.methods.quantization.quantized_networks import (
 from tests.models.tiny_networks import ARCHITECTURES, build, tokens
 
 
-@pytest.mark.sample(16)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
     ("name", "layout"),

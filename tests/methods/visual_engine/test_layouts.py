@@ -166,6 +166,7 @@ def test_an_answer_to_learn_from_is_no_prompt():
         locate_visual_tokens(build("paligemma"), call)
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("method", ["fastv", "divprune", "sparsevlm"])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_pruned_equals_masked(name, method):

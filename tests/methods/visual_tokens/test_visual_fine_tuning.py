@@ -92,6 +92,7 @@ def test_training_under_strategies_lowers_the_loss_and_leaves_the_tower(model):
     )
 
 
+@pytest.mark.broad
 def test_what_was_trained_is_what_runs(model):
     """Weights cut out before the training must not serve the network after it."""
     half = model.network.to(torch.bfloat16)

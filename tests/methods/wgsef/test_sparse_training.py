@@ -103,6 +103,7 @@ def test_a_pattern_that_says_nothing_is_refused(knobs, said):
         methods.Wgsef(groups="weights", **knobs)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["micro_lenet", "micro_resnet", "micro_mobilenet"])
 def test_training_without_sparsity_keeps_every_weight_and_learns(name):
     subject, recipe = model(name), {"epochs": 2, "batch": 100}
