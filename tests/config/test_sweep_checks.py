@@ -22,7 +22,7 @@ LAUNCHERS = sorted(
 )
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("recipe", config_names("sweep"))
 def test_a_recipe_composes(recipe):
     sweep = Overrides.parse([f"sweep={recipe}"])

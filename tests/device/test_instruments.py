@@ -47,6 +47,7 @@ for _ in range(2):
 """
 
 
+@pytest.mark.broad
 def test_memory_that_was_free_before_counts_when_it_is_used_again():
     """In a process of its own: in one of many tests, holes between what lives are filled first."""
     told = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True)

@@ -93,7 +93,7 @@ WRONG_ENGINES = {
 }
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "what", ["run", "folder", "weights", "calibration", "method", *WRONG_ENGINES]
 )

@@ -98,6 +98,7 @@ def test_a_run_is_recorded_exported_and_loaded_again(bench, tmp_path, monkeypatc
     assert code == 2 and "is not the network that run" in err
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -132,6 +133,7 @@ def test_images_of_another_size(refused):
     assert "lenet5 is built for 1 channels, size 28 and 10 classes; digits has 1, 8 and 10" in found
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "method", ["camera_p", "wgsef_layerwise", "rtn", "magnitude", "d2_moe", "camera_q"]
 )

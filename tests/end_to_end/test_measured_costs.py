@@ -80,6 +80,7 @@ def test_what_cannot_be_measured_is_one_sentence_before_anything_is_loaded(bench
     assert err.count("\n") == 1
 
 
+@pytest.mark.broad
 def test_lengths_that_the_model_cannot_take_are_named_beside_the_others(record):
     made, out = record("costs.measure=[memory]", lengths="[24,5000]")
     reason = "micro_moe supports 1024 positions; a prompt of 5000 and 2 new tokens exceed them"

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file, save_file
 
 from bench.data.synthetic.world import documents_by_split
@@ -13,6 +14,7 @@ from bench.records import Store
 MICRO_MOE = Path(next(iter(embedded.__path__))) / "micro_moe"
 
 
+@pytest.mark.broad
 def test_activations_that_overflow_give_a_gap_with_its_reason(bench, tmp_path):
     folder, file = tmp_path / "overflowing", tmp_path / "arc.jsonl"
     shutil.copytree(MICRO_MOE, folder)

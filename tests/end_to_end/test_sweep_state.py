@@ -16,6 +16,7 @@ SWEEP = [
 ]  # fmt: skip
 
 
+@pytest.mark.broad
 def test_only_what_failed_is_run_again(tmp_path, capsys, monkeypatch):
     where = ["--results-dir", str(tmp_path)]
     sweep = [*SWEEP, f"results_dir={tmp_path}"]

@@ -129,6 +129,7 @@ def test_bits_that_cannot_give_the_mean(refused, method, mean):
     assert f"method.{method}: mean_bits={float(mean)} must be between 1 and" in said
 
 
+@pytest.mark.broad
 def test_a_calibration_text_shorter_than_asked(refused, tmp_path):
     file = tmp_path / "short.txt"
     file.write_text("A text of few words.")

@@ -37,6 +37,7 @@ def test_a_model_above_the_memory_does_not_fit_and_the_cure_is_named(large):
     assert any("published shapes" in gap for gap in whole.missing)
 
 
+@pytest.mark.broad
 def test_streaming_takes_link_time_and_the_flops_of_the_analysis_bound_it_below(large):
     whole, streamed = (
         next(p for p in run.phases if p.name == "applying camera_p") for run in large.runs

@@ -103,6 +103,7 @@ def libraries_at(monkeypatch, **versions):
     )
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("metric", "library"), [
     ("f1", "scikit_learn"), ("mcc", "scikit_learn"), ("bleu", "sacrebleu"), ("ter", "sacrebleu"),
 ])  # fmt: skip

@@ -1,5 +1,6 @@
 """A method that raises, leaves NaN, or keeps memory: one sentence with its name."""
 
+import pytest
 import torch
 
 from bench.records import Store
@@ -40,6 +41,7 @@ def test_nan_weights_are_refused_by_method_and_tensor(tmp_path, undisturbed):
     assert not Store(tmp_path / "results").all()
 
 
+@pytest.mark.broad
 def test_a_method_that_raises_is_named_and_the_next_run_is_untouched(tmp_path, same):
     def act(model):
         raise ZeroDivisionError("no token came")

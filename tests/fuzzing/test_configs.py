@@ -42,6 +42,7 @@ any_groups = st.fixed_dictionaries(
 any_methods = st.lists(st.sampled_from(METHODS), max_size=2, unique=True)
 
 
+@pytest.mark.broad
 @settings(max_examples=300 if thorough else 12, suppress_health_check=patient)
 @given(any_groups, any_methods)
 def test_any_groups_compose_or_are_refused_in_a_sentence(groups, methods):

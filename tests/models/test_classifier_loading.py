@@ -59,6 +59,7 @@ def test_the_papers_networks_have_the_shape_of_their_data(name):
     assert inspect_model(network).vision.classes == images.classes
 
 
+@pytest.mark.broad
 def test_fresh_weights_are_those_of_the_seed_also_within_a_process():
     cache = BaseModelCache()
     weights = {}

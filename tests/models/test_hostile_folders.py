@@ -160,6 +160,7 @@ def test_a_tokenizer_that_does_not_end(folder, quick_limits, changes):
         load_model(source_of(folder))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("template", [
     "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}",
     "{{ 'a' * 10000000000 }}",

@@ -40,7 +40,7 @@ def test_nothing_of_the_layers_is_in_memory(folder):
     assert model.device.type == "cpu"
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "knobs",
     [
@@ -105,7 +105,7 @@ def test_changes_are_kept_when_something_fails(folder):
         assert not layer.input_layernorm.weight.any()
 
 
-@pytest.mark.sample(1)
+@pytest.mark.broad
 def test_costs_are_counted_without_loading_it_all(folder):
     costs = CostsConfig(name="tiny", batch=1, length=8)
     on_disk, in_memory = loaded(folder, "offload_disk"), loaded(folder)
@@ -121,6 +121,7 @@ def test_methods_that_do_not_stream_still_refuse(folder):
         RandomMicroExperts(ratio=0.2).apply(model, Context(0))
 
 
+@pytest.mark.sample(1)
 def test_the_folder_on_disk_goes_with_the_network(folder, monkeypatch, tmp_path):
     import gc
 
@@ -134,6 +135,7 @@ def test_the_folder_on_disk_goes_with_the_network(folder, monkeypatch, tmp_path)
     assert not (tmp_path / "weights").exists()
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_runs_from_disk(name, tmp_path):
     network = build(name)

@@ -53,6 +53,7 @@ def refuse_by_transformers(folder, kind):
     assert not hasattr(transformers, name)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_ragged_comes_back_through_slimbench(name, tmp_path):
     small, _ = shrunk(name)
@@ -79,6 +80,7 @@ def halved(name, **changes):
     return small, dark
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES.keys() - {"deepseek"}))
 def test_padded_comes_back_through_transformers(name, tmp_path):
     small, dark = halved(name)
@@ -90,6 +92,7 @@ def test_padded_comes_back_through_transformers(name, tmp_path):
     assert not (tmp_path / "out" / replaced_modules.DESCRIPTION_FILE).exists()
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_one_width_needs_no_padding(name, tmp_path):
     network = build(name)

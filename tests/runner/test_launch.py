@@ -32,6 +32,7 @@ def third_party(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(folder.parent))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("flags", [[], ["-m"]])
 def test_the_search_path_is_part_of_a_runs_command(third_party, tmp_path, flags):
     given = ["hydra.searchpath=[pkg://third_party.conf]", "packages=[methods,third_party]"]

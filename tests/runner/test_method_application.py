@@ -208,7 +208,7 @@ def test_a_saving_that_the_counts_do_not_show_is_not_claimed(said, effect, does,
     assert effect in line
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("effect", "does", "found"),
     [

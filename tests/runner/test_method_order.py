@@ -33,6 +33,7 @@ def config_of(methods, *more):
     return compose_run_config([f"method=[{methods}]", *SMALL, *own, *more])
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(("methods", "cure"), [
     ("rtn,camera_p", "list camera_p before rtn"),
     ("camera_q,camera_p", "list camera_p before camera_q"),
@@ -48,6 +49,7 @@ def test_an_order_that_cannot_work(tmp_path, methods, cure):
         check_run(config_of(methods, f"results_dir={tmp_path}"), Session())
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "methods",
     ["camera_p,rtn", "wgsef_heads,camera_p,camera_q", "rtn,shortgpt", "naee,d2_moe", "d2_moe,flap"],

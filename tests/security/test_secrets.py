@@ -75,6 +75,7 @@ def test_a_run_with_wandb_leaves_no_secret(tmp_path, capsys):
     assert leaked(tmp_path, said.out, said.err) == []
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("mode", [[], ["-m"]])
 def test_a_crash_tells_no_secret(tmp_path, capsys, monkeypatch, mode):
     def refused(self, model, context):

@@ -60,6 +60,7 @@ def test_folders_with_too_many_modules_are_named(tmp_path):
     assert made.crowded(most=3) == {"bench/full": 4}
 
 
+@pytest.mark.broad
 def test_this_tree_is_within_its_limits():
     found = figures(SourceTree(ROOT))
     assert all(figure.ok for figure in found), "\n".join(

@@ -103,6 +103,7 @@ def online(monkeypatch, tmp_path):
     assert not [path for path in written if KEY.encode() in path.read_bytes()]
 
 
+@pytest.mark.broad
 def test_a_server_that_is_away_costs_the_time_limit_once(online):
     with serving("silent") as server:
         url = server.url
@@ -114,6 +115,7 @@ def test_a_server_that_is_away_costs_the_time_limit_once(online):
     assert took < 1
 
 
+@pytest.mark.broad
 def test_a_server_that_never_answers_costs_the_time_limit(online):
     with serving("silent") as server:
         said, took = online(server.url, timeout=3)
@@ -130,6 +132,7 @@ def test_a_server_that_fails_in_the_middle_costs_the_time_limit(online):
     assert took < 60
 
 
+@pytest.mark.broad
 def test_a_wrong_key_is_said_at_once_and_never_shown(online):
     with serving("wrong key") as server:
         said, took = online(server.url, timeout=60)

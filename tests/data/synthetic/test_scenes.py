@@ -117,6 +117,7 @@ def test_ocr_tokens_are_given_as_the_harness_gives_them() -> None:
         assert prompt == function("doc_to_text")(document, settings)
 
 
+@pytest.mark.sample(3)
 @each_task
 def test_right_answers_score_one_and_others_nothing(task: str) -> None:
     for document, again in list(zip(question_sets.documents(task), rows(task), strict=True))[:60]:
@@ -289,6 +290,7 @@ def test_fingerprint_is_pinned_and_covers_pixels(task: str) -> None:
     assert question_sets.fingerprint(task) == FINGERPRINTS[task]
 
 
+@pytest.mark.broad
 def test_fingerprint_is_the_same_in_another_process() -> None:
     code = "from bench.data.synthetic import scenes; print(scenes.fingerprint('mmbench_en'))"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)

@@ -106,6 +106,7 @@ def test_harness_scores_the_test_side(task: str) -> None:
     assert [{key: doc[key] for key in FIELDS[task]} for doc in scored] == expected
 
 
+@pytest.mark.sample(3)
 @each_task
 def test_rendering_is_that_of_the_harness(task: str) -> None:
     harness = harness_task(task)
@@ -129,6 +130,7 @@ def test_same_seed_gives_the_same_world_and_another_seed_another() -> None:
     assert question_sets.fingerprint() != question_sets.fingerprint("boolq")
 
 
+@pytest.mark.broad
 def test_fingerprint_is_the_same_in_another_process() -> None:
     code = "from bench.data.synthetic import world; print(world.fingerprint())"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
@@ -148,7 +150,7 @@ def test_what_the_test_asks_is_never_asked_in_training(task: str) -> None:
     assert train.isdisjoint(test)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @each_task
 def test_no_test_question_is_in_the_corpus(task: str) -> None:
     text = training_text()
@@ -258,6 +260,7 @@ def test_arithmetic_is_right() -> None:
         assert len({choice for _, choice in prompt.choices}) == 5
 
 
+@pytest.mark.broad
 def test_data_set_can_be_written(tmp_path: Path) -> None:
     write_parquet(tmp_path, question_sets.SEED)
     for task in question_sets.TASKS:

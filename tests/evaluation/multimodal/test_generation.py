@@ -60,6 +60,7 @@ def answer(model, asked, batch, gib=1.0, **options):
     return [answer.text for answers in each for answer in answers]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_it_answers_like_a_plain_loop(name, batch, mllms):

@@ -67,7 +67,7 @@ def of(seven, name):
     return config, next(task for task in tasks if task.name == name)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["gqa", "vqav2_val", "scienceqa_img", "textvqa_val"])
 def test_half_right_is_a_half(name, seven):
     config, task = of(seven, name)
@@ -138,6 +138,7 @@ def test_mme_stands_in_the_mean_as_a_share(seven):
     assert next(row for row in rows if row.task == "mme" and row.headline).value > 1
 
 
+@pytest.mark.broad
 def test_mmbench_wants_all_rotations_right():
     config, (task,) = planned("mmbench_en_dev_static")
     rows = task.task.dataset_no_image[task.split]

@@ -160,6 +160,7 @@ def with_network(model, change):
     return replace(model, network=network)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_logits_that_are_not_finite_are_no_answer(llava, tmp_path, backend):
     rows = pope()

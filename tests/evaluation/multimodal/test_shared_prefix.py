@@ -144,6 +144,7 @@ def fastv():
     return FastV(keep=0.5)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("method", [fastv, official])
 def test_a_method_that_looks_at_whole_prompts_uses_the_padded_backend(micro_llava, method):
     model = applied(micro_llava, method())

@@ -102,6 +102,7 @@ def test_each_strategy_alone(name, strategy):
     assert counted.causal < dense.causal
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", THREE)
 @pytest.mark.parametrize("label", ["yopo_25", "yopo_12"])
 def test_both_presets(name, label):
@@ -126,6 +127,7 @@ def test_every_pruning_method_says_what_choosing_costs(method):
     both_agree(loaded("llava_llama", (METHODS | LLAVA_METHODS)[method]))
 
 
+@pytest.mark.broad
 @settings(max_examples=8)
 @given(
     st.sampled_from(THREE),
@@ -171,6 +173,7 @@ def test_a_method_that_does_not_say_is_named():
     assert flops_provider_of(model.network).unaccounted == ("fastv",)
 
 
+@pytest.mark.broad
 @settings(max_examples=6, deadline=None)
 @given(
     st.sampled_from(sorted(ARCHITECTURES)),

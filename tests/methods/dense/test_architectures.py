@@ -44,7 +44,7 @@ def zeros(network):
     return sum(int((weight == 0).sum()) for weight in network.parameters())
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @EVERY
 def test_each_method_runs_and_counts_what_it_did(name):
     dense = build_dense(name)
@@ -169,7 +169,7 @@ def test_a_packed_decoder_is_loaded_from_its_folder(name, tmp_path):
 STREAMED = ["camera_p", "camera_q", "camera_pq", "gptq", "awq", "wanda", "sparsegpt", "shortgpt"]
 
 
-@pytest.mark.sample(1)
+@pytest.mark.broad
 @pytest.mark.parametrize("name", ["phi3", "gpt2"])
 def test_a_decoder_on_disk_is_changed_like_one_in_memory(name, tmp_path):
     folder = save(build_dense(name), tmp_path / "model")
@@ -189,7 +189,7 @@ def test_a_decoder_on_disk_is_changed_like_one_in_memory(name, tmp_path):
         METHODS["wgsef_neurons"].apply(loaded("offload_disk"), context())
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["llama_biased", "gemma2", "phi3", "gpt2", "opt", "falcon"])
 def test_each_method_runs_in_bfloat16(name):
     dense = build_dense(name).to(torch.bfloat16)

@@ -62,6 +62,7 @@ def test_both_layouts_are_packed_alike(architecture):
     torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", METHODS)
 def test_many_bits_leave_the_network_as_it_was(name):
     network, rows = build("deepseek_v3"), tokens()

@@ -114,6 +114,7 @@ def test_what_was_trained_is_what_runs(model):
         assert torch.equal(fresh(**call).logits.nan_to_num(), after)
 
 
+@pytest.mark.broad
 def test_the_same_seed_trains_the_same(processor):
     found = []
     for _ in range(2):

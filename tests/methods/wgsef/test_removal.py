@@ -123,6 +123,7 @@ def test_a_network_pruned_twice_comes_back_too(tmp_path):
     )
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize(
     "name",
     [

@@ -51,6 +51,7 @@ def knobs(path):
     return maker, given | FOLLOWED | shared
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_config_is_a_method_that_removes_the_share_it_was_given(path):
     maker, given = knobs(path)

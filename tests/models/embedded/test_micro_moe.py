@@ -96,6 +96,7 @@ def test_accuracy_is_what_the_log_says(
     assert measured == pytest.approx(LOG["results"]["accuracy"][task], abs=0.011)
 
 
+@pytest.mark.broad
 def test_perplexity_is_what_the_log_says_and_beats_word_counts(
     model: Qwen2MoeForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -112,6 +113,7 @@ def unigram_perplexity(tokenizer: PreTrainedTokenizerFast) -> float:
     return math.exp(-sum(math.log((counts[token] + 1) / total) for token in test) / len(test))
 
 
+@pytest.mark.broad
 def test_no_expert_is_idle(model: Qwen2MoeForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     texts = tokenizer(calibration.train_text(), verbose=False)["input_ids"][:4096]
     texts += tokenizer("\n".join(question_sets.corpus()[::200]))["input_ids"][:4096]

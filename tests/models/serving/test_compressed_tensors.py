@@ -46,6 +46,7 @@ def check(network, folder):
     return json.loads((folder / "config.json").read_text())["quantization_config"]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("method", "grid"),
     [
@@ -69,6 +70,7 @@ def test_dense_networks_come_back_through_transformers(method, grid, tmp_path):
     assert "re:lm_head$" in config["ignore"]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("name", "method"),
     [

@@ -31,6 +31,7 @@ def numbers(page, title):
     return [float(text.split()[0].replace("×", "")) for text in texts if text[0].isdigit()]
 
 
+@pytest.mark.broad
 def test_columns_sort_both_ways(visit, ten):
     page = visit(ten[0]).open("#/leaderboard")
     assert len(labels(page)) == 10
@@ -139,6 +140,7 @@ def brute_force_front(records):
     return [point for point in points if not beaten(point)]
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_colours_follow_the_system_until_the_reader_chooses(visit, ten, scheme):
     page = visit(ten[0], color_scheme=scheme).open()
@@ -215,6 +217,7 @@ def test_five_thousand_runs_are_paged_sorted_and_opened(visit, thousands):
     assert page.locator(".figure svg [aria-label=dot] path").count() > 1000
 
 
+@pytest.mark.broad
 def test_no_runs_is_said_and_shows_a_first_command(visit, tmp_path):
     opened = visit(write_report(tmp_path).path)
     assert "bench run" in opened.open().locator("main").inner_text()

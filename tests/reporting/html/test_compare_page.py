@@ -39,6 +39,7 @@ def numbers(text):
     return [float(word) for word in re.findall(r"[-+−]?\d+\.?\d*", text.replace("−", "-"))]
 
 
+@pytest.mark.broad
 def test_differences_are_those_of_bench_compare(visit, three):
     root, (dense, naee, camera), path = three
     page = visit(path).open(f"#/compare?runs={dense.id},{naee.id},{camera.id}")
@@ -91,6 +92,7 @@ def test_a_number_that_its_samples_do_not_give_is_not_paired(three):
     assert set(packed_outcomes(table, changed)) == set(TASKS[1:])
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("width", [390, 820, 1400])
 def test_nothing_runs_off_the_page(visit, three, width):
     _, _, path = three

@@ -42,7 +42,7 @@ def settled(opened, address):
     return page
 
 
-@pytest.mark.sample(1)
+@pytest.mark.broad
 @pytest.mark.parametrize("width", [390, 768, 1400])
 def test_it_fits_and_everything_has_a_name(visit, report, width):
     path, pages = report

@@ -14,6 +14,7 @@ def searched(tmp_path_factory):
     return write_report(root).path, records, study
 
 
+@pytest.mark.broad
 def test_a_search_shows_its_best_values_and_its_front(visit, searched):
     path, records, study = searched
     page = visit(path).open("#/searches")

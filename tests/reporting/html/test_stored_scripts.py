@@ -54,7 +54,7 @@ def poisoned(tmp_path_factory):
     return write_report(root).path, bad
 
 
-@pytest.mark.sample(1)
+@pytest.mark.broad
 @pytest.mark.parametrize("bypass_csp", [False, True], ids=["policy", "escaping alone"])
 def test_stored_scripts_are_text(visit, poisoned, bypass_csp):
     path, bad = poisoned

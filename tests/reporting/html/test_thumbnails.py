@@ -162,6 +162,7 @@ def test_a_photograph_is_small_and_upright():
     assert opened(uri).size == (160, 240)
 
 
+@pytest.mark.broad
 def test_the_page_shows_them_with_a_name(visit, pictured, tmp_path, capsys):
     root, made = pictured
     out = tmp_path / "r.html"

@@ -235,7 +235,7 @@ def results(tmp_path, records):
 KINDS = ("front", "curves", "allocation", "breakdown", "calibration", "training")
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_is_written_in_every_format_and_as_json(kind, results, capsys):
     assert main(["plot", kind, "--results-dir", str(results)]) == 0

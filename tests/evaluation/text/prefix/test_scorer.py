@@ -82,7 +82,7 @@ WITH_LONG_PREFIX = drawn(2, 60, 90, 12, 3, 4)
 LONG = drawn(3, 2, 1, 300, 3, 40)
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_every_architecture_answers_the_same(kind, attention):
     window = KINDS[kind].get("sliding_window")

@@ -205,6 +205,7 @@ def test_inputs_are_what_the_matrices_are_given():
         torch.testing.assert_close(inputs.hidden_gram_EFF[expert].float(), hidden.T @ hidden)
 
 
+@pytest.mark.broad
 def test_costs_are_counted_on_the_shared_form():
     config = CostsConfig(name="tiny", batch=2, length=9)
     network = build("qwen2_moe")
