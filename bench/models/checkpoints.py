@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 from bench.data.digests import cache_folder, digest
 from bench.errors import MissingData, UserError, is_panic, optional_module
-from bench.models.network import text_config
 from bench.models.weight_files import ADAPTER_CONFIG, read_json_object
 from bench.ui import Progress
 
@@ -277,6 +276,9 @@ def _wanted_shape(part: str, module: nn.Module, weight: tuple[int, ...]) -> tupl
 
 def _is_tied(network: nn.Module, module: nn.Module) -> bool:
     """Return whether a module is the embedding or the head of a network that ties the two."""
+    # Imported here: resolving a model's source does without torch.
+    from bench.models.network import text_config
+
     whole = cast("TransformersNetwork", network)
     # By the config: on the meta device tied weights are separate tensors.
     tied = bool(getattr(text_config(network), "tie_word_embeddings", False))

@@ -36,3 +36,15 @@ def test_start_up_imports_nothing_heavy(code):
     check = f"{code}\nimport sys\nprint('heavy:', *[m for m in {HEAVY!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "heavy:"
+
+
+def test_what_looks_up_and_reports_does_without_torch():
+    """Seconds of every command that loads no network."""
+    light = (
+        "bench.config.sweep_checks, bench.evaluation, bench.models.source, bench.records, "
+        "bench.reporting.html, bench.runner.execute, bench.runner.inputs, bench.sweeps.plan"
+    )
+    heavy = ("torch", "transformers", "lm_eval", "datasets", "pandas")
+    code = f"import sys, {light}\nprint([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
