@@ -192,11 +192,11 @@ def describe_device() -> DeviceFacts:
     """Return what a record says about this machine."""
     import torch
 
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    gpus = gpu_names()
     return {
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "cpu": _processor_name(),
+        "cpu": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
@@ -205,7 +205,18 @@ def describe_device() -> DeviceFacts:
     }
 
 
-def _processor_name() -> str:
+def gpu_names() -> list[str]:
+    """Return the name of each GPU that torch sees; torch is imported only where a driver is."""
+    # NVIDIA's, AMD's and Windows' own for Linux.
+    drivers = (path for name in ("nvidia*", "kfd", "dxg") for path in Path("/dev").glob(name))
+    if sys.platform == "linux" and not any(drivers):
+        return []
+    import torch
+
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def processor_name() -> str:
     """Return the processor's name, or its architecture where the system does not tell."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -100,6 +100,16 @@ def test_the_launchers_do_not_load_torch():
     assert subprocess.run([sys.executable, "-P", "-c", script], check=False).returncode == 0
 
 
+def test_without_a_driver_gpus_are_looked_for_without_torch(tmp_path):
+    script = (
+        "import sys; from bench.device import devices; "
+        f"devices.Path = lambda _: __import__('pathlib').Path({str(tmp_path)!r}); "
+        "sys.platform = 'linux'; "
+        "assert devices.gpu_names() == []; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-P", "-c", script], check=False).returncode == 0
+
+
 def test_the_processor_is_named_by_its_model_where_the_system_tells(monkeypatch):
     text = "processor\t: 0\nmodel name\t: Some CPU @ 3 GHz\n\nmodel name\t: another\n"
     monkeypatch.setattr(devices.Path, "read_text", lambda *_, **__: text)

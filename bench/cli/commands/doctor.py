@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TypeVar
 
+import psutil
 from omegaconf import DictConfig, OmegaConf
 from pydantic import ValidationError
 
 from bench.config.composition import compose_section, config_names
 from bench.data import hub
-from bench.device.devices import describe_device
+from bench.device.devices import gpu_names, processor_name
 from bench.errors import UserError
 from bench.evaluation import plan
-from bench.models.source import resolve_model
+from bench.models.source import fresh_folder, is_fresh, resolve_model
 from bench.schema import HARNESS_BENCHMARKS, BenchmarkConfig, ModelConfig
 from bench.security import CONFIG_DIR
 from bench.ui import print_rows
@@ -46,11 +48,9 @@ def _packages() -> Iterator[dict[str, str]]:
 
 
 def _devices() -> Iterator[dict[str, str]]:
-    found = describe_device()
-    memory = found["memory_bytes"] / 2**30
-    cpu = f"{found['cpu']}, {found['cores']} cores, {found['threads']} threads, {memory:.0f} GiB"
-    yield _row("device cpu", cpu)
-    yield _row("device cuda", ", ".join(found["gpus"]) or None, "no CUDA device")
+    memory = psutil.virtual_memory().total / 2**30
+    yield _row("device cpu", f"{processor_name()}, {os.cpu_count()} cores, {memory:.0f} GiB")
+    yield _row("device cuda", ", ".join(gpu_names()) or None, "no CUDA device")
 
 
 def _models() -> Iterator[dict[str, str]]:
@@ -71,7 +71,9 @@ def _looked_up(group: str, find: Callable[[str], str]) -> Iterator[dict[str, str
 
 
 def _find_model(name: str) -> str:
-    return str(resolve_model(_shipped("model", name, ModelConfig), offline=True).folder)
+    config = _shipped("model", name, ModelConfig)
+    # What code draws needs no file; to look at the code as well takes the import of torch.
+    return str(fresh_folder() if is_fresh(config) else resolve_model(config, offline=True).folder)
 
 
 def _find_data(name: str) -> str:
