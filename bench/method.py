@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, ConfigDict, Field, model_serializer
 
 from bench.errors import UserError
 from bench.ui import SILENT, Progress
@@ -54,10 +54,12 @@ class LayerReport(BaseModel):
     energy_per_expert: list[float] | None = None
     mean_bits: float | None = None
 
-    @model_serializer(mode="wrap")
-    def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, object]:
-        # A null in a record would read as a measurement that failed.
-        return {name: value for name, value in serialize(self).items() if value is not None}
+    @model_serializer
+    def _without_absent(self) -> dict[str, object]:
+        # A null in a record would read as a measurement that failed. Not by iteration, which takes
+        # longer than all else that a report does with a layer.
+        values = {**self.__dict__, **(self.__pydantic_extra__ or {})}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)

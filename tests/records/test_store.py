@@ -4,9 +4,11 @@ import json
 import os
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bench.errors import UserError
-from bench.records import AppliedMethod, Cost, DenseModel, Metric, Record, Store, run_id
+from bench.records import AppliedMethod, Cost, DenseModel, Metric, Record, Store, files, run_id
 from bench.records import load as load_frame
 from bench.records import samples as load_samples
 from bench.records.files import parse_json, write_bytes, write_folder
@@ -230,3 +232,25 @@ def test_numbers_that_do_not_fit_are_refused_wherever_they_stand(text, fits):
     else:
         with pytest.raises(ValueError, match=r"it holds 9|it holds 1|it holds -1"):
             parse_json(content)
+
+
+NUMBERS = st.integers(-(2**65), 2**65) | st.floats()
+VALUES = st.recursive(
+    st.none() | st.booleans() | NUMBERS | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=12,
+)
+
+
+@given(VALUES, st.integers(0, 70))
+def test_the_fast_parser_takes_and_refuses_what_the_slow_one_does(value, depth):
+    def outcome(parse):
+        try:
+            return repr(parse(content))
+        except ValueError as error:
+            return f"refused: {error}"
+
+    for _ in range(depth):
+        value = [value]
+    content = json.dumps(value).encode()
+    assert outcome(parse_json) == outcome(files._parse_json_slowly)
