@@ -1,8 +1,9 @@
 """Files of a results folder: written atomically, and read within bounds.
 
 A write goes to a temporary in the same folder, then flush, fsync, rename. What is read may come
-from somebody else: nothing here waits, follows a link or fills the memory. What is no regular file,
-too large or nested too deep is refused by its kind, before it is opened or parsed.
+from somebody else: nothing here waits, follows a link or fills the memory. What is no regular file
+or too large is refused by its kind before it is read, what is nested too deep before any other part
+of the program sees it.
 """
 
 from __future__ import annotations
