@@ -2,13 +2,11 @@
 
 A write goes to a temporary in the same folder, then flush, fsync, rename. What is read may come
 from somebody else: nothing here waits, follows a link or fills the memory. What is no regular file
-or too large is refused by its kind before it is read, what is nested too deep before any other part
-of the program sees it.
+or too large is refused by its kind, before it is opened or read.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -18,11 +16,10 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
-
-from pydantic_core import from_json
+from typing import TYPE_CHECKING
 
 from bench.errors import FULL_DISK_ERRNOS, UNWRITABLE_ERRNOS, Stopped, UserError
+from bench.records.json_values import MAX_INTEGER, parse_json
 from bench.ui import clean, warn
 
 if TYPE_CHECKING:
@@ -32,9 +29,6 @@ if TYPE_CHECKING:
 MAX_JSON_BYTES = 64 * 2**20
 MAX_TABLE_BYTES = 2**33
 """Bytes of a table when it is unpacked; compression makes a small file of any amount of zeros."""
-MAX_DEPTH = 64
-MAX_INTEGER = 2**63 - 1
-"""Whole numbers are stored in 64 bits by Parquet, JavaScript and most other readers."""
 SAMPLE_COLUMNS = {
     **dict.fromkeys(
         ("task", "filter", "doc_hash", "prompt_hash", "image_hash", "prompt", "response"), "text"
@@ -46,11 +40,6 @@ SAMPLE_COLUMNS = {
     "loglikelihoods": "lists of numbers",
 }
 """What the columns of `samples.parquet` hold; metrics add numbers of their own."""
-_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-_TEXT = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
-_MAY_OVERFLOW = re.compile(rb"\d{19}|[eE]\+?\d{3}")
-"""Numbers so long, or with such an exponent, that they may not fit; all others fit."""
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link", stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
@@ -81,107 +70,9 @@ def _require_regular(path: Path, mode: int) -> None:
         raise ValueError(f"{path.name} is {_KINDS.get(stat.S_IFMT(mode), 'no regular file')}")
 
 
-def parse_json(content: bytes) -> object:
-    """Parse JSON whose values every part of the program can hold.
-
-    Raises:
-        ValueError: it is no JSON, is nested deeper than `MAX_DEPTH`, or holds a number or text
-            that cannot be stored again.
-    """
-    # A third of the time of Python's own parser; that one says what is wrong.
-    try:
-        found: object = from_json(content, allow_inf_nan=False)
-    except ValueError:
-        return _parse_json_slowly(content)
-    return found if _is_storable(found) else _parse_json_slowly(content)
-
-
-def _is_storable(parsed: object) -> bool:
-    """Tell whether values are nested at most `MAX_DEPTH` deep, and all numbers fit."""
-    level: list[Any] = [[parsed]]
-    # One level more: that of the list around the whole.
-    for _ in range(MAX_DEPTH + 1):
-        below = []
-        for values in level:
-            for value in values:
-                kind = type(value)
-                if kind is dict:
-                    below.append(value.values())
-                elif kind is list:
-                    below.append(value)
-                elif kind is int:
-                    if not -MAX_INTEGER <= value <= MAX_INTEGER:
-                        return False
-                elif kind is float and not math.isfinite(value):
-                    return False
-        if not below:
-            return True
-        level = below
-    return False
-
-
-def _parse_json_slowly(content: bytes) -> object:
-    """Parse JSON as `parse_json` does, and say what is wrong with it."""
-    without_texts = _TEXT.sub(b"", content)
-    if not _is_shallow(without_texts):
-        raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
-    # A call for every number takes half as long again as all of the parsing.
-    checked = _MAY_OVERFLOW.search(without_texts) is not None
-    try:
-        found = json.loads(
-            content.decode(),
-            parse_constant=_refuse_constant,
-            parse_float=_finite if checked else None,
-            parse_int=_bounded if checked else None,
-        )
-    except UnicodeDecodeError:
-        raise ValueError("it is not UTF-8") from None
-    except RecursionError:
-        raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels") from None
-    if _SURROGATE.search(content):
-        # Half a character can be written in JSON, and nowhere else.
-        try:
-            json.dumps(found, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise ValueError("it holds half a character") from None
-    return found
-
-
 def read_json(path: Path) -> object:
     """Return the content of a JSON file; raises as `read_regular_file` and `parse_json` do."""
     return parse_json(read_regular_file(path))
-
-
-def _is_shallow(without_texts: bytes) -> bool:
-    """Tell whether brackets are nested at most `MAX_DEPTH` deep, without parsing."""
-    # All of it by functions in C: the brackets alone, and then pair by pair from the inside.
-    left = without_texts.translate(None, _NO_BRACKETS)
-    for _ in range(MAX_DEPTH):
-        if not left:
-            return True
-        left = left.replace(b"{}", b"").replace(b"[]", b"")
-    if b"{}" in left or b"[]" in left:
-        return False
-    # What does not match up is no JSON; the parser says where.
-    return left.count(b"[") + left.count(b"{") <= MAX_DEPTH
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"it holds {name}, which is no number")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"it holds {text[:20]}, which is no finite number")
-    return value
-
-
-def _bounded(text: str) -> int:
-    # By its length first: Python refuses to convert thousands of digits, in words of its own.
-    if len(text) > 20 or abs(int(text)) > MAX_INTEGER:
-        raise ValueError(f"it holds {text[:20]}..., which needs more than 64 bits")
-    return int(text)
 
 
 def reason_of(error: Exception) -> str:

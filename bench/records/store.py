@@ -23,8 +23,9 @@ from pydantic import ValidationError
 
 from bench.errors import UserError, nearest, unknown_name
 from bench.records import files
-from bench.records.files import parse_json, read_regular_file, reason_of, warn_once
+from bench.records.files import read_regular_file, reason_of, warn_once
 from bench.records.journal import Journal
+from bench.records.json_values import parse_json
 from bench.records.migrations import READABLE_SCHEMAS, migrate
 from bench.records.record import SCHEMA, JsonObject, Record, checksum
 

@@ -8,10 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.errors import UserError
-from bench.records import AppliedMethod, Cost, DenseModel, Metric, Record, Store, files, run_id
+from bench.records import (
+    AppliedMethod,
+    Cost,
+    DenseModel,
+    Metric,
+    Record,
+    Store,
+    json_values,
+    run_id,
+)
 from bench.records import load as load_frame
 from bench.records import samples as load_samples
-from bench.records.files import parse_json, write_bytes, write_folder
+from bench.records.files import write_bytes, write_folder
+from bench.records.json_values import parse_json
 
 
 def make(identifier="a" * 12, ratio=None, value=0.5):
@@ -253,4 +263,4 @@ def test_the_fast_parser_takes_and_refuses_what_the_slow_one_does(value, depth):
     for _ in range(depth):
         value = [value]
     content = json.dumps(value).encode()
-    assert outcome(parse_json) == outcome(files._parse_json_slowly)
+    assert outcome(parse_json) == outcome(json_values._parse_json_slowly)

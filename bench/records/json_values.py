@@ -1,0 +1,117 @@
+"""JSON from somebody else, parsed into values that every part of the program can hold."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any, NoReturn
+
+from pydantic_core import from_json
+
+MAX_DEPTH = 64
+MAX_INTEGER = 2**63 - 1
+"""Whole numbers are stored in 64 bits by Parquet, JavaScript and most other readers."""
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_TEXT = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_MAY_OVERFLOW = re.compile(rb"\d{19}|[eE]\+?\d{3}")
+"""Numbers so long, or with such an exponent, that they may not fit; all others fit."""
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def parse_json(content: bytes) -> object:
+    """Parse JSON whose values every part of the program can hold.
+
+    Raises:
+        ValueError: it is no JSON, is nested deeper than `MAX_DEPTH`, or holds a number or text
+            that cannot be stored again.
+    """
+    # A third of the time of Python's own parser; that one says what is wrong.
+    try:
+        found: object = from_json(content, allow_inf_nan=False)
+    except ValueError:
+        return _parse_json_slowly(content)
+    return found if _is_storable(found) else _parse_json_slowly(content)
+
+
+def _is_storable(parsed: object) -> bool:
+    """Tell whether values are nested at most `MAX_DEPTH` deep, and all numbers fit."""
+    level: list[Any] = [[parsed]]
+    # One level more: that of the list around the whole.
+    for _ in range(MAX_DEPTH + 1):
+        below = []
+        for values in level:
+            for value in values:
+                kind = type(value)
+                if kind is dict:
+                    below.append(value.values())
+                elif kind is list:
+                    below.append(value)
+                elif kind is int:
+                    if not -MAX_INTEGER <= value <= MAX_INTEGER:
+                        return False
+                elif kind is float and not math.isfinite(value):
+                    return False
+        if not below:
+            return True
+        level = below
+    return False
+
+
+def _parse_json_slowly(content: bytes) -> object:
+    """Parse JSON as `parse_json` does, and say what is wrong with it."""
+    without_texts = _TEXT.sub(b"", content)
+    if not _is_shallow(without_texts):
+        raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
+    # A call for every number takes half as long again as all of the parsing.
+    checked = _MAY_OVERFLOW.search(without_texts) is not None
+    try:
+        found = json.loads(
+            content.decode(),
+            parse_constant=_refuse_constant,
+            parse_float=_finite if checked else None,
+            parse_int=_bounded if checked else None,
+        )
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8") from None
+    except RecursionError:
+        raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels") from None
+    if _SURROGATE.search(content):
+        # Half a character can be written in JSON, and nowhere else.
+        try:
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("it holds half a character") from None
+    return found
+
+
+def _is_shallow(without_texts: bytes) -> bool:
+    """Tell whether brackets are nested at most `MAX_DEPTH` deep, without parsing."""
+    # All of it by functions in C: the brackets alone, and then pair by pair from the inside.
+    left = without_texts.translate(None, _NO_BRACKETS)
+    for _ in range(MAX_DEPTH):
+        if not left:
+            return True
+        left = left.replace(b"{}", b"").replace(b"[]", b"")
+    if b"{}" in left or b"[]" in left:
+        return False
+    # What does not match up is no JSON; the parser says where.
+    return left.count(b"[") + left.count(b"{") <= MAX_DEPTH
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"it holds {name}, which is no number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"it holds {text[:20]}, which is no finite number")
+    return value
+
+
+def _bounded(text: str) -> int:
+    # By its length first: Python refuses to convert thousands of digits, in words of its own.
+    if len(text) > 20 or abs(int(text)) > MAX_INTEGER:
+        raise ValueError(f"it holds {text[:20]}..., which needs more than 64 bits")
+    return int(text)
