@@ -43,6 +43,8 @@ def _is_storable(parsed: object) -> bool:
         for values in level:
             for value in values:
                 kind = type(value)
+                if kind is str:
+                    continue
                 if kind is dict:
                     below.append(value.values())
                 elif kind is list:

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     ValidationError,
     model_validator,
 )
@@ -16,6 +17,10 @@ JsonObject: TypeAlias = dict[str, Any]
 """A JSON object whose keys are not known here, such as the config of a run or its provenance."""
 SHOWN_ORIGINS = frozenset({"embedded", "file"})
 """Origins of data that reports name together with its location."""
+
+
+# A literal would be copied deeply for each record that lacks it.
+_EMPTY: Any = Field(default_factory=dict)
 
 
 class Leaves(BaseModel):
@@ -47,12 +52,12 @@ class BenchmarkLeaves(Leaves):
     name: str
     harness: str | None = None
     tasks: Sequence[str] = ()
-    metrics: JsonObject = {}
-    perplexity: dict[str, JsonObject] = {}
+    metrics: JsonObject = _EMPTY
+    perplexity: dict[str, JsonObject] = _EMPTY
     num_fewshot: int | dict[str, int] | None = None
     limit: int | float | None = None
-    data: JsonObject = {}
-    images: JsonObject = {}
+    data: JsonObject = _EMPTY
+    images: JsonObject = _EMPTY
 
 
 class TrackerLeaves(Leaves):
@@ -64,13 +69,13 @@ class TrackerLeaves(Leaves):
 class ConfigLeaves(Leaves):
     """Of a run's config."""
 
-    model: ModelLeaves = ModelLeaves()
-    method: dict[str, JsonObject] = {}
+    model: ModelLeaves = Field(default_factory=ModelLeaves)
+    method: dict[str, JsonObject] = _EMPTY
     benchmark: BenchmarkLeaves
-    calibration: JsonObject = {}
-    prompts: JsonObject = {}
-    costs: JsonObject = {}
-    tracker: TrackerLeaves = TrackerLeaves()
+    calibration: JsonObject = _EMPTY
+    prompts: JsonObject = _EMPTY
+    costs: JsonObject = _EMPTY
+    tracker: TrackerLeaves = Field(default_factory=TrackerLeaves)
     offline: bool = False
     packages: Sequence[str] = ()
 
@@ -92,13 +97,13 @@ class SourceLeaves(Leaves):
 class IdentityLeaves(Leaves):
     """Of what decides a run's id."""
 
-    files: dict[str, str] = {}
+    files: dict[str, str] = _EMPTY
 
 
 class ProvenanceLeaves(Leaves):
     """Of a record's provenance."""
 
-    data: dict[str, SourceLeaves] = {}
+    data: dict[str, SourceLeaves] = _EMPTY
     calibration: str | None = None
     prompts: str | None = None
     identity: IdentityLeaves | None = None
@@ -108,7 +113,7 @@ class EnvironmentLeaves(Leaves):
     """Of a record's environment."""
 
     threads: int | None = None
-    versions: dict[str, str | None] = {}
+    versions: dict[str, str | None] = _EMPTY
 
 
 def with_leaves(found: JsonObject, leaves: type[Leaves]) -> JsonObject:
