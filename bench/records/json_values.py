@@ -13,9 +13,13 @@ MAX_DEPTH = 64
 MAX_INTEGER = 2**63 - 1
 """Whole numbers are stored in 64 bits by Parquet, JavaScript and most other readers."""
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_NO_STRUCTURE = bytes(set(range(256)) - set(b'[]{}"\\'))
+_ALL_DIGITS_ZERO = bytes.maketrans(b"123456789E", b"000000000e")
 _TEXT = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _MAY_OVERFLOW = re.compile(rb"\d{19}|[eE]\+?\d{3}")
 """Numbers so long, or with such an exponent, that they may not fit; all others fit."""
+_LARGE_EXPONENT = re.compile(rb"0e0000*(?:[\s,\]}]|\Z)")
+"""Of a number whose digits are zeros; in a hash, another letter or a quote follows."""
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -31,7 +35,25 @@ def parse_json(content: bytes) -> object:
         found: object = from_json(content, allow_inf_nan=False)
     except ValueError:
         return _parse_json_slowly(content)
-    return found if _is_storable(found) else _parse_json_slowly(content)
+    if is_surely_storable(content) or _is_storable(found):
+        return found
+    return _parse_json_slowly(content)
+
+
+def is_surely_storable(content: bytes) -> bool:
+    """Tell from its text alone that `parse_json` returns valid JSON as it is; False if in doubt."""
+    # A fifth of the time of a walk over the values, and true of nearly every file.
+    numbers = content.translate(_ALL_DIGITS_ZERO, b"+")
+    if b"0" * 19 in numbers or b"NaN" in content or b"Infinity" in content:
+        return False
+    if _LARGE_EXPONENT.search(numbers):
+        return False
+    marks = content.translate(None, _NO_STRUCTURE)
+    if b"\\" in marks:
+        return False
+    # Quotes in pairs enclose no bracket. Where all are in pairs, every bracket is structure.
+    marks = marks.replace(b'""', b"")
+    return b'"' not in marks and _is_shallow(marks)
 
 
 def _is_storable(parsed: object) -> bool:

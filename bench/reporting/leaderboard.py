@@ -171,6 +171,7 @@ def _headline_column(metric: Metric) -> HeadlineColumn:
 
 DIFFERING_KNOBS = 3
 """Knobs that a label names at most."""
+MAX_KNOB_LENGTH = 24
 
 
 def distinct_labels(group: Sequence[Record]) -> dict[str, str]:
@@ -193,7 +194,13 @@ def _knobs(record: Record) -> dict[str, str]:
     """Return what can differ between runs of one label, as short texts."""
     knobs = {key: value for method in record.methods for key, value in method.config.items()}
     knobs["seed"] = record.config.get("seed")
-    return {key: textwrap.shorten(str(value), 24) for key, value in knobs.items()}
+    return {key: _shortened(str(value)) for key, value in knobs.items()}
+
+
+def _shortened(text: str) -> str:
+    # Most are a number or a word; looking for words takes longer than all else about a label.
+    plain = len(text) <= MAX_KNOB_LENGTH and text.isalnum()
+    return text if plain else textwrap.shorten(text, MAX_KNOB_LENGTH)
 
 
 def _row(

@@ -245,8 +245,9 @@ def test_numbers_that_do_not_fit_are_refused_wherever_they_stand(text, fits):
 
 
 NUMBERS = st.integers(-(2**65), 2**65) | st.floats()
+TEXTS = st.text() | st.text('[]{}"\\e0+, ')
 VALUES = st.recursive(
-    st.none() | st.booleans() | NUMBERS | st.text(),
+    st.none() | st.booleans() | NUMBERS | TEXTS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=12,
 )
@@ -264,3 +265,36 @@ def test_the_fast_parser_takes_and_refuses_what_the_slow_one_does(value, depth):
         value = [value]
     content = json.dumps(value).encode()
     assert outcome(parse_json) == outcome(json_values._parse_json_slowly)
+
+
+@pytest.mark.parametrize("change", [b"x", b" ", b"1", b'"', b"}"])
+def test_no_changed_byte_of_a_record_changes_what_is_read(tmp_path, change):
+    store = Store(tmp_path)
+    path = store.write(make(ratio=0.25), [], "") / "record.json"
+    written, text = store.get("a" * 12), path.read_bytes()
+    for at in range(len(text)):
+        path.write_bytes(text[:at] + change + text[at + 1 :])
+        found = store.find("a" * 12)
+        # White space may change, as when an editor formats the file.
+        assert found in (None, written)
+    assert "checksum" in store.unreadable["a" * 12] or "JSON" in store.unreadable["a" * 12]
+
+
+@pytest.mark.parametrize("form", [{"indent": 4}, {"separators": (",", ":")}])
+def test_a_record_that_was_formatted_anew_is_the_same(tmp_path, form):
+    store = Store(tmp_path)
+    path = store.write(make(ratio=0.25), [], "") / "record.json"
+    written = store.get("a" * 12)
+    path.write_text(json.dumps(json.loads(path.read_text()), **form))
+    assert store.get("a" * 12) == written
+    changed = json.loads(path.read_text()) | {"command": "bench run model=other"}
+    path.write_text(json.dumps(changed, **form))
+    assert store.find("a" * 12) is None
+    assert "its checksum does not match" in store.unreadable["a" * 12]
+
+
+def test_a_record_as_it_was_written_is_parsed_once(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    store.write(make(), [], "")
+    monkeypatch.delattr("bench.records.store.parse_json")
+    assert store.get("a" * 12) == make()

@@ -4,6 +4,7 @@ import json
 import random
 
 from bench.records import AppliedMethod, Cost, DenseModel, Metric, Record, Store, run_id
+from bench.records.store import serialize_record
 from bench.reporting.tables import ColumnHead, OurValue, Table, TableCell, TableLine
 from bench.reporting.tables.published import PublishedCell
 
@@ -107,7 +108,7 @@ def fill(root, runs, *, per_task=30, models=("tiny", "small", "medium", "large")
             store.write(one, samples(one, per_task), "seed: 1234\n")
         else:  # thousands of them: without the store's waiting for the disk
             store.folder(one.id).mkdir(parents=True)
-            (store.folder(one.id) / "record.json").write_text(one.model_dump_json())
+            (store.folder(one.id) / "record.json").write_text(serialize_record(one))
         kept.append(one)
     return kept
 
