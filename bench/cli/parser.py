@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -101,6 +100,17 @@ class CommandParser(argparse.ArgumentParser):
         return parsed
 
 
+class _PrintVersion(argparse.Action):
+    """Print the version and exit."""
+
+    # argparse's own action takes a text, and to read it takes as long as building the parser.
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from importlib.metadata import version
+
+        print(f"slimbench {version('slimbench')}")
+        parser.exit()
+
+
 def build_parser() -> CommandParser:
     """Return the parser of all commands; `handler` is the name of a function below `commands`.
 
@@ -111,9 +121,7 @@ def build_parser() -> CommandParser:
         description="Benchmark model-compression methods.",
         epilog=f"{TRACEBACK_FLAG} with any command shows where an error came from.",
     )
-    top.add_argument(
-        "--version", action="version", version=f"slimbench {metadata.version('slimbench')}"
-    )
+    top.add_argument("--version", action=_PrintVersion, nargs=0, help="show the version")
     commands = top.add_subparsers(metavar="COMMAND", required=True, parser_class=CommandParser)
 
     def command(name: str, handler: str, text: str) -> argparse.ArgumentParser:

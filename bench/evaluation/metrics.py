@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from bench.errors import UserError
-from bench.records.record import Metric, MissingMeasurement, TaskEvidence
+from bench.records.record import AVERAGE, Metric, MissingMeasurement, TaskEvidence
 from bench.schema import BenchmarkConfig
 
 LoggedSample: TypeAlias = Mapping[str, Any]
@@ -165,7 +165,6 @@ class Evaluation:
     evidence: tuple[TaskEvidence, ...] = ()
 
 
-AVERAGE = "average"
 SHARE_METRICS = {"mme_perception_score": "mme_perception_share"}
 """Headline metrics that are sums of points, and the metric of the same task that scales them."""
 

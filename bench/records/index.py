@@ -27,9 +27,6 @@ UNREADABLE = "unreadable"
 
 def index_table(store: Store) -> pa.Table:
     """Return one row per metric and per cost of every readable record, oldest record first."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     stamps = _record_stamps(store)
     indexed = _read_index(store.root / INDEX)
     # A run has many rows. Lists of Python, since functions of pyarrow import pandas, which would
@@ -44,6 +41,9 @@ def index_table(store: Store) -> pa.Table:
         rows += _rows_of_record(record, stamps[run]) if record else unreadable
     # The second test finds deleted records, whose rows must leave the index.
     if rows or len(valid) < len(pairs):
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
         known = pa.array(sorted(valid), pa.string())
         current = indexed.filter(pc.is_in(indexed["run"], value_set=known))
         added = pa.Table.from_pylist(rows, indexed.schema)
@@ -51,6 +51,9 @@ def index_table(store: Store) -> pa.Table:
         _write_index(store.root / INDEX, indexed)
     if UNREADABLE not in indexed["kind"].to_pylist():
         return indexed
+    # Imported only where it is needed, since it takes as long as reading the index.
+    import pyarrow.compute as pc
+
     return indexed.filter(pc.not_equal(indexed["kind"], UNREADABLE))
 
 

@@ -26,6 +26,8 @@ UNCONFIRMED = "unconfirmed"
 """Stands for the effect of a method whose report the counts contradict."""
 FRESH = "fresh:"
 """Prefix of a model's source whose weights are drawn at random."""
+AVERAGE = "average"
+"""Stands for the task of a metric that is the mean of a benchmark's headline metrics."""
 LARGEST_WHOLE_FLOAT = 2**53
 How = Literal["counted", "measured", "analytic"]
 """How a cost was obtained."""

@@ -14,8 +14,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from bench.evaluation.metrics import AVERAGE
 from bench.records import Metric, Record, without_real_saving
+from bench.records.record import AVERAGE
 from bench.reporting.record_numbers import (
     PERCENT_METRICS,
     answered_text,

@@ -12,8 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
-from bench.evaluation.metrics import AVERAGE
-from bench.records.record import FRESH
+from bench.records.record import AVERAGE, FRESH
 
 if TYPE_CHECKING:
     from bench.records import AppliedMethod, Metric, Record

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from bench.evaluation.metrics import AVERAGE, averaged_headlines
+from bench.evaluation.metrics import averaged_headlines
 from bench.measurement.quantities import DECODE, FORWARD, PREFILL
 from bench.records import without_real_saving
+from bench.records.record import AVERAGE
 from bench.reporting.cost_table import measured_scopes, print_costs, speedup_text
 from bench.reporting.record_numbers import (
     PERCENT_METRICS,

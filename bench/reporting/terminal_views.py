@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.evaluation.metrics import AVERAGE
 from bench.plugins import active, config_file
 from bench.reporting.cost_table import print_costs
 from bench.reporting.study import StudyReport, TrialReport, pareto_trials, read_study
@@ -45,6 +44,7 @@ def list_runs(results_dir: Path) -> list[dict[str, object]]:
 def _indexed_runs(store: Store) -> list[dict[str, object]]:
     """Return a row per record with metrics, from the index: thousands of files take seconds."""
     from bench.records.index import index_table
+    from bench.records.record import AVERAGE
 
     names = ("run", "started", "model", "label", "benchmark", "marks", "kind", "task", "value")
     table = index_table(store).select(names)

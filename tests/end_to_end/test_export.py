@@ -17,6 +17,7 @@ QUICK = ("benchmark.tasks=[arc_easy]", "benchmark.perplexity={}")
 ROWS = torch.arange(5, 69).view(2, 32)
 
 
+@pytest.mark.broad
 def test_an_exported_run_loads_in_one_call_and_in_a_run(bench, tmp_path):
     bench("run", "method=camera_p", "ratio=0.4", *QUICK)
     store = Store(bench.results)

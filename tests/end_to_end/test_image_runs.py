@@ -36,6 +36,7 @@ def refused(bench):
     return call
 
 
+@pytest.mark.broad
 def test_a_run_is_recorded_exported_and_loaded_again(bench, tmp_path, monkeypatch):
     code, _, err = bench("run", *SHORT)
     assert code == 0, err

@@ -31,6 +31,7 @@ def record(bench):
     return call
 
 
+@pytest.mark.broad
 def test_a_run_has_its_measured_costs_in_the_record_and_in_one_table(record):
     made, out = record("method=camera_p")
     costs = {(cost["scope"], cost["quantity"]): cost for cost in made["costs"]}

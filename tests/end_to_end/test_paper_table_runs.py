@@ -32,6 +32,7 @@ def call(tmp_path, capsys):
     return run
 
 
+@pytest.mark.broad
 def test_a_stand_in_table_runs_what_is_missing_and_nothing_twice(call):
     given = ["camera_main", "scale=micro", "rows=[dense,Camera-P]", "variants=[40%]", *FAST]
     given += [f"results_dir={call.results}"]

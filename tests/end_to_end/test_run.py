@@ -54,6 +54,7 @@ def test_the_same_run_twice_gives_the_same_numbers(bench):
     assert counted == [c for c in second.costs if c.how == "counted"]
 
 
+@pytest.mark.broad
 def test_a_sweep_shares_group_and_dense_record(bench):
     code, out, _ = bench(
         "run", "-m", "method=dense,camera_p,[random_experts,camera_p]", "ratio=0.2,0.5",
@@ -81,6 +82,7 @@ def test_a_dense_run_after_pruned_ones_is_untouched(bench):
     assert [r.metrics for r in again] == [dense.metrics, dense.metrics]
 
 
+@pytest.mark.broad
 def test_one_failing_job_does_not_stop_the_others(bench, monkeypatch):
     from methods.camera.pruning import CameraP
 

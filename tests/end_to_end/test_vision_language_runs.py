@@ -57,6 +57,7 @@ def moe_llava(tmp_path_factory):
     return folder
 
 
+@pytest.mark.broad
 def test_a_folder_is_evaluated_on_seven_tasks_about_drawn_scenes(bench, moe_llava):
     code, out, err = bench(
         "run", "model=local", f"model.path={moe_llava}", "model.kind=image_text",

@@ -56,6 +56,7 @@ def small():
     )
 
 
+@pytest.mark.broad
 def test_the_phases_are_those_of_a_run(small):
     (run,) = small.runs
     names = [phase.name for phase in run.phases]

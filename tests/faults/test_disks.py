@@ -95,6 +95,7 @@ def failing(tmp_path):
     subprocess.run(["umount", "-l", str(disk.folder)], check=True)
 
 
+@pytest.mark.broad
 def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(disk, same):
     results = disk / "results"
     (disk / "ballast").write_bytes(b"\0" * 56 * 1024)

@@ -70,6 +70,7 @@ def test_killed_at_every_stage_in_turn_it_ends_as_one_that_was_not(tmp_path, sam
     same(results)
 
 
+@pytest.mark.broad
 def test_killed_between_record_and_clean_up_it_is_done(tmp_path, same):
     results = tmp_path / "results"
     assert run(results, *RUN, before=die_at_rename(1))[0] == -signal.SIGKILL

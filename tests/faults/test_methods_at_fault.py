@@ -54,6 +54,7 @@ def test_a_method_that_raises_is_named_and_the_next_run_is_untouched(tmp_path, s
     same(tmp_path / "results")
 
 
+@pytest.mark.broad
 def test_memory_that_a_method_keeps_is_reported(tmp_path, same):
     def act(model):
         LEAKED.append(torch.ones(100 * 2**20))

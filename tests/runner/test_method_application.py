@@ -231,6 +231,7 @@ def test_what_the_counts_show_stands(said, effect, does, found):
     assert said == []
 
 
+@pytest.mark.broad
 def test_the_methods_of_this_repository_are_confirmed(said):
     methods, _ = applied(
         camera_p=CameraP(ratio=0.4, state="removed", align=4),
@@ -241,6 +242,7 @@ def test_the_methods_of_this_repository_are_confirmed(said):
     assert said == []
 
 
+@pytest.mark.broad
 def test_one_false_claim_marks_a_run_that_has_a_true_one(said):
     methods, _ = applied(
         camera_p=CameraP(ratio=0.4, state="removed", align=4),
@@ -255,6 +257,7 @@ def test_an_unknown_effect_is_refused(effect):
         applied(fake=Claimed(effect=effect))
 
 
+@pytest.mark.broad
 def test_a_method_after_one_that_drops_layers_sees_those_that_are_left():
     (dropped, pruned), model = applied(
         block_drop=Claimed(effect="removed", does="drop"),
@@ -267,6 +270,7 @@ def test_a_method_after_one_that_drops_layers_sees_those_that_are_left():
         assert model.network(tokens(), use_cache=False).logits.isfinite().all()
 
 
+@pytest.mark.broad
 def test_asked_for_a_saving_and_changed_nothing(said):
     applied(fake=Claimed(effect="none", ratio=0.2))
     assert said == ["fake saved nothing, although ratio=0.2"]

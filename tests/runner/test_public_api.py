@@ -16,6 +16,7 @@ SMALL = [
 pytestmark = pytest.mark.own_session
 
 
+@pytest.mark.broad
 def test_runs_are_compared_and_drawn(tmp_path):
     with bench.Session() as session:
         records = bench.run(SMALL, over={"seed": [1, 2]}, results_dir=tmp_path, session=session)

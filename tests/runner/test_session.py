@@ -16,6 +16,7 @@ SMALL = [
 pytestmark = pytest.mark.own_session
 
 
+@pytest.mark.broad
 def test_the_model_is_loaded_once_and_freed_at_the_end(tmp_path, monkeypatch):
     given = []
     acquire = BaseModelCache.acquire

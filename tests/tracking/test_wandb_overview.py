@@ -76,6 +76,7 @@ def test_an_overview_holds_leaderboard_plots_tables_and_the_page(store):
     assert records[0].id in html
 
 
+@pytest.mark.broad
 def test_a_project_is_rebuilt_from_its_records(store, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert main.main(["track", "--results-dir", str(store.root)]) == 0

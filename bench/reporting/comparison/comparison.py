@@ -11,9 +11,10 @@ import numpy as np
 import pandas as pd
 
 from bench.errors import UserError
-from bench.evaluation.metrics import AVERAGE, averaged_headlines
+from bench.evaluation.metrics import averaged_headlines
 from bench.records import Metric, Record
 from bench.records.display import html_table
+from bench.records.record import AVERAGE
 from bench.reporting.comparison.contrast import (
     Contrast,
     PairedScores,

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench.evaluation.metrics import AVERAGE
 from bench.records import Record
+from bench.records.record import AVERAGE
 from bench.reporting.comparison.comparison import Comparison
 from bench.reporting.comparison.contrast import Contrast
 from bench.reporting.comparison.flips import Flip

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from bench.errors import UserError
-from bench.evaluation.metrics import AVERAGE
 from bench.records import Record
+from bench.records.record import AVERAGE
 from bench.reporting.plots.points import series_names
 from bench.reporting.record_numbers import benchmark_text, metric_scale, model_text
 from bench.reporting.statistics import holm, sign_flip_p

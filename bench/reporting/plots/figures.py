@@ -11,8 +11,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from bench.errors import UserError, refuse_bare_text, unknown_name
-from bench.evaluation.metrics import AVERAGE
 from bench.records import Record, Store, samples
+from bench.records.record import AVERAGE
 from bench.reporting.comparison import ComparedRun
 from bench.reporting.plots import allocation, breakdown, calibration_curves, curves, pareto
 from bench.reporting.plots.points import require_knob, run_points

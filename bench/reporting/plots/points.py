@@ -10,8 +10,8 @@ from typing import TypeGuard
 import pandas as pd
 
 from bench.errors import UserError, unknown_name
-from bench.evaluation.metrics import AVERAGE
 from bench.records import AppliedMethod, Cost, Metric, Record, without_real_saving
+from bench.records.record import AVERAGE
 from bench.reporting.record_numbers import (
     NORMAL_QUANTILE,
     benchmark_names,

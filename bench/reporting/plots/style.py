@@ -27,8 +27,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.typing import LineStyleType
 
 from bench.errors import UserError
-from bench.evaluation.metrics import AVERAGE
 from bench.records.files import refuse_unwritable
+from bench.records.record import AVERAGE
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")

@@ -9,7 +9,7 @@ from dataclasses import replace
 from itertools import combinations
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-from bench.evaluation.metrics import AVERAGE
+from bench.records.record import AVERAGE
 from bench.reporting.record_numbers import NORMAL_QUANTILE
 from bench.reporting.tables import numbers, published
 from bench.reporting.tables.table import (

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from string import Template
 from typing import TYPE_CHECKING
 
-from bench.evaluation.metrics import AVERAGE
+from bench.records.record import AVERAGE
 from bench.reporting.record_numbers import NORMAL_QUANTILE, data_text, metric_identity
 from bench.reporting.tables.table import OurValue
 from bench.reporting.tables.table_config import TableColumn

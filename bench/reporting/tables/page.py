@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TypeAlias
 
 from bench.errors import UserError
-from bench.evaluation.metrics import AVERAGE
+from bench.records.record import AVERAGE
 from bench.reporting.record_numbers import benchmark_text, model_text
 from bench.reporting.tables import cell_text
 from bench.reporting.tables.builder import build_table

@@ -234,6 +234,7 @@ def test_a_view_of_a_feed_forward_shares_its_memory():
         assert not weight_of(found.down)[:, 1].any()
 
 
+@pytest.mark.broad
 def test_the_document_states_what_is_refused():
     text = DOCUMENT.read_text(encoding="utf-8")
     written = text.partition(START)[2].partition(END)[0]

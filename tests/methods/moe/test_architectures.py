@@ -161,6 +161,7 @@ def test_other_structures_are_refused_with_their_difference(name):
     assert REFUSED[name] in refusal(METHODS["camera_p"], network_of(name))
 
 
+@pytest.mark.broad
 def test_the_document_states_what_runs_and_what_is_refused():
     text = DOCUMENT.read_text(encoding="utf-8")
     written = text.partition(START)[2].partition(END)[0]

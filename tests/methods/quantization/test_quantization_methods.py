@@ -150,6 +150,7 @@ def test_the_order_of_micro_experts_does_not_matter(architecture):
     torch.testing.assert_close(network(rows).logits, before, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.broad
 def test_gptq_errs_less_than_rounding_and_energy_groups_less_than_equal_bits():
     rows, lent = tokens(rows=16, length=24), context(rows=16, length=24)
 

@@ -56,6 +56,7 @@ def four(**common):
     ]
 
 
+@pytest.mark.broad
 def test_any_order_gives_the_same_model():
     call = prompt("llava_llama", [4, (5, 5), 5], seed=9)
     where = call["input_ids"] != IMAGE

@@ -46,6 +46,7 @@ def test_columns_sort_both_ways(visit, ten):
     assert labels(page) == sorted(labels(page))
 
 
+@pytest.mark.broad
 def test_filters_narrow_and_the_address_keeps_them(visit, ten):
     opened = visit(ten[0])
     page = opened.open("#/leaderboard")

@@ -53,6 +53,7 @@ def test_it_fits_and_everything_has_a_name(visit, report, width):
         assert page.evaluate(UNNAMED) == [], address
 
 
+@pytest.mark.broad
 def test_it_prints_dark_on_white_without_controls(visit, report):
     path, pages = report
     opened = visit(path, color_scheme="dark")

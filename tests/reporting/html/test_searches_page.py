@@ -44,6 +44,7 @@ def test_a_search_shows_its_best_values_and_its_front(visit, searched):
     page.get_by_role("heading", name="Searches").wait_for()
 
 
+@pytest.mark.broad
 def test_a_report_without_searches_has_no_page_of_them(visit, tmp_path):
     fill(tmp_path, 2, per_task=0, models=("tiny",))
     opened = visit(write_report(tmp_path).path)

@@ -74,6 +74,7 @@ def test_the_certificate_holds_on_thousands_of_problems(problem):
 
 @settings(max_examples=300, deadline=None)
 @given(problems)
+@pytest.mark.broad
 def test_all_roots_agree(problem):
     t_LMG, weight_LM, k, lam = problem
     norm_LM = t_LMG.norm(dim=-1)
