@@ -1,13 +1,16 @@
 """Composition: order of methods, shared ratio, sweeps, identity, and what is refused."""
 
 import pytest
+from hydra import compose as hydra_compose
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
-from bench.config.composition import compose_run_config, config_names
+from bench.config.composition import compose_run_config, config_names, hydra_config_tree
 from bench.config.overrides import Overrides
 from bench.config.sweep_checks import alternative_configs, single_runs
 from bench.errors import UserError
+from bench.security import CONFIG_DIR
 
 
 def test_methods_keep_their_order():
@@ -97,6 +100,32 @@ def test_an_experiments_own_sweep_is_looked_at_too():
     singles = single_runs(Overrides.parse(["experiment=demo"]))
     methods = {single[0] for single in singles}
     assert {"method=dense", "method=camera_p", "method=random_experts"} <= methods
+
+
+EXPERIMENTS = [
+    f"{group}={name}" for group in ("experiment", "sweep") for name in config_names(group)
+]
+
+
+@pytest.mark.parametrize("choice", EXPERIMENTS)
+def test_what_an_experiment_sets_holds(choice):
+    """Its values, and not those that `config.yaml` sets for every run."""
+    group, name = choice.split("=")
+    content = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / group / f"{name}.yaml"))
+    set_here = {key: content[key] for key in content.keys() - {"defaults", "hydra"}}
+    with hydra_config_tree():
+        composed = OmegaConf.to_container(hydra_compose("config", overrides=[choice]))
+    assert set_here
+    assert leaves(set_here).items() <= leaves(composed).items()
+
+
+def leaves(tree, prefix=""):
+    """The values of nested mappings, by their dotted names."""
+    if not isinstance(tree, dict):
+        return {prefix: str(tree)}
+    return {
+        k: v for key, below in tree.items() for k, v in leaves(below, f"{prefix}.{key}").items()
+    }
 
 
 # What is for models and texts of the user's says what it cannot do without.

@@ -54,7 +54,9 @@ def figures(*words: str) -> list[Figure]:
         def ours() -> None:
             _run(_bench(folder, model, documents))
 
-        tried = {batch: _seconds(lambda b=batch: theirs(b, documents // 8)) for batch in BATCH_SIZES}
+        tried = {
+            batch: _seconds(lambda b=batch: theirs(b, documents // 8)) for batch in BATCH_SIZES
+        }
         best = min(tried, key=tried.__getitem__)
         took = times([lambda: theirs(best, documents), ours], ROUNDS, warm_up=False)
     value, middle = ratio(took[1], took[0])
