@@ -114,7 +114,7 @@ def test_what_an_experiment_sets_holds(choice):
     content = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / group / f"{name}.yaml"))
     set_here = {key: content[key] for key in content.keys() - {"defaults", "hydra"}}
     with hydra_config_tree():
-        composed = OmegaConf.to_container(hydra_compose("config", overrides=[choice]))
+        composed = OmegaConf.to_container(hydra_compose("config", overrides=[f"{group}={name}"]))
     assert set_here
     assert leaves(set_here).items() <= leaves(composed).items()
 

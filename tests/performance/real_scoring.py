@@ -62,8 +62,8 @@ def figures(*words: str) -> list[Figure]:
     value, middle = ratio(took[1], took[0])
     how = (
         f"{documents} documents of each task, bench {min(took[1]):.0f} s, lm_eval "
-        f"{min(took[0]):.0f} s at its best batch size of {BATCH_SIZES}, {best}; minima of {ROUNDS}, "
-        f"ratio of the medians {middle:.2f}"
+        f"{min(took[0]):.0f} s at its best batch size of {BATCH_SIZES}, {best}; minima of "
+        f"{ROUNDS}, ratio of the medians {middle:.2f}"
     )
     return [Figure("six real tasks, bench / lm_eval", value, "<= 0.35", value <= 0.35, how)]
 
