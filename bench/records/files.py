@@ -81,15 +81,23 @@ def reason_of(error: Exception) -> str:
     return clean((reason or str(error) or type(error).__name__).splitlines()[0])
 
 
-_warned: set[tuple[Path, str]] = set()
+MAX_WARNINGS = 20
+"""Files of one folder that warnings name."""
+_warned: dict[Path, set[tuple[str, str]]] = {}
 
 
 def warn_once(path: Path, reason: str | Exception) -> None:
     """Warn that a file or folder is left out; a command may come across it more than once."""
     text = reason_of(reason) if isinstance(reason, Exception) else reason
-    if (path, text) not in _warned:
-        _warned.add((path, text))
+    known = _warned.setdefault(path.parent, set())
+    if (path.name, text) in known:
+        return
+    known.add((path.name, text))
+    # Thousands of records of a newer version would push what the command says off the screen.
+    if len(known) <= MAX_WARNINGS:
         warn(f"{path} is left out: {text}")
+    elif len(known) == MAX_WARNINGS + 1:
+        warn(f"more in {path.parent} is left out; the first {MAX_WARNINGS} are named above")
 
 
 def refuse_unstorable(node: object, key: str) -> None:

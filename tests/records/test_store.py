@@ -293,6 +293,20 @@ def test_a_record_that_was_formatted_anew_is_the_same(tmp_path, form):
     assert "its checksum does not match" in store.unreadable["a" * 12]
 
 
+def test_of_many_unreadable_records_some_are_named_and_all_are_known(tmp_path, capsys):
+    store = Store(tmp_path)
+    for number in range(50):
+        store.folder(f"{number:012}").mkdir(parents=True)
+        (store.folder(f"{number:012}") / "record.json").write_text("{")
+    assert store.all() == []
+    assert len(store.unreadable) == 50
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 21
+    assert "more in" in warnings[-1]
+    assert store.all() == []
+    assert capsys.readouterr().err == ""
+
+
 def test_a_record_as_it_was_written_is_parsed_once(tmp_path, monkeypatch):
     store = Store(tmp_path)
     store.write(make(), [], "")
