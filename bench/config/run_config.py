@@ -143,6 +143,10 @@ def identity_of(plain: dict[str, Any], *, calibrated: bool, prompted: bool) -> d
     return chosen
 
 
+SECTIONS = ("model", "method", "benchmark", "calibration", "prompts", "costs", "tracker")
+"""Keys of a run's config that are configs of a group."""
+
+
 def validate(composed: dict[str, Any]) -> RunConfig:
     """Turn a composed, resolved config into a `RunConfig`.
 
@@ -150,6 +154,12 @@ def validate(composed: dict[str, Any]) -> RunConfig:
         UserError: an unknown key, a value out of range, or a `_target_` that is not a method.
     """
     chosen = dict(composed)
+    for group in SECTIONS:
+        if isinstance(name := chosen.get(group), str | list):
+            raise UserError(
+                f"{group}={name}: a config file chooses another one by the line "
+                f"`- override /{group}: {name}` under its `defaults`, not by a value"
+            )
     packages = chosen.get("packages", ["methods"])
     if not isinstance(packages, list) or not all(isinstance(name, str) for name in packages):
         raise UserError(

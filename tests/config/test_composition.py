@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 from bench.config.composition import compose_run_config, config_names, hydra_config_tree
 from bench.config.overrides import Overrides
+from bench.config.run_config import validate
 from bench.config.sweep_checks import alternative_configs, single_runs
 from bench.errors import UserError
 from bench.security import CONFIG_DIR
@@ -117,6 +118,15 @@ def test_what_an_experiment_sets_holds(choice):
         composed = OmegaConf.to_container(hydra_compose("config", overrides=[f"{group}={name}"]))
     assert set_here
     assert leaves(set_here).items() <= leaves(composed).items()
+
+
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [("model", "micro_vgg"), ("benchmark", "images"), ("method", "wgsef"), ("tracker", "none")],
+)
+def test_a_section_that_is_a_name_says_how_a_file_chooses_one(group, name):
+    with pytest.raises(UserError, match=rf"{group}={name}: .*`- override /{group}: {name}`"):
+        validate({**compose_run_config([]).plain(), group: name})
 
 
 def leaves(tree, prefix=""):
