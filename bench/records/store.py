@@ -256,7 +256,12 @@ class Store:
 
 def serialize_record(record: Record) -> str:
     """Return the text of a record file: its values, and a checksum that reveals damage."""
-    text = _text_of(json.loads(record.model_dump_json()))
+    return with_checksum(json.loads(record.model_dump_json()))
+
+
+def with_checksum(content: JsonObject) -> str:
+    """Return the text of a JSON object with the checksum of that text as its last value."""
+    text = _text_of(content)
     return f'{text.removesuffix(_END)}{_CHECKSUM}{_digest(text.encode())}"{_END}\n'
 
 
@@ -279,7 +284,8 @@ def _parse_record(text: bytes) -> Record:
     if is_surely_storable(text) and _is_as_written(text):
         with suppress(ValidationError):
             found = _RecordFile.model_validate_json(text, strict=True)
-            if found.schema_version == SCHEMA:
+            # A record that does not name its schema is none, whatever the default is.
+            if found.schema_version == SCHEMA and "schema_version" in found.model_fields_set:
                 return _without_checksum(found)
     try:
         content = parse_json(text)

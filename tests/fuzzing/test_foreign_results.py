@@ -21,6 +21,7 @@ from bench.cli.main import main
 from bench.errors import UserError
 from bench.records import AppliedMethod, Store
 from bench.records.record import checksum
+from bench.records.store import _parse_record, with_checksum
 from bench.sweeps import RunRequest, RunResult, create_plan, perform_job
 from tests.reporting.html import synthetic_records
 
@@ -178,9 +179,13 @@ def fuzz_records(capsys, root, rng, count, readers):
     for turn in range(count):
         if rng.random() < 0.8:
             changed = mutated(rng, sound)
-            if rng.random() < 0.7:  # a careful stranger
-                changed["checksum"] = checksum(changed)
-            rewrite(store, changed)
+            careful = rng.random()
+            if careful < 0.35:  # a stranger who knows how records are written
+                (store.folder(BAD) / "record.json").write_text(with_checksum(changed))
+            elif careful < 0.7:
+                rewrite(store, {**changed, "checksum": checksum(changed)})
+            else:
+                rewrite(store, changed)
         else:
             raw = damaged(rng, json.dumps(sound).encode())
             (store.folder(BAD) / "record.json").write_bytes(raw)
@@ -245,6 +250,29 @@ def other_columns(rng, table):
 
 def test_a_foreign_record_is_read_or_left_out(results, capsys):
     fuzz_records(capsys, results, random.Random(1), 5, readers=1)
+
+
+def test_a_record_is_the_same_however_it_is_parsed(results):
+    """As it was written, a file is parsed at once; with a blank at its end, step by step."""
+    rng = random.Random(5)
+    sound = json.loads((Store(results).folder(BAD) / "record.json").read_text())
+    sound.pop("checksum")
+    contents = [mutated(rng, sound) for _ in range(400)]
+    contents += [{key: sound[key] for key in sound.keys() - {left}} for left in sound]
+    accepted = 0
+    for content in contents:
+        text = with_checksum(content).encode()
+        at_once, in_steps = outcome(text), outcome(text + b" ")
+        assert at_once == in_steps
+        accepted += not at_once.startswith("refused")
+    assert accepted > 20
+
+
+def outcome(text):
+    try:
+        return repr(_parse_record(text))
+    except ValueError as error:
+        return f"refused: {error}"
 
 
 @pytest.mark.broad
