@@ -15,6 +15,8 @@ from bench.errors import UserError
 from bench.evaluation import BenchmarkConfig, evaluate, plan
 from bench.records import samples
 from bench.reporting.tables import load_table_config, table_slots
+from bench.runner.inputs import check_run
+from bench.runner.session import Session
 from tests.evaluation.text.test_harness_equality import assert_equal
 from tests.models.quantized_folder import write_quantized
 from tests.real.conftest import load
@@ -263,6 +265,21 @@ def test_a_carved_checkpoint_with_all_experts_is_the_dense_one(carved_folder, fo
     # Weights of 1 to 1e-5, through 30 layers: 9e-5 measured.
     assert float((found - expected).abs().max() / expected.abs().max()) < 2e-4
     assert next_word(carved, tokenizer) == " Paris"
+
+
+def test_every_run_of_the_carved_table_can_be_meant(carved_folder):
+    """None is refused once the model is there: a token takes most experts of this one."""
+    fixed = [f"model.path={carved_folder}", "tracker=none", "offline=true"]
+    small = ["benchmark=perplexity_micro", "calibration=english", "benchmark.limit=1"]
+    runs = {
+        tuple(word for word in run if not word.startswith(("benchmark", "calibration")))
+        for slot in table_slots(load_table_config("smollm2_carved"))
+        for run in slot.runs
+    }
+    with Session() as session:
+        for run in runs:
+            check_run(compose_run_config([*run, *small, *fixed]), session)
+    assert len(runs) == 35
 
 
 def test_methods_for_experts_run_on_the_carved_checkpoint(carved_folder, run):
