@@ -184,7 +184,8 @@ class CachedTokens:
 class SplitCacheLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
     """One layer's keys and values: text [B, G, T, d] as usual, visual [B, V, N, d] apart.
 
-    The first layer of a cache also holds the positions of all cached tokens.
+    The first layer of a cache also holds the positions of all cached tokens. `unread` visual rows,
+    over all samples, were left out by the newest token.
     """
 
     def __init__(self, cached_tokens: CachedTokens | None) -> None:
@@ -200,7 +201,7 @@ class SplitCacheLayer(DynamicLayer):  # type: ignore[misc]  # transformers has n
         if self.visual_keys is not None:
             keys_BVNd = torch.cat([self.visual_keys, keys_BVNd], dim=2)
             values_BVNd = torch.cat([cast(Tensor, self.visual_values), values_BVNd], dim=2)
-        self.visual_keys, self.visual_values = keys_BVNd, values_BVNd
+        self.visual_keys, self.visual_values, self.unread = keys_BVNd, values_BVNd, 0
         return keys_BVNd, values_BVNd
 
     def read_visual(self, selection: CacheSelection | None) -> tuple[Tensor, Tensor] | None:

@@ -112,7 +112,8 @@ class VisualPlan:
 
         Raises:
             UserError: the layer does not exist, the step reads attention that an earlier step after
-                the same layer has invalidated, or it follows one that weighs tokens.
+                the same layer has invalidated, it follows one that weighs tokens, or generated
+                tokens choose from what it removes.
         """
         if not 0 <= step.after < len(self.layers):
             raise UserError(
@@ -148,13 +149,13 @@ class VisualPlan:
         """
         if self.decode is not None:
             raise UserError(
-                f"{pruning.name} and {self.decode.name} both choose among the cached tokens: a run "
-                "can have one choice only"
+                f"{pruning.name} and {self.decode.name} both choose among the cached tokens: set "
+                "decode_ratio=0 for one of them"
             )
         if not 1 <= pruning.layer < len(self.layers):
             raise UserError(
-                f"{pruning.name} chooses among the cached tokens after {pruning.layer} layers, but "
-                f"the decoder has {len(self.layers)}: allowed are 1 to {len(self.layers) - 1}"
+                f"{pruning.name} has decode_layer={pruning.layer}, but the decoder has "
+                f"{len(self.layers)} layers: set 1 to {len(self.layers) - 1}, or decode_ratio=0"
             )
         self.decode = pruning
         self.revision += 1
@@ -180,8 +181,8 @@ class VisualPlan:
             reason = f"the tokens of {weighing.name} count for several each"
         if reason:
             raise UserError(
-                f"{pruning.name} chooses among the cached tokens after {pruning.layer} layers, but "
-                f"{reason}: set another `decode_layer` or leave one of the two methods out"
+                f"{pruning.name} chooses among the cached tokens after decode_layer="
+                f"{pruning.layer} layers, but {reason}: set another one, or decode_ratio=0"
             )
 
     def reaching(self, layer: int) -> list[TokenPruningStep]:

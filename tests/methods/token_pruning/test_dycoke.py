@@ -187,6 +187,9 @@ def test_generated_tokens_read_what_the_newest_attends_to(variant, similarity):
     slow = Decoding(variant, similarity)
     with torch.no_grad():
         wanted = torch.stack([slow.start(call), *(slow.token(token) for token in tokens)])
+    chosen = slow.counts.count(10)
+    if variant == "release":
+        assert (chosen > 1) == (similarity > 0.9) and (chosen < len(tokens)) == (similarity < 1)
     method = DyCoke(variant=variant, decode_similarity=similarity, **DECODING)
     ours, _ = applied(NAME, method)
     found, _ = continued(ours, call, tokens)
@@ -305,12 +308,12 @@ def test_the_cost_of_a_generated_token(name):
 @pytest.mark.parametrize(
     "methods, message",
     [
-        ([DyCoke(decode_layer=4)], "the decoder has 4: allowed are 1 to 3"),
+        ([DyCoke(decode_layer=4)], "decode_layer=4, but the decoder has 4 layers: set 1 to 3"),
         ([LayerDrop(layers=2), DyCoke(**DECODING)], "visual tokens leave after 2"),
         ([DyCoke(**DECODING), LATE], "fastv removes tokens after 2"),
         ([LATE, DyCoke(**DECODING)], "fastv removes tokens after 2"),
         ([PACT(after=1), DyCoke(**DECODING)], "the tokens of pact count for several each"),
-        ([DyCoke(**DECODING), DyCoke(**DECODING)], "a run can have one choice only"),
+        ([DyCoke(**DECODING), DyCoke(**DECODING)], "set decode_ratio=0 for one of them"),
     ],
 )
 def test_what_cannot_be_combined(methods, message):
@@ -325,7 +328,7 @@ def test_a_layer_without_heads_cannot_choose():
 
 
 def test_the_layer_is_checked_before_the_weights_are_loaded():
-    with pytest.raises(UserError, match="dycoke chooses among the cached tokens after 9 layers"):
+    with pytest.raises(UserError, match="decode_layer=9, but the decoder has 4 layers"):
         DyCoke(decode_layer=9).check(loaded(NAME).structure)
 
 
