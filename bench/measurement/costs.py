@@ -176,7 +176,8 @@ def _counted(quantity: str, value: float, unit: str = "1") -> Cost:
 
 
 def _prefill_costs(model: Model, inputs: ModelInputs) -> list[Cost]:
-    scope = image_prompt.prompt_tokens(model, inputs).scope
+    lengths = image_prompt.prompt_tokens(model, inputs)
+    scope = lengths.scope
     found = image_prompt.time_prefill(model, inputs)
     costs = [
         Cost(scope=scope, quantity="cache_bytes", unit="B", value=found.cache_bytes, how="counted"),
@@ -189,6 +190,16 @@ def _prefill_costs(model: Model, inputs: ModelInputs) -> list[Cost]:
             parts=_min_and_max(found.seconds),
         ),
     ]
+    if found.side_cache_bytes:
+        costs.append(
+            Cost(
+                scope=lengths.token_scope,
+                quantity="side_cache_bytes",
+                unit="B",
+                value=found.side_cache_bytes,
+                how="counted",
+            )
+        )
     if found.overhead:
         middle, spread = statistics.median(found.overhead), _min_and_max(found.overhead)
         costs.append(

@@ -20,9 +20,10 @@ from bench.data.chat import ModelInputs
 from bench.device.devices import call_seconds
 from bench.errors import UserError
 from bench.measurement.flops.counter import CountedFlops, count_flops
-from bench.measurement.model_size import kv_cache_bytes, parameter_dtype
+from bench.measurement.model_size import kv_cache_bytes, parameter_dtype, side_cache_bytes
 
 if TYPE_CHECKING:
+    from transformers import Cache
     from transformers.utils import ModelOutput
 
     from bench.models.model import Model
@@ -55,11 +56,13 @@ class PromptTokens:
 class PrefillTiming:
     """Seconds of each repetition of one prefill, and the bytes of its KV cache.
 
+    `side_cache_bytes` of these the token after it leaves unread by a method's choice.
     `overhead` is the seconds of a prefill that a method's own selection takes, see
     `method_overhead`.
     """
 
     cache_bytes: int
+    side_cache_bytes: int
     seconds: list[float]
     overhead: list[float]
 
@@ -106,11 +109,8 @@ def count_prefill(model: Model, inputs: ModelInputs) -> tuple[CountedFlops, Coun
     """Count the FLOPs of the prefill of one prompt with KV cache, and of the token after it."""
     with count_flops() as prompt_counted:
         cache = _prefill(model, inputs).past_key_values
-    # Without an attention mask: nothing is padded, and Qwen-VL would derive the number of positions
-    # from a mask. Any id will do as the next token, so the last one of the prompt is repeated.
-    step = {"input_ids": inputs["input_ids"][:, -1:], "past_key_values": cache}
     with count_flops() as token_counted:
-        _prefill(model, step)
+        _next_token(model, inputs, cache)
     return prompt_counted, token_counted
 
 
@@ -118,12 +118,23 @@ def count_prefill(model: Model, inputs: ModelInputs) -> tuple[CountedFlops, Coun
 def time_prefill(model: Model, inputs: ModelInputs) -> PrefillTiming:
     """Time the prefill of one prompt with KV cache, and measure the size of the cache."""
     prefill = partial(_prefill, model, inputs)
-    cache_bytes = kv_cache_bytes(prefill().past_key_values)
+    cache = prefill().past_key_values
+    cache_bytes = kv_cache_bytes(cache)
+    _next_token(model, inputs, cache)
+    unread = side_cache_bytes(cache)
+    del cache
     # The call above is the first of the warm-up.
     for _ in range(WARM_UP_CALLS - 1):
         prefill()
     seconds = [call_seconds(prefill, model.device) for _ in range(TIMED_CALLS)]
-    return PrefillTiming(cache_bytes, seconds, method_overhead(model, prefill))
+    return PrefillTiming(cache_bytes, unread, seconds, method_overhead(model, prefill))
+
+
+def _next_token(model: Model, inputs: ModelInputs, cache: Cache) -> None:
+    """Feed one token after a prompt."""
+    # Without an attention mask: nothing is padded, and Qwen-VL would derive the number of positions
+    # from a mask. Any id will do as the next token, so the last one of the prompt is repeated.
+    _prefill(model, {"input_ids": inputs["input_ids"][:, -1:], "past_key_values": cache})
 
 
 def _prefill(model: Model, inputs: ModelInputs) -> ModelOutput:

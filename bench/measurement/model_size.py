@@ -175,3 +175,8 @@ def kv_cache_bytes(cache: Cache) -> int:
         if isinstance(value, Tensor) and name.endswith(("keys", "values"))
     }
     return tensor_bytes(tensors.values())
+
+
+def side_cache_bytes(cache: Cache) -> int:
+    """Return the bytes of a cache that the newest token did not read, by a method's choice."""
+    return sum(layer.side_bytes() for layer in cache.layers if hasattr(layer, "side_bytes"))

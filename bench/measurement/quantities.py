@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 COST_QUANTITIES = (
     "parameters", "nonzero_parameters", "active_parameters", "bytes", "disk_bytes", "peak_bytes",
-    "cache_bytes", "cache_bytes_per_token", "flops", "flops_causal", "visual_flops", "macs",
-    "method_flops", "seconds", "method_seconds", "wall", "latency", "method_latency", "speedup",
-    "realised_speedup_fraction", "energy", "energy_saved", "roofline_efficiency", "matrix_rate",
-    "copy_bandwidth",
+    "cache_bytes", "cache_bytes_per_token", "side_cache_bytes", "flops", "flops_causal",
+    "visual_flops", "macs", "method_flops", "seconds", "method_seconds", "wall", "latency",
+    "method_latency", "speedup", "realised_speedup_fraction", "energy", "energy_saved",
+    "roofline_efficiency", "matrix_rate", "copy_bandwidth",
 )  # fmt: skip
 """What a cost can be of, as a search may name it."""
 COUNTED_PREFIXES = ("flops_", "macs_")

@@ -11,10 +11,8 @@ stage to the next visual tokens are removed for good.
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache as cache_result
 from functools import partial
 from typing import TypedDict, Unpack, cast
@@ -25,7 +23,6 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from bench.data.chat import ModelInputs
-from bench.device.devices import synchronize
 from bench.errors import UserError
 from bench.models.network import TransformersNetwork, replace_forward
 from bench.models.structure.model_structure import ModelStructure, inspect_model
@@ -48,7 +45,7 @@ from methods.visual_engine.layer import CallContext, Streams, two_stream_layer, 
 from methods.visual_engine.masked_mode import MaskedMode
 from methods.visual_engine.plan import VisualPlan
 from methods.visual_engine.selection_inputs import InputEmbeddings, LayerQK, LayersAhead
-from methods.visual_engine.selection_step import TokenPruningStep
+from methods.visual_engine.selection_step import SelectionOverhead, TokenPruningStep
 from methods.visual_engine.token_index import (
     Cells,
     Frames,
@@ -269,6 +266,7 @@ class VisualEngine:
         `readout_stacked` [B, T, D] is what DeepStack adds to readout rows, zero elsewhere.
         """
         cut, steps, stage = self.plan.cut, self.plan.steps, 0
+        decode = self.plan.decode if state.generates else None
         for layer in self.decoder.layers:
             # Several steps may follow the same layer. `stage` counts the steps passed, also in
             # calls without visual rows, because it selects the cached positions that the layer can
@@ -286,6 +284,9 @@ class VisualEngine:
                     with self.overhead.timed(streams.text_BTD.device):
                         streams = state.run_step(step, streams, read_tower, ahead)
                 stage += 1
+            if decode and decode.layer == layer.index and streams.last_qk is not None:
+                with self.overhead.timed(streams.text_BTD.device):
+                    state.select_cached(decode, streams.last_qk)
             call = self._of_kind(layer, state.call(steps[:stage]))
             if layer.index < cut:
                 streams = two_stream_layer(
@@ -294,7 +295,7 @@ class VisualEngine:
                     self.weight_cache.layer(layer.index),
                     call,
                     last=layer.index == cut - 1,
-                    keep_qk=self.plan.records_qk(layer.index),
+                    keep_qk=self.plan.records_qk(layer.index, generated=state.generates),
                 )
             elif streams.text_BTD.shape[1]:
                 streams.text_BTD = layer.module(
@@ -404,45 +405,3 @@ def _deepstack_rows(
     # zeros restores their positions in the sequence, from which each sample takes its own rows.
     empty_BSD, mask_BS1 = torch.zeros_like(x_BSD), tokens.mask[..., None]
     return [rows.take(empty_BSD.masked_scatter(mask_BS1, e.to(x_BSD.dtype))) for e in embeds]
-
-
-@dataclass
-class SelectionOverhead:
-    """Seconds spent in pruning steps, and their number, since the last `reset`.
-
-    Exact only if `synchronized`: otherwise a GPU may still be working when the clock stops.
-    """
-
-    seconds: float = 0.0
-    steps: int = 0
-    synchronized: bool = False
-
-    def reset(self) -> None:
-        """Set both to zero."""
-        self.seconds, self.steps = 0.0, 0
-
-    @contextmanager
-    def measured(self) -> Iterator[SelectionOverhead]:
-        """Reset, and synchronise with the device around every pruning step inside the block."""
-        self.reset()
-        before, self.synchronized = self.synchronized, True
-        try:
-            yield self
-        finally:
-            self.synchronized = before
-
-    @contextmanager
-    def timed(self, device: torch.device) -> Iterator[None]:
-        """Add the time of the block as one pruning step."""
-        self._wait(device)
-        start = time.perf_counter()
-        yield
-        self._wait(device)
-        self.seconds += time.perf_counter() - start
-        self.steps += 1
-
-    def _wait(self, device: torch.device) -> None:
-        # Off by default: waiting for the device at every step would slow down the prefill that is
-        # being measured.
-        if self.synchronized:
-            synchronize(device)

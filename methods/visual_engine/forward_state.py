@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,12 +18,22 @@ from bench.errors import UserError
 from bench.models.vlm.vision_tower import TowerOutput
 from bench.models.vlm.visual_tokens import VisualTokens
 from methods.visual_engine.attention import Rotary
-from methods.visual_engine.kv_cache import CachedTokens, key_weights
+from methods.visual_engine.kv_cache import (
+    CachedTokens,
+    CacheSelection,
+    key_weights,
+    select_cached,
+)
 from methods.visual_engine.layer import CallContext, Streams
 from methods.visual_engine.masks import PastPositions, attention_masks
-from methods.visual_engine.selection_inputs import InputEmbeddings, LayersAhead, SelectionInputs
+from methods.visual_engine.selection_inputs import (
+    InputEmbeddings,
+    LayerQK,
+    LayersAhead,
+    SelectionInputs,
+)
 from methods.visual_engine.selection_step import TokenPruningStep
-from methods.visual_engine.settings import Window
+from methods.visual_engine.settings import DecodePruning, Window
 from methods.visual_engine.token_index import Cells, Frames, TokenRows, rows_where
 
 
@@ -118,6 +129,7 @@ class ForwardState:
             None if cache is None else cache.layers[0].cached_tokens
         )
         self.images = images
+        self._selection: CacheSelection | None = None
         self.initial_counts: tuple[int, ...] = ()
         self.stages: list[VisualTokensState] = [] if visual is None else [visual]
         # Before each position of the call, how many tokens steps that renumber have removed; and
@@ -143,6 +155,21 @@ class ForwardState:
         self.text_rotary, self.visual = before
         return context
 
+    @property
+    def generates(self) -> bool:
+        """Whether the call is one generated token per sequence, with visual tokens in its cache."""
+        if self.images is not None or self.text.count != 1 or self.cached_tokens is None:
+            return False
+        return self.cached_tokens.visual[-1].index_BR.shape[1] > 0
+
+    def select_cached(self, pruning: DecodePruning, last_qk: LayerQK) -> None:
+        """Choose the cached visual tokens that later layers read for the generated token."""
+        cached_tokens = cast(CachedTokens, self.cached_tokens)
+        self._selection = cached_tokens.selection = select_cached(
+            pruning, last_qk.attention_of_token(), cached_tokens.visual[-1], cached_tokens.selection
+        )
+        self._current = None
+
     def _renumber(self, stage: int) -> None:
         """Rotate the rows that are left by positions without the gaps of removed tokens."""
         past_B1 = 0 if self.cached_tokens is None else self.cached_tokens.closed_B[stage][:, None]
@@ -166,6 +193,8 @@ class ForwardState:
             len(self.text.index_BR),
             0 if rows is None else rows.count,
         )
+        selection = self._selection
+        partly = selection is not None and selection.valid_Bn is not None
         masks = attention_masks(
             self.text,
             rows,
@@ -173,14 +202,17 @@ class ForwardState:
             self.window,
             past,
             self.offset,
-            explicit=weight_BK is not None,
+            explicit=weight_BK is not None or partly,
             attention="causal" if self.images is None else self.images.tokens.attention,
         )
+        if selection is not None:
+            masks = masks.selected(selection, selection.attention_BN.shape[1])
         return CallContext(
             masks=masks if weight_BK is None else masks.weighed(weight_BK),
             text_rotary=self.text_rotary,
             visual_rotary=None if visual is None else visual.rotary,
             cache=self.cache,
+            selection=selection,
         )
 
     def run_step(
@@ -253,6 +285,8 @@ class ForwardState:
         if self.cached_tokens is None or self.cache is None:
             return
         self.cached_tokens.text = self.cached_tokens.text.extended_by(self.text, self.offset)
+        if self.images is not None:
+            self.cached_tokens.selection = None
         # Per stage, since each layer's cache holds only the visual tokens that reached it. `length`
         # is logical: it includes removed tokens, whose positions later tokens still count.
         for stage, visual in enumerate(self.stages):

@@ -1,7 +1,7 @@
 """A KV cache with a separate visual part: fewer heads, fewer layers, written once per image.
 
 Shapes: B samples, G key-value heads, V key-value heads kept for visual tokens, T cached text
-tokens, N cached visual tokens, d a head's width.
+tokens, N cached visual tokens, n of them that a generated token reads, d a head's width.
 
 The text part grows as in transformers' DynamicLayer. The length that a layer reports is logical,
 text and visual tokens together, because positions of new tokens are counted from it.
@@ -15,9 +15,11 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from bench.errors import UserError
+from methods.visual_engine.settings import DecodePruning
 from methods.visual_engine.token_index import TokenRows
 
 
@@ -80,35 +82,110 @@ def key_weights(
     return torch.cat([before, known.new_ones(batch, count) if weight_BR is None else weight_BR], 1)
 
 
+@dataclass(frozen=True)
+class CacheSelection:
+    """Cached visual tokens that the newest token reads, and the attention that chose them.
+
+    `attention_BN` is to all cached visual tokens. `index_Bn` are places among these; None means
+    that all are read. `valid_Bn` marks the real ones; None means that all are real.
+    """
+
+    attention_BN: Tensor
+    index_Bn: Tensor | None = None
+    valid_Bn: Tensor | None = None
+
+    def take(self, x_BVNd: Tensor) -> Tensor:
+        """Return the keys or values that are read, [B, V, n, d], as a copy without the others."""
+        if self.index_Bn is None:
+            return x_BVNd
+        if len(self.index_Bn) == 1:
+            return x_BVNd.index_select(2, self.index_Bn[0])
+        index = self.index_Bn[:, None, :, None].expand(-1, x_BVNd.shape[1], -1, x_BVNd.shape[3])
+        return x_BVNd.gather(2, index)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> CacheSelection:
+        """Apply one change of samples to all tensors."""
+        return replace(
+            self,
+            attention_BN=change(self.attention_BN),
+            index_Bn=None if self.index_Bn is None else change(self.index_Bn),
+            valid_Bn=None if self.valid_Bn is None else change(self.valid_Bn),
+        )
+
+
+def select_cached(
+    pruning: DecodePruning,
+    attention_BN: Tensor,
+    tokens: CachedPositions,
+    before: CacheSelection | None,
+) -> CacheSelection:
+    """Choose the cached visual tokens that a generated token reads, by its attention to all.
+
+    `before` is what the token before it read; every sequence chooses for itself.
+    """
+    attention_BN = attention_BN.detach()
+    found = CacheSelection(attention_BN)
+    length = attention_BN.shape[1]
+    width = pruning.read(length)
+    count_B = None
+    if not tokens.full:
+        real_B = tokens.valid_BR.sum(dim=1)
+        # `pruning.read`, without a transfer to the CPU.
+        count_B = ((1 - pruning.drop) * real_B.double()).long().clamp(min=1).minimum(real_B)
+    similar_B = None
+    if before is not None:
+        cosine_B = functional.cosine_similarity(attention_BN, before.attention_BN, dim=1)
+        similar_B = cosine_B >= pruning.similarity
+        # The one transfer to the CPU per generated token: the number of keys must be known.
+        if not pruning.repeats and bool(similar_B.any()):
+            if bool(similar_B.all()):
+                return found
+            real_B = tokens.valid_BR.sum(dim=1)
+            chosen_B = torch.full_like(real_B, width) if count_B is None else count_B
+            count_B, width = torch.where(similar_B, real_B, chosen_B), length
+    index_Bn = attention_BN.masked_fill(~tokens.valid_BR, -1).topk(width, dim=1).indices
+    valid_Bn = None
+    if count_B is not None:
+        valid_Bn = torch.arange(width, device=index_Bn.device) < count_B[:, None]
+    if before is not None and before.index_Bn is not None and pruning.repeats:
+        index_Bn = torch.where(cast(Tensor, similar_B)[:, None], before.index_Bn, index_Bn)
+    return replace(found, index_Bn=index_Bn, valid_Bn=valid_Bn)
+
+
 @dataclass
 class CachedTokens:
     """Positions of cached text, and of the visual tokens left in each stage of the plan.
 
     `closed_B` holds, for each stage, by how much the positions of later tokens are lower there than
-    in the sequence, because pruning steps that renumber have removed as many tokens.
+    in the sequence, because pruning steps that renumber have removed as many tokens. `selection` is
+    what the newest generated token read of the last stage's visual tokens; None means all.
     """
 
     text: CachedPositions
     visual: list[CachedPositions]
     closed_B: list[Tensor]
+    selection: CacheSelection | None = None
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply one change of samples to everything."""
         self.text = self.text.map(change)
         self.visual = [stage.map(change) for stage in self.visual]
         self.closed_B = [change(closed_B) for closed_B in self.closed_B]
+        self.selection = self.selection and self.selection.map(change)
 
     def clear(self) -> None:
         """Forget all tokens."""
         self.text = self.text.map(lambda part: part[:, :0])
         self.visual = [stage.map(lambda part: part[:, :0]) for stage in self.visual]
         self.closed_B = [torch.zeros_like(closed_B) for closed_B in self.closed_B]
+        self.selection = None
 
 
 class SplitCacheLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
     """One layer's keys and values: text [B, G, T, d] as usual, visual [B, V, N, d] apart.
 
-    The first layer of a cache also holds the positions of all cached tokens.
+    The first layer of a cache also holds the positions of all cached tokens. `unread` visual rows,
+    over all samples, were left out by the newest token.
     """
 
     def __init__(self, cached_tokens: CachedTokens | None) -> None:
@@ -117,14 +194,28 @@ class SplitCacheLayer(DynamicLayer):  # type: ignore[misc]  # transformers has n
         self.visual_values: Tensor | None = None
         self.cached_tokens = cached_tokens
         self.length = 0
+        self.unread = 0
 
     def add_visual(self, keys_BVNd: Tensor, values_BVNd: Tensor) -> tuple[Tensor, Tensor]:
         """Append an image's keys and values to those of earlier images; return all of them."""
         if self.visual_keys is not None:
             keys_BVNd = torch.cat([self.visual_keys, keys_BVNd], dim=2)
             values_BVNd = torch.cat([cast(Tensor, self.visual_values), values_BVNd], dim=2)
-        self.visual_keys, self.visual_values = keys_BVNd, values_BVNd
+        self.visual_keys, self.visual_values, self.unread = keys_BVNd, values_BVNd, 0
         return keys_BVNd, values_BVNd
+
+    def read_visual(self, selection: CacheSelection | None) -> tuple[Tensor, Tensor] | None:
+        """Return the visual keys and values that a call without images reads; None without any."""
+        self.unread = 0
+        if self.visual_keys is None:
+            return None
+        found = self.visual_keys, cast(Tensor, self.visual_values)
+        if selection is None:
+            return found
+        keys, values = selection.take(found[0]), selection.take(found[1])
+        batch, _, count, _ = found[0].shape
+        self.unread = batch * (count - keys.shape[2])
+        return keys, values
 
     def get_seq_length(self) -> int:
         """Return the number of cached tokens, visual ones included."""
@@ -134,6 +225,13 @@ class SplitCacheLayer(DynamicLayer):  # type: ignore[misc]  # transformers has n
         """Return the size of all keys and values of this layer."""
         held = (self.keys, self.values, self.visual_keys, self.visual_values)
         return sum(part.numel() * part.element_size() for part in held if part is not None)
+
+    def side_bytes(self) -> int:
+        """Return the bytes of visual keys and values that the newest token did not read."""
+        if not self.unread:
+            return 0
+        keys = cast(Tensor, self.visual_keys)
+        return 2 * self.unread * keys.shape[1] * keys.shape[3] * keys.element_size()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens, which must be text.
@@ -160,7 +258,7 @@ class SplitCacheLayer(DynamicLayer):  # type: ignore[misc]  # transformers has n
         """Empty the layer."""
         super().reset()
         self.visual_keys = self.visual_values = None
-        self.length = 0
+        self.length = self.unread = 0
         if self.cached_tokens is not None:
             self.cached_tokens.clear()
 

@@ -24,7 +24,7 @@ from methods.visual_engine.attention import (
     text_only_attention,
     visual_attention,
 )
-from methods.visual_engine.kv_cache import SplitCacheLayer
+from methods.visual_engine.kv_cache import CacheSelection, SplitCacheLayer
 from methods.visual_engine.masks import AttentionMasks
 from methods.visual_engine.selection_inputs import LayerQK
 from methods.visual_engine.weight_slices import VisualWeights, project
@@ -32,12 +32,16 @@ from methods.visual_engine.weight_slices import VisualWeights, project
 
 @dataclass(frozen=True)
 class CallContext:
-    """Shared inputs of all layers of one call: masks, angles of both streams, the cache."""
+    """Shared inputs of all layers of one call: masks, angles of both streams, the cache.
+
+    `selection` are the cached visual tokens that are read; None means all.
+    """
 
     masks: AttentionMasks
     text_rotary: Rotary
     visual_rotary: Rotary | None
     cache: DynamicCache | None
+    selection: CacheSelection | None = None
 
     def of_kind(self, number: int, kinds: int) -> CallContext:
         """Return what layers of one kind share: of the angles of all kinds side by side, theirs."""
@@ -81,16 +85,20 @@ def two_stream_layer(
     """Run both streams through one layer.
 
     In the `last` layer that visual rows reach, only their keys and values are computed, since
-    nothing else of them is read. A `keep_qk` layer's queries and keys are kept for the pruning step
-    after it.
+    nothing else of them is read. A `keep_qk` layer's queries and keys are kept for the choice of
+    tokens after it.
     """
     visual = streams.visual_BND
     text_in = layer.attention_norm(streams.text_BTD)
     text = _project_text(text_in, weights, call, layer.index)
     if visual is None:
-        cached = _cached_visual(call.layer(layer.index))
+        cache = call.layer(layer.index)
+        cached = None if cache is None else cache.read_visual(call.selection)
         out_BHTd = text_attention(text, cached, weights, call.masks)
-        return Streams(_finish_text(streams.text_BTD, text_in, out_BHTd, layer), None)
+        last_qk = None
+        if keep_qk and cached is not None:
+            last_qk = LayerQK(layer.index, text, cached[0], weights, call.masks)
+        return Streams(_finish_text(streams.text_BTD, text_in, out_BHTd, layer), None, last_qk)
     visual_in = layer.attention_norm(visual)
     own = _project_visual(visual_in, weights, call, last)
     visual_kv = _cache_visual(own, call.layer(layer.index)) if weights.heads.kept else None
@@ -162,12 +170,6 @@ def _project_visual(
 def _cache_visual(own: StreamQKV, cache: SplitCacheLayer | None) -> tuple[Tensor, Tensor]:
     """Append the new visual keys and values to the cache; return all so far."""
     return (own.k, own.v) if cache is None else cache.add_visual(own.k, own.v)
-
-
-def _cached_visual(cache: SplitCacheLayer | None) -> tuple[Tensor, Tensor] | None:
-    if cache is None or cache.visual_keys is None:
-        return None
-    return cache.visual_keys, cast(Tensor, cache.visual_values)
 
 
 def _attend_streams(

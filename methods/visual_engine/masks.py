@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.models.vlm.visual_tokens import ImageAttention
-from methods.visual_engine.kv_cache import CachedPositions
+from methods.visual_engine.kv_cache import CachedPositions, CacheSelection
 from methods.visual_engine.settings import Window
 from methods.visual_engine.token_index import Cells, TokenRows
 
@@ -77,6 +77,18 @@ class AttentionMasks:
             for block in self.blocks
         )
         return replace(self, mixed_BTK=mixed, blocks=blocks)
+
+    def selected(self, selection: CacheSelection, seen: int) -> AttentionMasks:
+        """Return masks over the cached visual keys that a generated token reads, of `seen`."""
+        if self.mixed_BTK is None or selection.index_Bn is None:
+            return self
+        batch = len(selection.index_Bn)
+        visual, text = self.mixed_BTK[..., :seen], self.mixed_BTK[..., seen:]
+        index = selection.index_Bn[:, None, None]
+        chosen = visual.expand(batch, -1, -1, -1).gather(3, index)
+        if selection.valid_Bn is not None:
+            chosen = chosen & selection.valid_Bn[:, None, None]
+        return replace(self, mixed_BTK=torch.cat([chosen, text.expand(batch, -1, -1, -1)], dim=-1))
 
 
 def _weighed(mask_BQK: Tensor, weight_BV: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from bench.errors import UserError
 from methods.visual_engine.selection_step import TokenPruningStep
 from methods.visual_engine.settings import (
+    DecodePruning,
     DroppedHeads,
     Execution,
     LayerPlan,
@@ -29,9 +30,9 @@ class VisualPlan:
     Layers from `cut` on compute nothing for visual tokens. `dropped_heads` sets what a dropped head
     contributes to visual rows: nothing (`zero`, as in the released LLaVA code), or attention to
     text alone (`text_only`). `steps` are sorted by when they happen, so stage s of the decoder
-    is what runs after s of them. `repairs` holds refitted projections by layer; they are discarded
-    when other heads or neurons are kept. `revision` grows with every change, so that cached weights
-    can be refreshed.
+    is what runs after s of them. `decode` is what generated tokens read of the cached visual ones.
+    `repairs` holds refitted projections by layer; they are discarded when other heads or neurons
+    are kept. `revision` grows with every change, so that cached weights can be refreshed.
     """
 
     layers: list[LayerPlan]
@@ -40,6 +41,7 @@ class VisualPlan:
     dropped_heads: DroppedHeads = "zero"
     execution: Execution | None = None
     steps: list[TokenPruningStep] = field(default_factory=list)
+    decode: DecodePruning | None = None
     repairs: dict[int, RepairedProjections] = field(default_factory=dict)
     # Not compared: two plans with the same settings are equal, however often they were changed.
     revision: int = field(default=0, compare=False)
@@ -71,6 +73,7 @@ class VisualPlan:
         ]
         # Refitted columns compensate for exactly the heads and neurons that were dropped then.
         self.repair({})
+        self._require_readable()
 
     def keep_neurons(self, neurons: list[tuple[Tensor, ...]]) -> None:
         """Set the neurons of every feed-forward of every layer."""
@@ -102,13 +105,15 @@ class VisualPlan:
             )
         self.cut = cut
         self.revision += 1
+        self._require_readable()
 
     def add_step(self, step: TokenPruningStep) -> None:
         """Add a pruning step; steps after the same layer run in the order in which they were added.
 
         Raises:
             UserError: the layer does not exist, the step reads attention that an earlier step after
-                the same layer has invalidated, or it follows one that weighs tokens.
+                the same layer has invalidated, it follows one that weighs tokens, or generated
+                tokens choose from what it removes.
         """
         if not 0 <= step.after < len(self.layers):
             raise UserError(
@@ -134,10 +139,58 @@ class VisualPlan:
                     "already prunes there: set another `after` for one of them"
                 )
 
+        self._require_readable()
+
+    def prune_decode(self, pruning: DecodePruning) -> None:
+        """Let generated tokens read a part of the cached visual tokens.
+
+        Raises:
+            UserError: another method does so already, or the plan has nothing to choose from.
+        """
+        if self.decode is not None:
+            raise UserError(
+                f"{pruning.name} and {self.decode.name} both choose among the cached tokens: set "
+                "decode_ratio=0 for one of them"
+            )
+        if not 1 <= pruning.layer < len(self.layers):
+            raise UserError(
+                f"{pruning.name} has decode_layer={pruning.layer}, but the decoder has "
+                f"{len(self.layers)} layers: set 1 to {len(self.layers) - 1}, or decode_ratio=0"
+            )
+        self.decode = pruning
+        self.revision += 1
+        self._require_readable()
+
+    def _require_readable(self) -> None:
+        """Raise `UserError` unless generated tokens can choose among the cached visual tokens."""
+        pruning = self.decode
+        if pruning is None:
+            return
+        # The choice is of places in the cache of the layer that it reads, so all layers from there
+        # on must hold the same tokens.
+        late = next((step for step in self.steps if step.after >= pruning.layer), None)
+        weighing = next((step for step in self.steps if step.weighs), None)
+        reason = ""
+        if self.cut <= pruning.layer:
+            reason = f"visual tokens leave after {self.cut}"
+        elif self.layers[pruning.layer - 1].heads == ():
+            reason = "no head attends to visual tokens in the last of them"
+        elif late is not None:
+            reason = f"{late.name} removes tokens after {late.after}"
+        elif weighing is not None:
+            reason = f"the tokens of {weighing.name} count for several each"
+        if reason:
+            raise UserError(
+                f"{pruning.name} chooses among the cached tokens after decode_layer="
+                f"{pruning.layer} layers, but {reason}: set another one, or decode_ratio=0"
+            )
+
     def reaching(self, layer: int) -> list[TokenPruningStep]:
         """Return the pruning steps carried out before a layer runs."""
         return [step for step in self.steps if step.after <= layer]
 
-    def records_qk(self, layer: int) -> bool:
-        """Whether a pruning step reads the queries and keys of a layer."""
+    def records_qk(self, layer: int, *, generated: bool = False) -> bool:
+        """Whether a choice of tokens reads a layer's queries and keys, also for a generated one."""
+        if generated:
+            return self.decode is not None and self.decode.layer == layer + 1
         return any(s.attention and s.after == layer + 1 < self.cut for s in self.steps)

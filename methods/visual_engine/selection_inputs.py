@@ -54,6 +54,28 @@ class LayerQK:
     weights: VisualWeights
     masks: AttentionMasks
 
+    def products(self, rows: TokenRows) -> Tensor:
+        """Return scaled q · k of given text rows with visual and text keys, [B, h, R, K]."""
+        heads = self.weights.heads
+        q_BhTd = select_heads(cast(Tensor, self.text.q), heads.kept).float()
+        index = rows.index_BR[:, None, :, None].expand(-1, q_BhTd.shape[1], -1, q_BhTd.shape[3])
+        visual_k = select_heads(cast(Tensor, self.visual_k), heads.reads)
+        k = torch.cat([visual_k, kv_heads_for(self.text.k, heads.kept, heads.per_group)], dim=2)
+        return q_BhTd.gather(2, index) @ k.float().transpose(2, 3) * self.weights.view.scaling
+
+    def attention_of_token(self) -> Tensor:
+        """Return the attention of a call's only token to all visual tokens so far, [B, N].
+
+        The softmax is over all keys, visual and text, in float32; the mean is over the heads that
+        attend to visual tokens.
+        """
+        first = torch.zeros(len(self.text.k), 1, dtype=torch.int64, device=self.text.k.device)
+        products_Bh1K = self.products(TokenRows(first, None))
+        if self.masks.mixed_BTK is not None:
+            products_Bh1K = products_Bh1K.masked_fill(~self.masks.mixed_BTK, -torch.inf)
+        seen = cast(Tensor, self.visual_k).shape[2]
+        return products_Bh1K.softmax(dim=-1).mean(dim=1)[:, 0, :seen]
+
 
 @dataclass(frozen=True)
 class LayersAhead:
@@ -144,7 +166,7 @@ class SelectionInputs:
         positions among the text rows.
         """
         last_qk = self._attended(self.ahead.qk() if upcoming else self.last_qk)
-        scores_BhRK = self._scores(rows, last_qk)
+        scores_BhRK = last_qk.products(rows)
         # Recomputed for R rows, because the fused kernel returns no weights; the mask exists even
         # where the layer itself ran in plain causal order without it.
         mask = cast(Tensor, last_qk.masks.mixed_BTK).expand(len(rows.index_BR), -1, -1, -1)
@@ -157,7 +179,7 @@ class SelectionInputs:
     def products(self, rows: TokenRows) -> Tensor:
         """Return the scaled q · k of given text rows with visual keys, [I, R, M]."""
         last_qk = self._attended(self.last_qk)
-        return self._own(self._scores(rows, last_qk), last_qk).transpose(1, 2)
+        return self._own(last_qk.products(rows), last_qk).transpose(1, 2)
 
     def keys(self, *, upcoming: bool = False) -> tuple[Tensor, Tensor]:
         """Return the keys of visual tokens [I, M, V · d] and of text rows [B, T, V · d].
@@ -197,15 +219,6 @@ class SelectionInputs:
                 "attends to visual tokens: keep some heads there or set a different `after`"
             )
         return last_qk
-
-    def _scores(self, rows: TokenRows, last_qk: LayerQK) -> Tensor:
-        """Return scaled q · k of given text rows with visual and text keys, [B, h, R, K]."""
-        heads = last_qk.weights.heads
-        q_BhTd = select_heads(cast(Tensor, last_qk.text.q), heads.kept).float()
-        index = rows.index_BR[:, None, :, None].expand(-1, q_BhTd.shape[1], -1, q_BhTd.shape[3])
-        visual_k = select_heads(cast(Tensor, last_qk.visual_k), heads.reads)
-        k = torch.cat([visual_k, kv_heads_for(last_qk.text.k, heads.kept, heads.per_group)], dim=2)
-        return q_BhTd.gather(2, index) @ k.float().transpose(2, 3) * last_qk.weights.view.scaling
 
     def _readouts_as_visual(self, mask_BTK: Tensor, seen: int) -> Tensor:
         """Let each readout row attend to the visual token that it repeats, in place of itself.

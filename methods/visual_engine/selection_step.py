@@ -1,12 +1,16 @@
-"""One pruning step of a plan, and the sizes from which its own cost is counted."""
+"""One pruning step of a plan, the sizes from which its own cost is counted, and its time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from bench.device.devices import synchronize
 from bench.models.vlm.vision_tower import TowerSizes
 from methods.visual_engine.selection_inputs import SelectionInputs, TokenSelection
 from methods.visual_engine.settings import Quota
@@ -76,3 +80,45 @@ class TokenPruningStep:
     renumbers: bool = False
     adaptive: bool = False
     weighs: bool = False
+
+
+@dataclass
+class SelectionOverhead:
+    """Seconds spent in pruning steps, and their number, since the last `reset`.
+
+    Exact only if `synchronized`: otherwise a GPU may still be working when the clock stops.
+    """
+
+    seconds: float = 0.0
+    steps: int = 0
+    synchronized: bool = False
+
+    def reset(self) -> None:
+        """Set both to zero."""
+        self.seconds, self.steps = 0.0, 0
+
+    @contextmanager
+    def measured(self) -> Iterator[SelectionOverhead]:
+        """Reset, and synchronise with the device around every pruning step inside the block."""
+        self.reset()
+        before, self.synchronized = self.synchronized, True
+        try:
+            yield self
+        finally:
+            self.synchronized = before
+
+    @contextmanager
+    def timed(self, device: torch.device) -> Iterator[None]:
+        """Add the time of the block as one pruning step."""
+        self._wait(device)
+        start = time.perf_counter()
+        yield
+        self._wait(device)
+        self.seconds += time.perf_counter() - start
+        self.steps += 1
+
+    def _wait(self, device: torch.device) -> None:
+        # Off by default: waiting for the device at every step would slow down the prefill that is
+        # being measured.
+        if self.synchronized:
+            synchronize(device)

@@ -106,6 +106,27 @@ def tokens_left(quotas: Sequence[Quota], n: int) -> int:
 
 
 @dataclass(frozen=True)
+class DecodePruning:
+    """Generated tokens read a part of the cached visual tokens, from layer `layer` on.
+
+    For each of them, the share `drop` of its sequence's visual tokens is left out that it attends
+    to least in the layer before. They stay in the cache, and the next token may read them. Where
+    the cosine between the attention of two successive tokens is at least `similarity`, nothing new
+    is chosen: what the token before read is read again with `repeats`, everything without.
+    """
+
+    name: str
+    layer: int
+    drop: float
+    similarity: float
+    repeats: bool
+
+    def read(self, n: int) -> int:
+        """Return how many of a sequence's n visual tokens are read, at least one."""
+        return min(n, max(1, int((1 - self.drop) * n)))
+
+
+@dataclass(frozen=True)
 class Window:
     """Square of visual tokens in one frame that a visual token attends to.
 

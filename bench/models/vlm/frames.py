@@ -90,22 +90,16 @@ def _internvl_frames(
     return _square_frames(config, mask_BS, _internvl_side(config), images)
 
 
-def _gemma_frames(
+def _tile_frames(
     inner: nn.Module, call: CallArguments, modality: str, mask_BS: Tensor
 ) -> list[Frame]:
-    """Gemma 3: one square of pooled patches per image or crop of it."""
-    config = _config(inner)
-    images = _pixel_images(call, modality)
-    return _square_frames(config, mask_BS, _gemma_side(config), images)
+    """Return the squares of Gemma 3 and Cohere2-Vision: one per image, crop or tile.
 
-
-def _cohere_frames(
-    inner: nn.Module, call: CallArguments, modality: str, mask_BS: Tensor
-) -> list[Frame]:
-    """Cohere2-Vision: one square per tile after pixel shuffle, a line break behind each."""
+    Patches are pooled or shuffled by then; separators between squares are tokens of text.
+    """
     config = _config(inner)
-    images = _pixel_images(call, modality)
-    return _square_frames(config, mask_BS, _cohere_side(config), images)
+    side = FRAME_SIDES[config.model_type](config)
+    return _square_frames(config, mask_BS, side, _pixel_images(call, modality))
 
 
 def _glm_frames(
@@ -270,19 +264,9 @@ def _frames_from_positions(call: CallArguments, modality: str, mask_BS: Tensor) 
 def fixed_frame_size(network: nn.Module) -> Frame | None:
     """Return rows and columns of a frame if all have the same, None if image sizes vary."""
     config = cast(TransformersNetwork, network).config
-    sides = {
-        "llava": _llava_side,
-        "internvl": _internvl_side,
-        "deepseek_vl": _llava_side,
-        "cohere2_vision": _cohere_side,
-        "gemma3": _gemma_side,
-        "paligemma": _llava_side,
-    }
-    if config.model_type not in sides:
+    if config.model_type not in FRAME_SIDES or config.vision_config.model_type == "pixtral":
         return None
-    if config.vision_config.model_type == "pixtral":
-        return None
-    side = sides[config.model_type](config)
+    side = FRAME_SIDES[config.model_type](config)
     return Frame(side, side)
 
 
@@ -307,6 +291,17 @@ def _internvl_side(config: NetworkConfig) -> int:
     return isqrt(round(patches * config.downsample_ratio**2))
 
 
+# Rows, which are columns as well, of the square frames of an architecture.
+FRAME_SIDES: dict[str, Callable[[NetworkConfig], int]] = {
+    "llava": _llava_side,
+    "internvl": _internvl_side,
+    "deepseek_vl": _llava_side,
+    "cohere2_vision": _cohere_side,
+    "gemma3": _gemma_side,
+    "paligemma": _llava_side,
+}
+
+
 def _refuse_size(config: NetworkConfig, call: CallArguments, size: tuple[int, int]) -> None:
     """Raise if pixels have a different size than the grid."""
     pixels = call.get("pixel_values")
@@ -328,8 +323,8 @@ FRAME_READERS: dict[str, FrameReader] = {
     "smolvlm": _idefics_frames,
     "mistral3": _frames_of_rows,
     "deepseek_vl": _llava_frames,
-    "cohere2_vision": _cohere_frames,
-    "gemma3": _gemma_frames,
+    "cohere2_vision": _tile_frames,
+    "gemma3": _tile_frames,
     "glm4v": _glm_frames,
     "paligemma": _llava_frames,
     "qwen2_vl": _qwen_frames,

@@ -99,16 +99,25 @@ class VisualFlops:
         products: list[MatmulCost] = []
         for stage in self._stages(inputs):
             batch, (text, visual) = stage.samples, stage.rows
-            seen = stage.visual.rows.validity.sum() / batch
-            kept = self._kept(stage)
-            heads = stage.weights.view.heads
+            real_B = stage.visual.rows.validity.sum(dim=1).tolist()
+            kept, heads = self._kept(stage), stage.weights.view.heads
             products += self._text_rows(stage.layer, batch)
-            # The kernel multiplies with padded visual rows as well, which `pairs` counts; `real`
-            # counts the keys that are attended to.
+            decode = self.engine.plan.decode
+            if decode is not None and decode.layer <= stage.layer.index:
+                if decode.layer == stage.layer.index:
+                    products.append(self._choosing_cached(stage))
+                visual, real_B = decode.read(visual), [decode.read(n) for n in real_B]
+            # `pairs` has the padded visual rows, with which the kernel multiplies as well.
             pairs = batch * (heads * (text + 1) + kept * visual)
-            real = batch * (heads * (text + 1) + kept * float(seen))
+            real = batch * heads * (text + 1) + kept * sum(real_B)
             products.append(attention_cost("text", pairs, real, _pair_macs(stage)))
         return products
+
+    def _choosing_cached(self, stage: LayerCall) -> MatmulCost:
+        """Return the products with all keys, by which a generated token chooses among them."""
+        before = self.engine.weight_cache.layer(stage.layer.index - 1)
+        each = stage.samples * len(before.heads.kept) * before.view.head_dim
+        return MatmulCost("method", each * (sum(stage.rows) + 1))
 
     def layers(self, inputs: ModelInputs) -> list[VisualLayer]:
         """Return visual tokens and kept shares of every layer."""
