@@ -27,6 +27,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -39,15 +40,19 @@ from methods.wgsef.solvers.schedules import homotopy_ratio
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Gram matrix [M, M], its product with the true read-out [M, D], and the scales s [A, B, B].
+    """Gram matrix [M, M], the true read-out V [M, D] in units of the outputs, and scales [A, B, B].
 
-    `readout` is the true V [M, D], in units of the outputs; all are fp64.
+    All are fp64.
     """
 
     gram: Tensor
-    target: Tensor
     readout: Tensor
     scale: Tensor
+
+    @cached_property
+    def target(self) -> Tensor:
+        """The Gram matrix times the true read-out, [M, D]; the homotopy needs none."""
+        return self.gram @ self.readout
 
     @classmethod
     def from_gram(cls, gram_MM: Tensor, weight_MD: Tensor, width: int = 1) -> Reconstruction:
@@ -69,7 +74,7 @@ class Reconstruction:
         white_ABB = torch.linalg.inv(scale_ABB) @ seen_ABB
         readout_MD = _apply_blocks(scale_ABB @ seen_ABB, weight_MD.double())
         scaled_MM = _apply_blocks(white_ABB, _apply_blocks(white_ABB, gram_MM.double()).mT)
-        return cls(scaled_MM, scaled_MM @ readout_MD, readout_MD, scale_ABB)
+        return cls(scaled_MM, readout_MD, scale_ABB)
 
     @property
     def atoms(self) -> int:
@@ -89,7 +94,7 @@ class Reconstruction:
         energy = (self.readout * self.target).sum()
         # A layer that puts out nothing loses nothing.
         unit = torch.where(energy > 0, energy, 1.0).rsqrt()
-        return replace(self, target=self.target * unit, readout=self.readout * unit)
+        return replace(self, readout=self.readout * unit)
 
     def norms(self, v_MD: Tensor) -> Tensor:
         """Return the norms of all atoms as a single row [1, A], as the operators take them."""
@@ -261,20 +266,26 @@ class _PenalisedReconstruction:
     def minimiser(self, gate_A: Tensor, lam: float) -> Tensor:
         """Return the V [M, D] of least error + lam/2 sum_j (1/u_j - 1) ||v_j||^2.
 
-        With H the inverse Gram matrix and E = diag(u / (lam (1 - u))) on the penalised activations
-        P it is V_0 - H_P (H_PP + E)^-1 V_0P; atoms with u = 0 are eliminated.
+        With H the inverse Gram matrix, E = diag(u / (lam (1 - u))) on the penalised activations P
+        and W = (H_PP + E)^-1 V_0P it is E W on P, since H_PP W = V_0P - E W, and V_0 - H W on the
+        others: a product that shrinks with them. Atoms with u = 0 are eliminated.
         """
         gate_M = gate_A.repeat_interleave(self._problem.width)
         place_P = (gate_M < 1).nonzero()[:, 0]
         readout_MD = self._problem.readout
         if not len(place_P):
             return readout_MD
-        across_MP = self._inverse_MM[:, place_P]
-        inner_PP = across_MP[place_P]
-        inner_PP.diagonal().add_(gate_M[place_P] / (lam * (1 - gate_M[place_P])))
+        whole_N = (gate_M >= 1).nonzero()[:, 0]
+        rows_PM = self._inverse_MM[place_P]
+        ease_P = gate_M[place_P] / (lam * (1 - gate_M[place_P]))
+        inner_PP = rows_PM[:, place_P]
+        inner_PP.diagonal().add_(ease_P)
         factor_PP: Tensor = torch.linalg.cholesky(inner_PP)
-        moved_MD: Tensor = across_MP @ torch.cholesky_solve(readout_MD[place_P], factor_PP)
-        return readout_MD - moved_MD
+        solved_PD = torch.cholesky_solve(readout_MD[place_P], factor_PP)
+        v_MD = torch.empty_like(readout_MD)
+        v_MD[place_P] = ease_P[:, None] * solved_PD
+        v_MD[whole_N] = torch.addmm(readout_MD[whole_N], rows_PM[:, whole_N].T, solved_PD, alpha=-1)
+        return v_MD
 
 
 def select_by_elimination(problems: Problems, k: int, floor: int = 0) -> list[Tensor]:
