@@ -20,13 +20,14 @@ class PrunedAttention(nn.Module):
         self.in_proj_weight: nn.Parameter = whole.in_proj_weight
         self.in_proj_bias: nn.Parameter | None = whole.in_proj_bias
         self.out_proj = whole.out_proj
-        self.head_dim = whole.embed_dim // whole.num_heads
+        self.head_dim: int = whole.embed_dim // whole.num_heads
         self._batch_first, self._dropout = whole.batch_first, whole.dropout
 
     @property
     def num_heads(self) -> int:
         """Number of heads left."""
-        return len(self.in_proj_weight) // 3 // self.head_dim
+        rows: int = self.in_proj_weight.shape[0]
+        return rows // 3 // self.head_dim
 
     def resize(self, rows: int) -> None:
         """Give the projections of queries, keys and values uninitialised weights of `rows` rows."""
@@ -54,7 +55,8 @@ class PrunedAttention(nn.Module):
     def _project(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x_BSD = x if self._batch_first else x.transpose(0, 1)
         heads_BSHW = functional.linear(x_BSD, weight, bias).unflatten(-1, (-1, self.head_dim))
-        return heads_BSHW.transpose(1, 2)
+        heads_BHSW: Tensor = heads_BSHW.transpose(1, 2)
+        return heads_BHSW
 
 
 def prune_attention(network: nn.Module, name: str) -> PrunedAttention:

@@ -81,7 +81,7 @@ def attention_heads(network: nn.Module) -> list[GroupFamily]:
         ]
         owned.append(Slice.whole(f"{name}.out_proj.weight", (1,), count, width))
         families.append(GroupFamily(name, "heads", count, tuple(owned)))
-    return _require_families(families, network, "heads that are known: those of MultiheadAttention")
+    return _require_families(families, network, "heads of torch's MultiheadAttention")
 
 
 def experts(network: nn.Module) -> list[GroupFamily]:

@@ -260,8 +260,10 @@ class _PenalisedReconstruction:
     """Least-squares read-outs under a ridge of its own for each atom, by block elimination."""
 
     def __init__(self, problem: Reconstruction, damping: float = 1e-8) -> None:
-        self._problem = problem
+        self._readout_MD = problem.readout
+        self._width = problem.width
         self._inverse_MM = damped_inverse(problem.gram, damping)
+        self._rounded_MM = self._inverse_MM.float()
 
     def minimiser(self, gate_A: Tensor, lam: float) -> Tensor:
         """Return the V [M, D] of least error + lam/2 sum_j (1/u_j - 1) ||v_j||^2.
@@ -270,22 +272,61 @@ class _PenalisedReconstruction:
         and W = (H_PP + E)^-1 V_0P it is E W on P, since H_PP W = V_0P - E W, and V_0 - H W on the
         others: a product that shrinks with them. Atoms with u = 0 are eliminated.
         """
-        gate_M = gate_A.repeat_interleave(self._problem.width)
+        gate_M = gate_A.repeat_interleave(self._width)
         place_P = (gate_M < 1).nonzero()[:, 0]
-        readout_MD = self._problem.readout
-        if not len(place_P):
-            return readout_MD
-        whole_N = (gate_M >= 1).nonzero()[:, 0]
-        rows_PM = self._inverse_MM[place_P]
+        place_N = (gate_M >= 1).nonzero()[:, 0]
         ease_P = gate_M[place_P] / (lam * (1 - gate_M[place_P]))
-        inner_PP = rows_PM[:, place_P]
-        inner_PP.diagonal().add_(ease_P)
-        factor_PP: Tensor = torch.linalg.cholesky(inner_PP)
-        solved_PD = torch.cholesky_solve(readout_MD[place_P], factor_PP)
-        v_MD = torch.empty_like(readout_MD)
+        # Single precision takes half the time, but nearly equal activations are too much for it.
+        solved = _solve_blocks(self._rounded_MM, self._readout_MD, place_P, place_N, ease_P)
+        if not self._is_exact(*solved, place_P, place_N, ease_P):
+            solved = _solve_blocks(self._inverse_MM, self._readout_MD, place_P, place_N, ease_P)
+        solved_PD, moved_ND = solved
+        v_MD = torch.empty_like(self._readout_MD)
         v_MD[place_P] = ease_P[:, None] * solved_PD
-        v_MD[whole_N] = torch.addmm(readout_MD[whole_N], rows_PM[:, whole_N].T, solved_PD, alpha=-1)
+        v_MD[place_N] = self._readout_MD[place_N] - moved_ND
         return v_MD
+
+    def _is_exact(
+        self,
+        solved_PD: Tensor,
+        moved_ND: Tensor,
+        place_P: Tensor,
+        place_N: Tensor,
+        ease_P: Tensor,
+    ) -> bool:
+        """Whether W solves its equation and moves the others, on one random sum of the outputs.
+
+        In double precision that costs a product with a vector (Freivalds' check).
+        """
+        signs_D = torch.randint(
+            0, 2, solved_PD.shape[1:], generator=torch.Generator().manual_seed(0)
+        )
+        sum_D = (2.0 * signs_D - 1).to(self._readout_MD)
+        solved_M = torch.zeros_like(self._readout_MD[:, 0])
+        solved_M[place_P] = solved_PD.double() @ sum_D
+        moved_M = self._inverse_MM @ solved_M
+        right_P = self._readout_MD[place_P] @ sum_D
+        wrong_P = moved_M[place_P] + ease_P * solved_M[place_P] - right_P
+        wrong_N = moved_M[place_N] - moved_ND.double() @ sum_D
+        # NaN compares as false: what single precision cannot hold is computed anew.
+        return bool(wrong_P.norm() + wrong_N.norm() <= SINGLE_PRECISION * right_P.norm())
+
+
+SINGLE_PRECISION = 1e-5
+"""Largest error of a solution in single precision, relative to the read-out."""
+
+
+def _solve_blocks(
+    inverse_MM: Tensor, readout_MD: Tensor, place_P: Tensor, place_N: Tensor, ease_P: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return W = (H_PP + E)^-1 V_0P and H_NP W, in the precision of the inverse."""
+    rows_PM = inverse_MM[place_P]
+    inner_PP = rows_PM[:, place_P]
+    inner_PP.diagonal().add_(ease_P.to(inner_PP))
+    # A failure leaves NaN or nonsense, which the check finds.
+    factor_PP, _ = torch.linalg.cholesky_ex(inner_PP)
+    solved_PD = torch.cholesky_solve(readout_MD[place_P].to(inner_PP), factor_PP)
+    return solved_PD, rows_PM[:, place_N].T @ solved_PD
 
 
 def select_by_elimination(problems: Problems, k: int, floor: int = 0) -> list[Tensor]:
