@@ -69,6 +69,7 @@ def test_heads_and_blocks_of_a_vision_transformer(choice, monkeypatch, tmp_path)
         close(removed, zeroed)
 
 
+@pytest.mark.broad
 def test_blocks_of_a_resnet_become_identities_or_their_shortcuts(tmp_path):
     network = resnet18()
     zeroed, removed, smaller = removed_after(network, {"groups": ["depth"]}, some, tmp_path)
