@@ -20,9 +20,13 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from bench.errors import UserError
-from bench.models.classifiers.attention import PrunedAttention, prune_attention
 from bench.models.classifiers.classifier import Classifier
-from bench.models.classifiers.shortcuts import Shortcut, reduce_to_shortcut
+from bench.models.classifiers.pruned_modules import (
+    PrunedAttention,
+    Shortcut,
+    prune_attention,
+    reduce_to_shortcut,
+)
 from bench.models.structure.dense_layer import (
     find_heads,
     is_projection,

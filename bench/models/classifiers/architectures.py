@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.errors import UserError, error_sentence, unknown_name
-from bench.models.classifiers.attention import prune_attention
 from bench.models.classifiers.classifier import Classifier, VisionConfig, initialise, pooled_head
-from bench.models.classifiers.shortcuts import reduce_to_shortcut
+from bench.models.classifiers.pruned_modules import prune_attention, reduce_to_shortcut
 
 # From this size on, a ResNet's stem reduces the image by four, as for ImageNet; MobileNet's first
 # layer reduces it by two.

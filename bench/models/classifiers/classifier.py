@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bench.data.image_sets import ImageShape
 from bench.errors import UserError
-from bench.models.classifiers.shortcuts import Shortcut
+from bench.models.classifiers.pruned_modules import Shortcut
 
 CONFIG_FILE = "config.json"
 

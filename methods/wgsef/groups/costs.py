@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bench.device.devices import synchronize
 from bench.errors import UserError
-from bench.models.classifiers.attention import PrunedAttention
+from bench.models.classifiers.pruned_modules import PrunedAttention
 from methods.wgsef.groups.convolution import PRUNABLE_LAYERS
 from methods.wgsef.groups.partition import GroupFamily
 

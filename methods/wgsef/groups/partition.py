@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.errors import UserError
-from bench.models.classifiers.shortcuts import Shortcut
+from bench.models.classifiers.pruned_modules import Shortcut
 
 ElementFunction = Callable[[Tensor], Tensor]
 

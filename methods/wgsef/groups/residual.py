@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from bench.errors import UserError
-from bench.models.classifiers.shortcuts import Shortcut
+from bench.models.classifiers.pruned_modules import Shortcut
 from methods.wgsef.groups.partition import GroupFamily, Slice
 from methods.wgsef.groups.verification import FORWARD_ERRORS, TOLERANCE, with_random_weights
 

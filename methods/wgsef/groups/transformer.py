@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bench.errors import UserError
-from bench.models.classifiers.attention import PrunedAttention
+from bench.models.classifiers.pruned_modules import PrunedAttention
 from bench.models.structure.dense_layer import (
     FeedForward,
     Heads,
