@@ -378,6 +378,10 @@ def build_classifier(config: VisionConfig) -> Classifier:
     # that of the pruned layer. Networks of others draw their weights by their own rules.
     if ours or config.shapes:
         initialise(network)
+    for name in config.shapes:
+        layer = network.get_submodule(name)
+        if isinstance(layer, nn.Linear):
+            layer.reset_parameters()
     return network
 
 

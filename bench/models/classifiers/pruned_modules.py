@@ -86,9 +86,10 @@ class PrunedAttention(nn.Module):
         return rows // 3 // self.head_dim
 
     def resize(self, rows: int) -> None:
-        """Give the projections of queries, keys and values uninitialised weights of `rows` rows."""
+        """Give the projections of queries, keys and values fresh weights of `rows` rows."""
         like = self.in_proj_weight
-        self.in_proj_weight = nn.Parameter(like.new_ones(rows, like.shape[1]))
+        self.in_proj_weight = nn.Parameter(like.new_empty(rows, like.shape[1]))
+        nn.init.xavier_uniform_(self.in_proj_weight)
         if self.in_proj_bias is not None:
             self.in_proj_bias = nn.Parameter(like.new_zeros(rows))
 

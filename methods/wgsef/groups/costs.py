@@ -125,7 +125,12 @@ class GroupCosts:
 def _costs_of_weights(network: nn.Module, example: Tensor, unit: CostUnit) -> dict[str, float]:
     """Return the multiply-adds or seconds for one example, or the bytes, by name of the weight."""
     layers = {n: m for n, m in network.named_modules() if isinstance(m, PRUNABLE_LAYERS)}
-    attention = {n: m for n, m in network.named_modules() if isinstance(m, ATTENTION)}
+    attention = {
+        name: module
+        for name, module in network.named_modules()
+        # Keys or values of widths of their own have no stacked projection, and no groups either.
+        if isinstance(module, ATTENTION) and module.in_proj_weight is not None
+    }
     weights = {f"{name}.weight": layer.get_parameter("weight") for name, layer in layers.items()}
     weights |= {
         f"{n}.in_proj_weight": m.get_parameter("in_proj_weight") for n, m in attention.items()

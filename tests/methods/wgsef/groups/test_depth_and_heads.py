@@ -63,6 +63,11 @@ def test_heads_and_blocks_of_a_vision_transformer(choice, monkeypatch, tmp_path)
     network = vit(monkeypatch)
     zeroed, removed, smaller = removed_after(network, choice, some, tmp_path)
     close(removed, zeroed)
+    # Trained anew, what was resized begins with drawn weights.
+    fresh = build_classifier(smaller.config)
+    resized = [fresh.get_submodule(name) for name in smaller.config.shapes]
+    matrices = [w for layer in resized for w in layer.parameters(recurse=False) if w.ndim > 1]
+    assert all(float(weight.std()) > 0 for weight in matrices)
     if choice["groups"] == ["heads"]:
         # What was pruned is pruned again: of one, two and one heads, one of the two goes.
         zeroed, removed, _ = removed_after(smaller, choice, second, tmp_path / "again")
