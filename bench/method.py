@@ -177,7 +177,7 @@ class Method(BaseModel, ABC):
         """Change `model.network` in place and report the effect."""
 
 
-BudgetUnit = Literal["groups", "macs", "bytes"]
+BudgetUnit = Literal["groups", "macs", "bytes", "seconds"]
 """What the ratio of a classifier's sparse training counts."""
 
 

@@ -78,7 +78,11 @@ def refit_error(gram_FF: Tensor, down_DF: Tensor, kept_K: Tensor, columns_DK: Te
     # Tr(Δ G Δᵀ) with Δ = W - V on kept columns and W on removed ones: no pass over tokens.
     difference_DF = down_DF.double().clone()
     difference_DF[:, kept_K] -= columns_DK.double()
-    return float((difference_DF @ gram_FF * difference_DF).sum())
+    # Columns that stay as they were add nothing: without a refit, all that are kept.
+    changed_C = difference_DF.any(0).nonzero()[:, 0]
+    difference_DC = difference_DF[:, changed_C]
+    gram_CC = gram_FF[changed_C][:, changed_C]
+    return float((difference_DC @ gram_CC * difference_DC).sum())
 
 
 @torch.no_grad()

@@ -21,6 +21,12 @@ from torch import Tensor, nn
 
 from bench.errors import UserError
 from bench.models.classifiers.classifier import Classifier
+from bench.models.classifiers.pruned_modules import (
+    PrunedAttention,
+    Shortcut,
+    prune_attention,
+    reduce_to_shortcut,
+)
 from bench.models.structure.dense_layer import (
     find_heads,
     is_projection,
@@ -32,14 +38,14 @@ from methods.wgsef.groups.partition import GroupFamily
 
 @dataclass(frozen=True)
 class Removal:
-    """The smaller network, its new weight shapes by layer, and the names of removed branches.
+    """The smaller network, its new weight shapes by layer, and what is left of residual blocks.
 
     `kept` is the number of groups left in each family, after rounding.
     """
 
     network: nn.Module
     shapes: dict[str, tuple[int, ...]]
-    branches: tuple[str, ...]
+    shortcuts: tuple[Shortcut, ...]
     kept: dict[str, int]
 
 
@@ -63,28 +69,25 @@ def _cut_groups(
 ) -> Removal:
     """Cut the groups out of the network itself."""
     gone: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
-    branches: list[str] = []
+    shortcuts: list[Shortcut] = []
     kept = {}
     for family, dead_M in zip(families, dead, strict=True):
         if family.kind == "depth":
-            leaving_M, parts = dead_M, family.owned_slices
-            branches += _dead_branches(family, dead_M)
+            leaving_M = dead_M
+            pairs = zip(family.shortcuts, dead_M.tolist(), strict=True)
+            shortcuts += [shortcut for shortcut, gone_now in pairs if gone_now]
         else:
-            leaving_M, parts = (
-                _round_up_kept(dead_M, multiple),
-                (*family.owned_slices, *family.reader_slices),
-            )
-            for part in parts:
+            leaving_M = _round_up_kept(dead_M, multiple)
+            for part in (*family.owned_slices, *family.reader_slices):
                 # Indices are collected first and cut once per tensor and axis: cutting family by
                 # family would shift the units of the next one.
                 gone[part.tensor, part.axes[0]].append(part.units_of(leaving_M))
         kept[family.name] = int((~leaving_M).sum())
     layers = _delete_units(smaller, gone)
-    shapes = {n: tuple(smaller.get_submodule(n).get_parameter("weight").shape) for n in layers}
-    for name in branches:
-        parent, _, leaf = name.rpartition(".")
-        setattr(smaller.get_submodule(parent), leaf, None)
-    return Removal(smaller, shapes, tuple(branches), kept)
+    shapes = {name: _shape_of(smaller.get_submodule(name)) for name in layers}
+    for shortcut in shortcuts:
+        reduce_to_shortcut(smaller, shortcut)
+    return Removal(smaller, shapes, tuple(shortcuts), kept)
 
 
 def _refuse_unremovable(
@@ -117,15 +120,6 @@ def _round_up_kept(dead_M: Tensor, multiple: int) -> Tensor:
     return dead_M & (place_M > wanted - alive)
 
 
-def _dead_branches(family: GroupFamily, dead_M: Tensor) -> list[str]:
-    """Return the names of the residual branches whose groups are dead."""
-    dead_groups = set(dead_M.nonzero()[:, 0].tolist())
-    owners = [p.tensor for p in family.owned_slices if int(p.groups[0]) in dead_groups]
-    # A parameter inside a branch names it by its path; several parameters give one branch.
-    names = (tensor[: tensor.index(".branch.") + len(".branch")] for tensor in owners)
-    return list(dict.fromkeys(names))
-
-
 def _delete_units(network: nn.Module, gone: dict[tuple[str, int], list[Tensor]]) -> list[str]:
     """Delete units of tensors axis by axis, and return the names of the layers that shrank."""
     layers: dict[str, None] = {}
@@ -145,8 +139,18 @@ def _delete_units(network: nn.Module, gone: dict[tuple[str, int], list[Tensor]])
             layer.register_buffer(key, left)
         layers[name] = None
     for name in layers:
-        _update_layer_sizes(network.get_submodule(name))
+        layer = network.get_submodule(name)
+        if isinstance(layer, nn.MultiheadAttention):
+            prune_attention(network, name)
+        else:
+            _update_layer_sizes(layer)
     return list(layers)
+
+
+def _shape_of(layer: nn.Module) -> tuple[int, ...]:
+    """Return what determines the sizes of a layer: its weight's shape."""
+    key = "in_proj_weight" if isinstance(layer, PrunedAttention) else "weight"
+    return tuple(layer.get_parameter(key).shape)
 
 
 def _update_layer_sizes(layer: nn.Module) -> None:
@@ -179,12 +183,12 @@ def smaller_classifier(
     assert isinstance(smaller, Classifier)
     config = network.config
     # The network may have been pruned before: earlier shapes hold where this removal changed
-    # nothing, and shapes inside branches that are gone now would refer to modules that do not
-    # exist.
+    # nothing, and those of branches that are gone now would refer to modules that do not exist.
     cut = {**config.shapes, **removal.shapes}
-    gone = (*config.removed, *removal.branches)
-    shapes = {n: s for n, s in cut.items() if not any(n.startswith(f"{b}.") for b in gone)}
-    smaller.config = config.model_copy(update={"shapes": shapes, "removed": gone})
+    left = {name for name, _ in smaller.named_modules()}
+    shapes = {name: shape for name, shape in cut.items() if name in left}
+    removed = (*config.removed, *removal.shortcuts)
+    smaller.config = config.model_copy(update={"shapes": shapes, "removed": removed})
     return smaller
 
 

@@ -24,7 +24,7 @@ from bench.models.classifiers.architectures import build_classifier
 from bench.models.classifiers.classifier import Classifier, VisionConfig
 from methods.wgsef.groups import choice
 from methods.wgsef.groups.choice import ConvolutionGroups, GroupChoice
-from methods.wgsef.groups.costs import GroupCosts
+from methods.wgsef.groups.costs import REMOVABLE_KINDS, GroupCosts
 from methods.wgsef.groups.partition import GroupPartition
 from methods.wgsef.removal import smaller_classifier
 from methods.wgsef.solvers import envelope
@@ -157,10 +157,10 @@ class SparseTraining(ClassifierTraining):
 
     `groups` is one kind of group or several that do not overlap; `layers`, `block` and `masks` are
     those of `GroupChoice`. `ratio` is the fraction to remove, counted in `unit`: groups,
-    multiply-adds or bytes. With scope `global` all layers share one budget, with `layer` each loses
-    that fraction of its groups, with `isomorphic` all layers of one form do together. If `k` is
-    given, it is the number of groups to keep in the whole network instead. `floor` is the minimum
-    fraction kept per layer. Kept counts are rounded up to `multiple`. With scope `pattern`,
+    multiply-adds, bytes or seconds. With scope `global` all layers share one budget, with `layer`
+    each loses that fraction of its groups, with `isomorphic` all layers of one form do together. If
+    `k` is given, it is the number of groups to keep in the whole network instead. `floor` is the
+    minimum fraction kept per layer. Kept counts are rounded up to `multiple`. With scope `pattern`,
     `pattern=[N, M]` keeps N of every M consecutive groups of a layer, whatever `ratio` is.
     """
 
@@ -186,6 +186,12 @@ class SparseTraining(ClassifierTraining):
             raise ValueError(
                 f"scope={self.scope} counts groups, not unit={self.unit}: set scope=global or "
                 "unit=groups"
+            )
+        uncosted = [kind for kind in self._choice().groups if kind not in REMOVABLE_KINDS]
+        if self.unit != "groups" and uncosted:
+            raise ValueError(
+                f"unit={self.unit} needs groups whose removal makes layers smaller "
+                f"({', '.join(REMOVABLE_KINDS)}), got {uncosted[0]}: set unit=groups"
             )
         if self.scope == "isomorphic" and self.groups not in ("filters", ("filters",)):
             raise ValueError(

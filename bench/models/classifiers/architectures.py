@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bench.errors import UserError, error_sentence, unknown_name
 from bench.models.classifiers.classifier import Classifier, VisionConfig, initialise, pooled_head
+from bench.models.classifiers.pruned_modules import prune_attention, reduce_to_shortcut
 
 # From this size on, a ResNet's stem reduces the image by four, as for ImageNet; MobileNet's first
 # layer reduces it by two.
@@ -184,21 +185,16 @@ def _densenet_transition(width: int) -> list[nn.Module]:
 
 
 class ResidualBlock(nn.Module):
-    """Sum of a branch and a shortcut, then ReLU; without its branch, the shortcut alone."""
+    """Sum of a branch and a shortcut, then ReLU."""
 
     def __init__(self, branch: nn.Module, shortcut: nn.Module) -> None:
         super().__init__()
-        self.branch: nn.Module | None = branch
+        self.branch = branch
         self.shortcut = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute relu(shortcut(x) + branch(x))."""
-        y: Tensor = self.shortcut(x)
-        # Pruning may remove the whole branch; the block stays, so that names in the state dict do
-        # not shift.
-        if self.branch is not None:
-            y = y + self.branch(x)
-        return torch.relu(y)
+        return torch.relu(self.shortcut(x) + self.branch(x))
 
 
 ResidualMaker = Callable[[int, int, int], ResidualBlock]
@@ -370,23 +366,23 @@ def build_classifier(config: VisionConfig) -> Classifier:
         )
     else:
         raise unknown_name("architecture", name, ARCHITECTURES)
-    for name in config.removed:
-        remove_branch(network, name)
+    for shortcut in config.removed:
+        reduce_to_shortcut(network, shortcut)
     for name, shape in config.shapes.items():
-        resize_layer(_layer_to_resize(network, name), shape)
+        layer = _layer_to_resize(network, name)
+        if isinstance(layer, nn.MultiheadAttention):
+            prune_attention(network, name).resize(shape[0])
+        else:
+            resize_layer(layer, shape)
     # After resizing, which leaves weights uninitialised; the fan of He's initialisation is then
     # that of the pruned layer. Networks of others draw their weights by their own rules.
     if ours or config.shapes:
         initialise(network)
+    for name in config.shapes:
+        layer = network.get_submodule(name)
+        if isinstance(layer, nn.Linear):
+            layer.reset_parameters()
     return network
-
-
-def remove_branch(network: nn.Module, name: str) -> None:
-    """Remove a residual branch: its block then returns the shortcut alone."""
-    block = network.get_submodule(name.rpartition(".")[0])
-    if not isinstance(block, ResidualBlock):
-        raise UserError(f"{name} is not a residual branch")
-    block.branch = None
 
 
 def resize_layer(layer: nn.Module, shape: tuple[int, ...]) -> None:

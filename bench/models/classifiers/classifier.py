@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bench.data.image_sets import ImageShape
 from bench.errors import UserError
+from bench.models.classifiers.pruned_modules import Shortcut
 
 CONFIG_FILE = "config.json"
 
@@ -22,7 +23,7 @@ class VisionConfig(BaseModel):
     """Everything needed to build a classifier: architecture, input, and what was pruned.
 
     `shapes` holds the weight shape of every layer that pruning made smaller, `removed` the residual
-    branches that it removed; both are empty in a dense model.
+    blocks of which it left the shortcut; both are empty in a dense model.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -34,7 +35,7 @@ class VisionConfig(BaseModel):
     # The config alone determines every shape, so that a pruned network is rebuilt without reading
     # its weights, for instance on meta.
     shapes: dict[str, tuple[int, ...]] = Field(default_factory=dict)
-    removed: tuple[str, ...] = ()
+    removed: tuple[Shortcut, ...] = ()
     # What the class of a user's own network is called with.
     arguments: dict[str, Any] = Field(default_factory=dict)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from bench.errors import MissingData, UserError
 from bench.models.classifiers.architectures import build_classifier
@@ -40,7 +42,7 @@ def load_classifier_folder(folder: Path) -> Classifier:
             raise MissingData(f"{folder} is not a saved classifier: it has no {name}")
     try:
         network = build_classifier(VisionConfig.read(folder))
-        network.load_state_dict(load_file(folder / WEIGHTS_FILE))
+        _load_tensors(network, folder / WEIGHTS_FILE)
     except (ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder} cannot be loaded as a classifier: {reason}") from error
@@ -57,7 +59,7 @@ def load_state(network: Classifier, file: Path) -> Classifier:
     # Of a network of others, names are those that it gives its weights itself.
     whole = network if len(network.head) else network.features[0]
     try:
-        whole.load_state_dict(load_file(file))
+        _load_tensors(whole, file)
     except (ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
@@ -65,6 +67,13 @@ def load_state(network: Classifier, file: Path) -> Classifier:
         ) from error
     network.eval()
     return network
+
+
+def _load_tensors(network: nn.Module, file: Path) -> None:
+    state = OrderedDict(load_file(file))
+    # safetensors does not keep the versions of modules, which some of them ask for (MNASNet).
+    state._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]
+    network.load_state_dict(state)
 
 
 ONNX_FILE = "model.onnx"

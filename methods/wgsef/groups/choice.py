@@ -1,8 +1,8 @@
 """Groups of an image classifier as a config chooses them: of one kind or several, in chosen layers.
 
-`filters`, `channels` and `depth` can be removed, where a trial removal agrees (`verification`). All
-other kinds are patterns of a weight without its bias, which a dense kernel cannot skip: they stay
-zeroed.
+`filters`, `channels`, `depth` and `heads` can be removed, where a trial removal agrees
+(`verification`). All other kinds are patterns of a weight without its bias, which a dense kernel
+cannot skip: they stay zeroed.
 """
 
 from __future__ import annotations
@@ -19,12 +19,21 @@ from torch import Tensor, nn
 from bench.errors import UserError
 from bench.models.classifiers.architectures import build_classifier
 from bench.models.classifiers.classifier import Classifier, VisionConfig
-from methods.wgsef.groups import convolution
+from methods.wgsef.groups import convolution, residual, transformer
 from methods.wgsef.groups.partition import GroupFamily, Slice, refuse_overlap
 from methods.wgsef.groups.verification import mark_unremovable
 
 ConvolutionGroups = Literal[
-    "filters", "channels", "filter_shapes", "weights", "depth", "rows", "columns", "blocks", "masks"
+    "filters",
+    "channels",
+    "filter_shapes",
+    "weights",
+    "depth",
+    "heads",
+    "rows",
+    "columns",
+    "blocks",
+    "masks",
 ]
 
 
@@ -82,7 +91,12 @@ def _of_kind(
         assert choice.masks is not None
         return [masks(network, Path(choice.masks))]
     pattern = choice.layers.get(kind, "*")
-    if kind in PATTERNS:
+    if kind == "depth":
+        # Its blocks are one family, whose name matches nothing.
+        return residual.depth(network, example, pattern)
+    if kind == "heads":
+        found = transformer.attention_heads(network)
+    elif kind in PATTERNS:
         found = patterns(network, example, kind, choice.block, pattern)
     else:
         found = getattr(convolution, kind)(network, example)

@@ -1,4 +1,4 @@
-"""Groups of convolutional networks: filters, channels, filter shapes, layer depths, single weights.
+"""Groups of convolutional networks: filters, channels, filter shapes, single weights.
 
 The kinds are those of arXiv 2212.12921 (abstract). Coupled filters come from torch-pruning's
 dependency graph.
@@ -69,28 +69,6 @@ def weights(network: nn.Module, example: Tensor) -> list[GroupFamily]:
         for name, module in network.named_modules()
         if isinstance(module, PRUNABLE_LAYERS) and module is not logits
     ]
-
-
-def depth(network: nn.Module, example: Tensor) -> list[GroupFamily]:
-    """Return the residual branches of the network as the groups of one family.
-
-    A branch is a module named `branch` of a block that adds it to a shortcut. With all of its
-    weights zero, its last BatchNorm included, it adds nothing, so the group can be removed.
-
-    Raises:
-        UserError: the network has no residual branches.
-    """
-    branches = [n for n, _ in network.named_modules() if n.split(".")[-1] == "branch"]
-    if not branches:
-        raise UserError(f"{type(network).__name__} has no residual branches to remove")
-    # Axes () make a whole tensor one unit, with number 0.
-    first = torch.zeros(1, dtype=torch.long)
-    owned = [
-        Slice(f"{name}.{key}", (), first, torch.tensor([group]))
-        for group, name in enumerate(branches)
-        for key, _ in network.get_submodule(name).named_parameters()
-    ]
-    return [GroupFamily("residual branches", "depth", len(branches), tuple(owned))]
 
 
 def _uncoupled_family(

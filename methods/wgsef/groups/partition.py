@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.errors import UserError
+from bench.models.classifiers.pruned_modules import Shortcut
 
 ElementFunction = Callable[[Tensor], Tensor]
 
@@ -285,6 +286,7 @@ class GroupFamily:
     `owned_slices` are measured and shrunk; `reader_slices` are only cut when groups are removed.
     `unremovable_reason` is None if the groups can be removed from the network. `form` says how the
     layers of coupled filters depend on each other: families of equal form are isomorphic.
+    `shortcuts` says what stays of each group that is a residual block.
     """
 
     name: str
@@ -294,6 +296,7 @@ class GroupFamily:
     reader_slices: tuple[Slice, ...] = ()
     unremovable_reason: str | None = None
     form: str = ""
+    shortcuts: tuple[Shortcut, ...] = ()
 
 
 def unit_count(shape: torch.Size, axes: tuple[int, ...]) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from bench.errors import UserError
+from bench.models.classifiers.pruned_modules import PrunedAttention
 from bench.models.structure.dense_layer import (
     FeedForward,
     Heads,
@@ -50,6 +51,37 @@ def heads(network: nn.Module) -> list[GroupFamily]:
     names = {module: name for name, module in network.named_modules()}
     families = [_head_family(names[part.owner], part) for part in find_heads(network)]
     return _require_families(families, network, "attention of a known layout")
+
+
+def attention_heads(network: nn.Module) -> list[GroupFamily]:
+    """Return the heads of every `torch.nn.MultiheadAttention`, as vision transformers have them.
+
+    A group owns a head's rows of the stacked q, k and v, their biases, and its columns of the
+    output projection.
+
+    Raises:
+        UserError: the network has no such attention, or one whose heads are not understood.
+    """
+    families = []
+    for name, attention in network.named_modules():
+        if not isinstance(attention, nn.MultiheadAttention | PrunedAttention):
+            continue
+        if attention.in_proj_weight is None or getattr(attention, "bias_k", None) is not None:
+            raise UserError(
+                f"the heads of {name} are not understood: its keys or values have widths or biases "
+                "of their own; leave groups=heads out"
+            )
+        count, width = attention.num_heads, attention.head_dim
+        # The rows of all queries come first, then those of all keys and of all values.
+        group_R = torch.arange(count).repeat_interleave(width).repeat(3)
+        owned = [
+            Slice(f"{name}.{key}", (0,), torch.arange(len(group_R)), group_R)
+            for key in ("in_proj_weight", "in_proj_bias")
+            if getattr(attention, key) is not None
+        ]
+        owned.append(Slice.whole(f"{name}.out_proj.weight", (1,), count, width))
+        families.append(GroupFamily(name, "heads", count, tuple(owned)))
+    return _require_families(families, network, "heads of torch's MultiheadAttention")
 
 
 def experts(network: nn.Module) -> list[GroupFamily]:

@@ -22,7 +22,7 @@ from methods.wgsef.removal import remove_groups
 TOLERANCE = 1e-8
 """Largest difference of the two networks' outputs, relative to the largest output, in fp64."""
 
-_FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, AssertionError)
+FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, AssertionError)
 """What a forward raises whose layers no longer fit each other."""
 
 
@@ -35,7 +35,7 @@ def mark_unremovable(
         UserError: a family names weights that the network does not have.
     """
     _refuse_unfit_slices(network, families)
-    trial, image = _with_random_weights(network, example)
+    trial, image = with_random_weights(network, example)
     candidates = [family for family in families if family.unremovable_reason is None]
     # Nearly every network passes as a whole, which costs two forwards; only then one by one.
     if _reason(trial, candidates, image) is None:
@@ -68,7 +68,7 @@ def _reason(network: nn.Module, families: Sequence[GroupFamily], image: Tensor) 
         smaller = remove_groups(zeroed, tried, dead).network
         with torch.no_grad():
             expected, found = zeroed(image), smaller(image)
-    except (*_FORWARD_ERRORS, UserError) as error:
+    except (*FORWARD_ERRORS, UserError) as error:
         return f"without them its forward fails ({error_sentence(error)})"
     wrong = float((expected - found).abs().max() / expected.abs().max().clamp(min=1e-300))
     # NaN compares as false, and is no agreement either.
@@ -87,7 +87,7 @@ def _zero(weight: Tensor, part: Slice, dead_M: Tensor) -> None:
         weight.masked_fill_(gone_U.reshape(shape), 0.0)
 
 
-def _with_random_weights(network: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor]:
+def with_random_weights(network: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor]:
     """Return a copy in fp64 on the CPU without any weight or statistic at 0 or 1, and an input."""
     # Fresh BatchNorms shift by 0 and scale by 1, under which many a wrong coupling changes nothing.
     trial = copy.deepcopy(network).cpu().double().eval().requires_grad_(False)

@@ -125,7 +125,7 @@ class WgsefDecoder(Method):
             return [size - self._removed(size) for size in sizes]
         observed = self._observe(model, context, readouts, sequential=False)
         problems = [
-            self._problem(family, readout, gram).of_unit_output()
+            self._problem(family, readout, gram.mean()).of_unit_output()
             for family, readout, gram in zip(families, readouts, observed, strict=True)
         ]
         # Whatever the selector: only elimination has a price for each atom by which layers can be
@@ -179,9 +179,9 @@ class WgsefDecoder(Method):
         # The weight of the output projection is the last slice of neurons and of heads alike.
         return network.get_submodule(family.owned_slices[-1].tensor.removesuffix(".weight"))
 
-    def _problem(self, family: GroupFamily, readout: nn.Module, gram: LayerGram) -> Reconstruction:
+    def _problem(self, family: GroupFamily, readout: nn.Module, gram_MM: Tensor) -> Reconstruction:
         """Return the problem of one layer."""
-        gram_MM, weight_DM = gram.mean(), weight_of(readout)
+        weight_DM = weight_of(readout)
         if not bool(gram_MM.isfinite().all()):
             raise UserError(
                 f"calibration produced NaN or infinite activations in {family.name}: try "
@@ -194,15 +194,15 @@ class WgsefDecoder(Method):
         self, family: GroupFamily, readout: nn.Module, gram: LayerGram, count: int
     ) -> tuple[Tensor, LayerEntry]:
         """Return a mask [A] of the atoms to remove from a layer, after refitting all others."""
-        problem = self._problem(family, readout, gram)
-        weight_DM = weight_of(readout)
+        gram_MM, weight_DM = gram.mean(), weight_of(readout)
+        problem = self._problem(family, readout, gram_MM)
         (kept_A,) = SELECTORS[self.selector]([problem], count)
         entry: LayerEntry = {"kept": kept_A.nonzero().flatten().tolist()}
         kept_K = kept_A.repeat_interleave(problem.width).nonzero().flatten()
         if self.refit and len(kept_K) < weight_DM.shape[1]:
             # The selection works on zeroed atoms; the columns that stay can take over part of the
             # lost output.
-            gram_MM = gram.mean() * gram.tokens
+            gram_MM *= gram.tokens
             columns_DK = refit_columns(gram_MM, weight_DM, kept_K, self.refit_damping).to(weight_DM)
             entry["refit"] = {
                 "error_before": refit_error(gram_MM, weight_DM, kept_K, weight_DM[:, kept_K]),

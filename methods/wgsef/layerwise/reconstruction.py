@@ -27,6 +27,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -39,15 +40,19 @@ from methods.wgsef.solvers.schedules import homotopy_ratio
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Gram matrix [M, M], its product with the true read-out [M, D], and the scales s [A, B, B].
+    """Gram matrix [M, M], the true read-out V [M, D] in units of the outputs, and scales [A, B, B].
 
-    `readout` is the true V [M, D], in units of the outputs; all are fp64.
+    All are fp64.
     """
 
     gram: Tensor
-    target: Tensor
     readout: Tensor
     scale: Tensor
+
+    @cached_property
+    def target(self) -> Tensor:
+        """The Gram matrix times the true read-out, [M, D]; the homotopy needs none."""
+        return self.gram @ self.readout
 
     @classmethod
     def from_gram(cls, gram_MM: Tensor, weight_MD: Tensor, width: int = 1) -> Reconstruction:
@@ -69,7 +74,7 @@ class Reconstruction:
         white_ABB = torch.linalg.inv(scale_ABB) @ seen_ABB
         readout_MD = _apply_blocks(scale_ABB @ seen_ABB, weight_MD.double())
         scaled_MM = _apply_blocks(white_ABB, _apply_blocks(white_ABB, gram_MM.double()).mT)
-        return cls(scaled_MM, scaled_MM @ readout_MD, readout_MD, scale_ABB)
+        return cls(scaled_MM, readout_MD, scale_ABB)
 
     @property
     def atoms(self) -> int:
@@ -89,7 +94,7 @@ class Reconstruction:
         energy = (self.readout * self.target).sum()
         # A layer that puts out nothing loses nothing.
         unit = torch.where(energy > 0, energy, 1.0).rsqrt()
-        return replace(self, target=self.target * unit, readout=self.readout * unit)
+        return replace(self, readout=self.readout * unit)
 
     def norms(self, v_MD: Tensor) -> Tensor:
         """Return the norms of all atoms as a single row [1, A], as the operators take them."""
@@ -255,26 +260,73 @@ class _PenalisedReconstruction:
     """Least-squares read-outs under a ridge of its own for each atom, by block elimination."""
 
     def __init__(self, problem: Reconstruction, damping: float = 1e-8) -> None:
-        self._problem = problem
+        self._readout_MD = problem.readout
+        self._width = problem.width
         self._inverse_MM = damped_inverse(problem.gram, damping)
+        self._rounded_MM = self._inverse_MM.float()
 
     def minimiser(self, gate_A: Tensor, lam: float) -> Tensor:
         """Return the V [M, D] of least error + lam/2 sum_j (1/u_j - 1) ||v_j||^2.
 
-        With H the inverse Gram matrix and E = diag(u / (lam (1 - u))) on the penalised activations
-        P it is V_0 - H_P (H_PP + E)^-1 V_0P; atoms with u = 0 are eliminated.
+        With H the inverse Gram matrix, E = diag(u / (lam (1 - u))) on the penalised activations P
+        and W = (H_PP + E)^-1 V_0P it is E W on P, since H_PP W = V_0P - E W, and V_0 - H W on the
+        others: a product that shrinks with them. Atoms with u = 0 are eliminated.
         """
-        gate_M = gate_A.repeat_interleave(self._problem.width)
+        gate_M = gate_A.repeat_interleave(self._width)
         place_P = (gate_M < 1).nonzero()[:, 0]
-        readout_MD = self._problem.readout
-        if not len(place_P):
-            return readout_MD
-        across_MP = self._inverse_MM[:, place_P]
-        inner_PP = across_MP[place_P]
-        inner_PP.diagonal().add_(gate_M[place_P] / (lam * (1 - gate_M[place_P])))
-        factor_PP: Tensor = torch.linalg.cholesky(inner_PP)
-        moved_MD: Tensor = across_MP @ torch.cholesky_solve(readout_MD[place_P], factor_PP)
-        return readout_MD - moved_MD
+        place_N = (gate_M >= 1).nonzero()[:, 0]
+        ease_P = gate_M[place_P] / (lam * (1 - gate_M[place_P]))
+        # Single precision takes half the time, but nearly equal activations are too much for it.
+        solved = _solve_blocks(self._rounded_MM, self._readout_MD, place_P, place_N, ease_P)
+        if not self._is_exact(*solved, place_P, place_N, ease_P):
+            solved = _solve_blocks(self._inverse_MM, self._readout_MD, place_P, place_N, ease_P)
+        solved_PD, moved_ND = solved
+        v_MD = torch.empty_like(self._readout_MD)
+        v_MD[place_P] = ease_P[:, None] * solved_PD
+        v_MD[place_N] = self._readout_MD[place_N] - moved_ND
+        return v_MD
+
+    def _is_exact(
+        self,
+        solved_PD: Tensor,
+        moved_ND: Tensor,
+        place_P: Tensor,
+        place_N: Tensor,
+        ease_P: Tensor,
+    ) -> bool:
+        """Whether W solves its equation and moves the others, on one random sum of the outputs.
+
+        In double precision that costs a product with a vector (Freivalds' check).
+        """
+        signs_D = torch.randint(
+            0, 2, solved_PD.shape[1:], generator=torch.Generator().manual_seed(0)
+        )
+        sum_D = (2.0 * signs_D - 1).to(self._readout_MD)
+        solved_M = torch.zeros_like(self._readout_MD[:, 0])
+        solved_M[place_P] = solved_PD.double() @ sum_D
+        moved_M = self._inverse_MM @ solved_M
+        right_P = self._readout_MD[place_P] @ sum_D
+        wrong_P = moved_M[place_P] + ease_P * solved_M[place_P] - right_P
+        wrong_N = moved_M[place_N] - moved_ND.double() @ sum_D
+        # NaN compares as false: what single precision cannot hold is computed anew.
+        return bool(wrong_P.norm() + wrong_N.norm() <= SINGLE_PRECISION * right_P.norm())
+
+
+SINGLE_PRECISION = 1e-5
+"""Largest error of a solution in single precision, relative to the read-out."""
+
+
+def _solve_blocks(
+    inverse_MM: Tensor, readout_MD: Tensor, place_P: Tensor, place_N: Tensor, ease_P: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return W = (H_PP + E)^-1 V_0P and H_NP W, in the precision of the inverse."""
+    rows_PM = inverse_MM[place_P]
+    inner_PP = rows_PM[:, place_P]
+    inner_PP.diagonal().add_(ease_P.to(inner_PP))
+    # A failure leaves NaN or nonsense, which the check finds.
+    factor_PP, _ = torch.linalg.cholesky_ex(inner_PP)
+    solved_PD = torch.cholesky_solve(readout_MD[place_P].to(inner_PP), factor_PP)
+    return solved_PD, rows_PM[:, place_N].T @ solved_PD
 
 
 def select_by_elimination(problems: Problems, k: int, floor: int = 0) -> list[Tensor]:

@@ -55,11 +55,15 @@ class Allocation(ABC):
 
     def __init__(self, partition: GroupPartition, sparsity: float, floor: float = 0.05) -> None:
         self._partition, self._sparsity = partition, sparsity
-        floors = _floor_counts(partition.sizes, floor)
+        floors = self._floors_of(partition, floor)
         self._floors = torch.tensor(floors, device=partition.device)
         self._size_L = torch.tensor(partition.sizes, dtype=torch.float64, device=partition.device)
         places_F = torch.arange(int(self._floors.max()), device=partition.device)
         self._within_LF = places_F < self._floors[:, None]
+
+    def _floors_of(self, partition: GroupPartition, floor: float) -> list[int]:
+        """Return how many groups each family keeps at least."""
+        return _floor_counts(partition.sizes, floor)
 
     def k(self, progress: float) -> int:
         """Return the number of groups of the whole network that may stay at this point."""
@@ -313,7 +317,7 @@ class GlobalAllocation(_NetworkAllocation):
 
 
 class CostAllocation(_NetworkAllocation):
-    """A cost of the whole network, in multiply-adds or bytes.
+    """A cost of the whole network, in multiply-adds, bytes or seconds.
 
     Raises:
         UserError: the floors alone exceed the budget.
@@ -324,7 +328,7 @@ class CostAllocation(_NetworkAllocation):
     ) -> None:
         super().__init__(partition, sparsity, floor)
         self._costs = costs
-        least = float(costs.total(self._floors[None].cpu())) / costs.dense()
+        least = costs.least(self._floors.tolist()) / costs.dense()
         if least > 1 - sparsity:
             raise UserError(
                 f"a sparsity of {sparsity:g} leaves {1 - sparsity:.3g} of all {costs.unit}, less "
@@ -332,20 +336,29 @@ class CostAllocation(_NetworkAllocation):
                 f"floor={floor:g}"
             )
 
+    def _floors_of(self, partition: GroupPartition, floor: float) -> list[int]:
+        """Return how many groups each family keeps at least; of residual blocks all may go."""
+        # Shortcuts block nothing, and blocks are unlike each other: the strongest one alone may
+        # cost more than the budget.
+        floors = super()._floors_of(partition, floor)
+        pairs = zip(partition.families, floors, strict=True)
+        return [0 if family.kind == "depth" else count for family, count in pairs]
+
     def select(self, score_M: Tensor, progress: float = 1.0) -> Tensor:
         """Return a mask [M] of the longest prefix of a ranking whose true cost is in budget."""
         # Score over root of cost is the order in which the relaxed budget sum c u = K admits groups
         # (specification 1.3). Each prefix's cost is exact, since it depends only on counts per
-        # family.
+        # column.
         worth_M = score_M / self._group_costs().sqrt()
         worth_M = torch.where(self._strongest(score_M), torch.inf, worth_M)
         order_M = worth_M.argsort(stable=True, descending=True)
-        family_M = torch.arange(len(self._size_L)).repeat_interleave(self._size_L.long().cpu())
-        admitted_MF = torch.nn.functional.one_hot(family_M[order_M.cpu()]).cumsum(0)
+        column_M = self._costs.column_M[order_M.cpu()]
+        columns = len(self._costs.size_C)
+        admitted_MC = torch.nn.functional.one_hot(column_M, columns).cumsum(0)
         budget = (1 - self._sparsity * cubic_sparsity(progress)) * self._costs.dense()
         # Removing more groups never costs more, so the prefixes that fit are the first ones and
         # their number is the length of the longest.
-        fits_M = self._costs.total(admitted_MF) <= budget
+        fits_M = self._costs.total(admitted_MC) <= budget
         count = max(self._protected, int(fits_M.sum()))
         kept_M = torch.zeros_like(score_M, dtype=torch.bool)
         kept_M[order_M[:count]] = True
@@ -379,8 +392,7 @@ class CostAllocation(_NetworkAllocation):
         return float((cost_M * afforded_M).sum()), {"cost_LM": cost_M[None]}
 
     def _group_costs(self) -> Tensor:
-        cost_F = self._costs.per_group().to(self._partition.device)
-        return cost_F.repeat_interleave(self._size_L.long())
+        return self._costs.per_group()[self._costs.column_M].to(self._partition.device)
 
 
 def refuse_impossible_sparsity(sizes: Sequence[int], sparsity: float, floor: float) -> None:

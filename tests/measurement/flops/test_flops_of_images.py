@@ -10,7 +10,7 @@ from bench.measurement.flops.cost_rows import count_image_flops, image_parts
 from bench.models.classifiers.architectures import build_classifier
 from bench.models.classifiers.classifier import VisionConfig
 from bench.models.macs import macs_by_part
-from methods.wgsef.groups import convolution
+from methods.wgsef.groups import convolution, residual
 from methods.wgsef.groups.partition import GroupPartition
 from methods.wgsef.removal import smaller_classifier
 from tests.measurement.flops.agreement import agree
@@ -46,7 +46,7 @@ def test_exported_classifiers(name, kind, share, batch):
 
 def test_a_residual_branch_that_is_gone():
     network = build_classifier(VisionConfig(architecture="micro_resnet", channels=1, size=8)).eval()
-    families = convolution.depth(network, torch.randn(1, 1, 8, 8))
+    families = residual.depth(network, torch.randn(1, 1, 8, 8))
     GroupPartition(network, families).scale_(torch.tensor([1.0, 0.0, 1.0]).double())
     small = smaller_classifier(network, families, [torch.tensor([False, True, False])])
     agree(count_image_flops(small, 2), analytic.classifier_macs(small, 2))

@@ -13,7 +13,7 @@ from bench.models.classifiers.serialization import (
     save_classifier,
     save_onnx,
 )
-from methods.wgsef.groups import convolution, transformer
+from methods.wgsef.groups import convolution, residual, transformer
 from methods.wgsef.groups.partition import GroupFamily, GroupPartition, Slice
 from methods.wgsef.removal import shrink_language_model, smaller_classifier
 
@@ -77,10 +77,10 @@ def test_lenet_of_the_paper_too():
 def test_a_dead_residual_branch_is_left_out():
     built = network("micro_resnet")
     images = torch.randn(4, 1, 8, 8)
-    families = convolution.depth(built, images[:1])
+    families = residual.depth(built, images[:1])
     GroupPartition(built, families).scale_(torch.tensor([1.0, 0.0, 1.0]).double())
     smaller = smaller_classifier(built, families, [torch.tensor([False, True, False])])
-    assert smaller.config.removed == ("features.2.branch",)
+    assert [left.block for left in smaller.config.removed] == ["features.2"]
     torch.testing.assert_close(smaller(images), built(images), atol=1e-5, rtol=1e-5)
 
 
@@ -114,7 +114,7 @@ def test_a_pruned_network_comes_back_from_its_folder(name, tmp_path):
 
 def test_a_network_pruned_twice_comes_back_too(tmp_path):
     _, _, smaller, images = zeroed_and_removed("micro_resnet", "filters")
-    families = convolution.depth(smaller, images[:1])
+    families = residual.depth(smaller, images[:1])
     GroupPartition(smaller, families).scale_(torch.tensor([0.0, 1.0, 1.0]).double())
     twice = smaller_classifier(smaller, families, [torch.tensor([True, False, False])])
     save_classifier(twice, tmp_path)
@@ -159,7 +159,7 @@ def test_a_group_that_is_not_zero_is_not_removed():
 def test_overlapping_groups_are_one_sentence():
     built = network("micro_resnet")
     images = torch.zeros(1, 1, 8, 8)
-    both = [*convolution.filters(built, images), *convolution.depth(built, images)]
+    both = [*convolution.filters(built, images), *residual.depth(built, images)]
     with pytest.raises(UserError, match=r"groups overlap in .* choose one kind of group per layer"):
         GroupPartition(built, both)
 

@@ -158,6 +158,7 @@ def test_going_on_from_the_models_own_weights_starts_from_them():
         ({"k": 5, "scope": "layer"}, "needs scope=global and unit=groups"),
         ({"k": 5, "unit": "bytes"}, "needs scope=global and unit=groups"),
         ({"scope": "isomorphic", "groups": "channels"}, "needs groups=filters"),
+        ({"groups": ["filters", "weights"], "unit": "seconds"}, "unit=seconds needs .*got weights"),
         ({"reach": 1.5}, "less than or equal to 1"),
     ],
 )

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2MoeConfig, Qwen2Moe
 from bench.errors import UserError
 from bench.models.classifiers.architectures import build_classifier
 from bench.models.classifiers.classifier import VisionConfig
-from methods.wgsef.groups import convolution, transformer
+from methods.wgsef.groups import convolution, residual, transformer
 from methods.wgsef.groups.costs import GroupCosts
 from methods.wgsef.groups.partition import GroupPartition, inner_axes
 
@@ -62,9 +62,9 @@ def vectors(partition):
 @pytest.mark.parametrize("kind", KINDS)
 def test_norms_are_those_of_the_groups_weights(kind):
     network = convnet()
-    partition = GroupPartition(
-        network, getattr(convolution, kind)(network, torch.zeros(1, 1, 8, 8))
-    )
+    module = residual if kind == "depth" else convolution
+    families = getattr(module, kind)(network, torch.zeros(1, 1, 8, 8))
+    partition = GroupPartition(network, families)
     expected = vectors(partition)
     norms = torch.stack([vector.double().norm() for vector in expected])
     torch.testing.assert_close(partition.norms(), norms, rtol=1e-5, atol=1e-6)
@@ -151,7 +151,7 @@ def test_a_network_without_experts_is_one_sentence(make):
 
 def test_a_network_without_branches_is_one_sentence():
     with pytest.raises(UserError, match="no residual branches"):
-        convolution.depth(convnet("micro_vgg"), torch.zeros(1, 1, 8, 8))
+        residual.depth(convnet("micro_vgg"), torch.zeros(1, 1, 8, 8))
 
 
 def test_spreading_and_adding_reach_the_weights_of_each_group():

@@ -163,6 +163,20 @@ def test_the_homotopy_is_gates_and_ridge_regressions_in_turn(width, k):
     assert torch.equal(found_A, problem.norms(by_homotopy(problem, k))[0] > 0)
 
 
+@pytest.mark.parametrize("twin", [1.0, 1e-3, 1e-6, 0.0])
+def test_a_minimiser_is_a_ridge_regression_however_alike_activations_are(twin):
+    phi_TM, weight_MD, _ = layer(atoms=24)
+    phi_TM[:, 1] = phi_TM[:, 0] + twin * phi_TM[:, 1]
+    problem = Reconstruction.from_gram(phi_TM.T @ phi_TM / 400, weight_MD)
+    gate_M = torch.linspace(0.05, 1.2, 24, dtype=torch.float64).clamp(max=1)
+    found_MD = _PenalisedReconstruction(problem).minimiser(gate_M, 0.7)
+    gram_MM = problem.gram + 1e-8 * torch.eye(24)
+    ridge_MM = (0.7 * (1 / gate_M - 1)).diag()
+    expected_MD = torch.linalg.solve(gram_MM + ridge_MM, gram_MM @ problem.readout)
+    scale = float(expected_MD.abs().max())
+    torch.testing.assert_close(found_MD, expected_MD, rtol=0, atol=2e-5 * scale)
+
+
 def test_each_half_step_of_the_homotopy_lowers_its_objective():
     _, _, problem = layer()
     k, lam, state = 7, 0.4, _PenalisedReconstruction(problem)

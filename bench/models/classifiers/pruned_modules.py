@@ -1,0 +1,128 @@
+"""What stands in the place of a module that pruning changed by more than the shapes of its weights.
+
+A residual block without its branch, and torch's MultiheadAttention with some of its heads left out;
+parameters keep the names they had.
+
+Shapes: B images, S positions, D width of the inputs, H heads left, W width of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bench.errors import UserError
+
+
+class Shortcut(BaseModel):
+    """What stands in the place of a residual block, a module of the network named `block`.
+
+    `child` is the block's own module that computes the shortcut, empty where the input is passed
+    on; `rectified` says that a ReLU follows.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    block: str
+    child: str = ""
+    rectified: bool = False
+
+
+class ShortcutOnly(nn.Module):
+    """A residual block without its branch."""
+
+    def __init__(self, child: str, shortcut: nn.Module | None, rectified: bool) -> None:
+        super().__init__()
+        self._child, self._rectified = child, rectified
+        # Under the name it had, so that names in the state dict do not shift.
+        if shortcut is not None:
+            self.add_module(child, shortcut)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute what the block did while all weights of its branch were zero."""
+        y: Tensor = self.get_submodule(self._child)(x) if self._child else x
+        return torch.relu(y) if self._rectified else y
+
+
+def reduce_to_shortcut(network: nn.Module, shortcut: Shortcut) -> None:
+    """Replace a residual block by its shortcut.
+
+    Raises:
+        UserError: the network has no such block.
+    """
+    parent, _, leaf = shortcut.block.rpartition(".")
+    try:
+        block = network.get_submodule(shortcut.block)
+        kept = block.get_submodule(shortcut.child) if shortcut.child else None
+    except AttributeError:
+        raise UserError(
+            f"the config reduces {shortcut.block} to a shortcut, which {type(network).__name__} "
+            "does not have"
+        ) from None
+    left = ShortcutOnly(shortcut.child, kept, shortcut.rectified)
+    setattr(network.get_submodule(parent), leaf, left.train(block.training))
+
+
+class PrunedAttention(nn.Module):
+    """Self- or cross-attention with H heads of the width they had; parameters keep their names.
+
+    torch's own module cannot have H W unequal to D.
+    """
+
+    def __init__(self, whole: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.in_proj_weight: nn.Parameter = whole.in_proj_weight
+        self.in_proj_bias: nn.Parameter | None = whole.in_proj_bias
+        self.out_proj = whole.out_proj
+        self.head_dim: int = whole.embed_dim // whole.num_heads
+        self._batch_first, self._dropout = whole.batch_first, whole.dropout
+
+    @property
+    def num_heads(self) -> int:
+        """Number of heads left."""
+        rows: int = self.in_proj_weight.shape[0]
+        return rows // 3 // self.head_dim
+
+    def resize(self, rows: int) -> None:
+        """Give the projections of queries, keys and values fresh weights of `rows` rows."""
+        like = self.in_proj_weight
+        self.in_proj_weight = nn.Parameter(like.new_empty(rows, like.shape[1]))
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        if self.in_proj_bias is not None:
+            self.in_proj_bias = nn.Parameter(like.new_zeros(rows))
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False
+    ) -> tuple[Tensor, None]:
+        """Attend without a mask, and return no attention weights."""
+        if need_weights:
+            raise ValueError("the weights of an attention without some of its heads are not kept")
+        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        projections = zip((query, key, value), self.in_proj_weight.chunk(3), biases, strict=True)
+        q_BHSW, k_BHSW, v_BHSW = (self._project(*parts) for parts in projections)
+        dropout = self._dropout if self.training else 0.0
+        mixed_BHSW = functional.scaled_dot_product_attention(
+            q_BHSW, k_BHSW, v_BHSW, dropout_p=dropout
+        )
+        mixed_BSD: Tensor = self.out_proj(mixed_BHSW.transpose(1, 2).flatten(2))
+        return mixed_BSD if self._batch_first else mixed_BSD.transpose(0, 1), None
+
+    def _project(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x_BSD = x if self._batch_first else x.transpose(0, 1)
+        heads_BSHW = functional.linear(x_BSD, weight, bias).unflatten(-1, (-1, self.head_dim))
+        heads_BHSW: Tensor = heads_BSHW.transpose(1, 2)
+        return heads_BHSW
+
+
+def prune_attention(network: nn.Module, name: str) -> PrunedAttention:
+    """Put the module that may have fewer heads into the place of torch's, if it is not there."""
+    attention = network.get_submodule(name)
+    if isinstance(attention, nn.MultiheadAttention):
+        parent, _, leaf = name.rpartition(".")
+        pruned = PrunedAttention(attention).train(attention.training)
+        setattr(network.get_submodule(parent), leaf, pruned)
+        return pruned
+    assert isinstance(attention, PrunedAttention)
+    return attention
