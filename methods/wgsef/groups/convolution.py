@@ -110,11 +110,13 @@ def coupled_filters(network: nn.Module, example: Tensor) -> list[GroupFamily]:
     traced = copy.deepcopy(network).eval().requires_grad_(True)
     names = {module: name for name, module in traced.named_modules()}
     try:
-        graph = _dependency_graph(traced, example)
         last = last_layer(traced, example)
-        groups = list(
-            graph.get_all_groups(ignored_layers=[last], root_module_types=PRUNABLE_LAYERS)
-        )
+        groups = _dependency_groups(traced, example, last)
+    except _TracingGivenUp:
+        raise UserError(
+            f"{type(network).__name__} cannot be traced: torch-pruning does not find out which of "
+            "its layers depend on each other; groups=heads and groups=depth do without that"
+        ) from None
     except TRACING_ERRORS as error:
         raise UserError(
             f"{type(network).__name__} cannot be traced: {error_sentence(error)}"
@@ -123,14 +125,26 @@ def coupled_filters(network: nn.Module, example: Tensor) -> list[GroupFamily]:
     return [family for family in families if family is not None]
 
 
-def _dependency_graph(network: nn.Module, example: Tensor) -> Any:
+class _TracingGivenUp(UserWarning):
+    """The tracer has followed a network to its greatest depth."""
+
+
+def _dependency_groups(network: nn.Module, example: Tensor, last: nn.Module) -> list[Any]:
     import torch_pruning
 
     with warnings.catch_warnings():
         # The graph builder warns about parameters that it does not wrap; those are in no group and
         # stay.
         warnings.simplefilter("ignore")
-        return torch_pruning.DependencyGraph().build_dependency(network, example)
+        # It goes on from here for hours, with sizes that it does not know.
+        warnings.filterwarnings("error", message="Maximum recursive depth reached")
+        try:
+            graph = torch_pruning.DependencyGraph().build_dependency(network, example)
+            return list(
+                graph.get_all_groups(ignored_layers=[last], root_module_types=PRUNABLE_LAYERS)
+            )
+        except UserWarning as warning:
+            raise _TracingGivenUp from warning
 
 
 def last_layer(network: nn.Module, example: Tensor) -> nn.Module:
