@@ -92,6 +92,10 @@ class NetworkWork:
             operators=calls * (self.operators + inside),
         )
 
+    def head_only(self, rows: float) -> Work:
+        """Return the work of the head on rows of hidden states, its weights read once."""
+        return Work(matrix=rows * self.head, weights=self.head_weights * (rows > 0))
+
     def training(self, samples: float, calls: float, pairs: float = 0.0, rows: float = 0.0) -> Work:
         """Return the work of forwards with their backwards: two products for each of a forward."""
         return self.forward(samples, calls, pairs, rows) * 3

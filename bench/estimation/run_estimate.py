@@ -209,8 +209,12 @@ class Estimator:
             if work != Work()
         }
         asked = phase.asked
+        bound_by, high = most.bound_by, most.high
+        if phase.limited != Work():
+            limited = time_of(phase.limited, self.hardware, dtype)
+            bound_by, high = limited.bound_by, high + min(limited.high, phase.limit)
         return PhaseEstimate(
-            phase.name, phase.kind, least.low, most.high, most.bound_by, phase.memory, parts,
+            phase.name, phase.kind, least.low, high, bound_by, phase.memory, parts,
             asked.given if asked else 0.0, asked.shared if asked else 0.0,
             bool(asked and asked.sampled),
         )  # fmt: skip
