@@ -280,7 +280,9 @@ def _described(
         work = networks.classifier_work(skeleton, kind.itemsize)
     else:
         work = networks.decoder_work(skeleton, structure, kind.itemsize)
-    seconds = time.perf_counter() - began
+    # A run counts all layers, and not those alone that are built alike.
+    forms = len({networks.layer_form(layer) for layer in structure.layers})
+    seconds = (time.perf_counter() - began) * max(1.0, len(structure.layers) / max(1, forms))
     if work.missing:
         missing.append(work.missing)
     prompt = _prompt(model, config.costs.words, kind.itemsize, missing)
