@@ -291,7 +291,8 @@ def _measuring(subject: Subject) -> Phase:
         return Phase("measuring costs", "measure", least, least, memory + _widest(subject, shapes))
     # FLOPs are counted in a call of their own, and the times settle in rounds of a warm-up.
     once, compared = timed * _compared(subject), bool(config.method)
-    fewest = once * (1 + SETTLED_AFTER + timing.rounds)
+    settled = min(SETTLED_AFTER, timing.max_warmup_rounds)
+    fewest = once * (1 + settled + timing.rounds)
     sure = once * (1 + timing.max_warmup_rounds + timing.rounds * timing.attempts)
     # More rounds follow only for a ratio that is not precise yet, and only for so long.
     further = once * (compared * (timing.max_rounds - timing.rounds) * timing.attempts)
