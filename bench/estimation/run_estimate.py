@@ -201,6 +201,11 @@ class Estimator:
         run = RunEstimate(_name_of(config), hardware, dtype, phases, download, tuple(gaps))
         return run if run.fits else replace(run, cures=tuple(_cures(subject, run)))
 
+    def knows_tokens(self, config: RunConfig, source: ModelSource) -> bool:
+        """Return whether tasks can be estimated: a language model's needs its tokenizer."""
+        described = self._describe(config, source, _dtype_of(config, self.hardware))
+        return described.model.tokenizer is not None or source.config.kind == "image_classifier"
+
     def _timed(self, phase: Phase, dtype: str, gaps: list[str]) -> PhaseEstimate:
         least, most = (time_of(work, self.hardware, dtype) for work in (phase.least, phase.most))
         parts = {
