@@ -307,12 +307,12 @@ def selection_flops(selector: str, activations: int, d_model: int, removed: int)
     dropped activation. All in float64, which counts twice.
     """
     m = activations
-    flops = 2 * m**2 * d_model
+    flops = 2.0 * m**2 * d_model
     if selector == "debiased":
         flops += m**3 + (HOMOTOPY_STEPS - 1) * (m**3 / 3 + 4 * m**2 * d_model)
     if selector == "greedy":
         flops += m**3 + m * removed**2 + 2 * m * d_model * removed
-    return 2.0 * flops
+    return 2 * flops
 
 
 DROP_OPERATORS = 24
