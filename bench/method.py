@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_serializer
 
@@ -104,21 +104,50 @@ class Context:
     folder: Path | None = None
 
 
+class InputSize(NamedTuple):
+    """Size of a run's calibration inputs: rows of `length` tokens, `visual` of them an image's.
+
+    `batch` of them pass together where a method has no batch of its own. For a method that reads
+    none there are no rows; `length` is then that of an image prompt, or 0 for models without
+    images.
+    """
+
+    rows: int = 0
+    length: float = 0.0
+    visual: float = 0.0
+    batch: int = 1
+
+    @property
+    def tokens(self) -> float:
+        """Tokens of all rows."""
+        return self.rows * self.length
+
+
 @dataclass(frozen=True)
 class MethodWork:
     """What applying a method costs, for an estimate before the run.
 
-    `forwards` are passes of all calibration inputs through the decoder's layers, `backwards` those
-    with gradients (their forwards apart; half a one where all weights are frozen), `observed`
-    whether each expert is computed and looked at by itself, `readings` how often all weights are
-    read. On top come `flops` of other products, such as Gram matrices and factorizations,
-    `elements` that are read and written, and `operators` that Python launches. `memory` is bytes of
-    statistics that are held at once.
+    `forwards` are passes of all calibration inputs through the decoder's layers: in `observed` of
+    them each expert is computed and looked at by itself, in `logits` of them the head computes
+    every token's logits. `possible` are further ones that take place only if the data ask for them.
+    `backwards` are passes with gradients (their forwards apart; half a one where all weights are
+    frozen), of `together` rows at once. `trained` is rows of training steps in all, each as long as
+    one of the inputs, with forward, logits and backward, also of `together` rows at once; `updated`
+    is the share of the weights that get a gradient then.
+
+    `readings` is how often all weights are read. On top come `flops` of other products, such as
+    Gram matrices and factorizations, `elements` that are read and written, and `operators` that
+    Python launches. `memory` is bytes of statistics, gradients and moments that are held at once.
     """
 
     forwards: float = 0.0
+    observed: float = 0.0
+    logits: float = 0.0
+    possible: float = 0.0
     backwards: float = 0.0
-    observed: bool = False
+    trained: float = 0.0
+    updated: float = 1.0
+    together: int = 1
     readings: float = 1.0
     flops: float = 0.0
     elements: float = 0.0
@@ -163,8 +192,8 @@ class Method(BaseModel, ABC):
         """
         return None
 
-    def work(self, structure: ModelStructure, tokens: int) -> MethodWork:
-        """Return what `apply` costs with `tokens` of calibration inputs, for an estimate.
+    def work(self, structure: ModelStructure, inputs: InputSize) -> MethodWork:
+        """Return what `apply` costs with calibration inputs of a size, for an estimate.
 
         By default it is one pass if the method reads calibration inputs, two if it is sequential
         (a changed layer runs again), and one reading of the weights.

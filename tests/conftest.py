@@ -48,7 +48,7 @@ def no_estimates():
     from bench.estimation import this_machine
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(this_machine, "_remembered", lambda: None)
+        patch.setattr(this_machine, "_remembered", lambda _: None)
         yield
 
 

@@ -17,6 +17,7 @@ import functools
 import gzip
 import hashlib
 import json
+import platform
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import TYPE_CHECKING
 
+from bench.data.digests import cache_folder, contents_hash, read_checked, write_checked
 from bench.data.tokenization import token_ids
 from bench.errors import MissingData, UserError
 from bench.schema import CalibrationConfig
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 WIKITEXT2 = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 C4_SHARD = "en/c4-train.00000-of-01024.json.gz"
+_WORLD_FOLDER = Path(__file__).parent / "synthetic" / "world"
 
 
 @dataclass(frozen=True)
@@ -190,10 +193,20 @@ def _world_share(rows: int) -> TextShare:
 
 @functools.cache
 def _world_corpus() -> list[str]:
-    # Generated once per process, because every run of a sweep reads the whole corpus.
+    # Kept per process, because every run of a sweep reads the whole corpus, and in the user's cache
+    # folder, because drawing it takes seconds. What is drawn depends on this code alone, and on
+    # Python's generator.
+    code = {file.name: file for file in _WORLD_FOLDER.glob("*.py")}
+    place = cache_folder("world") / f"{contents_hash(code)}-{platform.python_version()}"
+    known = read_checked(place)
+    if known is not None:
+        documents: list[str] = json.loads(known)
+        return documents
     from bench.data.synthetic.world import question_sets
 
-    return question_sets.corpus()
+    drawn = question_sets.corpus()
+    write_checked(place, json.dumps(drawn).encode())
+    return drawn
 
 
 def _english_share(rows: int) -> TextShare:

@@ -94,6 +94,30 @@ def _write_memory(place: Path, content: object) -> None:
         pass
 
 
+_DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+def read_checked(place: Path) -> bytes | None:
+    """Return what `write_checked` wrote; None if there is nothing, or not what was written."""
+    try:
+        content = place.read_bytes()
+    except OSError:
+        return None
+    check, body = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+    return body if hashlib.sha256(body).digest() == check else None
+
+
+def write_checked(place: Path, body: bytes) -> None:
+    """Write bytes and their digest atomically; a cache that cannot be written is left as it is."""
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("wb", dir=place.parent, delete=False) as stream:
+            stream.write(hashlib.sha256(body).digest() + body)
+        Path(stream.name).replace(place)
+    except OSError:
+        pass
+
+
 def contents_hash(files: Mapping[str, Path]) -> str:
     """Hash small files under the names given; their contents are read and not looked up."""
     total = hashlib.sha256()

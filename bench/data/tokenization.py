@@ -14,13 +14,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
-import tempfile
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.data.digests import cache_folder
+from bench.data.digests import cache_folder, read_checked, write_checked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 _PROBE = "a"
 # Letters above which reading the ids back is faster than tokenizing once more.
 _LONG_TEXT = 100_000
-_DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def appended_tokens(tokenizer: Any) -> list[int]:
@@ -86,7 +84,7 @@ def _long_token_ids(text: str, tokenizer: Any) -> array[int]:
         return known
     ids = array("i", tokenizer(text, verbose=False)["input_ids"])
     if place is not None:
-        _write_ids(place, ids)
+        write_checked(place, ids.tobytes())
     return ids
 
 
@@ -114,25 +112,8 @@ def _memory_key(text: str, tokenizer: Any) -> str | None:
 
 def _read_ids(place: Path) -> array[int] | None:
     """Return remembered ids, or None if there are none or they are not what was written."""
-    try:
-        content = place.read_bytes()
-    except OSError:
-        return None
-    check, body = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
-    ids = array("i")
-    if hashlib.sha256(body).digest() != check or len(body) % ids.itemsize:
+    body, ids = read_checked(place), array("i")
+    if body is None or len(body) % ids.itemsize:
         return None
     ids.frombytes(body)
     return ids
-
-
-def _write_ids(place: Path, ids: array[int]) -> None:
-    """Write ids atomically; without a writable cache the text is tokenized again next time."""
-    body = ids.tobytes()
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("wb", dir=place.parent, delete=False) as stream:
-            stream.write(hashlib.sha256(body).digest() + body)
-        Path(stream.name).replace(place)
-    except OSError:
-        pass

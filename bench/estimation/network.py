@@ -5,6 +5,9 @@ Shapes: B samples, L tokens of a sample, T tokens in all, D d_model, F an expert
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Hashable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +19,7 @@ from bench.estimation.work import Work
 from bench.measurement.flops.analytic import CallTokens, classifier_macs, decoder_macs, head_macs
 from bench.measurement.flops.counter import is_matmul, meta_forward
 from bench.models.classifiers.classifier import Classifier
-from bench.models.network import text_config
+from bench.models.network import replaced_forward, text_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -91,6 +94,10 @@ class NetworkWork:
             moved=samples * self.elements * self.itemsize,
             operators=calls * (self.operators + inside),
         )
+
+    def head_only(self, rows: float) -> Work:
+        """Return the work of the head on rows of hidden states, its weights read once."""
+        return Work(matrix=rows * self.head, weights=self.head_weights * (rows > 0))
 
     def training(self, samples: float, calls: float, pairs: float = 0.0, rows: float = 0.0) -> Work:
         """Return the work of forwards with their backwards: two products for each of a forward."""
@@ -233,12 +240,45 @@ def _numbers(values: Any) -> int:
     return sum(x.numel() for x in flat if isinstance(x, Tensor) and x.is_floating_point())
 
 
+class _Counted:
+    """Adds what one layer launches to a tally as many times again, and answers for others."""
+
+    def __init__(self, tally: _Tally, again: int) -> None:
+        self._tally, self._again = tally, again
+        self._began = 0, 0
+        self._output: object = None
+
+    def before(self, *_: object) -> None:
+        self._began = self._tally.operators, self._tally.elements
+
+    def after(self, _: nn.Module, __: object, output: object) -> None:
+        operators, elements = self._began
+        self._tally.operators += self._again * (self._tally.operators - operators)
+        self._tally.elements += self._again * (self._tally.elements - elements)
+        self._output = output
+
+    def answer(self, *_: object, **__: object) -> object:
+        return self._output
+
+
+def layer_form(layer: nn.Module) -> Hashable:
+    """Return what decides the operators of a layer: its modules and the shapes of its weights."""
+    modules = tuple((name, type(module)) for name, module in layer.named_modules())
+    weights = tuple(tuple(weight.shape) for weight in layer.parameters())
+    return modules, weights, getattr(layer, "attention_type", None)
+
+
 def _tally(network: nn.Module, structure: ModelStructure) -> _Tally:
     """Count the operators of one forward on the meta device, those of routed experts left out.
 
-    Which kernels the experts take depends on the device: `NetworkWork` adds them.
+    Which kernels the experts take depends on the device: `NetworkWork` adds them. Of layers that
+    are built alike the first stands for all: tensors on the meta device have no values, so that
+    what it returned is what the others return.
     """
     tally = _Tally()
+    alike: dict[Hashable, list[nn.Module]] = defaultdict(list)
+    for layer in structure.layers:
+        alike[layer_form(layer)].append(layer)
 
     def pause(*_: object) -> None:
         tally.paused += 1
@@ -247,11 +287,18 @@ def _tally(network: nn.Module, structure: ModelStructure) -> _Tally:
         tally.paused -= 1
 
     hooks = []
+    stack = ExitStack()
+    for first, *others in alike.values():
+        counted = _Counted(tally, len(others))
+        hooks.append(first.register_forward_pre_hook(counted.before))
+        hooks.append(first.register_forward_hook(counted.after))
+        for other in others:
+            stack.enter_context(replaced_forward(other, counted.answer))
     for block in structure.blocks:
         hooks.append(block.experts.register_forward_pre_hook(pause))
         hooks.append(block.experts.register_forward_hook(resume))
     try:
-        with meta_forward(network) as call:
+        with stack, meta_forward(network) as call:
             ids_BL = torch.zeros(1, _SAMPLE, dtype=torch.long, device="meta")
             with tally:
                 call(input_ids=ids_BL, use_cache=False)

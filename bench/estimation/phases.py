@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from bench.estimation.work import Work
+from bench.measurement.interleaving import SETTLING_WINDOW
+from bench.method import InputSize
 
 if TYPE_CHECKING:
     from bench.config.run_config import RunConfig
@@ -18,6 +21,10 @@ if TYPE_CHECKING:
 OFFLOADED = ("offload_cpu", "offload_disk")
 _OPTIMIZER_OPERATORS = 12
 """Operators of an optimizer and a proximal step per tensor of weights."""
+SCORED_AT_ONCE = 256
+"""Images in a forward that scores a classifier while it trains."""
+SETTLED_AFTER = 2 * SETTLING_WINDOW
+"""Rounds after which times can have settled: the medians of two windows are compared."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,8 @@ class Phase:
     """One phase of a run: its work at least and at most, and bytes on the device at its peak.
 
     `name` is that under which a run times it. `parts` are shares of the work that are worth telling
-    apart. `asked` is what a task asks.
+    apart. `asked` is what a task asks. `limited` is work on top of the most that ends after `limit`
+    seconds, done or not.
     """
 
     name: str
@@ -95,6 +103,8 @@ class Phase:
     memory: float
     parts: dict[str, Work] = field(default_factory=dict)
     asked: TaskDemand | None = None
+    limited: Work = field(default_factory=Work)
+    limit: float = 0.0
 
 
 def phases_of(subject: Subject) -> Iterator[Phase]:
@@ -123,23 +133,20 @@ def _loading(subject: Subject) -> Phase:
 def _method(subject: Subject, name: str, method: Method) -> Phase:
     if hasattr(method, "recipe") and subject.training_images:
         return _training(subject, name, method)
-    config, network = subject.config, subject.network
-    if method.uses_calibration:
-        rows, length = config.calibration.rows, float(config.calibration.length)
-    elif method.uses_prompts and subject.prompt:
-        rows, length = config.prompts.count, float(subject.prompt.tokens)
-    else:
-        rows, length = 0, 0.0
-    tokens = rows * length
-    batch = int(getattr(method, "batch", 0) or config.prompts.batch)
-    cost = method.work(subject.structure, int(tokens))
-    calls = -(-rows // batch)
-    looped = subject.device == "cpu"
-    one = network.forward(tokens, calls, rows * length**2, looped=looped, observed=cost.observed)
-    calibrate = one * cost.forwards + one * (2 * cost.backwards)
-    if method.uses_prompts and subject.prompt:
-        calibrate += subject.prompt.encoding * rows
+    network, inputs = subject.network, _inputs(subject, method)
+    tokens = inputs.tokens
+    cost, batch = method.work(subject.structure, inputs), inputs.batch
+    one, seen = (_pass(subject, inputs, inputs.rows, batch, observed=o) for o in (False, True))
+    images = _encoding(subject, inputs.rows if method.uses_prompts else 0)
+    given = one + images
+    calibrate = given * (cost.forwards - cost.observed) + (seen + images) * cost.observed
+    calibrate += network.head_only(tokens) * cost.logits
+    graph = _pass(subject, inputs, inputs.rows, cost.together) + network.head_only(tokens)
+    calibrate += graph * (2 * cost.backwards)
     calibrate += Work(precise=cost.flops, moved=cost.elements * 4)
+    train = _pass(subject, inputs, cost.trained, cost.together)
+    train += network.head_only(cost.trained * inputs.length)
+    train = train * (2 + cost.updated) + _encoding(subject, cost.trained if inputs.visual else 0)
     apply = Work(operators=cost.operators, moved=cost.readings * network.stored)
     if subject.map is not None:
         passes = max(1.0, cost.forwards + cost.backwards)
@@ -147,14 +154,47 @@ def _method(subject: Subject, name: str, method: Method) -> Phase:
         # Each layer comes once per walk and goes back changed.
         apply += Work(link=2 * moved, disk=2 * moved * (subject.map == "offload_disk"))
         calibrate += Work(link=2 * passes * tokens * subject.hidden * network.itemsize)
-    whole = calibrate + apply
+    whole = calibrate + train + apply
     waiting = tokens * subject.hidden * network.itemsize * (subject.map is None)
-    live = min(batch, rows or batch) * length * _live_bytes(subject)
+    live = min(batch, inputs.rows or batch) * inputs.length * _live_bytes(subject)
+    if cost.backwards or cost.trained:
+        # What every layer computed is kept until its backward pass, logits and their gradient too.
+        kept = network.elements * network.itemsize / 2 + 12 * subject.vocabulary
+        live = max(live, min(cost.together, inputs.rows or cost.together) * inputs.length * kept)
     memory = subject.weights * subject.copies + waiting + live + cost.memory
-    return Phase(
-        f"applying {name}", "apply", whole, whole, memory,
-        {"calibrate": calibrate, "apply": apply},
-    )  # fmt: skip
+    parts = {"calibrate": calibrate, "train": train, "apply": apply}
+    most = whole + given * cost.possible
+    return Phase(f"applying {name}", "apply", whole, most, memory, parts)
+
+
+def _inputs(subject: Subject, method: Method) -> InputSize:
+    """Return the size of what a method reads: text, prompts with images, or nothing."""
+    config, prompt = subject.config, subject.prompt
+    if method.uses_calibration:
+        rows, batch = config.calibration.rows, getattr(method, "batch", config.prompts.batch)
+        return InputSize(rows, float(config.calibration.length), batch=batch)
+    if prompt is None:
+        return InputSize()
+    rows = config.prompts.count if method.uses_prompts else 0
+    return InputSize(rows, float(prompt.tokens), float(prompt.visual), config.prompts.batch)
+
+
+def _pass(
+    subject: Subject, inputs: InputSize, rows: float, batch: int, *, observed: bool = False
+) -> Work:
+    """Return one forward of `rows` rows through the decoder's layers, `batch` of them at once."""
+    length = inputs.length
+    return subject.network.forward(
+        rows * length,
+        ceil(rows / batch),
+        rows * length**2,
+        looped=subject.device == "cpu",
+        observed=observed,
+    )
+
+
+def _encoding(subject: Subject, images: float) -> Work:
+    return subject.prompt.encoding * images if subject.prompt else Work()
 
 
 def _training(subject: Subject, name: str, method: Method) -> Phase:
@@ -165,7 +205,11 @@ def _training(subject: Subject, name: str, method: Method) -> Phase:
         operators=float(_OPTIMIZER_OPERATORS * subject.tensors),
         moved=8 * subject.network.stored,
     )
-    whole = step * steps
+    # After each epoch the held-out images are scored, and the state is saved.
+    scored = sum(asked.documents for asked in subject.tasks)
+    epoch = subject.network.forward(scored, ceil(scored / SCORED_AT_ONCE))
+    epoch += Work(moved=4 * subject.network.stored)
+    whole = step * steps + epoch * recipe.epochs
     elements = subject.network.elements * recipe.batch * subject.network.itemsize
     return Phase(
         f"applying {name}", "apply", whole, whole, 4 * subject.weights + elements,
@@ -227,20 +271,80 @@ def _counting(subject: Subject) -> Phase:
 
 
 def _measuring(subject: Subject) -> Phase:
-    config, network = subject.config, subject.network
-    timing, pair = config.costs.timing, 2 if config.method else 1
-    shapes = [(b, n) for b in timing.batches for n in timing.lengths]
-    once = Work()
-    for batch, length in shapes:
-        tokens = float(batch * length)
-        once += network.forward(tokens, 1, tokens * length, tokens)
-        steps = float(timing.new_tokens)
-        once += network.forward(batch * steps, steps, batch * steps * length, batch * steps)
-    least = once * (timing.rounds * pair)
-    most = once * (timing.max_rounds * pair * timing.attempts)
-    widest = max((b * n for b, n in shapes), default=1)
-    memory = subject.weights * subject.copies + widest * subject.bytes_per_token
-    return Phase("measuring costs", "measure", least, most, memory)
+    """Return the calls of every shape: those that a measurement takes, whichever is asked for."""
+    config, timing = subject.config, subject.config.costs.timing
+    memory = subject.weights * subject.copies
+    least, timed, seconds = Work(), Work(), 0.0
+    shapes = list(_shapes(subject))
+    for batch, tokens in shapes:
+        call, written = _call_at(subject, batch, tokens)
+        if "memory" in config.costs.measure:
+            # The peak of a prefill is read apart from that of a generation.
+            least += call + (call + written if written != Work() else Work())
+        if "latency" in config.costs.measure:
+            timed += call + written
+        if "energy" in config.costs.measure:
+            stages = 2 if written != Work() else 1
+            seconds += stages * timing.energy_seconds * _compared(subject)
+    least += Work(seconds=seconds)
+    if not shapes or timed == Work():
+        return Phase("measuring costs", "measure", least, least, memory + _widest(subject, shapes))
+    # FLOPs are counted in a call of their own, and the times settle in rounds of a warm-up.
+    once, compared = timed * _compared(subject), bool(config.method)
+    settled = min(SETTLED_AFTER, timing.max_warmup_rounds)
+    fewest = once * (1 + settled + timing.rounds)
+    sure = once * (1 + timing.max_warmup_rounds + timing.rounds * timing.attempts)
+    # More rounds follow only for a ratio that is not precise yet, and only for so long.
+    further = once * (compared * (timing.max_rounds - timing.rounds) * timing.attempts)
+    return Phase(
+        "measuring costs",
+        "measure",
+        least + fewest,
+        least + sure,
+        memory + _widest(subject, shapes),
+        limited=further,
+        limit=len(shapes) * timing.max_seconds * timing.attempts,
+    )
+
+
+def _compared(subject: Subject) -> int:
+    """Return how many networks take turns: a changed one is timed beside the dense one."""
+    return 2 if subject.config.method else 1
+
+
+def _shapes(subject: Subject) -> Iterator[tuple[int, float]]:
+    """Yield batch and tokens per row of what is measured; an image of a classifier is a token."""
+    timing, prompt = subject.config.costs.timing, subject.prompt
+    kind = subject.config.model.kind
+    for batch in timing.batches:
+        if kind == "image_classifier":
+            yield batch, 1.0
+        elif kind == "causal_lm":
+            yield from ((batch, float(length)) for length in timing.lengths)
+        elif prompt is not None:
+            # The prompt that was built has as many words as FLOPs are counted at.
+            each = prompt.text / subject.config.costs.words
+            yield from ((batch, prompt.visual + each * words) for words in timing.words)
+
+
+def _call_at(subject: Subject, batch: int, length: float) -> tuple[Work, Work]:
+    """Return one forward at a shape, and the decoding of an answer after it."""
+    network, looped = subject.network, subject.device == "cpu"
+    tokens = batch * length
+    if subject.config.model.kind == "image_classifier":
+        return network.forward(tokens, 1), Work()
+    call = network.forward(tokens, 1, tokens * length, batch, looped=looped)
+    call += _encoding(subject, batch)
+    # The first new token belongs to the prefill.
+    steps = subject.config.costs.timing.new_tokens - 1
+    written = float(batch * steps)
+    pairs = written * (length + steps / 2)
+    return call, network.forward(written, steps, pairs, written, looped=looped)
+
+
+def _widest(subject: Subject, shapes: Sequence[tuple[int, float]]) -> float:
+    tokens = max((batch * length for batch, length in shapes), default=0.0)
+    return tokens * subject.bytes_per_token
 
 
 def _live_bytes(subject: Subject) -> int:

@@ -201,6 +201,11 @@ class Estimator:
         run = RunEstimate(_name_of(config), hardware, dtype, phases, download, tuple(gaps))
         return run if run.fits else replace(run, cures=tuple(_cures(subject, run)))
 
+    def knows_tokens(self, config: RunConfig, source: ModelSource) -> bool:
+        """Return whether tasks can be estimated: a language model's needs its tokenizer."""
+        described = self._describe(config, source, _dtype_of(config, self.hardware))
+        return described.model.tokenizer is not None or source.config.kind == "image_classifier"
+
     def _timed(self, phase: Phase, dtype: str, gaps: list[str]) -> PhaseEstimate:
         least, most = (time_of(work, self.hardware, dtype) for work in (phase.least, phase.most))
         parts = {
@@ -209,8 +214,12 @@ class Estimator:
             if work != Work()
         }
         asked = phase.asked
+        bound_by, high = most.bound_by, most.high
+        if phase.limited != Work():
+            limited = time_of(phase.limited, self.hardware, dtype)
+            bound_by, high = limited.bound_by, high + min(limited.high, phase.limit)
         return PhaseEstimate(
-            phase.name, phase.kind, least.low, most.high, most.bound_by, phase.memory, parts,
+            phase.name, phase.kind, least.low, high, bound_by, phase.memory, parts,
             asked.given if asked else 0.0, asked.shared if asked else 0.0,
             bool(asked and asked.sampled),
         )  # fmt: skip
@@ -276,7 +285,9 @@ def _described(
         work = networks.classifier_work(skeleton, kind.itemsize)
     else:
         work = networks.decoder_work(skeleton, structure, kind.itemsize)
-    seconds = time.perf_counter() - began
+    # A run counts all layers, and not those alone that are built alike.
+    forms = len({networks.layer_form(layer) for layer in structure.layers})
+    seconds = (time.perf_counter() - began) * max(1.0, len(structure.layers) / max(1, forms))
     if work.missing:
         missing.append(work.missing)
     prompt = _prompt(model, config.costs.words, kind.itemsize, missing)

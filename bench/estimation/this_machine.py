@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 import platform
@@ -28,23 +27,25 @@ _OPERATORS = 500
 _LINK_BYTES = 2**28
 _IDLE_LOAD = 1.0
 """Processes that want a core, per core: above it they disturb each other."""
+_known: dict[Path, HardwareConfig | None] = {}
+"""Figures by the file that would remember them: the runs of a process may differ in threads."""
 
 
-@functools.cache
 def measured_here() -> HardwareConfig:
     """Return this machine's figures, measured in two seconds or read from the cache folder.
 
     They are keyed by processor, GPU, threads and version of torch, since each changes them.
     """
-    remembered = _remembered()
+    remembered = known_here()
     if remembered is not None:
         return remembered
-    found = _measure(select_device("auto"))
+    file = _file()
+    found = _known[file] = _measure(select_device("auto"))
     if _busy():
         # What else runs slows every rate: such figures serve this process, and no later one.
         warn("hardware=here was measured while the machine was busy: its rates are too low")
-        return found
-    _remember(found)
+    else:
+        _remember(file, found)
     return found
 
 
@@ -54,22 +55,24 @@ def known_here() -> HardwareConfig | None:
     `bench estimate` does. A run does not: it would take seconds, and say more on an idle machine
     than on a busy one.
     """
-    return measured_here() if measured_here.cache_info().currsize else _remembered()
+    file = _file()
+    if file not in _known:
+        _known[file] = _remembered(file)
+    return _known[file]
 
 
 def _busy() -> bool:
     return os.getloadavg()[0] > _IDLE_LOAD * (os.cpu_count() or 1)
 
 
-def _remembered() -> HardwareConfig | None:
+def _remembered(file: Path) -> HardwareConfig | None:
     try:
-        return HardwareConfig.model_validate_json(_file().read_text())
+        return HardwareConfig.model_validate_json(file.read_text())
     except (OSError, ValidationError):
         return None
 
 
-def _remember(found: HardwareConfig) -> None:
-    file = _file()
+def _remember(file: Path, found: HardwareConfig) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         # Written aside and renamed: two processes may measure at once.

@@ -107,7 +107,9 @@ def _estimate(
             missing.append(error_sentence(error))
     planned = None
     try:
-        planned = session.benchmarks.plan(config.benchmark, offline=config.offline)
+        # Tasks take seconds to build, and say nothing of a model without a tokenizer.
+        if estimator.knows_tokens(config, source):
+            planned = session.benchmarks.plan(config.benchmark, offline=config.offline)
     except MissingData as error:
         if error_sentence(error) not in missing:
             missing.append(error_sentence(error))

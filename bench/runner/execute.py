@@ -213,6 +213,8 @@ def _execute_run(
     from bench.models.hashing import state_hash
 
     processes = session.process_group
+    checkpoints = store.unfinished(inputs.id, processes.rank)
+    resumed = checkpoints.exists()
     started = utc_now()
     # Asked now: by the end of a long run the working tree may have moved on.
     code_revision()
@@ -221,13 +223,12 @@ def _execute_run(
 
     estimate = _estimate(config, inputs, session)
     progress.expect({each.phase: (each.low * each.high) ** 0.5 for each in estimate})
-    with progress.phase("loading the model"):
+    with progress.phase(LOADING):
         model = session.base_model.acquire(inputs.source, will_change=bool(config.method))
 
     # Methods change the model in place. All that a record says about the dense model is its size;
     # its costs are those of the dense run.
     dense = describe_dense_model(model)
-    checkpoints = store.unfinished(inputs.id, processes.rank)
     context = inputs.calibration_inputs.prepare(config, model, progress, checkpoints)
     methods = apply_methods(config, model, context, session)
 
@@ -267,7 +268,8 @@ def _execute_run(
         evidence=evaluation.evidence,
         provenance=provenance_of(config, inputs)
         | {"backend": evaluation.backend, "chat_template": chat_template_of(config, model)},
-        estimate=estimate,
+        # What an earlier process did is in no phase's time.
+        estimate=() if resumed else estimate,
     )
     save_weights = _weights_to_keep(config, model, methods)
     if save_weights is not None:
@@ -279,18 +281,26 @@ def _execute_run(
 
 
 def _estimate(config: RunConfig, inputs: RunInputs, session: Session) -> tuple[EstimatedPhase, ...]:
-    """Return what the run should cost on this machine; nothing where that is not known."""
-    if session.estimator is None or not session.process_group.is_first:
+    """Return what the run should cost on this machine; nothing where that is not known.
+
+    An estimate is of one process with all threads of the config. Several of one run share its
+    tasks, so none is made for them. A model that an earlier run of the session left is not loaded.
+    """
+    if session.estimator is None or session.process_group.world_size > 1:
         return ()
+    held = session.base_model.peek(inputs.source) is not None
     try:
         found = session.estimator.estimate(config, inputs.source, inputs.benchmark)
     except (UserError, RuntimeError, ValueError, TypeError, AttributeError, LookupError):
         # Code of others (tokenizers, tasks, plug-ins) takes part: what fails there fails in the run
         # itself, with its own sentence, or does not matter to it.
         return ()
-    return found.recorded_phases()
+    return tuple(
+        phase for phase in found.recorded_phases() if not (held and phase.phase == LOADING)
+    )
 
 
+LOADING = "loading the model"
 KEPT_BYTES = 2**26
 """Largest network that `keep_weights=auto` keeps."""
 

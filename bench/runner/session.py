@@ -73,6 +73,8 @@ class Session:
     session's.
     """
 
+    _estimator: Estimator | None = None
+
     @cached_property
     def base_model(self) -> BaseModelCache:
         """The unchanged model that the runs share."""
@@ -90,14 +92,17 @@ class Session:
         """Counts of unchanged models, by all that decides them."""
         return {}
 
-    @cached_property
+    @property
     def estimator(self) -> Estimator | None:
         """Estimates runs on this machine, None where its rates are not known."""
         from bench.estimation.run_estimate import Estimator
         from bench.estimation.this_machine import known_here
 
-        here = known_here()
-        return None if here is None else Estimator(here)
+        # Asked each time: the rates depend on the threads, in which runs may differ.
+        here, held = known_here(), self._estimator
+        if held is None or held.hardware != here:
+            self._estimator = held = None if here is None else Estimator(here)
+        return held
 
     @cached_property
     def process_group(self) -> ProcessGroup:
@@ -111,7 +116,7 @@ class Session:
         held = self.__dict__
         held.pop("benchmarks", None)
         held.pop("dense_counts", None)
-        held.pop("estimator", None)
+        self._estimator = None
         if "base_model" in held:
             self.base_model.release()
             del self.base_model

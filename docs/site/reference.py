@@ -33,7 +33,8 @@ API = {
     ],
     "Write a method": [
         "bench.method.Method", "bench.method.Context", "bench.method.MethodReport",
-        "bench.method.LayerReport", "bench.method.MethodWork", "bench.method.RecipeConfig",
+        "bench.method.InputSize", "bench.method.LayerReport", "bench.method.MethodWork",
+        "bench.method.RecipeConfig",
         "bench.models.model.Model",
         "bench.models.structure.model_structure.ModelStructure",
         "bench.models.structure.moe_block.MoEBlock",

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from bench.errors import UserError
-from bench.method import Context, MethodReport, MethodWork
+from bench.method import Context, InputSize, MethodReport, MethodWork
 from bench.models.expert_hooks import observe_experts
 from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure
@@ -105,9 +105,9 @@ class Heapr(MicroExpertPruning, CalibratedPruning):
                     f"{block.name} do not show: choose camera_p or camera_loss_aware"
                 )
 
-    def work(self, structure: ModelStructure, tokens: int) -> MethodWork:
+    def work(self, structure: ModelStructure, inputs: InputSize) -> MethodWork:
         """Add the backward pass, in which no weight gets a gradient."""
-        return replace(super().work(structure, tokens), backwards=0.5)
+        return replace(super().work(structure, inputs), logits=1.0, backwards=0.5)
 
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Run one forward and backward pass per row, rank and remove."""

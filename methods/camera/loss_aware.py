@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from bench.method import Context, MethodReport, MethodWork
+from bench.method import Context, InputSize, MethodReport, MethodWork
 from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure
 from bench.models.structure.moe_block import MoEBlock
@@ -123,15 +123,16 @@ class CameraLossAware(MicroExpertPruning, CalibratedPruning):
 
     scope: Literal["layer", "global"] = "layer"
 
-    def work(self, structure: ModelStructure, tokens: int) -> MethodWork:
+    def work(self, structure: ModelStructure, inputs: InputSize) -> MethodWork:
         """Add the pass for the gradients, in which no weight gets one, and G of every block."""
-        walk = super().work(structure, tokens)
+        walk = super().work(structure, inputs)
         blocks = structure.micro_expert_blocks
         return replace(
             walk,
             forwards=walk.forwards + 1,
+            logits=1.0,
             backwards=0.5,
-            flops=2.0 * tokens * sum(block.d_model**2 for block in blocks),
+            flops=2.0 * inputs.tokens * sum(block.d_model**2 for block in blocks),
             memory=walk.memory + 8.0 * sum(block.d_model**2 for block in blocks),
         )
 

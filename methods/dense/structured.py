@@ -17,6 +17,7 @@ from bench.errors import UserError
 from bench.method import (
     ALL_FORMS,
     Context,
+    InputSize,
     LayerReport,
     Method,
     MethodReport,
@@ -155,9 +156,10 @@ class LLMPruner(StructuredPruning):
                 f"none of the {len(structure.layers)} layers of {structure.architecture} to prune"
             )
 
-    def work(self, structure: ModelStructure, tokens: int) -> MethodWork:
+    def work(self, structure: ModelStructure, inputs: InputSize) -> MethodWork:
         """Add the backward pass."""
-        return replace(super().work(structure, tokens), backwards=1.0)
+        work = super().work(structure, inputs)
+        return replace(work, logits=1.0, backwards=1.0, together=self.batch)
 
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Accumulate gradients of the loss, rank units within layers, remove the lowest."""

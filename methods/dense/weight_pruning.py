@@ -19,6 +19,7 @@ from bench.errors import UserError
 from bench.method import (
     ALL_FORMS,
     Context,
+    InputSize,
     LayerReport,
     Method,
     MethodReport,
@@ -161,7 +162,7 @@ class CalibratedWeightPruning(WeightPruning):
     uses_calibration: ClassVar[bool] = True
     batch: int = Field(default=8, ge=1)
 
-    def work(self, structure: ModelStructure, tokens: int) -> MethodWork:
+    def work(self, structure: ModelStructure, inputs: InputSize) -> MethodWork:
         """Return two passes, as every layer runs again after it is pruned."""
         return MethodWork(forwards=2.0, readings=2.0)
 
@@ -235,14 +236,14 @@ class SparseGPT(CalibratedWeightPruning):
             )
         return self
 
-    def work(self, structure: ModelStructure, tokens: int) -> MethodWork:
+    def work(self, structure: ModelStructure, inputs: InputSize) -> MethodWork:
         """Add what GPTQ's walk over the columns of a matrix takes, whose Hessian this shares."""
         shapes = [
             linear.weight.shape for layer in structure.layers for linear in linear_layers(layer)
         ]
         return replace(
-            super().work(structure, tokens),
-            flops=sum(column_walk_flops(rows, columns, tokens) for rows, columns in shapes),
+            super().work(structure, inputs),
+            flops=sum(column_walk_flops(rows, columns, inputs.tokens) for rows, columns in shapes),
             operators=float(COLUMN_OPERATORS * sum(columns for _, columns in shapes)),
             memory=4.0 * max(columns**2 for _, columns in shapes),
         )

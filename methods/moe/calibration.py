@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from bench.errors import UserError
-from bench.method import MethodWork
+from bench.method import InputSize, MethodWork
 from bench.models.expert_hooks import ExpertObserver, RouterWeights, observe_experts
 from bench.models.layer_stream import LayerStream
 from bench.models.model import Model
@@ -74,15 +74,15 @@ class CalibratedPruning(MoEPruning):
     batch: int = Field(default=8, ge=1)
     chunk: int = Field(default=4096, ge=1)
 
-    def work(self, structure: ModelStructure, tokens: int) -> MethodWork:
+    def work(self, structure: ModelStructure, inputs: InputSize) -> MethodWork:
         """Return the walk, and the moments of what every token's experts compute."""
         blocks = structure.micro_expert_blocks
         observed = sum(block.top_k * block.d_ff + block.d_shared for block in blocks)
         return replace(
-            super().work(structure, tokens),
-            observed=True,
+            super().work(structure, inputs),
+            observed=1.0,
             # φ² in float32: product, square, sum and maximum, each read and written.
-            elements=float(tokens * observed * 10),
+            elements=inputs.tokens * observed * 10,
             memory=float(12 * max(block.micro_experts for block in blocks)),
         )
 

@@ -73,6 +73,16 @@ def refit_columns(gram_FF: Tensor, down_DF: Tensor, kept_K: Tensor, damping: flo
     return (kept_KD + torch.cholesky_solve(gram_KR @ removed_RD, factor)).T
 
 
+def refit_flops(width: int, kept: int, d_model: int) -> float:
+    """Return the FLOPs of one refit with both of its errors, for an estimate.
+
+    K³/3 for the factor, 2·K·R·D for the right side, 2·K²·D for the solve and 2·F²·D for each error,
+    all in float64, which counts twice.
+    """
+    solve = kept**3 / 3 + 2 * kept * (width - kept) * d_model + 2 * kept**2 * d_model
+    return 2 * (solve + 4 * width**2 * d_model)
+
+
 def refit_error(gram_FF: Tensor, down_DF: Tensor, kept_K: Tensor, columns_DK: Tensor) -> float:
     """Return ‖Φ W - Φ_K V‖², summed over tokens, where columns V replace all of W."""
     # Tr(Δ G Δᵀ) with Δ = W - V on kept columns and W on removed ones: no pass over tokens.

@@ -1,59 +1,33 @@
-"""AWQ (arXiv 2306.00978): input channels scaled up before rounding, weights clipped.
-
-Shapes: S tokens, R rows, C columns (inputs) of a matrix, c columns of one group, G groups.
-
-Rounding errs by the same amount in every column of a group, so columns that meet large inputs are
-multiplied by s > 1 before rounding and their inputs divided by it. Matrices that read one input
-share s. With m_j = mean |x_j|, s = m^ρ, divided by √(max s · min s), for the ρ of least error.
-
-The division costs nothing: it is folded into what computes the input, where that is exact. That is
-the norm before a matrix, the rows of up before down (also through a ReLU, which is positively
-homogeneous), and the rows of values before the output of an attention without grouped queries.
-Elsewhere the inputs stay as they are. After that, each group of weights is clipped to the share of
-its largest one that errs least.
-"""
+"""AWQ (arXiv 2306.00978): input channels scaled up before rounding, weights clipped, then RTN."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import nn
 
 from bench.data.calibration import Calibration
 from bench.errors import UserError
-from bench.method import Context, LayerReport, MethodReport
-from bench.models.bitpacking.packed_shape import GridKind
+from bench.method import Context, InputSize, LayerReport, MethodReport, MethodWork
 from bench.models.layer_stream import LayerStream
 from bench.models.model import Model
-from bench.models.structure.dense_layer import (
-    bias_of,
-    feed_forwards,
-    find_heads,
-    is_projection,
-    weight_of,
-)
+from bench.models.structure.dense_layer import feed_forwards
 from bench.models.structure.model_structure import ModelStructure
 from bench.ui import Progress
-from methods.moe.calibration import Gram, observe_inputs
 from methods.moe.pruning import refuse_packed, require_calibration
-from methods.moe.quantizer.grid import Clip, column_groups, round_weights
 from methods.moe.quantizer.layer_walk import UNQUANTIZED_BITS
 from methods.moe.quantizer.method import BitWidth
+from methods.quantization.channel_scales import (
+    ScaleSearch,
+    layer_linears,
+    observe_layer,
+    scale_layer,
+    search_work,
+)
 from methods.quantization.uniform import Rtn
-
-EXPONENTS = tuple(step / 20 for step in range(20))
-# Shares of a group's largest weight to which it is clipped: 1 down to 0.55.
-CLIPPED_SHARES = tuple(1 - step / 20 for step in range(10))
-CLIP_TOKENS = 512
-ROWS_AT_ONCE = 64
-# Relative difference of a layer's output up to which a fold counts as exact.
-FOLD_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
-HALF_TOLERANCE = 0.05
 
 
 class Awq(Rtn):
@@ -77,6 +51,25 @@ class Awq(Rtn):
                 f"{structure.architecture} has experts: use gptq or camera_q"
             )
         super().check(structure)
+
+    def work(self, structure: ModelStructure, inputs: InputSize) -> MethodWork:
+        """Return the pass that observes, the search of every layer, and the rounding at the end."""
+        rounded = Rtn.work(self, structure, InputSize())
+        work = replace(rounded, forwards=1.0, observed=0.0, readings=rounded.readings + 1)
+        for layer in structure.layers:
+            bits = {linear: self._bits_of(linear, layer) for linear in layer_linears(layer)}
+            searched = {linear: b for linear, b in bits.items() if b != UNQUANTIZED_BITS}
+            search = ScaleSearch(searched, self.group, self.clip, self.grid)
+            each = search_work(layer, search, inputs, clip_weights=self.clip_weights)
+            work = replace(
+                work,
+                forwards=work.forwards + each.forwards / len(structure.layers),
+                flops=work.flops + each.flops,
+                elements=work.elements + each.elements,
+                operators=work.operators + each.operators,
+                memory=max(work.memory, each.memory),
+            )
+        return work
 
     @torch.no_grad()
     def apply(self, model: Model, context: Context) -> MethodReport:
@@ -104,7 +97,7 @@ class Awq(Rtn):
         with LayerStream(model.network, layers, tokens_BL, self.batch) as stream:
             for index, layer in enumerate(progress.track(layers, "searching scales")):
                 stream.onload_layer(index)
-                bits = {linear: self._bits_of(linear, layer) for linear in _linears(layer)}
+                bits = {linear: self._bits_of(linear, layer) for linear in layer_linears(layer)}
                 bits = {linear: b for linear, b in bits.items() if b != UNQUANTIZED_BITS}
                 observed = observe_layer(stream, index, list(bits), tokens_BL.numel())
                 search = ScaleSearch(bits, self.group, self.clip, self.grid)
@@ -113,337 +106,3 @@ class Awq(Rtn):
     def _bits_of(self, linear: nn.Module, layer: nn.Module) -> int:
         inside = any(linear in part.projections for part in feed_forwards(layer))
         return self.bits if inside else self.attention_bits
-
-
-def _linears(layer: nn.Module) -> list[nn.Module]:
-    return [module for module in layer.modules() if is_projection(module)]
-
-
-class InputSample:
-    """Mean absolute inputs of a projection, their Gram matrix, and some evenly spaced tokens."""
-
-    def __init__(self, projection: nn.Module, tokens: int) -> None:
-        columns = weight_of(projection)[0]
-        self.gram = Gram.of_inputs(projection)
-        self.absolute_C = torch.zeros_like(columns, dtype=torch.float32)
-        self.kept: list[Tensor] = []
-        self._every = max(1, tokens // CLIP_TOKENS)
-
-    def add(self, x_SC: Tensor) -> None:
-        """Add some tokens."""
-        self.gram.add(x_SC)
-        self.absolute_C += x_SC.float().abs().sum(0)
-        self.kept.append(x_SC[:: self._every].float())
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean of |x| over tokens, [C]."""
-        return self.absolute_C / self.gram.tokens
-
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-@dataclass
-class ObservedLayer:
-    """What one layer computed: inputs of its linears, and the calls of its parts.
-
-    `readers` maps a norm to the linears that read its output.
-    """
-
-    inputs: dict[nn.Module, InputSample]
-    readers: dict[nn.Module, list[nn.Module]] = field(default_factory=dict)
-    calls: dict[nn.Module, list[Call]] = field(default_factory=dict)
-
-
-def observe_layer(
-    stream: LayerStream, index: int, linears: Sequence[nn.Module], tokens: int
-) -> ObservedLayer:
-    """Run a layer, which then hands on its outputs, and return what its linears read."""
-    layer = stream.layers[index]
-    observed = ObservedLayer({linear: InputSample(linear, tokens) for linear in linears})
-    # By identity of the data: every tensor is held until the end, so no memory is used again.
-    written: dict[int, tuple[nn.Module, Tensor]] = {}
-
-    def wrote(norm: nn.Module, _: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            written[output.data_ptr()] = norm, output
-
-    def read(linear: nn.Module, args: tuple[Tensor, ...]) -> None:
-        norm, output = written.get(args[0].data_ptr(), (None, None))
-        if norm is not None and output is not None and output.numel() == args[0].numel():
-            found = observed.readers.setdefault(norm, [])
-            if linear not in found:
-                found.append(linear)
-
-    def called(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        observed.calls.setdefault(part, []).append((args, kwargs))
-
-    norms = [module for module in layer.modules() if _is_norm(module)]
-    with ExitStack() as stack:
-        for norm in norms:
-            stack.callback(norm.register_forward_hook(wrote).remove)
-        # All of them: one that stays unquantized must not get an input that was divided.
-        for linear in _linears(layer):
-            stack.callback(linear.register_forward_pre_hook(read).remove)
-        for part in (layer, *layer.children()):
-            handle = part.register_forward_pre_hook(called, with_kwargs=True)
-            stack.callback(handle.remove)
-        stack.enter_context(observe_inputs(observed.inputs))
-        stream.run(index, advance=True)
-    if not all(bool(sample.mean.isfinite().all()) for sample in observed.inputs.values()):
-        raise UserError(
-            f"calibration produced NaN or infinite inputs in layer {index}: try "
-            "model.dtype=float32 or a different calibration text"
-        )
-    return observed
-
-
-def _is_norm(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, nn.Parameter) and weight.ndim == 1
-
-
-@dataclass(frozen=True)
-class ScaleSearch:
-    """How weights are rounded while scales are searched: the bits of each linear, groups, grid."""
-
-    bits: dict[nn.Module, int]
-    group: int
-    clip: Clip
-    grid: GridKind = "offset"
-
-    def rounded(self, linear: nn.Module, weight_RC: Tensor) -> Tensor:
-        """Return the dequantized weights, float32."""
-        return round_weights(weight_RC, self.bits[linear], self.group, self.clip, self.grid)
-
-    def best_exponent(
-        self, linears: Sequence[nn.Module], mean_C: Tensor, error: Callable[[], float]
-    ) -> float:
-        """Return the ρ of least error of the linears when scaled by it, rounded and scaled back.
-
-        `error` measures the network as it is while the weights are replaced. The first of equal
-        errors wins.
-        """
-        before = [weight_of(linear).clone() for linear in linears]
-        best, least = 0.0, float("inf")
-        for exponent in EXPONENTS:
-            scale_C = scales(mean_C, exponent)
-            for linear, weight_RC in zip(linears, before, strict=True):
-                trial_RC = self.rounded(linear, weight_RC.float() * scale_C) / scale_C
-                weight_of(linear).copy_(trial_RC)
-            found = error()
-            if found < least:
-                best, least = exponent, found
-        for linear, weight_RC in zip(linears, before, strict=True):
-            weight_of(linear).copy_(weight_RC)
-        return best
-
-
-def scales(mean_C: Tensor, exponent: float) -> Tensor:
-    """Return s = m^ρ over the geometric mean of its ends, [C] in float32."""
-    scale_C = mean_C.float().pow(exponent).clamp(min=1e-4)
-    balanced_C: Tensor = scale_C / (scale_C.max() * scale_C.min()).sqrt()
-    return balanced_C
-
-
-def scale_layer(
-    layer: nn.Module, observed: ObservedLayer, search: ScaleSearch, *, clip_weights: bool
-) -> list[dict[str, object]]:
-    """Scale and clip the weights of one layer in place; return the exponents and what was folded.
-
-    All exponents are searched on the layer as it was; only then is anything folded.
-    """
-    names = {module: name for name, module in layer.named_modules()}
-    found = [
-        (source, linears, search.best_exponent(linears, _mean(observed, linears), error))
-        for source, linears, error in _groups(layer, observed, search)
-    ]
-    entries: list[dict[str, object]] = []
-    divided: dict[nn.Module, Tensor] = {}
-    for source, linears, exponent in found:
-        scale_C = scales(_mean(observed, linears), exponent)
-        kept = _fold_if_exact(layer, observed, source, linears, scale_C)
-        if kept:
-            divided |= dict.fromkeys(linears, scale_C)
-        inputs = [names[linear] for linear in linears]
-        entries.append({"inputs": inputs, "exponent": exponent, "folded": kept})
-    if clip_weights:
-        for linear in _clipped_linears(layer, search):
-            x_SC = torch.cat(observed.inputs[linear].kept)
-            if linear in divided:
-                x_SC = x_SC / divided[linear]
-            weight_RC = weight_of(linear)
-            bits = search.bits[linear]
-            fit = search.group, search.clip, search.grid
-            weight_RC.copy_(clipped(weight_RC, x_SC, bits, *fit))
-    return entries
-
-
-def _mean(observed: ObservedLayer, linears: Sequence[nn.Module]) -> Tensor:
-    return observed.inputs[linears[0]].mean
-
-
-Group = tuple[nn.Module, list[nn.Module], Callable[[], float]]
-
-
-def _groups(layer: nn.Module, observed: ObservedLayer, search: ScaleSearch) -> Iterator[Group]:
-    """Yield what computes an input, the linears that read it, and their error when changed."""
-    for norm, linears in observed.readers.items():
-        if not all(linear in search.bits for linear in linears):
-            continue
-        # The child of the layer that holds all of them, such as the attention; as in the release,
-        # its output is compared, where errors of queries and keys meet.
-        parts = [part for part in layer.children() if set(linears) <= set(part.modules())]
-        yield norm, linears, _replayed_error(parts[0] if parts else layer, observed)
-    for attention in find_heads(layer):
-        if attention.fused:  # values that share a matrix with queries and keys are not scaled
-            continue
-        value, output = attention.sources[2], attention.readout
-        # With grouped queries a value row feeds several columns: the release skips it, too.
-        if output in search.bits and attention.queries == attention.head_dim:
-            yield value, [output], _own_error(output, observed)
-    for part in feed_forwards(layer):
-        homogeneous = part.form != "plain" or _is_homogeneous(part.act)
-        if part.down in search.bits and homogeneous:
-            source = part.sources[-1]
-            yield source, [part.down], _own_error(part.down, observed)
-
-
-def _is_homogeneous(act: Callable[[Tensor], Tensor]) -> bool:
-    """Whether act(s x) = s act(x) for s > 0, as for a ReLU."""
-    x = torch.linspace(-3, 3, 13)
-    return bool(torch.allclose(act(2 * x), 2 * act(x), atol=1e-6))
-
-
-def _replayed_error(part: nn.Module, observed: ObservedLayer) -> Callable[[], float]:
-    """Return the mean squared change of a part's output over the calibration text."""
-    calls = observed.calls[part]
-    wanted = [_first(part(*args, **kwargs)).float().clone() for args, kwargs in calls]
-    size = sum(output.numel() for output in wanted)
-
-    def error() -> float:
-        total = 0.0
-        for (args, kwargs), output in zip(calls, wanted, strict=True):
-            total += float((_first(part(*args, **kwargs)).float() - output).square().sum())
-        return total / size
-
-    return error
-
-
-def _own_error(linear: nn.Module, observed: ObservedLayer) -> Callable[[], float]:
-    """Return the mean squared change of a linear's output, from the Gram matrix of its input."""
-    gram, wanted_RC = observed.inputs[linear].gram, weight_of(linear).float().clone()
-    size = gram.tokens * len(wanted_RC)
-
-    def error() -> float:
-        change_RC = weight_of(linear).float() - wanted_RC
-        return float(((change_RC @ gram.total) * change_RC).sum()) / size
-
-    return error
-
-
-def _first(output: Any) -> Tensor:
-    return cast(Tensor, output[0] if isinstance(output, tuple) else output)
-
-
-def _fold_if_exact(
-    layer: nn.Module,
-    observed: ObservedLayer,
-    source: nn.Module,
-    linears: Sequence[nn.Module],
-    scale_C: Tensor,
-) -> bool:
-    """Divide an input by the scales and multiply the columns that read it; undo it if not exact.
-
-    Whether it is exact shows in the layer's output: a norm whose output also feeds the residual
-    stream (OPT-350m), for one, cannot take a scale.
-    """
-    args, kwargs = observed.calls[layer][0]
-    wanted = _first(layer(*args, **kwargs)).clone()
-    changed = [w for module in (source, *linears) for w in module.parameters(recurse=False)]
-    before = [weight.detach().clone() for weight in changed]
-    fold(source, linears, scale_C)
-    apart = (_first(layer(*args, **kwargs)).double() - wanted.double()).norm()
-    tolerance = FOLD_TOLERANCE.get(wanted.dtype, HALF_TOLERANCE)
-    if float(apart) <= tolerance * float(wanted.double().norm()):
-        return True
-    for weight, value in zip(changed, before, strict=True):
-        weight.copy_(value)
-    return False
-
-
-def fold(source: nn.Module, linears: Sequence[nn.Module], scale_C: Tensor) -> None:
-    """Divide what computes an input by the scales, and multiply the columns that read it."""
-    for linear in linears:
-        _assign(weight_of(linear), lambda weight_RC: weight_RC * scale_C)
-    if is_projection(source):
-        # The last rows: those of up where gate and up are one matrix.
-        last, bias_R = slice(-len(scale_C), None), bias_of(source)
-        _assign(weight_of(source)[last], lambda weight_CD: weight_CD / scale_C[:, None])
-        if bias_R is not None:
-            _assign(bias_R[last], lambda bias_C: bias_C / scale_C)
-        return
-    offset = _weight_offset(source)
-    _assign(cast(Tensor, source.weight), lambda w_C: (w_C + offset) / scale_C - offset)
-    bias_C = getattr(source, "bias", None)
-    if isinstance(bias_C, Tensor):
-        _assign(bias_C, lambda value_C: value_C / scale_C)
-
-
-def _assign(weight: Tensor, change: Callable[[Tensor], Tensor]) -> None:
-    # At least float32, so that a half-precision weight is rounded once.
-    wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-    weight.detach().copy_(change(wide))
-
-
-def _weight_offset(norm: nn.Module) -> float:
-    """Return 1 for a norm that multiplies by 1 + w (Gemma), else 0."""
-    empty = {name: torch.zeros_like(weight) for name, weight in norm.named_parameters()}
-    weight_C = cast(Tensor, norm.weight)
-    x_1C = torch.arange(len(weight_C), device=weight_C.device, dtype=weight_C.dtype)[None]
-    return 1.0 if bool(functional_call(norm, empty, (x_1C,)).any()) else 0.0
-
-
-def _clipped_linears(layer: nn.Module, search: ScaleSearch) -> list[nn.Module]:
-    """Return the linears whose weights are clipped: all but those of queries and keys."""
-    found: list[nn.Module] = []
-    for attention in find_heads(layer):
-        if not attention.fused:
-            found += [attention.sources[2], attention.readout]
-    for part in feed_forwards(layer):
-        found += part.projections
-    return [linear for linear in found if linear in search.bits]
-
-
-def clipped(
-    weight_RC: Tensor,
-    x_SC: Tensor,
-    bits: int,
-    group: int,
-    clip: Clip = "minmax",
-    grid: GridKind = "offset",
-) -> Tensor:
-    """Clip each group of a row to the share of its largest weight that errs least, float32 [R, C].
-
-    The error is that of the group's part of the output, Σ_s (Σ_c x_sc (w_rc - ŵ_rc))², over the
-    given tokens; wider shares win ties.
-    """
-    result_RC = weight_RC.float().clone()
-    for columns in column_groups(result_RC.shape[1], group):
-        x_Sc = x_SC[:, columns].float()
-        for start in range(0, len(result_RC), ROWS_AT_ONCE):
-            rows = slice(start, start + ROWS_AT_ONCE)
-            original_Rc = result_RC[rows, columns].clone()
-            most_R1 = original_Rc.abs().amax(1, keepdim=True)
-            least_R = torch.full_like(most_R1[:, 0], float("inf"))
-            for share in CLIPPED_SHARES:
-                limit_R1 = most_R1 * share
-                trial_Rc = original_Rc.clamp(-limit_R1, limit_R1)
-                rounded_Rc = round_weights(trial_Rc, bits, group, clip, grid)
-                error_R = (x_Sc @ (rounded_Rc - original_Rc).T).square().sum(0)
-                better_R = error_R < least_R
-                least_R = torch.where(better_R, error_R, least_R)
-                kept_Rc = result_RC[rows, columns]
-                kept_Rc.copy_(torch.where(better_R[:, None], trial_Rc, kept_Rc))
-    return result_RC

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from dataclasses import asdict
 
 from bench.errors import UserError
-from bench.method import Context, Method, MethodReport
+from bench.method import Context, InputSize, Method, MethodReport, MethodWork
 from bench.models.macs import FLOPS_PROVIDER_ATTRIBUTE
 from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure
@@ -50,6 +50,11 @@ class VisualStrategy(Method):
                 f"execution=masked does not support {structure.architecture}, whose images attend "
                 "in both directions: set execution=skip"
             )
+
+    def work(self, structure: ModelStructure, inputs: InputSize) -> MethodWork:
+        """Return a reordering of the weights, if there is one: a plan itself costs nothing."""
+        reorders = bool(getattr(self, "reorder", False)) and self.execution == "skip"
+        return MethodWork(readings=2.0 * reorders)
 
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Add the settings; from now on the network follows the whole plan.

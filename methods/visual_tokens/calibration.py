@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
@@ -27,7 +28,7 @@ from bench.data.prompts import ProcessedPrompts
 from bench.errors import MissingData, UserError
 from bench.models.expert_hooks import observe_experts
 from bench.models.structure.moe_block import MoEBlock
-from bench.models.vlm.decoder_view import DecoderLayer
+from bench.models.vlm.decoder_view import DecoderLayer, decoder_layers
 from bench.models.vlm.visual_tokens import VisualTokens, locate_visual_tokens
 from bench.ui import Progress
 from methods.visual_engine.attention import Rotary
@@ -39,7 +40,8 @@ from methods.visual_engine.token_index import TokenRows, rows_where
 from methods.visual_tokens.calibration_stats import FACTS_FILE, TENSORS_FILE, CalibrationStats
 
 if TYPE_CHECKING:
-    from bench.method import Context
+    from bench.method import Context, InputSize, MethodWork
+    from bench.models.structure.model_structure import ModelStructure
 
 RECORDING_ATTENTION = "slimbench_visual_recording"
 
@@ -218,6 +220,25 @@ def _prompt_lengths(tokens: VisualTokens, text: TokenRows) -> Tensor:
 def _mean_prompt(lengths: list[Tensor]) -> PromptLengths:
     visual, before, text = (round(x) for x in torch.stack(lengths).mean(dim=0).tolist())
     return PromptLengths(visual, before, text, float(visual))
+
+
+def with_calibration(work: MethodWork, structure: ModelStructure, inputs: InputSize) -> MethodWork:
+    """Add what `calibrate` costs to a method's work.
+
+    A dense pass; for cuts, L (L - 1) / 2 layers on text rows (`AttentionRecorder.cut_divergence`);
+    the attention of text rows to all keys once more, in float32; and |a| of visual rows.
+    """
+    layers = decoder_layers(structure)
+    text = inputs.length - inputs.visual
+    views = [layer.attention_view() for layer in layers]
+    pairs = sum(view.heads * inputs.rows * text * inputs.length for view in views)
+    neurons = sum(unit.width for layer in layers for unit in layer.units())
+    return replace(
+        work,
+        forwards=work.forwards + 1 + (len(layers) - 1) / 2 * text / max(1.0, inputs.length),
+        flops=work.flops + 2 * pairs * views[0].head_dim,
+        elements=work.elements + 6 * pairs + 3 * inputs.rows * inputs.visual * neurons,
+    )
 
 
 class NeuronScores:

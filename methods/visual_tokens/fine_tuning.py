@@ -22,7 +22,15 @@ from bench.data import chat, conversations
 from bench.data.chat import Conversation, Processor
 from bench.data.conversations import Conversations
 from bench.errors import UserError
-from bench.method import ALL_FORMS, Context, Method, MethodReport, WeightForm
+from bench.method import (
+    ALL_FORMS,
+    Context,
+    InputSize,
+    Method,
+    MethodReport,
+    MethodWork,
+    WeightForm,
+)
 from bench.models.model import Model
 from bench.models.network import TransformersNetwork
 from bench.models.structure.model_structure import ModelStructure
@@ -76,6 +84,28 @@ class VisualFineTuning(Method):
         """Refuse a model without images."""
         require_visual_tokens_support("visual_finetune", structure)
 
+    def work(self, structure: ModelStructure, inputs: InputSize) -> MethodWork:
+        """Return the training; each conversation is taken to be as long as an image prompt."""
+        steps = self._steps(self.count if self.data == "embedded" else len(self._talks(seed=0)))
+        weights = structure.parameters
+        tensors = sum(1 for layer in structure.layers for _ in layer.parameters())
+        return MethodWork(
+            trained=float(steps * self._conversations_per_step),
+            together=self.batch,
+            readings=2.0,
+            # AdamW reads weight, gradient and two moments and writes three of them; the gradient
+            # is clipped before.
+            elements=float(steps * weights * 10),
+            operators=float(steps * 15 * tensors),
+            # Master weights, gradients and two moments, less the weights that are held anyway.
+            memory=12.0 * weights,
+        )
+
+    def _steps(self, conversations: int) -> int:
+        return min(
+            self.steps or 10**9, self.epochs * (conversations // self._conversations_per_step)
+        )
+
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Train; the report has the loss of every step and the fingerprint of the data.
 
@@ -83,7 +113,7 @@ class VisualFineTuning(Method):
             UserError: there are too few conversations, or the loss diverges.
         """
         talks = self._talks(context.seed)
-        total = min(self.steps or 10**9, self.epochs * (len(talks) // self._conversations_per_step))
+        total = self._steps(len(talks))
         if total == 0:
             raise UserError(
                 f"visual_finetune: {len(talks)} conversations are fewer than the "

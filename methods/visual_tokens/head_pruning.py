@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from bench.errors import UserError
-from bench.method import Context
+from bench.method import Context, InputSize, MethodWork
 from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure
 from bench.models.vlm.decoder_view import decoder_layers
@@ -27,7 +27,7 @@ from methods.visual_tokens.allocation import (
     top_heads_by_count,
     top_heads_by_share,
 )
-from methods.visual_tokens.calibration import calibration_stats_for
+from methods.visual_tokens.calibration import calibration_stats_for, with_calibration
 from methods.visual_tokens.calibration_stats import Queries
 
 
@@ -82,6 +82,11 @@ class HeadPruning(VisualStrategy):
     def uses_prompts(self) -> bool:
         """Whether heads are scored on the run's prompts."""
         return self.choose == "scored" and self.calibration_folder is None and self.mask is None
+
+    def work(self, structure: ModelStructure, inputs: InputSize) -> MethodWork:
+        """Add the calibration, if heads are scored on prompts of this run."""
+        work = super().work(structure, inputs)
+        return with_calibration(work, structure, inputs) if self.uses_prompts else work
 
     def check(self, structure: ModelStructure) -> None:
         """Also refuse a mask that does not fit, and counts that are not one per layer."""

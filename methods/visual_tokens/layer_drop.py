@@ -5,13 +5,13 @@ from __future__ import annotations
 from pydantic import Field
 
 from bench.errors import UserError
-from bench.method import Context
+from bench.method import Context, InputSize, MethodWork
 from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure
 from methods.visual_engine.decoder import VisualEngine
 from methods.visual_engine.strategy import VisualStrategy, tokens_by_stage
 from methods.visual_tokens.allocation import earliest_cut
-from methods.visual_tokens.calibration import calibration_stats_for
+from methods.visual_tokens.calibration import calibration_stats_for, with_calibration
 
 
 class LayerDrop(VisualStrategy):
@@ -33,6 +33,11 @@ class LayerDrop(VisualStrategy):
     def uses_prompts(self) -> bool:
         """Whether the KL of a cut is measured on the run's prompts."""
         return self.max_kl is not None and self.calibration_folder is None
+
+    def work(self, structure: ModelStructure, inputs: InputSize) -> MethodWork:
+        """Add the calibration, if the KL of a cut is measured on prompts of this run."""
+        work = super().work(structure, inputs)
+        return with_calibration(work, structure, inputs) if self.uses_prompts else work
 
     def check(self, structure: ModelStructure) -> None:
         """Also refuse more layers than the decoder has."""

@@ -12,16 +12,20 @@ Shapes: R visual rows of all calibration prompts, F columns of a projection, K k
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from math import ceil
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from bench.data.prompts import ProcessedPrompts
-from bench.models.vlm.decoder_view import DecoderLayer
+from bench.method import InputSize, MethodWork
+from bench.models.structure.model_structure import ModelStructure
+from bench.models.vlm.decoder_view import DecoderLayer, decoder_layers
 from bench.ui import Progress
 from methods.moe.calibration import Gram, observe_inputs
-from methods.moe.least_squares import refit_columns
+from methods.moe.least_squares import refit_columns, refit_flops
 from methods.visual_engine.decoder import VisualEngine
 from methods.visual_engine.settings import RepairedProjections
 from methods.visual_engine.weight_slices import head_channels
@@ -57,6 +61,30 @@ def repair_projections(
             report.append({"layer": layer.index, **errors})
     engine.plan.repair(repairs)
     return report
+
+
+def with_repair(
+    work: MethodWork,
+    structure: ModelStructure,
+    inputs: InputSize,
+    reached: float,
+    heads: float,
+    neurons: float,
+) -> MethodWork:
+    """Add a repair to a method's work; the shares are of layers, heads and neurons that stay."""
+    layers = decoder_layers(structure)
+    layers = layers[: max(0, round(reached * len(layers)) - 1)]
+    rows, flops = inputs.rows * inputs.visual, 0.0
+    for layer in layers:
+        view = layer.attention_view()
+        sizes = [(view.heads * view.head_dim, heads)]
+        sizes += [] if layer.moe else [(layer.units()[0].width, neurons)]
+        for columns, kept in sizes:
+            # The Gram matrix is summed in float64, which counts twice.
+            flops += 4 * rows * columns**2
+            flops += refit_flops(columns, round(kept * columns), view.o.weight.shape[0])
+    passes = ceil(len(layers) / LAYERS_AT_ONCE)
+    return replace(work, forwards=work.forwards + passes, flops=work.flops + flops)
 
 
 def _repair_layer(

@@ -19,6 +19,7 @@ from torch import Tensor
 from bench.data.prompts import ProcessedPrompts
 from bench.device.devices import Clock
 from bench.errors import UserError
+from bench.method import InputSize, MethodWork
 from bench.ui import Progress
 from methods.visual_engine.cost.closed_form import (
     DecoderShape,
@@ -36,6 +37,8 @@ HEAD_SHARES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125, 0.0)
 NEURON_SHARES = (1.0, 0.5, 0.25, 0.125, 0.0625)
 # Maximum number of settings that are timed.
 MAX_READINGS = 24
+# Rounds whose median counts; a warm-up round precedes them.
+TIMING_ROUNDS = 5
 
 # Estimates up to this factor above a time budget are still measured: an estimate is good to a few
 # per cent, and leaving out a setting that would have met the budget costs accuracy.
@@ -196,6 +199,22 @@ class BudgetSearch:
             yield logits_BV.double().log_softmax(dim=-1)
 
 
+def with_search(work: MethodWork, inputs: InputSize, *, timed: bool) -> MethodWork:
+    """Add a search to a method's work: answers of the dense network, and of each share tried.
+
+    Text rows are computed in full, visual ones as far as a share lets them: at most all of them.
+    With `timed`, one prompt's prefill is timed on top, in both forms, for one setting at least.
+    """
+    tried = len(HEAD_SHARES[1:]) + len(NEURON_SHARES[1:])
+    visual = inputs.visual / max(1.0, inputs.length)
+    forwards, possible = 1 + tried * (1 - visual), tried * visual
+    if timed:
+        # Of all prompts, the first batch is timed.
+        once = (TIMING_ROUNDS + 1) * min(inputs.batch, inputs.rows) / max(1, inputs.rows)
+        forwards, possible = forwards + once, possible + once * (2 * MAX_READINGS - 1)
+    return replace(work, forwards=work.forwards + forwards, possible=work.possible + possible)
+
+
 def _with_window(prompt: PromptLengths, plan: VisualPlan) -> PromptLengths:
     """Set the mean number of visual keys that a window leaves, assuming a square grid."""
     if plan.window is None:
@@ -208,10 +227,6 @@ def _with_window(prompt: PromptLengths, plan: VisualPlan) -> PromptLengths:
 def _kl_divergence(p_BV: Tensor, q_BV: Tensor) -> Tensor:
     """Return KL(p ‖ q) of log probabilities, averaged over samples."""
     return (p_BV.exp() * (p_BV - q_BV)).sum(dim=-1).mean()
-
-
-# Rounds whose median counts; a warm-up round precedes them.
-TIMING_ROUNDS = 5
 
 
 class PrefillTimer:

@@ -7,12 +7,13 @@ from itertools import chain
 from pydantic import Field
 from torch import Tensor
 
-from bench.method import Context
+from bench.method import Context, InputSize, MethodWork
 from bench.models.model import Model
+from bench.models.structure.model_structure import ModelStructure
 from methods.visual_engine.decoder import VisualEngine
 from methods.visual_engine.strategy import VisualStrategy
 from methods.visual_tokens.allocation import Ranking, control_scores, top_neurons_of_layers
-from methods.visual_tokens.calibration import calibration_stats_for
+from methods.visual_tokens.calibration import calibration_stats_for, with_calibration
 
 
 class SparseFFN(VisualStrategy):
@@ -33,6 +34,11 @@ class SparseFFN(VisualStrategy):
     def uses_prompts(self) -> bool:
         """Whether neurons are scored on the run's prompts."""
         return self.choose == "scored" and self.calibration_folder is None
+
+    def work(self, structure: ModelStructure, inputs: InputSize) -> MethodWork:
+        """Add the calibration, if neurons are scored on prompts of this run."""
+        work = super().work(structure, inputs)
+        return with_calibration(work, structure, inputs) if self.uses_prompts else work
 
     def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, object]:
         """Choose each feed-forward's neurons, set them in the plan and report their counts."""

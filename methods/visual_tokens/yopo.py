@@ -7,18 +7,23 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from bench.errors import UserError
-from bench.method import Context
+from bench.method import Context, InputSize, MethodWork
 from bench.models.model import Model
+from bench.models.structure.model_structure import ModelStructure
 from methods.visual_engine.decoder import VisualEngine
 from methods.visual_engine.settings import DroppedHeads
 from methods.visual_engine.strategy import VisualStrategy
 from methods.visual_tokens.allocation import Ranking
-from methods.visual_tokens.calibration import calibration_stats_for, require_samples
+from methods.visual_tokens.calibration import (
+    calibration_stats_for,
+    require_samples,
+    with_calibration,
+)
 from methods.visual_tokens.head_pruning import HeadPruning
 from methods.visual_tokens.layer_drop import LayerDrop
 from methods.visual_tokens.neighbor_attention import NeighborAttention
-from methods.visual_tokens.repair import repair_projections
-from methods.visual_tokens.search import BudgetSearch
+from methods.visual_tokens.repair import repair_projections, with_repair
+from methods.visual_tokens.search import BudgetSearch, with_search
 from methods.visual_tokens.sparse_ffn import SparseFFN
 
 
@@ -68,6 +73,21 @@ class Yopo(VisualStrategy):
         """Whether a budget, a repair or scores without a saved calibration need prompts."""
         scored = self.calibration_folder is None and "scored" in (self.heads, self.neurons)
         return scored or self.repair or self.budget is not None
+
+    def work(self, structure: ModelStructure, inputs: InputSize) -> MethodWork:
+        """Add the calibration, a search for a budget, and a repair."""
+        work = super().work(structure, inputs)
+        scored = "scored" in (self.heads, self.neurons) or self.budget is not None
+        if scored and self.calibration_folder is None:
+            work = with_calibration(work, structure, inputs)
+        if self.budget is not None:
+            work = with_search(work, inputs, timed=self.budget_of == "seconds")
+        if self.repair:
+            row = self.models.get(structure.model_type, self.shares)
+            cut = 1.0 if self.budget is not None else row.layers
+            kept = (1.0, 1.0) if self.budget is not None else (row.heads, row.neurons)
+            work = with_repair(work, structure, inputs, cut, *kept)
+        return work
 
     def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, object]:
         """Set all four strategies in the plan, from the paper's row or from a search."""

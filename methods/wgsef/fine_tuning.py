@@ -5,6 +5,7 @@ Shapes: B rows of text, L tokens per row, M routed micro-experts of all layers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import islice
 from typing import ClassVar
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from bench.errors import UserError
-from bench.method import Context, MethodReport
+from bench.method import Context, InputSize, MethodReport, MethodWork
 from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure
 from methods import checkpoint
@@ -37,6 +38,8 @@ from methods.wgsef.solvers.schedules import learning_rate_factor
 from methods.wgsef.solvers.solver import FrozenSolver, Solver, SolverContext, select_alive
 
 HistoryLine = dict[str, float]
+STEP_OPERATORS = 60
+"""Operators per block of AdamW and the debiased operator in one step."""
 TOKEN_CHUNK = 4096
 """Tokens passed to one expert at a time; bounds memory and changes no result."""
 UNSEEN_ENERGY = 1e-6
@@ -67,6 +70,30 @@ class WgsefFinetune(MicroExpertPruning):
         require_experts(structure, type(self).__name__, "trains")
         super().check(structure)
         self._share_of_routed(structure)
+
+    def work(self, structure: ModelStructure, inputs: InputSize) -> MethodWork:
+        """Return the pass that measures units, and the training of the routed experts."""
+        blocks, rows = structure.moe, max(1, inputs.rows)
+        # Batches take every row once per round, and the last of a round may be smaller.
+        rounds, left = divmod(self.steps, math.ceil(rows / self.rows))
+        trained = rounds * rows + left * min(self.rows, rows)
+        routed = sum(sum(b.widths) * b.matrices * b.d_model for b in blocks)
+        # Of the weights that a token meets, those of its experts get a gradient.
+        met = sum(b.top_k * b.d_ff * b.matrices * b.d_model for b in blocks)
+        rest = sum(p.numel() for layer in structure.layers for p in layer.parameters()) - routed
+        return MethodWork(
+            forwards=1.0,
+            observed=1.0,
+            trained=float(trained),
+            updated=met / (met + rest),
+            together=self.rows,
+            # AdamW reads weight, gradient and two moments and writes three of them; the operator
+            # reads the weights for their norms and writes them.
+            elements=float(self.steps * routed * 10),
+            operators=float(self.steps * STEP_OPERATORS * len(blocks)),
+            # Gradients and two moments in float32.
+            memory=12.0 * routed,
+        )
 
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Train, freeze, fine-tune and remove."""

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from bench.data import calibration as calibrations
 from bench.data import hub
 from bench.data.calibration import CalibrationSource, TextShare, resolve_calibration
+from bench.data.synthetic.world import question_sets
 from bench.errors import MissingData, UserError
 from bench.schema import CalibrationConfig
 
@@ -168,3 +169,20 @@ def test_a_text_of_nothing_a_folder_and_a_wrong_byte_are_named_before_a_model_is
     assert resolve_calibration(config(path=str(marked)), offline=True).parts[0].documents == [
         "The text."
     ]
+
+
+def test_the_world_is_drawn_once_for_its_code_and_again_when_its_file_is_damaged(
+    monkeypatch, tmp_path
+):
+    drawn = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(question_sets, "corpus", lambda: drawn.append(1) or ["a ü", "b\n"])
+    # Past the memory of this process, which other tests share.
+    corpus = calibrations._world_corpus.__wrapped__
+    assert [corpus(), corpus(), len(drawn)] == [["a ü", "b\n"], ["a ü", "b\n"], 1]
+    (kept,) = (tmp_path / "cache" / "slimbench" / "world").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-1])
+    assert [corpus(), len(drawn)] == [["a ü", "b\n"], 2]
+    (tmp_path / "code.py").write_text("other = True")
+    monkeypatch.setattr(calibrations, "_WORLD_FOLDER", tmp_path)
+    assert [corpus(), len(drawn)] == [["a ü", "b\n"], 3]

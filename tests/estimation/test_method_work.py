@@ -8,21 +8,55 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.config.composition import compose_run_config
+from bench.estimation.network import _Tally
+from bench.method import InputSize, MethodWork
 from bench.models.structure.model_structure import inspect_model
 from methods.baselines.naee import search_subset, subsets_tried
+from methods.moe.quantizer.grid import round_weights
+from methods.quantization.channel_scales import (
+    CLIP_ELEMENTS,
+    CLIP_OPERATORS,
+    CLIPPED_SHARES,
+    ROUND_ELEMENTS,
+    ROUND_OPERATORS,
+    ROWS_AT_ONCE,
+    clipped,
+)
+from methods.visual_engine.decoder import VisualEngine
+from methods.visual_tokens.head_pruning import HeadPruning
+from methods.visual_tokens.layer_drop import LayerDrop
+from methods.visual_tokens.search import with_search
+from methods.visual_tokens.sparse_ffn import SparseFFN
+from methods.visual_tokens.yopo import Yopo
+from methods.wgsef.layerwise.reconstruction import (
+    DROP_OPERATORS,
+    BackwardElimination,
+    Reconstruction,
+)
 from tests.methods.method_application import applied
+from tests.methods.visual_engine.tiny_mllms import IMAGE
+from tests.methods.visual_tokens.test_visual_strategies import SHARES, context, loaded
 from tests.models.tiny_networks import build, llama, tokens
 
 ROWS = tokens(rows=4)
 ON_EXPERTS = (
     "camera_p", "camera_loss_aware", "heapr", "naee", "d2_moe", "gptq", "camera_q",
-    "expert_frequency", "reap", "mone", "mc",
+    "expert_frequency", "reap", "mone", "mc", "wgsef_layerwise", "wgsef_finetune",
 )  # fmt: skip
-ON_DENSE = ("wanda", "sparsegpt", "llm_pruner", "flap", "shortgpt", "gptq", "camera_p")
+ON_DENSE = (
+    "wanda", "sparsegpt", "llm_pruner", "flap", "shortgpt", "gptq", "camera_p", "wgsef_neurons",
+    "awq",
+)  # fmt: skip
+INPUTS = InputSize(rows=ROWS.shape[0], length=ROWS.shape[1], batch=8)
 KNOBS = {
     "gptq": ["method.gptq.group=4"],
     "camera_q": ["method.camera_q.group=4"],
     "mc": ["method.mc.group=4"],
+    "wgsef_finetune": [
+        "ratio=0.4",
+        "method.wgsef_finetune.steps=3",
+        "method.wgsef_finetune.rows=3",
+    ],
     "llm_pruner": ["ratio=0.4", "method.llm_pruner.protect_first=0"],
 }
 
@@ -40,7 +74,9 @@ def passes(method, network):
     def back(gradient):
         seen["backward"] += gradient[..., 0].numel()
 
-    def forward(_, __, output):
+    def forward(module, _, output):
+        if "forward" in vars(module):  # answers with what it computed before
+            return
         state = output[0] if isinstance(output, tuple) else output
         seen["forward"] += state[..., 0].numel()
         if state.requires_grad:
@@ -65,13 +101,16 @@ def passes(method, network):
 )
 def test_passes_are_those_that_happen(name, make):
     method, network = method_of(name), make()
-    declared = method.work(inspect_model(network), ROWS.numel())
+    declared = method.work(inspect_model(network), INPUTS)
     forwards, backwards = passes(method, network)
+    trained = declared.trained / INPUTS.rows
     # Where a changed layer runs again, the last one does not.
     again = 1 / len(inspect_model(make()).layers)
-    assert forwards <= declared.forwards <= forwards + again + 1e-9
+    assert forwards <= declared.forwards + trained <= forwards + again + 1e-9
     # With frozen weights a backward pass has half of the products.
-    assert math.ceil(declared.backwards) == round(backwards)
+    # Training of experts alone sends no gradient below those of the first layer.
+    reached = math.ceil(declared.backwards) + trained
+    assert reached - again * trained == pytest.approx(backwards)
 
 
 @pytest.mark.parametrize("limit", [1, 30, 20_000])
@@ -82,10 +121,86 @@ def test_subsets_are_counted_as_they_are_tried(limit, count):
     assert subsets_tried(6, count, limit) == found.tried
 
 
+def visual_inputs(context):
+    calls = context.prompts.inputs
+    rows, length = len(calls) * len(calls[0]["input_ids"]), calls[0]["input_ids"].shape[1]
+    return InputSize(rows, length, int((calls[0]["input_ids"][0] == IMAGE).sum()))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        LayerDrop(layers=3),
+        LayerDrop(max_kl=1.0),
+        HeadPruning(keep=0.6, whole_layers=1),
+        SparseFFN(keep=0.25),
+        Yopo(shares=SHARES, whole_layers=1),
+        Yopo(shares=SHARES, whole_layers=1, repair=True),
+    ],
+    ids=str,
+)
+def test_dense_passes_of_a_visual_method_are_those_that_happen(method):
+    model, given, seen = loaded("llava_llama"), context("llava_llama"), []
+    layers = inspect_model(model.network).layers
+    inputs = visual_inputs(given)
+    declared = method.work(model.structure, inputs)
+    for layer in layers:
+        layer.self_attn.register_forward_hook(
+            lambda _, __, output: seen.append(output[0][..., 0].numel())
+        )
+    method.apply(model, given)
+    assert declared.forwards == pytest.approx(sum(seen) / (len(layers) * inputs.tokens))
+    assert declared.possible == 0
+
+
+def test_a_search_answers_once_per_share_and_once_in_full(monkeypatch):
+    model, given, answered = loaded("llava_llama"), context("llava_llama"), []
+    answer = VisualEngine.last_logits
+    monkeypatch.setattr(
+        VisualEngine, "last_logits", lambda *args: answered.append(1) or answer(*args)
+    )
+    Yopo(shares=SHARES, whole_layers=1, budget=0.9).apply(model, given)
+    inputs = visual_inputs(given)
+    declared = with_search(MethodWork(), inputs, timed=False)
+    # The calibration has answered once before.
+    calls = len(answered) / len(given.prompts.inputs) - 1
+    assert declared.forwards + declared.possible == pytest.approx(calls)
+    timed = with_search(MethodWork(), inputs, timed=True)
+    assert declared.forwards < timed.forwards < timed.forwards + timed.possible
+
+
+def operators_of(call):
+    tally = _Tally()
+    with tally:
+        call()
+    return tally.operators, tally.elements
+
+
+def test_operators_of_a_search_are_those_that_it_launches():
+    rows, columns, group = 2 * ROWS_AT_ONCE, 64, 32
+    weight_RC, x_SC = torch.randn(rows, columns), torch.randn(8, columns)
+    launched, moved = operators_of(lambda: round_weights(weight_RC, 4, group))
+    assert launched == pytest.approx(columns // group * ROUND_OPERATORS, rel=0.2)
+    assert moved == pytest.approx(rows * columns * ROUND_ELEMENTS, rel=0.2)
+    launched, moved = operators_of(lambda: clipped(weight_RC, x_SC, 4, group))
+    trials = 2 * columns // group * len(CLIPPED_SHARES)
+    assert launched == pytest.approx(trials * CLIP_OPERATORS, rel=0.2)
+    assert moved == pytest.approx(len(CLIPPED_SHARES) * weight_RC.numel() * CLIP_ELEMENTS, rel=0.2)
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_operators_of_an_elimination_are_those_that_it_launches(width):
+    x_TM = torch.randn(64, 16, dtype=torch.float64)
+    problem = Reconstruction.from_gram(x_TM.T @ x_TM / 64, torch.randn(16, 8), width)
+    state = BackwardElimination(problem)
+    launched, _ = operators_of(lambda: state.drop(state.cheapest()[1]))
+    assert launched == pytest.approx(DROP_OPERATORS, rel=0.2)
+
+
 def test_products_with_the_inputs_are_those_that_are_computed():
     network = llama()
     layers = inspect_model(network).layers
-    declared = method_of("sparsegpt").work(inspect_model(network), ROWS.numel()).flops
+    declared = method_of("sparsegpt").work(inspect_model(network), INPUTS).flops
     solved = 0.0
     with FlopCounterMode(display=False) as counter:
         for layer in layers:

@@ -2,17 +2,22 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import bench
 from bench.errors import UserError
+from bench.estimation import this_machine
 from bench.estimation.accuracy import accuracy_rows, compared_phases
 from bench.estimation.boards import load_hardware
 from bench.estimation.words import duration, sweep_line, time_range
 from bench.models.source import describe_model
 from bench.records import Cost, DenseModel, EstimatedPhase, Record
+from bench.runner import execute
 from bench.runner.estimate import read_budget, refuse_above
+from bench.runner.session import Session
 from bench.schema import ModelConfig
 
 OFFLINE = {"offline": True, "tracker": "none"}
@@ -68,6 +73,19 @@ def test_the_phases_are_those_of_a_run(small):
     shared = {phase.name: phase.shared for phase in run.phases}
     assert shared["micro_moe on openbookqa"] > shared["micro_moe on english"] == 0
     json.dumps(small.as_json())
+
+
+def test_only_what_is_measured_is_estimated():
+    """Where memory alone is measured, no round is timed."""
+    found = bench.estimate(
+        model="micro_moe", benchmark="perplexity_micro", hardware="h200", **OFFLINE,
+        over={"costs.measure": [["memory"], ["memory", "latency"]]},
+    )  # fmt: skip
+    memory, timed = (
+        next(p for p in run.phases if p.name == "measuring costs") for run in found.runs
+    )
+    assert 0 < memory.low < memory.high < timed.low
+    assert timed.high < 40 * timed.low
 
 
 def test_a_sweep_counts_a_run_once_and_loads_its_model_once():
@@ -139,6 +157,71 @@ def test_estimates_are_held_against_measured_phases():
     assert (scoring["phase"], scoring["phases"], scoring["inside"]) == ("evaluating", 2, "50 %")
     assert everything["phases"] == 3
     assert scoring["measured / middle"] == pytest.approx(1.414, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "took", "flaw"),
+    [
+        (4.0, 1.0, 2.0, None),
+        (0.0, 0.0, 2.0, None),
+        (float("nan"), 4.0, 2.0, None),
+        (1.0, float("nan"), 2.0, None),
+        # Far too high, and measured as noise.
+        (50.0, 90.0, 0.1, None),
+        (None, None, 2.0, "not estimated"),
+        (1.0, 4.0, None, "not measured"),
+    ],
+)
+def test_a_wrong_or_absent_bound_counts_as_outside(low, high, took, flaw):
+    good = EstimatedPhase(phase="m on a", low=1, high=4, bound_by="Python", peak_bytes=0)
+    estimate = [good]
+    if low is not None:
+        estimate.append(good.model_copy(update={"phase": "applying x", "low": low, "high": high}))
+    seconds = {"m on a": 2.0, "observing experts": 9.0, "training on digits": 9.0}
+    record = recorded(tuple(estimate), seconds | ({} if took is None else {"applying x": took}))
+    rows = {row["phase"]: row for row in accuracy_rows([record])}
+    assert set(rows) == {"evaluating", "applying x", "all"}
+    assert (rows["applying x"]["inside"], rows["all"]["inside"]) == ("0 %", "50 %")
+    assert rows["applying x"]["high / low"] is None or low in (1.0, 50.0)
+    for column in ("not estimated", "not measured"):
+        assert rows["applying x"][column] == (column == flaw)
+
+
+@pytest.mark.parametrize(
+    ("processes", "held", "kept"),
+    [(1, False, ["loading the model", "m on a"]), (1, True, ["m on a"]), (2, False, [])],
+)
+def test_a_record_keeps_what_its_times_can_be_held_against(processes, held, kept):
+    phases = tuple(
+        EstimatedPhase(phase=name, low=1, high=2, bound_by="Python", peak_bytes=0)
+        for name in ("loading the model", "m on a")
+    )
+    found = SimpleNamespace(recorded_phases=lambda: phases)
+    session = SimpleNamespace(
+        estimator=SimpleNamespace(estimate=lambda *_: found),
+        process_group=SimpleNamespace(world_size=processes),
+        base_model=SimpleNamespace(peek=lambda _: object() if held else None),
+    )
+    inputs = SimpleNamespace(source=None, benchmark=None)
+    assert [each.phase for each in execute._estimate(None, inputs, session)] == kept
+
+
+def test_the_rates_are_those_of_the_threads_in_use(monkeypatch):
+    board = load_hardware("h200").model_copy(update={"name": "here"})
+    threads = torch.get_num_threads()
+    monkeypatch.setitem(this_machine._known, this_machine._file(), board)
+    session = Session()
+    try:
+        assert session.estimator.hardware == board
+        torch.set_num_threads(threads + 1)
+        assert session.estimator is None
+    finally:
+        torch.set_num_threads(threads)
+    assert session.estimator.hardware == board
+
+
+def test_a_run_without_an_estimate_says_nothing():
+    assert accuracy_rows([recorded((), {"m on a": 9.0, "counting costs": 9.0})]) == []
 
 
 def test_a_config_without_weights_describes_a_model(tmp_path):

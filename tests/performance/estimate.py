@@ -60,18 +60,22 @@ def _record(words: str, method: str, folder: str) -> Record:
 
 def _held(name: str, record: Record) -> Iterator[Figure]:
     how = f"run {record.id}, one process"
-    long = [each for each in compared_phases([record]) if each.measured > LONGEST_UNCHECKED]
+    long = [
+        each
+        for each in compared_phases([record])
+        if (each.measured or 0.0) > LONGEST_UNCHECKED or (each.low or 0.0) > LONGEST_UNCHECKED
+    ]
     if not record.estimate:
         yield Figure(f"{name}: phases", 0, "above 0", False, "this machine's rates are not known")
     for each in long:
         yield Figure(
             f"{name}: {each.phase}", _distance(each), "0 outside", each.inside,
-            f"{each.measured:.2f} s in {each.low:.2f} to {each.high:.2f} s; {how}",
+            f"{_seconds(each.measured)} in {_seconds(each.low)} to {_seconds(each.high)}; {how}",
         )  # fmt: skip
-        width = each.high / each.low if each.low else float("inf")
         yield Figure(
-            f"{name}: {each.phase}, high / low", width, f"<= {WIDTH:g}", width <= WIDTH, how
-        )
+            f"{name}: {each.phase}, high / low", each.width, f"<= {WIDTH:g}",
+            each.width <= WIDTH, how,
+        )  # fmt: skip
     estimated = {each.phase: each.peak_bytes for each in record.estimate}
     for method in record.methods:
         if method.peak_bytes is None or f"applying {method.name}" not in estimated:
@@ -87,9 +91,15 @@ def _held(name: str, record: Record) -> Iterator[Figure]:
 
 def _distance(each: Compared) -> float:
     """Return 0 inside the bounds, else how far outside as a share of the nearer bound."""
+    if each.measured is None or not each.low or not each.high:
+        return float("inf")
     if each.measured < each.low:
         return each.measured / each.low - 1
     return max(0.0, each.measured / each.high - 1)
+
+
+def _seconds(value: float | None) -> str:
+    return "none" if value is None else f"{value:.2f} s"
 
 
 def _save_random_moe(folder: Path) -> None:

@@ -7,6 +7,8 @@ import weakref
 import pytest
 
 import bench
+from bench.records import EstimatedPhase, Store
+from bench.runner import execute
 from bench.runner.session import BaseModelCache, Session
 
 SMALL = [
@@ -39,6 +41,17 @@ def test_the_model_is_loaded_once_and_freed_at_the_end(tmp_path, monkeypatch):
     bench.run([*SMALL, "seed=3", f"results_dir={tmp_path}"])
     gc.collect()
     assert given[2]() is None
+
+
+def test_a_run_that_resumes_keeps_no_estimate(tmp_path, monkeypatch):
+    phase = EstimatedPhase(phase="x", low=1, high=2, bound_by="Python", peak_bytes=0)
+    monkeypatch.setattr(execute, "_estimate", lambda *_: (phase,))
+    (first,) = bench.run([*SMALL, f"results_dir={tmp_path}"])
+    left = Store(tmp_path).unfinished(first.id)
+    left.mkdir(parents=True)
+    (left / "responses.jsonl").touch()
+    (again,) = bench.run([*SMALL, f"results_dir={tmp_path}", "force=true"])
+    assert (first.estimate, again.estimate) == ((phase,), ())
 
 
 def test_a_closed_session_starts_empty_again():

@@ -145,11 +145,12 @@ def _from_files(name: str, path: str, definition: TaskDefinition) -> ImageDocume
 
 def _from_scenes(definition: TaskDefinition) -> ImageDocuments:
     scenes = definition["dataset_name"]
-    rows = datasets.Dataset.from_list(scene_rows(scenes))
-    images = None
-    if "image" not in rows.column_names:
-        images = ImageIndex(datasets.Dataset.from_list(scene_images(scenes)))
-    return ImageDocuments(rows, images, scene_source(scenes))
+    drawn = scene_rows(scenes)
+    apart = [] if "image" in drawn[0] else scene_images(scenes)
+    images = ImageIndex(datasets.Dataset.from_list(apart)) if apart else None
+    # Hashed as drawn here: to draw them once more takes as long as all else of a plan.
+    source = scene_source(scenes, [*drawn, *apart])
+    return ImageDocuments(datasets.Dataset.from_list(drawn), images, source)
 
 
 def _from_hub(definition: TaskDefinition) -> ImageDocuments:
@@ -198,8 +199,8 @@ def scene_images(scenes: str) -> list[DataRow]:
     return rows
 
 
-def scene_source(scenes: str) -> DocumentSource:
-    """Describe the embedded documents of a task."""
-    from bench.data.synthetic.scenes import fingerprint
+def scene_source(scenes: str, rows: list[DataRow]) -> DocumentSource:
+    """Describe the embedded documents of a task, given all of its rows."""
+    from bench.data.synthetic.scenes import rows_fingerprint
 
-    return DocumentSource("embedded", f"{SCENES_PATH}:{scenes}", None, fingerprint(scenes))
+    return DocumentSource("embedded", f"{SCENES_PATH}:{scenes}", None, rows_fingerprint(rows))

@@ -13,7 +13,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from bench.errors import UserError
-from bench.method import Context, Effect, LayerReport, MethodReport, MethodWork, WeightForm
+from bench.method import (
+    Context,
+    Effect,
+    InputSize,
+    LayerReport,
+    MethodReport,
+    MethodWork,
+    WeightForm,
+)
 from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure
 from bench.models.structure.moe_block import MoEBlock
@@ -80,7 +88,7 @@ class D2Moe(CalibratedPruning):
         kept = 3 * block.d_model * (sum(block.widths) - budget)
         return solve_ranks(block.num_experts, block.d_model, block.d_ff, kept)
 
-    def work(self, structure: ModelStructure, tokens: int) -> MethodWork:
+    def work(self, structure: ModelStructure, inputs: InputSize) -> MethodWork:
         """Return two walks, the Fisher pass, the Gram matrices and the decompositions.
 
         A thin SVD of an m x n matrix, n the shorter side, takes 14·m·n² + 8·n³ (Golub and Van Loan,
@@ -91,12 +99,14 @@ class D2Moe(CalibratedPruning):
             sides = ((block.d_ff, block.d_model),) * 2 + ((block.d_model, block.d_ff),)
             for rows, columns in sides:
                 long, short = max(rows, columns), min(rows, columns)
-                flops += 2 * tokens * block.top_k * columns**2
+                flops += 2 * inputs.tokens * block.top_k * columns**2
                 flops += 2 * block.num_experts * (14 * long * short**2 + 8 * short**3)
             # A base and its sum of weights, in float64, are held for every block.
             held += 2 * 8 * 3 * block.d_model * block.d_ff
-        walk = super().work(structure, tokens)
-        return replace(walk, forwards=3.0, backwards=1.0, flops=flops, memory=walk.memory + held)
+        walk = super().work(structure, inputs)
+        return replace(
+            walk, forwards=3.0, logits=1.0, backwards=1.0, flops=flops, memory=walk.memory + held
+        )
 
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Measure, merge and factorize; the report counts the remaining weights."""

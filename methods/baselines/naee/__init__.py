@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from bench.errors import UserError
-from bench.method import Context, MethodReport, MethodWork, WeightForm
+from bench.method import Context, InputSize, MethodReport, MethodWork, WeightForm
 from bench.models.layer_stream import LayerStream
 from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure
@@ -155,13 +155,13 @@ class Naee(WholeExpertPruning):
                     "ones: apply it to the unpruned model"
                 )
 
-    def work(self, structure: ModelStructure, tokens: int) -> MethodWork:
+    def work(self, structure: ModelStructure, inputs: InputSize) -> MethodWork:
         """Return the passes, what every expert makes of the kept tokens, and the subsets' errors.
 
         Inner products are taken in float64, which counts twice: 2·E·D with the target and 2·E²·D
         among the experts per token. A subset costs its squared error at each token.
         """
-        kept = min(self.tokens, tokens)
+        kept = min(self.tokens, inputs.tokens)
         flops, elements = 0.0, 0.0
         for block, budget in zip(structure.moe, self.budgets(structure), strict=True):
             experts, count = block.num_experts, budget // block.d_ff

@@ -10,7 +10,15 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from bench.method import Context, LayerReport, Method, MethodReport, MethodWork, WeightForm
+from bench.method import (
+    Context,
+    InputSize,
+    LayerReport,
+    Method,
+    MethodReport,
+    MethodWork,
+    WeightForm,
+)
 from bench.models.bitpacking.packed_shape import GridKind
 from bench.models.model import Model
 from bench.models.structure.dense_layer import shape_of
@@ -125,9 +133,13 @@ class MoEQuantization(Method):
         """Refuse a model without experts or feed-forward layers of a known form."""
         require_usual_experts(self.blocks(structure), type(self).__name__)
 
-    def work(self, structure: ModelStructure, tokens: int) -> MethodWork:
+    def work(self, structure: ModelStructure, inputs: InputSize) -> MethodWork:
         """Return the walk and, for GPTQ, the walk over the columns of every matrix."""
-        walk = MethodWork(forwards=2.0 * self.uses_calibration, observed=True, readings=2.0)
+        walk = MethodWork(
+            forwards=2.0 * self.uses_calibration,
+            observed=1.0 * self.uses_calibration,
+            readings=2.0,
+        )
         if not self.uses_calibration or self.rounding == "rtn":
             return walk
         blocks = self.blocks(structure)
@@ -135,13 +147,13 @@ class MoEQuantization(Method):
         # share a Hessian.
         solved: list[tuple[int, int, float, int]] = []
         for block in blocks:
-            each = tokens * block.top_k / block.num_experts
+            each = inputs.tokens * block.top_k / block.num_experts
             solved.append((2 * block.d_ff, block.d_model, each, block.num_experts))
             solved.append((block.d_model, block.d_ff, each, block.num_experts))
         for index, layer in enumerate(structure.layers):
             own = [block for block in blocks if block.layer == index]
             linears = (slot.linear for slot in find_linears(layer, own))
-            solved += [(*shape_of(linear), float(tokens), 1) for linear in linears]
+            solved += [(*shape_of(linear), inputs.tokens, 1) for linear in linears]
         flops = sum(n * column_walk_flops(r, c, seen) for r, c, seen, n in solved)
         columns = sum(n * c for _, c, _, n in solved)
         held = max(block.num_experts * (block.d_model**2 + block.d_ff**2) for block in blocks)

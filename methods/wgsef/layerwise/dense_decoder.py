@@ -18,18 +18,37 @@ from torch import Tensor, nn
 
 from bench.data.prompts import ProcessedPrompts
 from bench.errors import UserError
-from bench.method import ALL_FORMS, Context, LayerReport, Method, MethodReport, WeightForm
+from bench.method import (
+    ALL_FORMS,
+    Context,
+    InputSize,
+    LayerReport,
+    Method,
+    MethodReport,
+    MethodWork,
+    WeightForm,
+)
 from bench.models.model import Model
 from bench.models.offload import is_offloaded
-from bench.models.structure.dense_layer import find_heads, weight_of
+from bench.models.structure.dense_layer import feed_forwards, find_heads, shape_of, weight_of
 from bench.models.structure.model_structure import ModelStructure
-from methods.moe.least_squares import refit_columns, refit_error
+from methods.moe.least_squares import refit_columns, refit_error, refit_flops
 from methods.moe.pruning import LayerEntry, require_calibration
 from methods.wgsef.groups import transformer
 from methods.wgsef.groups.partition import GroupFamily
 from methods.wgsef.layerwise.moe_layers import SELECTORS
-from methods.wgsef.layerwise.observation import LayerGram, observe_calls, observe_text
-from methods.wgsef.layerwise.reconstruction import Reconstruction, select_by_elimination
+from methods.wgsef.layerwise.observation import (
+    LAYERS_AT_ONCE,
+    LayerGram,
+    observe_calls,
+    observe_text,
+)
+from methods.wgsef.layerwise.reconstruction import (
+    DROP_OPERATORS,
+    Reconstruction,
+    select_by_elimination,
+    selection_flops,
+)
 from methods.wgsef.removal import refuse_unstated_heads, shrink_language_model
 
 
@@ -71,6 +90,38 @@ class WgsefDecoder(Method):
             self._family(layer, structure.architecture)
             if self.atoms == "heads" and self.state == "removed" and self.scope == "layer":
                 refuse_unstated_heads(cast(Any, find_heads(layer)[0].owner).config)
+
+    def work(self, structure: ModelStructure, inputs: InputSize) -> MethodWork:
+        """Return the observations, the Gram matrices, the selections and the refits.
+
+        Only the upper triangle of a Gram matrix is computed, in bands: 9/16 of 2·T·M².
+        """
+        flops, dropped, widest = 0.0, 0, 0
+        removed = self.planned_removals(structure)
+        for place, layer in enumerate(structure.layers):
+            family = self._family(layer, structure.architecture)
+            width, d_model = _readout_size(layer, family)
+            each = width // family.groups
+            gone = removed[place] if self.scope == "layer" else removed[0] // len(structure.layers)
+            observed = 1 + (self.scope == "global")
+            flops += observed * 2 * 9 / 16 * inputs.tokens * width**2
+            flops += selection_flops(self.selector, width, d_model, gone * each)
+            if self.scope == "global":
+                flops += selection_flops("greedy", width, d_model, gone * each)
+            flops += refit_flops(width, width - gone * each, d_model) if self.refit else 0.0
+            dropped += gone * ((self.selector == "greedy") + (self.scope == "global"))
+            widest = max(widest, width)
+        return MethodWork(
+            forwards=self._passes(structure),
+            readings=2.0,
+            flops=flops,
+            operators=float(DROP_OPERATORS * dropped),
+            memory=4 * 8.0 * widest**2,
+        )
+
+    @abstractmethod
+    def _passes(self, structure: ModelStructure) -> float:
+        """Return how often the calibration inputs pass the layers."""
 
     @torch.no_grad()
     def apply(self, model: Model, context: Context) -> MethodReport:
@@ -218,6 +269,18 @@ class OnText(WgsefDecoder):
     uses_calibration: ClassVar[bool] = True
     batch: int = Field(default=8, ge=1)
 
+    def _passes(self, structure: ModelStructure) -> float:
+        unpruned = float(self.scope == "global")
+        if not self.sequential:
+            return unpruned + 1
+        # A layer runs up to its readout and, once that is pruned, from there on: `LayerReplay`.
+        # That of heads runs again from its beginning, so that attention is computed twice.
+        again = [
+            1 - sum(_size(p) for f in feed_forwards(layer) for p in f.projections) / _size(layer)
+            for layer in structure.layers
+        ]
+        return unpruned + 1 + (sum(again) / len(again) if self.atoms == "heads" else 0.0)
+
     def _observe(
         self, model: Model, context: Context, readouts: Sequence[nn.Module], *, sequential: bool
     ) -> Generator[LayerGram, None, None]:
@@ -236,6 +299,10 @@ class OnPrompts(WgsefDecoder):
         """This method always needs prompts with images."""
         return True
 
+    def _passes(self, structure: ModelStructure) -> float:
+        walks = math.ceil(len(structure.layers) / LAYERS_AT_ONCE) if self.sequential else 1
+        return float(walks + (self.scope == "global"))
+
     def _observe(
         self, model: Model, context: Context, readouts: Sequence[nn.Module], *, sequential: bool
     ) -> Generator[LayerGram, None, None]:
@@ -250,6 +317,18 @@ def _require_prompts(context: Context) -> ProcessedPrompts:
     if context.prompts is None:
         raise UserError("this method needs prompts with images: set prompts=NAME")
     return context.prompts
+
+
+def _size(module: nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters())
+
+
+def _readout_size(layer: nn.Module, family: GroupFamily) -> tuple[int, int]:
+    """Return the activations that a layer's readout reads and the outputs that it makes."""
+    outputs, width = shape_of(
+        layer.get_submodule(family.owned_slices[-1].tensor.removesuffix(".weight"))
+    )
+    return width, outputs
 
 
 def _zero_atoms(network: nn.Module, family: GroupFamily, gone_A: Tensor) -> None:

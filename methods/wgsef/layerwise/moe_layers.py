@@ -5,6 +5,7 @@ Shapes: T tokens, F an expert's width, D d_model, N micro-experts of a layer (sh
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import chain
 from typing import Literal
 
@@ -12,11 +13,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from bench.method import Context, MethodReport
+from bench.method import Context, InputSize, MethodReport, MethodWork
 from bench.models.model import Model
+from bench.models.structure.model_structure import ModelStructure
 from bench.models.structure.moe_block import MoEBlock
 from methods.moe.calibration import SequentialPruning, require_finite
-from methods.moe.least_squares import ExpertGrams, refit_experts
+from methods.moe.least_squares import ExpertGrams, refit_experts, refit_flops
 from methods.moe.micro_experts import channels_per_expert, expert_spans, expert_view
 from methods.moe.pruning import (
     LayerEntry,
@@ -26,7 +28,11 @@ from methods.moe.pruning import (
 )
 from methods.moe.ranking import apportion
 from methods.wgsef.layerwise import reconstruction
-from methods.wgsef.layerwise.reconstruction import Reconstruction
+from methods.wgsef.layerwise.reconstruction import (
+    DROP_OPERATORS,
+    Reconstruction,
+    selection_flops,
+)
 
 SELECTORS: dict[str, reconstruction.Selector] = {
     "debiased": reconstruction.select_by_homotopy,
@@ -51,6 +57,28 @@ class WgsefLayerwise(MicroExpertPruning, SequentialPruning):
     scope: Literal["layer", "expert"] = "layer"
     refit: bool = True
     refit_damping: float = Field(default=1e-4, gt=0)
+
+    def work(self, structure: ModelStructure, inputs: InputSize) -> MethodWork:
+        """Add the Gram matrices in float64, which counts twice, the selections and the refits."""
+        walk, flops, dropped = super().work(structure, inputs), 0.0, 0
+        blocks = structure.micro_expert_blocks
+        for block, budget in zip(blocks, self.budgets(structure), strict=True):
+            # Widths of experts, and the share of the tokens that reach each.
+            parts = [(width, block.top_k / block.num_experts) for width in block.widths]
+            parts += [(block.d_shared, 1.0)] if block.d_shared else []
+            for width, share in parts:
+                gone = round(budget * width / block.micro_experts)
+                flops += 4 * inputs.tokens * share * width**2
+                flops += selection_flops(self.selector, width, block.d_model, gone)
+                flops += refit_flops(width, width - gone, block.d_model) if self.refit else 0.0
+            dropped += budget
+        held = 8.0 * max(sum(w**2 for w in b.widths) + b.d_shared**2 for b in blocks)
+        return replace(
+            walk,
+            flops=flops,
+            operators=float(DROP_OPERATORS * dropped * (self.selector == "greedy")),
+            memory=4 * held,
+        )
 
     @torch.no_grad()
     def apply(self, model: Model, context: Context) -> MethodReport:

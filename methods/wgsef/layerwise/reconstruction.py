@@ -351,6 +351,26 @@ def select_by_elimination(problems: Problems, k: int, floor: int = 0) -> list[Te
     return [~state.gone_A for state in states]
 
 
+def selection_flops(selector: str, activations: int, d_model: int, removed: int) -> float:
+    """Return the FLOPs of one problem of M activations and its selection, for an estimate.
+
+    2·M²·D for the target; M³ for the inverse; `debiased` then takes P³/3 + 2·P²·D + 2·M·P·D per
+    strength with P = M penalised activations, the most, and `greedy` M·n + 2·M·D for the n-th
+    dropped activation. All in float64, which counts twice.
+    """
+    m = activations
+    flops = 2.0 * m**2 * d_model
+    if selector == "debiased":
+        flops += m**3 + (HOMOTOPY_STEPS - 1) * (m**3 / 3 + 4 * m**2 * d_model)
+    if selector == "greedy":
+        flops += m**3 + m * removed**2 + 2 * m * d_model * removed
+    return 2 * flops
+
+
+DROP_OPERATORS = 24
+"""Operators of one atom's elimination, views included."""
+
+
 def _top_k_masks(problems: Problems, readouts: Sequence[Tensor], k: int) -> list[Tensor]:
     """Return masks of the k atoms of largest norm."""
     kept_N = select_top_k(_joint_norms(problems, readouts), k).gate[0] > 0

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from bench.errors import UserError
-from bench.models.structure.dense_layer import feed_forwards, weight_of
+from bench.models.structure.dense_layer import feed_forwards, is_projection, weight_of
 from bench.models.structure.model_structure import inspect_model
 from methods.baselines.micro_expert_controls import ActivationOnly, Magnitude
 from methods.camera.joint import BitOptions, ReplacementErrors
@@ -23,7 +23,7 @@ from methods.dense.units import find_units
 from methods.dense.weight_pruning import Wanda
 from methods.moe.quantizer.gptq import Gram, gptq, inverse_factor
 from methods.moe.quantizer.grid import column_groups, round_weights
-from methods.quantization import awq
+from methods.quantization import channel_scales
 from methods.quantization.awq import Awq
 from methods.quantization.uniform import Gptq, Rtn
 from methods.wgsef.layerwise.dense_decoder import OnText
@@ -196,7 +196,7 @@ def test_rtn_rounds_every_matrix_and_attention_has_its_own_bits(name):
             torch.testing.assert_close(module.weight, round_weights(weight_RC, bits, 8))
             changed += 1
     assert changed == sum(
-        1 for layer in inspect_model(dense).layers for m in layer.modules() if awq.is_projection(m)
+        1 for layer in inspect_model(dense).layers for m in layer.modules() if is_projection(m)
     )
 
 
@@ -423,7 +423,7 @@ def test_activations_that_are_not_finite_are_one_sentence():
 
 
 def test_rho_zero_and_no_clipping_equal_rtn(monkeypatch):
-    monkeypatch.setattr(awq, "EXPONENTS", (0.0,))
+    monkeypatch.setattr(channel_scales, "EXPONENTS", (0.0,))
     dense = build_dense("qwen2")
     options = {"bits": 3, "group": 8, "attention_bits": 4}
     ours, first = applied(Awq(clip_weights=False, **options), copy.deepcopy(dense))

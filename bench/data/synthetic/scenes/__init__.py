@@ -10,6 +10,7 @@ from bench.data.synthetic.scenes.question_sets import (
     chance_accuracy,
     documents,
     fingerprint,
+    rows_fingerprint,
     scene_images,
 )
 from bench.data.synthetic.scenes.scene import IMAGE_SIZE
@@ -33,5 +34,6 @@ __all__ = [
     "draw_conversations",
     "fingerprint",
     "render_task_prompt",
+    "rows_fingerprint",
     "scene_images",
 ]

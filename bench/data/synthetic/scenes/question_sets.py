@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
+from collections.abc import Iterable
 
 from PIL import Image
 
@@ -52,11 +52,14 @@ def chance_accuracy(task: str) -> float:
     return _task_named(task).chance(_task_named(task).placed("test", _first_scene(task)))
 
 
-@functools.cache
 def fingerprint(task: str) -> str:
     """Return the SHA-256 of a task's test rows with their pixels."""
+    return rows_fingerprint(documents(task) + (scene_images(task) if task == "gqa" else []))
+
+
+def rows_fingerprint(rows: Iterable[SceneDocument]) -> str:
+    """Return the SHA-256 of rows with their pixels: a task's own, then those of its images."""
     digest = hashlib.sha256()
-    rows = documents(task) + (scene_images(task) if task == "gqa" else [])
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=_pixel_hash).encode())
     return digest.hexdigest()
