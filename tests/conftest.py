@@ -45,10 +45,10 @@ def no_estimates():
 
     For the whole session, since fixtures of a module run before those of a test.
     """
-    from bench.estimation import this_machine
+    from bench.estimation import boards
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(this_machine, "_remembered", lambda _: None)
+        patch.setattr(boards, "_remembered", lambda _: None)
         yield
 
 

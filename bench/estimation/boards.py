@@ -1,12 +1,46 @@
-"""Boards by name: the files of `conf/hardware`, and this machine."""
+"""Hardware by name: the files of `conf/hardware`, and `here`, the rates of this machine.
+
+They are measured once and remembered in the cache folder.
+"""
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import os
+import platform
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Literal
 
+import torch
+from pydantic import ValidationError
+from torch.nn.functional import linear, scaled_dot_product_attention, silu
+
+from bench.data.digests import cache_folder
+from bench.device.devices import describe_device, select_device, total_bytes
+from bench.device.energy_counters import NvmlDevice, Unavailable
 from bench.errors import unknown_name
-from bench.estimation import this_machine
-from bench.estimation.hardware import FOLDER, HERE, HardwareConfig, load_assumptions, load_file
+from bench.estimation.hardware import (
+    FOLDER,
+    HERE,
+    HardwareConfig,
+    Utilisation,
+    load_assumptions,
+    load_file,
+)
+from bench.measurement.roofline import device_limits, fastest_seconds
+from bench.ui import warn
+
+_VERSION = 1
+"""Raised with every change of what is measured, so that older figures are not read."""
+_OPERATORS = 500
+_LINK_BYTES = 2**28
+_IDLE_LOAD = 1.0
+"""Processes that want a core, per core: above it they disturb each other."""
+_known: dict[Path, HardwareConfig | None] = {}
+"""Figures by the file that would remember them: the runs of a process may differ in threads."""
 
 
 def hardware_names() -> list[str]:
@@ -22,7 +56,177 @@ def load_hardware(name: str) -> HardwareConfig:
         UserError: there is no such board; the nearest name is given.
     """
     if name == HERE:
-        return this_machine.measured_here()
+        return measured_here()
     if name not in hardware_names():
         raise unknown_name("hardware", name, hardware_names())
     return HardwareConfig.model_validate({**load_assumptions(), **load_file(name)})
+
+
+def measured_here() -> HardwareConfig:
+    """Return this machine's figures, measured in two seconds or read from the cache folder.
+
+    They are keyed by processor, GPU, threads and version of torch, since each changes them.
+    """
+    remembered = known_here()
+    if remembered is not None:
+        return remembered
+    file = _file()
+    found = _known[file] = _measure(select_device("auto"))
+    if _busy():
+        # What else runs slows every rate: such figures serve this process, and no later one.
+        warn("hardware=here was measured while the machine was busy: its rates are too low")
+    else:
+        _remember(file, found)
+    return found
+
+
+def known_here() -> HardwareConfig | None:
+    """Return this machine's figures if this process or an earlier one measured them.
+
+    `bench estimate` does. A run does not: it would take seconds, and say more on an idle machine
+    than on a busy one.
+    """
+    file = _file()
+    if file not in _known:
+        _known[file] = _remembered(file)
+    return _known[file]
+
+
+def _busy() -> bool:
+    return os.getloadavg()[0] > _IDLE_LOAD * (os.cpu_count() or 1)
+
+
+def _remembered(file: Path) -> HardwareConfig | None:
+    try:
+        return HardwareConfig.model_validate_json(file.read_text())
+    except (OSError, ValidationError):
+        return None
+
+
+def _remember(file: Path, found: HardwareConfig) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # Written aside and renamed: two processes may measure at once.
+        aside = file.with_suffix(f".{os.getpid()}")
+        aside.write_text(found.model_dump_json(indent=1))
+        aside.replace(file)
+    except OSError:
+        pass  # a cache that cannot be written costs two seconds next time
+
+
+def _file() -> Path:
+    """Return the file that remembers this machine as it is now."""
+    # Its threads are among the facts, since they change every rate of a CPU.
+    facts = f"{_VERSION} {sorted(describe_device().items(), key=str)} {torch.__version__}"
+    name = hashlib.sha256(f"{facts} {platform.node()}".encode()).hexdigest()[:16]
+    return cache_folder("hardware") / f"{name}.json"
+
+
+def _measure(device: torch.device) -> HardwareConfig:
+    kind: Literal["cuda", "cpu"] = "cuda" if device.type == "cuda" else "cpu"
+    # A CPU without bfloat16 units takes minutes for what float32 takes a second.
+    kinds = (torch.float32, torch.bfloat16) if kind == "cuda" else (torch.float32,)
+    limits = {t: device_limits(device, t, torch.get_num_threads()) for t in kinds}
+    main = limits[kinds[-1]]
+    peak: dict[Literal["float32", "bfloat16", "float16"], float] = {
+        "float32": limits[torch.float32].matrix_rate
+    }
+    if kind == "cuda":
+        peak["bfloat16"] = peak["float16"] = main.matrix_rate
+    assumed = load_assumptions()
+    dtype = kinds[-1]
+    return HardwareConfig(
+        name=HERE,
+        device=kind,
+        peak=peak,
+        bandwidth=main.bandwidth,
+        memory=float(total_bytes(device)),
+        link=_link(device),
+        power=_power(device),
+        utilisation=Utilisation(
+            matrix=_range(share / main.matrix_rate for share in _product_rates(device, dtype)),
+            attention=_range(s / main.matrix_rate for s in _attention_rates(device, dtype)),
+            memory=_range(s / main.bandwidth for s in _stream_rates(device, dtype)),
+            link=assumed["utilisation"]["link"],
+        ),
+        operator=_operator_seconds(device, dtype),
+        request=assumed["request"],
+        start=assumed["start"],
+        disk=assumed["disk"],
+    )
+
+
+def _range(found: Iterable[float]) -> tuple[float, float]:
+    values = list(found)
+    return min(values), max(values)
+
+
+_PRODUCTS = {
+    "cpu": ((48, 512, 512), (256, 512, 1408), (1024, 512, 512), (512, 64, 512)),
+    "cuda": ((64, 2048, 2048), (512, 2048, 1408), (4096, 2048, 2048), (8192, 4096, 4096)),
+}
+"""Rows, inputs and outputs of products, from those of an expert to those of a projection."""
+
+
+def _product_rates(device: torch.device, dtype: torch.dtype) -> Iterator[float]:
+    """Yield the FLOP/s of products of several shapes."""
+
+    for rows, inputs, outputs in _PRODUCTS[device.type]:
+        x_RC = torch.ones(rows, inputs, dtype=dtype, device=device)
+        weight_OC = torch.ones(outputs, inputs, dtype=dtype, device=device)
+        # A row of several, so that reading the clock does not count.
+        many = max(1, int(5e7 / (2 * rows * inputs * outputs)))
+        seconds = fastest_seconds(device, partial(_repeat, partial(linear, x_RC, weight_OC), many))
+        yield many * 2 * rows * inputs * outputs / seconds
+
+
+def _attention_rates(device: torch.device, dtype: torch.dtype) -> Iterator[float]:
+    """Yield the FLOP/s of causal attention; all pairs count, as in the suite's FLOPs."""
+
+    for batch, length, width in ((8, 128, 64), (1, 1024, 64), (16, 64, 32)):
+        q_BHLd = torch.ones(batch, 8, length, width, dtype=dtype, device=device)
+        call = partial(scaled_dot_product_attention, q_BHLd, q_BHLd, q_BHLd, is_causal=True)
+        yield 4 * batch * 8 * length**2 * width / fastest_seconds(device, call)
+
+
+def _stream_rates(device: torch.device, dtype: torch.dtype) -> Iterator[float]:
+    """Yield the bytes/s of elementwise operators, read and written, in and out of caches."""
+
+    for size in (2**18, 2**21, 2**23):
+        x_N = torch.ones(size, dtype=dtype, device=device)
+        for call, tensors in ((partial(torch.mul, x_N, x_N), 3), (partial(silu, x_N), 2)):
+            yield tensors * size * dtype.itemsize / fastest_seconds(device, call)
+
+
+def _operator_seconds(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Return the seconds of an operator on one number: alone, and inside a module."""
+
+    x_1C = torch.ones(1, 8, dtype=dtype, device=device)
+    layer = torch.nn.Linear(8, 8, dtype=dtype, device=device).requires_grad_(False)
+    alone = fastest_seconds(device, partial(_repeat, partial(torch.mul, x_1C, x_1C), _OPERATORS))
+    inside = fastest_seconds(device, partial(_repeat, partial(layer, x_1C), _OPERATORS))
+    return _range((alone / _OPERATORS, inside / _OPERATORS))
+
+
+def _repeat(call: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        call()
+
+
+def _link(device: torch.device) -> float | None:
+    """Return the bytes/s of a copy from pinned host memory; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    host = torch.ones(_LINK_BYTES, dtype=torch.uint8).pin_memory()
+    target = torch.empty_like(host, device=device)
+    return _LINK_BYTES / fastest_seconds(device, lambda: target.copy_(host))
+
+
+def _power(device: torch.device) -> float | None:
+    """Return the power limit of a GPU in W; None where nothing tells."""
+    if device.type != "cuda":
+        return None
+    try:
+        return NvmlDevice(device).power_limit()
+    except Unavailable:
+        return None

@@ -95,8 +95,8 @@ class Session:
     @property
     def estimator(self) -> Estimator | None:
         """Estimates runs on this machine, None where its rates are not known."""
+        from bench.estimation.boards import known_here
         from bench.estimation.run_estimate import Estimator
-        from bench.estimation.this_machine import known_here
 
         # Asked each time: the rates depend on the threads, in which runs may differ.
         here, held = known_here(), self._estimator

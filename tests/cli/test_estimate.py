@@ -5,7 +5,7 @@ import json
 import pytest
 
 from bench.cli.main import main
-from bench.estimation import this_machine
+from bench.estimation import boards
 from bench.estimation.boards import load_hardware
 from bench.records import Store
 from methods.baselines.micro_expert_controls import RandomMicroExperts
@@ -23,8 +23,8 @@ def known(monkeypatch):
     board = load_hardware("h200").model_copy(
         update={"name": "here", "device": "cpu", "peak": {"float32": 1e11, "bfloat16": 1e11}}
     )
-    monkeypatch.setattr(this_machine, "known_here", lambda: board)
-    monkeypatch.setattr(this_machine, "measured_here", lambda: board)
+    monkeypatch.setattr(boards, "known_here", lambda: board)
+    monkeypatch.setattr(boards, "measured_here", lambda: board)
     load_hardware.cache_clear()
     yield board
     load_hardware.cache_clear()

@@ -9,7 +9,7 @@ import torch
 
 import bench
 from bench.errors import UserError
-from bench.estimation import this_machine
+from bench.estimation import boards
 from bench.estimation.accuracy import accuracy_rows, compared_phases
 from bench.estimation.boards import load_hardware
 from bench.estimation.words import duration, sweep_line, time_range
@@ -209,7 +209,7 @@ def test_a_record_keeps_what_its_times_can_be_held_against(processes, held, kept
 def test_the_rates_are_those_of_the_threads_in_use(monkeypatch):
     board = load_hardware("h200").model_copy(update={"name": "here"})
     threads = torch.get_num_threads()
-    monkeypatch.setitem(this_machine._known, this_machine._file(), board)
+    monkeypatch.setitem(boards._known, boards._file(), board)
     session = Session()
     try:
         assert session.estimator.hardware == board

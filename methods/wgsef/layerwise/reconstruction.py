@@ -323,8 +323,9 @@ def _solve_blocks(
     rows_PM = inverse_MM[place_P]
     inner_PP = rows_PM[:, place_P]
     inner_PP.diagonal().add_(ease_P.to(inner_PP))
-    # A failure leaves NaN or nonsense, which the check finds.
-    factor_PP, _ = torch.linalg.cholesky_ex(inner_PP)
+    # In single precision a failure leaves NaN or nonsense, which the check finds.
+    last_try = inner_PP.dtype == torch.float64
+    factor_PP, _ = torch.linalg.cholesky_ex(inner_PP, check_errors=last_try)
     solved_PD = torch.cholesky_solve(readout_MD[place_P].to(inner_PP), factor_PP)
     return solved_PD, rows_PM[:, place_N].T @ solved_PD
 
