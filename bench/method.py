@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_serializer
 
@@ -104,7 +104,8 @@ class Context:
     folder: Path | None = None
 
 
-class InputSize(NamedTuple):
+@dataclass(frozen=True)
+class InputSize:
     """Size of a run's calibration inputs: rows of `length` tokens, `visual` of them an image's.
 
     `batch` of them pass together where a method has no batch of its own. For a method that reads

@@ -28,7 +28,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from bench.config.gate import check_overrides
+from bench.config.gate import check_overrides, refuse_packages_of_files
 from bench.config.overrides import ACCEPTED, GROUP, Overrides, correction, parse_error, text_of
 from bench.config.run_config import RunConfig, validate
 from bench.errors import UserError, nearest, unknown_name
@@ -56,7 +56,11 @@ def compose_run_config(overrides: Sequence[str]) -> RunConfig:
     with hydra_errors_as_user_errors(overrides), hydra_config_tree() as loader:
         check_overrides(Overrides.parse(overrides))
         refuse_doubles(Overrides.parse(overrides), loader)
-        return validated(hydra_compose("config", overrides=list(overrides)))
+        composed = hydra_compose("config", overrides=list(overrides))
+        refuse_packages_of_files(
+            OmegaConf.to_container(composed, resolve=False)["packages"], Overrides.parse(overrides)
+        )
+        return validated(composed)
 
 
 def compose_section(group: str, name: str) -> DictConfig:

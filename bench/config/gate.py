@@ -151,6 +151,7 @@ def check_composed(composed: DictConfig) -> None:
         _refuse_node_resolvers(key, value)
     own = whole.pop("hydra")
     packages = whole.get("packages")
+    refuse_packages_of_files(packages, Overrides.parse(own["overrides"]["task"]))
     # Anything else than a list allows nothing; validation says what is wrong with it.
     named = packages if isinstance(packages, list) else ()
     refuse_foreign_code(whole, (*named, *plugins.active().packages))
@@ -162,6 +163,16 @@ def check_composed(composed: DictConfig) -> None:
             raise _not_settable(f"hydra.{key}={found}")
     for section in ("launcher", "sweeper"):
         _check_plugin(f"hydra.{section}", own[section], composed)
+
+
+def refuse_packages_of_files(packages: object, overrides: Overrides) -> None:
+    """Raise if a config file, and not this command, names packages whose code may run."""
+    beyond = [str(n) for n in packages if n != "methods"] if isinstance(packages, list) else []
+    if beyond and overrides.value("packages") is None:
+        raise UserError(
+            f"packages={packages}: a config file cannot allow code; give packages=[methods,"
+            f"{','.join(beyond)}] in the command if you trust it"
+        )
 
 
 def _check_plugin(key: str, node: object, composed: DictConfig) -> None:

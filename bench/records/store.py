@@ -260,17 +260,12 @@ def serialize_record(record: Record) -> str:
 
 
 def with_checksum(content: JsonObject) -> str:
-    """Return the text of a JSON object with the checksum of that text as its last value."""
-    text = _text_of(content)
-    return f'{text.removesuffix(_END)}{_CHECKSUM}{_digest(text.encode())}"{_END}\n'
+    """Return the text of a JSON object with two checksums: of its values, and of the text."""
+    text = json.dumps({**content, "checksum": checksum(content)}, indent=1)
+    return f'{text.removesuffix(_END)}{_TEXT_CHECKSUM}{_digest(text.encode())}"{_END}\n'
 
 
-def _text_of(content: JsonObject) -> str:
-    """Return the text over which a record's checksum is."""
-    return json.dumps(content, indent=1)
-
-
-_CHECKSUM = ',\n "checksum": "'
+_TEXT_CHECKSUM = ',\n "text_checksum": "'
 _END = "\n}"
 
 
@@ -296,11 +291,11 @@ def _parse_record(text: bytes) -> Record:
     version = content.get("schema_version")
     if version not in READABLE_SCHEMAS:
         raise ValueError(f"its schema is version {version}, this program reads up to {SCHEMA}")
-    # Checked before validation and migration, which would change what was written. Other programs
-    # may have formatted the file anew, and records of earlier versions have a checksum of the
-    # values in canonical form.
+    # Checked before validation and migration, which would change what was written. By the values,
+    # since other programs may have formatted the file anew.
+    content.pop("text_checksum", None)
     wanted = content.pop("checksum", None)
-    if wanted not in (None, _digest(_text_of(content).encode()), checksum(content)):
+    if wanted is not None and wanted != checksum(content):
         raise ValueError("its checksum does not match: the file was changed or damaged")
     try:
         # Strict: a number is no text. In JSON, where a list may stand for a tuple.
@@ -314,20 +309,22 @@ def _parse_record(text: bytes) -> Record:
 
 def _is_as_written(text: bytes) -> bool:
     """Tell whether a file is, byte by byte, what `serialize_record` wrote."""
-    # By its bytes, since any form of the values takes as long as parsing them.
-    before, found, after = text.rpartition(_CHECKSUM.encode())
+    # By its bytes: a canonical form of the values takes as long as all other reading.
+    before, found, after = text.rpartition(_TEXT_CHECKSUM.encode())
     return bool(found) and after == f'{_digest(before + _END.encode())}"{_END}\n'.encode()
 
 
 def _without_checksum(found: _RecordFile) -> Record:
     values = {name: getattr(found, name) for name in Record.model_fields}
-    return Record.model_construct(found.model_fields_set - {"checksum"}, **values)
+    own = {"checksum", "text_checksum"}
+    return Record.model_construct(found.model_fields_set - own, **values)
 
 
 class _RecordFile(Record):
     """A record as its file has it."""
 
     checksum: str | None = None
+    text_checksum: str | None = None
 
 
 def _write_samples(path: Path, samples: Sequence[JsonObject]) -> None:

@@ -285,7 +285,8 @@ class ForwardState:
         if self.cached_tokens is None or self.cache is None:
             return
         self.cached_tokens.text = self.cached_tokens.text.extended_by(self.text, self.offset)
-        if self.images is not None:
+        if not self.generates:
+            # Prompts and later turns read everything, which is then what the token before read.
             self.cached_tokens.selection = None
         # Per stage, since each layer's cache holds only the visual tokens that reached it. `length`
         # is logical: it includes removed tokens, whose positions later tokens still count.

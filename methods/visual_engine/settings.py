@@ -122,7 +122,10 @@ class DecodePruning:
     repeats: bool
 
     def read(self, n: int) -> int:
-        """Return how many of a sequence's n visual tokens are read, at least one."""
+        """Return how many of a sequence's n visual tokens are read, at least one.
+
+        In floating point and cut off, as in the release: of 10 with drop=0.8, one.
+        """
         return min(n, max(1, int((1 - self.drop) * n)))
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from bench.config.composition import compose_run_config
 from bench.data.image_catalogue import image_shape
@@ -12,6 +13,8 @@ from bench.data.image_catalogue import load_image_set as load_images
 from bench.errors import UserError
 from bench.models import embedded
 from bench.models.classifiers import serialization
+from bench.models.classifiers.architectures import build_classifier
+from bench.models.classifiers.classifier import VisionConfig
 from bench.models.embedded.classifiers import NAMES, classifier_accuracy
 from bench.models.loading import load_model, open_folder, skeleton
 from bench.models.source import resolve_model
@@ -132,3 +135,14 @@ def test_a_config_that_is_not_json_is_one_sentence(kind, tmp_path):
 def test_fresh_weights_of_nothing_are_one_sentence(change, said):
     with pytest.raises(UserError, match=said):
         resolve_model(fresh(1).model_copy(update=change), offline=True)
+
+
+def test_a_state_dict_from_before_batches_were_counted_is_read_as_torch_reads_it(tmp_path):
+    config = VisionConfig(architecture="torchvision/resnet18", size=32, classes=3)
+    first, second = build_classifier(config), build_classifier(config)
+    state = first.features[0].state_dict() if not len(first.head) else first.state_dict()
+    old = {name: w for name, w in state.items() if not name.endswith("num_batches_tracked")}
+    save_file(old, tmp_path / "old.safetensors")
+    serialization.load_state(second, tmp_path / "old.safetensors")
+    found = second.state_dict()
+    assert all(torch.equal(found[name], w) for name, w in first.state_dict().items())

@@ -280,7 +280,9 @@ def test_no_changed_byte_of_a_record_changes_what_is_read(tmp_path, change):
     assert "checksum" in store.unreadable["a" * 12] or "JSON" in store.unreadable["a" * 12]
 
 
-@pytest.mark.parametrize("form", [{"indent": 4}, {"separators": (",", ":")}])
+@pytest.mark.parametrize(
+    "form", [{"indent": 4}, {"separators": (",", ":")}, {"indent": 2, "sort_keys": True}]
+)
 def test_a_record_that_was_formatted_anew_is_the_same(tmp_path, form):
     store = Store(tmp_path)
     path = store.write(make(ratio=0.25), [], "") / "record.json"

@@ -1,6 +1,7 @@
 """A plan or a record may ask for code, and only the person at the keyboard can allow it."""
 
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
@@ -313,3 +314,18 @@ def test_a_method_with_a_list_for_a_ratio_is_refused_before_the_run(tmp_path, mo
     given = ["hydra.searchpath=[pkg://several_ratios.conf]", "packages=[several_ratios]"]
     with pytest.raises(UserError, match=r"method\.several\.ratio=\[0\.1, 0\.2\] is not one number"):
         compose_run_config([*given, "method=several"])
+
+
+@pytest.mark.parametrize("group", ["experiment", "sweep"])
+def test_no_config_file_names_packages_whose_code_may_run(group, tmp_path):
+    (tmp_path / group).mkdir()
+    (tmp_path / group / "mine.yaml").write_text(
+        "# @package _global_\n# Mine.\npackages: [methods, antigravity]\n"
+    )
+    chosen = [f"hydra.searchpath=[file://{tmp_path}]", f"{group}=mine"]
+    for call in (lambda words: admit(Overrides.parse(words)), compose_run_config):
+        with pytest.raises(UserError, match="a config file cannot allow code; give packages="):
+            call(chosen)
+    assert "antigravity" not in sys.modules
+    said = compose_run_config([*chosen, "packages=[methods]"])
+    assert said.packages == ("methods",)

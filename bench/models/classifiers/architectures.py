@@ -371,7 +371,7 @@ def build_classifier(config: VisionConfig) -> Classifier:
     for name, shape in config.shapes.items():
         layer = _layer_to_resize(network, name)
         if isinstance(layer, nn.MultiheadAttention):
-            prune_attention(network, name).resize(shape[0])
+            prune_attention(network, name).resize(shape)
         else:
             resize_layer(layer, shape)
     # After resizing, which leaves weights uninitialised; the fan of He's initialisation is then

@@ -9,7 +9,7 @@ Shapes: B images, S positions, D width of the inputs, H heads left, W width of a
 from __future__ import annotations
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -25,8 +25,8 @@ class Shortcut(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    block: str
-    child: str = ""
+    block: str = Field(min_length=1)
+    child: str = Field("", pattern=r"^[^.]*$")
     rectified: bool = False
 
 
@@ -40,8 +40,11 @@ class ShortcutOnly(nn.Module):
         if shortcut is not None:
             self.add_module(child, shortcut)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute what the block did while all weights of its branch were zero."""
+    def forward(self, x: Tensor, **_: object) -> Tensor:
+        """Compute what the block did while all weights of its branch were zero.
+
+        Masks and the like, which only the branch read, are taken and ignored.
+        """
         y: Tensor = self.get_submodule(self._child)(x) if self._child else x
         return torch.relu(y) if self._rectified else y
 
@@ -77,7 +80,8 @@ class PrunedAttention(nn.Module):
         self.in_proj_bias: nn.Parameter | None = whole.in_proj_bias
         self.out_proj = whole.out_proj
         self.head_dim: int = whole.embed_dim // whole.num_heads
-        self._batch_first, self._dropout = whole.batch_first, whole.dropout
+        self.batch_first: bool = whole.batch_first
+        self._dropout = whole.dropout
 
     @property
     def num_heads(self) -> int:
@@ -85,9 +89,25 @@ class PrunedAttention(nn.Module):
         rows: int = self.in_proj_weight.shape[0]
         return rows // 3 // self.head_dim
 
-    def resize(self, rows: int) -> None:
-        """Give the projections of queries, keys and values fresh weights of `rows` rows."""
+    def resize(self, shape: tuple[int, ...]) -> None:
+        """Give the projections of queries, keys and values fresh weights of this shape.
+
+        Raises:
+            UserError: it is not that of some of the heads.
+        """
         like = self.in_proj_weight
+        whole = 3 * self.head_dim
+        if (
+            len(shape) != 2
+            or shape[1] != like.shape[1]
+            or not 0 < shape[0] <= len(like)
+            or shape[0] % whole
+        ):
+            raise UserError(
+                f"the config gives attention a projection of {list(shape)}: it takes a multiple of "
+                f"{whole} rows, at most {len(like)}, of {like.shape[1]} columns"
+            )
+        rows = shape[0]
         self.in_proj_weight = nn.Parameter(like.new_empty(rows, like.shape[1]))
         nn.init.xavier_uniform_(self.in_proj_weight)
         if self.in_proj_bias is not None:
@@ -107,10 +127,10 @@ class PrunedAttention(nn.Module):
             q_BHSW, k_BHSW, v_BHSW, dropout_p=dropout
         )
         mixed_BSD: Tensor = self.out_proj(mixed_BHSW.transpose(1, 2).flatten(2))
-        return mixed_BSD if self._batch_first else mixed_BSD.transpose(0, 1), None
+        return mixed_BSD if self.batch_first else mixed_BSD.transpose(0, 1), None
 
     def _project(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        x_BSD = x if self._batch_first else x.transpose(0, 1)
+        x_BSD = x if self.batch_first else x.transpose(0, 1)
         heads_BSHW = functional.linear(x_BSD, weight, bias).unflatten(-1, (-1, self.head_dim))
         heads_BHSW: Tensor = heads_BSHW.transpose(1, 2)
         return heads_BHSW
@@ -126,3 +146,6 @@ def prune_attention(network: nn.Module, name: str) -> PrunedAttention:
         return pruned
     assert isinstance(attention, PrunedAttention)
     return attention
+
+
+ATTENTION = (nn.MultiheadAttention, PrunedAttention)

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from bench.errors import MissingData, UserError
 from bench.models.classifiers.architectures import build_classifier
@@ -42,7 +41,11 @@ def load_classifier_folder(folder: Path) -> Classifier:
             raise MissingData(f"{folder} is not a saved classifier: it has no {name}")
     try:
         network = build_classifier(VisionConfig.read(folder))
-        _load_tensors(network, folder / WEIGHTS_FILE)
+        state = OrderedDict(load_file(folder / WEIGHTS_FILE))
+        # safetensors does not keep the versions of modules, which some of them ask for (MNASNet).
+        # What this program wrote has today's.
+        state._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]
+        network.load_state_dict(state)
     except (ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder} cannot be loaded as a classifier: {reason}") from error
@@ -59,7 +62,8 @@ def load_state(network: Classifier, file: Path) -> Classifier:
     # Of a network of others, names are those that it gives its weights itself.
     whole = network if len(network.head) else network.features[0]
     try:
-        _load_tensors(whole, file)
+        # Without versions of modules, so that older files are read as torch reads them.
+        whole.load_state_dict(load_file(file))
     except (ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
@@ -67,13 +71,6 @@ def load_state(network: Classifier, file: Path) -> Classifier:
         ) from error
     network.eval()
     return network
-
-
-def _load_tensors(network: nn.Module, file: Path) -> None:
-    state = OrderedDict(load_file(file))
-    # safetensors does not keep the versions of modules, which some of them ask for (MNASNet).
-    state._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]
-    network.load_state_dict(state)
 
 
 ONNX_FILE = "model.onnx"

@@ -20,13 +20,12 @@ from torch import Tensor, nn
 
 from bench.device.devices import synchronize
 from bench.errors import UserError
-from bench.models.classifiers.pruned_modules import PrunedAttention
+from bench.models.classifiers.pruned_modules import ATTENTION
 from methods.wgsef.groups.convolution import PRUNABLE_LAYERS
 from methods.wgsef.groups.partition import GroupFamily
 
 CostUnit = Literal["macs", "bytes", "seconds"]
 REMOVABLE_KINDS = ("filters", "channels", "depth", "heads")
-ATTENTION = (nn.MultiheadAttention, PrunedAttention)
 TIMED_RUNS = 5
 """Forwards of which a layer's shortest time counts."""
 
@@ -138,7 +137,9 @@ def _costs_of_weights(network: nn.Module, example: Tensor, unit: CostUnit) -> di
     if unit == "bytes":
         return {name: float(w.numel() * w.element_size()) for name, w in weights.items()}
     runs = TIMED_RUNS if unit == "seconds" else 1
-    places, seconds = _observed(network, example, [*layers.values(), *attention.values()], runs)
+    places, pairs, seconds = _observed(
+        network, example, [*layers.values(), *attention.values()], runs
+    )
     costs = dict.fromkeys(weights, 0.0)
     if unit == "seconds":
         costs |= {f"{name}.weight": seconds.get(layer, 0.0) for name, layer in layers.items()}
@@ -154,8 +155,9 @@ def _costs_of_weights(network: nn.Module, example: Tensor, unit: CostUnit) -> di
         )
     for name, module in attention.items():
         stacked, tokens = weights[f"{name}.in_proj_weight"], places.get(module, 0)
-        # Each position is compared with each and mixes each, over the width of all heads.
-        mixing = 2 * tokens**2 * (len(stacked) // 3)
+        # Each position is compared with those of its sequence, which may be a window of an image,
+        # and mixes them, over the width of all heads.
+        mixing = 2 * pairs.get(module, 0) * (len(stacked) // 3)
         costs[f"{name}.in_proj_weight"] = float(stacked.numel() * tokens + mixing)
         costs[f"{name}.out_proj.weight"] = float(
             weights[f"{name}.out_proj.weight"].numel() * tokens
@@ -165,9 +167,10 @@ def _costs_of_weights(network: nn.Module, example: Tensor, unit: CostUnit) -> di
 
 def _observed(
     network: nn.Module, example: Tensor, modules: Sequence[nn.Module], runs: int
-) -> tuple[dict[nn.Module, int], dict[nn.Module, float]]:
-    """Return the positions of an example at which a module is applied, and its least seconds."""
+) -> tuple[dict[nn.Module, int], dict[nn.Module, int], dict[nn.Module, float]]:
+    """Return for each module its positions in an example, pairs attended to, and least seconds."""
     places: dict[nn.Module, int] = {}
+    pairs: dict[nn.Module, int] = {}
     seconds: dict[nn.Module, float] = {}
     began: dict[nn.Module, float] = {}
 
@@ -188,6 +191,11 @@ def _observed(
             query = args[0] if args else given.get("query", output)
             x = query if isinstance(module, ATTENTION) else output
             places[module] = x.numel() // x.shape[-1] // len(example)
+            if isinstance(module, ATTENTION):
+                key = args[1] if len(args) > 1 else given.get("key", query)
+                # Without a batch, [positions, width].
+                axis = -2 if key.ndim == 2 or module.batch_first else 0
+                pairs[module] = places[module] * key.shape[axis]
 
     training = network.training
     with ExitStack() as stack, torch.no_grad():
@@ -199,4 +207,4 @@ def _observed(
         network.eval()
         for _ in range(runs):
             network(example)
-    return places, seconds
+    return places, pairs, seconds

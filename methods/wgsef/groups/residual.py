@@ -8,6 +8,7 @@ from one to the other.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from bench.errors import UserError
-from bench.models.classifiers.pruned_modules import Shortcut
+from bench.models.classifiers.pruned_modules import ATTENTION, Shortcut
 from methods.wgsef.groups.partition import GroupFamily, Slice
 from methods.wgsef.groups.verification import FORWARD_ERRORS, TOLERANCE, with_random_weights
 
@@ -54,33 +55,56 @@ def depth(network: nn.Module, example: Tensor, layers: str = "*") -> list[GroupF
 def _shortcuts(network: nn.Module, example: Tensor) -> list[Shortcut]:
     """Return the shortcut of every innermost residual block, in the order of the network."""
     trial, image = with_random_weights(network, example)
-    shapes = _shapes_of_inputs(trial, image)
+    calls, unlike = _calls(trial, image)
     generator = torch.Generator().manual_seed(0)
     found: dict[str, Shortcut] = {}
     # Children come before the modules that hold them.
     for name, module in reversed(list(trial.named_modules())):
-        if name not in shapes or any(inner.startswith(f"{name}.") for inner in found):
+        if name not in calls or any(inner.startswith(f"{name}.") for inner in found):
             continue
+        # Inside of it may be blocks that could not be tried.
+        if any(inner.startswith(f"{name}.") for inner in unlike):
+            continue
+        call = calls[name]
         # Of both signs, whatever the network sends: a ReLU would else pass for an identity.
-        x = torch.randn(shapes[name], generator=generator, dtype=torch.float64)
-        shortcut = _shortcut_of(name, module, x)
+        x = torch.randn(call.shape, generator=generator, dtype=torch.float64)
+        shortcut = _shortcut_of(name, module, x, call.keywords)
         if shortcut is not None:
             found[name] = shortcut
     return list(found.values())[::-1]
 
 
+@dataclass(frozen=True)
+class _Call:
+    """Shape of a module's one input, and what it is given by name."""
+
+    shape: torch.Size
+    keywords: dict[str, object]
+
+
 @torch.no_grad()
-def _shapes_of_inputs(network: nn.Module, image: Tensor) -> dict[str, torch.Size]:
-    """Return the input's shape of every module with children that is called with one tensor."""
-    shapes: dict[str, torch.Size] = {}
+def _calls(network: nn.Module, image: Tensor) -> tuple[dict[str, _Call], set[str]]:
+    """Return how modules with children are called with one tensor, and which are called otherwise.
+
+    Attention is no block and holds none.
+    """
+    calls: dict[str, _Call] = {}
+    unlike: set[str] = set()
     handles = []
     for name, module in network.named_modules():
         if not name or not any(True for _ in module.children()):
             continue
 
-        def note(_: nn.Module, args: tuple[object, ...], given: object, name: str = name) -> None:
-            if len(args) == 1 and isinstance(args[0], Tensor) and not given:
-                shapes[name] = args[0].shape
+        def note(
+            module: nn.Module,
+            args: tuple[object, ...],
+            given: dict[str, object],
+            name: str = name,
+        ) -> None:
+            if len(args) == 1 and isinstance(args[0], Tensor):
+                calls[name] = _Call(args[0].shape, dict(given))
+            elif not isinstance(module, ATTENTION):
+                unlike.add(name)
 
         handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
     try:
@@ -88,11 +112,13 @@ def _shapes_of_inputs(network: nn.Module, image: Tensor) -> dict[str, torch.Size
     finally:
         for handle in handles:
             handle.remove()
-    return shapes
+    return calls, unlike
 
 
 @torch.no_grad()
-def _shortcut_of(name: str, block: nn.Module, x: Tensor) -> Shortcut | None:
+def _shortcut_of(
+    name: str, block: nn.Module, x: Tensor, keywords: dict[str, object]
+) -> Shortcut | None:
     """Return what a module does when all but a shortcut is zero, None if that is no shortcut."""
     sizes = {child: _weights(part) for child, part in block.named_children()}
     # A branch that is one child could pass for the shortcut of its shortcut: the lighter one is it.
@@ -102,7 +128,7 @@ def _shortcut_of(name: str, block: nn.Module, x: Tensor) -> Shortcut | None:
             continue
         zeros = {key: torch.zeros_like(block.get_parameter(key)) for key in weights}
         try:
-            found = functional_call(block, zeros, (x,))
+            found = functional_call(block, zeros, (x,), keywords)
             expected = block.get_submodule(child)(x) if child else x
         except FORWARD_ERRORS:
             continue

@@ -52,14 +52,15 @@ def mark_unremovable(
 
 def _reason(network: nn.Module, families: Sequence[GroupFamily], image: Tensor) -> str | None:
     """Return why these families cannot be removed from a network, or None if they can."""
-    tried = [family for family in families if family.groups > 1]
+    tried = [family for family in families if family.groups > 1 or family.kind == "depth"]
     if not tried:
         return None
     zeroed = copy.deepcopy(network)
     dead = []
     for family in tried:
         # The last one: an error by an offset shows there, while group 0 often lands on itself.
-        dead_M = torch.zeros(family.groups, dtype=torch.bool)
+        # Blocks are unlike each other, so all of them.
+        dead_M = torch.full((family.groups,), family.kind == "depth")
         dead_M[-1] = True
         dead.append(dead_M)
         for part in family.owned_slices:

@@ -263,6 +263,18 @@ def test_calls_of_several_tokens_read_everything():
     assert torch.equal(*turns)
 
 
+def test_a_later_turn_ends_a_choice():
+    ours, _ = applied(NAME, DyCoke(**DECODING | {"variant": "paper", "decode_similarity": 0}))
+    call, cache = prompt(NAME, IMAGES, seed=3), DynamicCache()
+    with torch.no_grad():
+        ours(**call, past_key_values=cache)
+        ours(torch.tensor([[7]]), past_key_values=cache)
+        assert cache.layers[0].cached_tokens.selection is not None
+        ours(torch.tensor([[7, 19, 4]]), past_key_values=cache)
+        # The token after it has read nothing selected that it could read again.
+        assert cache.layers[0].cached_tokens.selection is None
+
+
 def test_another_image_ends_a_choice():
     first, second = prompt(NAME, IMAGES, seed=3), prompt(NAME, [2, (5, 5), 2], seed=4)
     ours, _ = applied(NAME, DyCoke(**DECODING))

@@ -143,3 +143,27 @@ def test_blocks_and_filters_are_trained_together_to_a_budget_of_bytes():
     assert "features.3" in {shortcut.block for shortcut in subject.network.config.removed}
     weights = [sum(w.numel() for w in n.parameters()) for n in (network, subject.network)]
     assert weights[1] <= 0.62 * weights[0]
+
+
+class Windowed(nn.Module):
+    """Attention inside windows of 16 of 64 positions."""
+
+    def __init__(self, batch_first):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=batch_first)
+        self.batch_first = batch_first
+
+    def forward(self, x):
+        windows = x.flatten(2).transpose(1, 2).reshape(-1, 16, 8)
+        windows = windows if self.batch_first else windows.transpose(0, 1)
+        return self.attention(windows, windows, windows, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_attention_counts_the_positions_that_it_compares(batch_first):
+    found = costs._costs_of_weights(Windowed(batch_first), torch.zeros(1, 8, 8, 8), "macs")
+    # Projections of 64 positions; per position 16 products and 16 sums over a width of 8.
+    assert found == {
+        "attention.in_proj_weight": 64 * 24 * 8 + 2 * 64 * 16 * 8,
+        "attention.out_proj.weight": 64 * 8 * 8,
+    }

@@ -1,5 +1,7 @@
 """Residual blocks and attention heads of networks that are not ours: zeroed equals removed."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -13,6 +15,7 @@ from bench.models.classifiers.serialization import load_classifier_folder, save_
 from methods.wgsef.groups import residual, transformer
 from methods.wgsef.groups.choice import GroupChoice, families_of
 from methods.wgsef.groups.partition import GroupPartition
+from methods.wgsef.groups.verification import mark_unremovable
 from methods.wgsef.removal import smaller_classifier
 from tests.methods.wgsef.groups.tiny_classifiers import MIXED, resnet18, vit
 
@@ -152,3 +155,67 @@ def test_a_projection_is_the_shortcut_though_it_comes_before_the_branch():
 def test_heads_that_are_not_understood_are_one_sentence(attention, said):
     with pytest.raises(UserError, match=said):
         transformer.attention_heads(nn.Sequential(attention))
+
+
+class Encoded(nn.Module):
+    """Three pre-norm layers of torch's own encoder, which are called with masks by name."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.project = nn.Linear(12, 16)
+        self.encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+
+    def forward(self, x):
+        return self.encoder(self.project(x.flatten(1).unflatten(1, (-1, 12)))).mean(1)
+
+
+def test_blocks_that_are_given_masks_by_name_are_found_one_by_one():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True)
+    (family,) = residual.depth(Encoded(layer).eval(), torch.randn(1, 3, 8, 8))
+    assert [s.block for s in family.shortcuts] == [f"encoder.layers.{i}" for i in range(3)]
+
+
+class Asking(nn.Module):
+    """Three residual blocks, of which the parent reads a setting of the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(ResBottleneckBlock(8, 8, 1, nn.BatchNorm2d, nn.ReLU, 8)
+                                    for _ in range(3))  # fmt: skip
+        self.blocks[0].scale = 1.0
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x) * self.blocks[0].scale
+        return self.head(x.mean((2, 3)))
+
+
+def test_every_block_is_tried_and_not_the_last_alone():
+    network, image = Asking().eval(), torch.randn(1, 8, 8, 8)
+    (family,) = mark_unremovable(network, residual.depth(network, image), image)
+    assert "without them its forward fails" in family.unremovable_reason
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"removed": [{"block": ""}]},
+        {"removed": [{"block": "features.encoder.layers.encoder_layer_0", "child": "mlp.0"}]},
+        {"removed": ["features.2.branch"]},
+        {"shapes": {"ATTENTION": []}},
+        {"shapes": {"ATTENTION": [48, 7]}},
+        {"shapes": {"ATTENTION": [47, 16]}},
+        {"shapes": {"ATTENTION": [96, 16]}},
+    ],
+)
+def test_a_folder_that_asks_for_what_cannot_be_is_one_sentence(change, monkeypatch, tmp_path):
+    network = vit(monkeypatch)
+    save_classifier(network, tmp_path)
+    (attention,) = (n for n, m in network.named_modules() if n.endswith("layer_1.self_attention"))
+    content = json.loads((tmp_path / "config.json").read_text())
+    text = json.dumps({**content, **change}).replace("ATTENTION", attention)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError) as refused:
+        load_classifier_folder(tmp_path)
+    assert "\n" not in str(refused.value)
