@@ -57,9 +57,8 @@ def compose_run_config(overrides: Sequence[str]) -> RunConfig:
         check_overrides(Overrides.parse(overrides))
         refuse_doubles(Overrides.parse(overrides), loader)
         composed = hydra_compose("config", overrides=list(overrides))
-        refuse_packages_of_files(
-            OmegaConf.to_container(composed, resolve=False)["packages"], Overrides.parse(overrides)
-        )
+        packages = OmegaConf.select(composed, "packages")
+        refuse_packages_of_files(packages, Overrides.parse(overrides))
         return validated(composed)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from hydra.core.override_parser.types import Override, ValueType
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bench import plugins
@@ -167,7 +167,8 @@ def check_composed(composed: DictConfig) -> None:
 
 def refuse_packages_of_files(packages: object, overrides: Overrides) -> None:
     """Raise if a config file, and not this command, names packages whose code may run."""
-    beyond = [str(n) for n in packages if n != "methods"] if isinstance(packages, list) else []
+    named = map(str, packages) if isinstance(packages, list | ListConfig) else ()
+    beyond = [name for name in named if name != "methods"]
     if beyond and overrides.value("packages") is None:
         raise UserError(
             f"packages={packages}: a config file cannot allow code; give packages=[methods,"
