@@ -112,10 +112,15 @@ def write_checked(place: Path, body: bytes) -> None:
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("wb", dir=place.parent, delete=False) as stream:
-            stream.write(hashlib.sha256(body).digest() + body)
-        Path(stream.name).replace(place)
+            written = Path(stream.name)
     except OSError:
-        pass
+        return
+    try:
+        written.write_bytes(hashlib.sha256(body).digest() + body)
+        written.replace(place)
+    except OSError:
+        # On a full disk, one such file would be left by every run.
+        written.unlink(missing_ok=True)
 
 
 def contents_hash(files: Mapping[str, Path]) -> str:

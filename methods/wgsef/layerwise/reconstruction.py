@@ -355,14 +355,15 @@ def select_by_elimination(problems: Problems, k: int, floor: int = 0) -> list[Te
 def selection_flops(selector: str, activations: int, d_model: int, removed: int) -> float:
     """Return the FLOPs of one problem of M activations and its selection, for an estimate.
 
-    2·M²·D for the target; M³ for the inverse; `debiased` then takes P³/3 + 2·P²·D + 2·M·P·D per
-    strength with P = M penalised activations, the most, and `greedy` M·n + 2·M·D for the n-th
-    dropped activation. All in float64, which counts twice.
+    M³ for the inverse in float64, which counts twice. `debiased` then takes, per strength,
+    P³/3 + 2·P²·D + 2·(M − P)·P·D with P = M penalised activations, the most, in float32. `greedy`
+    takes 2·M²·D for the target and M·n + 2·M·D for the n-th dropped activation, in float64.
+    Others rank by the target.
     """
     m = activations
-    flops = 2.0 * m**2 * d_model
     if selector == "debiased":
-        flops += m**3 + (HOMOTOPY_STEPS - 1) * (m**3 / 3 + 4 * m**2 * d_model)
+        return 2 * m**3 + (HOMOTOPY_STEPS - 1) * (m**3 / 3 + 2.0 * m**2 * d_model)
+    flops = 2.0 * m**2 * d_model
     if selector == "greedy":
         flops += m**3 + m * removed**2 + 2 * m * d_model * removed
     return 2 * flops
