@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.performance.figure import Figure
 from tests.reporting.html.synthetic_records import fill
 
-RECORDS = 3000
+RECORDS, TIMES = 3000, 3
 PRICED = {
     "micro_moe": ("model=micro_moe", "method=camera_p"),
     "qwen2_57b": ("model=qwen2_57b_a14b", "method=camera_p"),
@@ -29,9 +29,11 @@ def figures() -> list[Figure]:
         results = ["--results-dir", name]
         fill(Path(name), RECORDS, per_task=0)
         first = _cpu_seconds("ls", "runs", *results)
-        again = _cpu_seconds("ls", "runs", *results)
-        report = _cpu_seconds("report", *results)
-    how = f"{RECORDS:,} records; {first:.1f} s without their index"
+        # Another process on the machine adds to the time of this one, and never takes from it.
+        again = min(_cpu_seconds("ls", "runs", *results) for _ in range(TIMES))
+        report = min(_cpu_seconds("report", *results) for _ in range(TIMES))
+    least = f"{RECORDS:,} records, least of {TIMES}"
+    how = f"{least}; {first:.1f} s without their index"
     return [
         Figure("bench doctor", doctor, "<= 5 s", doctor <= 5, "CPU time of the whole process"),
         *(
@@ -39,7 +41,7 @@ def figures() -> list[Figure]:
             for name, took in prices.items()
         ),
         Figure("bench ls runs", again, "<= 1.5 s", again <= 1.5, how),
-        Figure("bench report", report, "<= 5 s", report <= 5, f"{RECORDS:,} records, no samples"),
+        Figure("bench report", report, "<= 5 s", report <= 5, f"{least}; no samples"),
     ]
 
 
