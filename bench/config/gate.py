@@ -168,7 +168,8 @@ def check_composed(composed: DictConfig) -> None:
 def refuse_packages_of_files(packages: object, overrides: Overrides) -> None:
     """Raise if a config file, and not this command, names packages whose code may run."""
     named = map(str, packages) if isinstance(packages, list | ListConfig) else ()
-    beyond = [name for name in named if name != "methods"]
+    allowed = {"methods", *plugins.active().packages}
+    beyond = [name for name in named if name not in allowed]
     if beyond and overrides.value("packages") is None:
         raise UserError(
             f"packages={packages}: a config file cannot allow code; give packages=[methods,"
