@@ -292,7 +292,7 @@ def _parse_record(text: bytes) -> Record:
     if version not in READABLE_SCHEMAS:
         raise ValueError(f"its schema is version {version}, this program reads up to {SCHEMA}")
     # Checked before validation and migration, which would change what was written. By the values,
-    # since other programs may have formatted the file anew.
+    # since other programs may have reformatted the file.
     content.pop("text_checksum", None)
     wanted = content.pop("checksum", None)
     if wanted is not None and wanted != checksum(content):

@@ -1,4 +1,4 @@
-"""What stands in the place of a module that pruning changed by more than the shapes of its weights.
+"""Modules that replace those that pruning changed by more than the shapes of their weights.
 
 A residual block without its branch, and torch's MultiheadAttention with some of its heads left out;
 parameters keep the names they had.

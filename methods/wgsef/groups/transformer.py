@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bench.errors import UserError
-from bench.models.classifiers.pruned_modules import PrunedAttention
+from bench.models.classifiers.pruned_modules import ATTENTION
 from bench.models.structure.dense_layer import (
     FeedForward,
     Heads,
@@ -64,7 +64,7 @@ def attention_heads(network: nn.Module) -> list[GroupFamily]:
     """
     families = []
     for name, attention in network.named_modules():
-        if not isinstance(attention, nn.MultiheadAttention | PrunedAttention):
+        if not isinstance(attention, ATTENTION):
             continue
         if attention.in_proj_weight is None or getattr(attention, "bias_k", None) is not None:
             raise UserError(
