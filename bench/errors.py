@@ -6,9 +6,12 @@ import difflib
 import errno
 import importlib
 import inspect
+import logging
 import traceback
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 
 # 75 is EX_TEMPFAIL of sysexits.h, which schedulers and scripts understand as "retry later".
@@ -133,6 +136,42 @@ def library_failures_as_errors(subject: str) -> Iterator[None]:
         if not is_panic(error):
             raise
         raise LibraryFailure(f"{subject} panicked: {error_sentence(error)}") from error
+
+
+TOLD_ERRORS = (OSError, ValueError, ImportError)
+"""Exceptions whose messages transformers writes for users; those of others need their type."""
+
+
+@contextmanager
+def one_sentence_errors(place: Path) -> Iterator[None]:
+    """Turn exceptions of transformers into one sentence, and suppress its warnings."""
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    # Verbosity and progress bars are global state of transformers: both are restored, since the
+    # caller may be a library user.
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            # Meant: the settings of `Quantization` replace those of the checkpoint's config.
+            warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+            yield
+    except UserError:
+        raise
+    except BaseException as error:
+        # The files are foreign: they make transformers raise anything, and tokenizers panic.
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        reason = next((line for line in str(error).splitlines() if line), "no message")
+        if not isinstance(error, TOLD_ERRORS):
+            reason = f"{type(error).__name__}: {reason}"
+        raise UserError(f"{place} cannot be loaded: {reason}") from error
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def exit_reason(error: SystemExit) -> str:

@@ -1,7 +1,8 @@
 """From command-line overrides to a validated config, with actionable errors.
 
 Hydra's own exceptions are precise but long; `hydra_errors_as_user_errors` turns each into one
-sentence with the nearest match.
+sentence with the nearest match. At the end are the configs that plug-ins add to Hydra's search
+path: their folders, and classes without a config file.
 """
 
 from __future__ import annotations
@@ -14,13 +15,17 @@ from contextlib import contextmanager
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
     MissingConfigException,
     OverrideParseException,
 )
+from hydra.plugins.config_source import ConfigResult, ConfigSource
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     InterpolationResolutionError,
@@ -28,9 +33,18 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
+from bench import plugins
 from bench.config.gate import check_overrides, refuse_packages_of_files
-from bench.config.overrides import ACCEPTED, GROUP, Overrides, correction, parse_error, text_of
-from bench.config.run_config import RunConfig, validate
+from bench.config.overrides import (
+    ACCEPTED,
+    GROUP,
+    SCHEME,
+    Overrides,
+    correction,
+    parse_error,
+    text_of,
+)
+from bench.config.run_config import RunConfig, method_class, validate
 from bench.errors import UserError, nearest, unknown_name
 from bench.records.files import refuse_unstorable
 from bench.records.record import check_ratio
@@ -309,3 +323,77 @@ def _node_keys(node: object, prefix: str) -> Iterator[str]:
             if not str(key).startswith("_"):
                 yield f"{prefix}{key}"
                 yield from _node_keys(value, f"{prefix}{key}.")
+
+
+_METHODS = "method"
+_PLUGIN_SCHEME = "slimbench-methods"
+
+
+def method_config(name: str, target: str) -> dict[str, object]:
+    """Return the config of a method that a plug-in declares by its class.
+
+    Every field is a knob with the class's default; `ratio` follows that of the run, as in the
+    shipped configs.
+    """
+    path = target.replace(":", ".")
+    kind = method_class(name, path)
+    knobs = kind.model_construct().model_dump(mode="json")
+    required = {key: "???" for key, field in kind.model_fields.items() if field.is_required()}
+    followed = {"ratio": "${ratio}"} if "ratio" in kind.model_fields else {}
+    return {"_target_": path, **required, **knobs, **followed}
+
+
+class PluginMethods(ConfigSource):  # type: ignore[misc]  # Hydra has no types
+    """Source of Hydra configs for methods that plug-ins declare without a file."""
+
+    @staticmethod
+    def scheme() -> str:
+        """Return the scheme under which the search path names this source."""
+        return _PLUGIN_SCHEME
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        """Return the config of `method/NAME`."""
+        name = _plugin_method(config_path)
+        assert name is not None  # Hydra asks `is_config` first
+        return ConfigResult(
+            provider=self.provider,
+            path=f"{_PLUGIN_SCHEME}://",
+            config=OmegaConf.create(method_config(name, plugins.active().methods[name])),
+            header={"package": f"{_METHODS}.{name}"},
+        )
+
+    def is_config(self, config_path: str) -> bool:
+        """Return whether this is `method/NAME` with the name of a plug-in's method."""
+        return _plugin_method(config_path) is not None
+
+    def is_group(self, config_path: str) -> bool:
+        """Return whether this is the group of methods, of which this source has any."""
+        return config_path.strip("/") == _METHODS and bool(plugins.active().methods)
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        """Return the names of the methods."""
+        listed = self.is_group(config_path) and results_filter != ObjectType.GROUP
+        return sorted(plugins.active().methods) if listed else []
+
+    def available(self) -> bool:
+        """Return True: there is nothing that could be missing."""
+        return True
+
+
+def _plugin_method(config_path: str) -> str | None:
+    group, _, name = config_path.strip("/").removesuffix(".yaml").partition("/")
+    return name if group == _METHODS and name in plugins.active().methods else None
+
+
+class SearchPath(SearchPathPlugin):  # type: ignore[misc]  # Hydra has no types
+    """Hydra's search path after the shipped configs: plug-ins, then names that stand for models.
+
+    The shipped files come first, so that no plug-in replaces one.
+    """
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Append one source per folder of a plug-in, then the two without files."""
+        for folder in plugins.active().configs:
+            search_path.append(provider="plug-in", path=f"file://{folder}")
+        search_path.append(provider="plug-in", path=f"{_PLUGIN_SCHEME}://")
+        search_path.append(provider="slimbench", path=f"{SCHEME}://")

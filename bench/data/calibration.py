@@ -8,6 +8,9 @@ The embedded text is real English prose that ships with every Python installatio
 reference. The pages of `pydoc_data.topics` are split into train and test by a hash of the page
 name, so a page stays in its split whatever a Python version adds, drops or rewords.
 
+The ids of a long text are remembered in the user's cache folder: tokenizing millions of letters
+takes seconds, and every run of a model calibrates on the same text.
+
 Shapes: B rows, L tokens per row.
 """
 
@@ -16,18 +19,19 @@ from __future__ import annotations
 import functools
 import gzip
 import hashlib
+import importlib.metadata
 import json
 import platform
 import random
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bench.data.digests import cache_folder, contents_hash, read_checked, write_checked
-from bench.data.tokenization import token_ids
 from bench.errors import MissingData, UserError
 from bench.schema import CalibrationConfig
 
@@ -39,6 +43,8 @@ if TYPE_CHECKING:
 
 WIKITEXT2 = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 C4_SHARD = "en/c4-train.00000-of-01024.json.gz"
+# Letters above which reading the ids back is faster than tokenizing once more.
+_LONG_TEXT = 100_000
 _WORLD_FOLDER = Path(__file__).parent / "synthetic" / "world"
 
 
@@ -288,3 +294,58 @@ def _join(*, test: bool) -> str:
     # A few topics are aliases of one page, and their names may hash to both splits: such a page is
     # a training page only, or the test text would contain training text.
     return "\n\n".join(dict.fromkeys(p for p in pages if not test or p not in train))
+
+
+def token_ids(text: str, tokenizer: Any) -> array[int]:
+    """Tokenize one text as the tokenizer is configured, or read its ids back.
+
+    The returned array takes 4 bytes a token, a list of Python integers about nine times that.
+    """
+    if len(text) < _LONG_TEXT:
+        return array("i", tokenizer(text, verbose=False)["input_ids"])
+    return _long_token_ids(text, tokenizer)
+
+
+# Two entries serve the two halves of `embedded` in all runs of a process.
+@functools.lru_cache(maxsize=2)
+def _long_token_ids(text: str, tokenizer: Any) -> array[int]:
+    key = _memory_key(text, tokenizer)
+    place = None if key is None else cache_folder("tokens") / key
+    known = None if place is None else _read_ids(place)
+    if known is not None:
+        return known
+    ids = array("i", tokenizer(text, verbose=False)["input_ids"])
+    if place is not None:
+        write_checked(place, ids.tobytes())
+    return ids
+
+
+def _memory_key(text: str, tokenizer: Any) -> str | None:
+    """Hash all that decides the ids of a text; None for a tokenizer that runs Python of its own."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not type(tokenizer).__module__.startswith("transformers."):
+        return None
+    kind = f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}"
+    versions = [importlib.metadata.version(name) for name in ("tokenizers", "transformers")]
+    # The serialized form holds vocabulary, merges, normalisation and what is put around a text.
+    # Its arguments count as well, but not where its files lie.
+    settings = sorted(
+        (name, repr(value))
+        for name, value in tokenizer.init_kwargs.items()
+        if name != "name_or_path" and not name.endswith("_file")
+    )
+    parts = (text, backend.to_str(), kind, repr(settings), *versions)
+    total = hashlib.sha256()
+    for part in parts:
+        content = part.encode("utf-8", "surrogatepass")
+        total.update(f"{len(content)}\n".encode() + content)
+    return total.hexdigest()
+
+
+def _read_ids(place: Path) -> array[int] | None:
+    """Return remembered ids, or None if there are none or they are not what was written."""
+    body, ids = read_checked(place), array("i")
+    if body is None or len(body) % ids.itemsize:
+        return None
+    ids.frombytes(body)
+    return ids

@@ -1,4 +1,4 @@
-"""Choice of a device and dtype, seeds, threads, synchronisation, description, and device clocks.
+"""Choice of a device and dtype, seeds, threads, memory in use, description, and device clocks.
 
 Nothing else in the package asks whether there is a GPU. README lists which CUDA code paths have run
 on one.
@@ -6,6 +6,7 @@ on one.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import platform
@@ -17,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import pairwise, takewhile
+from itertools import chain, pairwise, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -29,6 +30,7 @@ from bench.errors import UserError, unknown_name
 # must not load torch for that.
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 DTYPES = ("float32", "bfloat16", "float16")
 NVIDIA_SMI_SECONDS = 30
@@ -166,6 +168,18 @@ def release_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def trim_heap(device: torch.device) -> None:
+    """Give freed memory back to the system, so that a reading shows what is in use."""
+    # glibc keeps freed memory resident, and a peak that fits into it would not show in the resident
+    # set: trim the heap, so that using it again is seen. On a GPU there is no need, because the
+    # allocator counts what tensors use and not what it caches.
+    gc.collect()
+    if device.type != "cuda" and sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:  # musl has none
+            trim(0)
+
+
 def free_bytes(device: torch.device) -> int:
     """Return the number of free bytes on the device.
 
@@ -186,6 +200,46 @@ def total_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return int(psutil.virtual_memory().total)
+
+
+TOLERATED_GROWTH = 256 * 2**20
+"""Bytes that may remain: imported modules, allocator reserves, caches of libraries."""
+
+
+class LeakMonitor:
+    """Compares the memory in use, less the network's own, with that at construction."""
+
+    def __init__(self, network: nn.Module, device: torch.device) -> None:
+        self._device = device
+        # What is freed later, and was garbage already, would be subtracted from what is kept.
+        trim_heap(device)
+        self._before = self._used() - _bytes_of(network)
+
+    def leaked_bytes(self, network: nn.Module) -> int:
+        """Return how many more bytes are in use now, or 0 if the growth is tolerable."""
+        # Collecting garbage is slow, so it is done only if there seems to be a leak.
+        if self._growth(network) > TOLERATED_GROWTH:
+            trim_heap(self._device)
+        growth = self._growth(network)
+        return growth if growth > TOLERATED_GROWTH else 0
+
+    def _growth(self, network: nn.Module) -> int:
+        return self._used() - _bytes_of(network) - self._before
+
+    def _used(self) -> int:
+        """Return the allocated bytes of a GPU, or the private resident bytes of the process."""
+        import torch
+
+        if self._device.type == "cuda":
+            return int(torch.cuda.memory_allocated(self._device))
+        # Shared pages are mapped files, such as weights read by mmap: the kernel can drop them.
+        memory = psutil.Process().memory_info()
+        return int(memory.rss - getattr(memory, "shared", 0))
+
+
+def _bytes_of(network: nn.Module) -> int:
+    tensors = chain(network.parameters(), network.buffers())
+    return sum(each.numel() * each.element_size() for each in tensors if not each.is_meta)
 
 
 def describe_device() -> DeviceFacts:

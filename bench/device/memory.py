@@ -9,9 +9,6 @@ shorter than the sampling interval.
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import sys
 import threading
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +16,8 @@ from typing import Protocol, Self
 
 import psutil
 import torch
+
+from bench.device.devices import trim_heap
 
 SAMPLE_SECONDS = 0.002
 PROC_STATUS, PROC_CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -95,18 +94,6 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(
         part in str(error) for part in OUT_OF_MEMORY_MESSAGES
     )
-
-
-def trim_heap(device: torch.device) -> None:
-    """Give freed memory back to the system, so that a reading shows what is in use."""
-    # glibc keeps freed memory resident, and a peak that fits into it would not show in the resident
-    # set: trim the heap, so that using it again is seen. On a GPU there is no need, because the
-    # allocator counts what tensors use and not what it caches.
-    gc.collect()
-    if device.type != "cuda" and sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:  # musl has none
-            trim(0)
 
 
 def _memory_gauge(device: torch.device) -> MemoryGauge:

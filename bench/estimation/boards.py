@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import ValidationError
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 from bench.data.digests import cache_folder
@@ -99,7 +98,7 @@ def _busy() -> bool:
 def _remembered(file: Path) -> HardwareConfig | None:
     try:
         return HardwareConfig.model_validate_json(file.read_text())
-    except (OSError, ValidationError):
+    except (OSError, ValueError):  # pydantic's error is a ValueError, as is that of no UTF-8
         return None
 
 

@@ -7,16 +7,14 @@ weights were only zeroed or masked gets its times like any other, but no speed-u
 from __future__ import annotations
 
 import statistics
-from itertools import chain
 from typing import TYPE_CHECKING
 
-import psutil
 import torch
 from torch import nn
 
 from bench.data.chat import ModelInputs
 from bench.device.devices import release_memory
-from bench.device.memory import PeakMemory, is_out_of_memory, trim_heap
+from bench.device.memory import PeakMemory, is_out_of_memory
 from bench.errors import UserError
 from bench.measurement import energy, image_prompt, speedup
 from bench.measurement.flops.cost_rows import count_call, flops_costs, prompt_flops_costs
@@ -356,41 +354,3 @@ def _peak_cost(network: nn.Module, scope: str, peak: PeakMemory) -> Cost:
         parts=parts,
         note=peak.how,
     )
-
-
-TOLERATED_GROWTH = 256 * 2**20
-"""Bytes that may remain: imported modules, allocator reserves, caches of libraries."""
-
-
-class LeakMonitor:
-    """Compares the memory in use, less the network's own, with that at construction."""
-
-    def __init__(self, network: nn.Module, device: torch.device) -> None:
-        self._device = device
-        # What is freed later, and was garbage already, would be subtracted from what is kept.
-        trim_heap(device)
-        self._before = self._used() - _network_bytes(network)
-
-    def leaked_bytes(self, network: nn.Module) -> int:
-        """Return how many more bytes are in use now, or 0 if the growth is tolerable."""
-        # Collecting garbage is slow, so it is done only if there seems to be a leak.
-        if self._growth(network) > TOLERATED_GROWTH:
-            trim_heap(self._device)
-        growth = self._growth(network)
-        return growth if growth > TOLERATED_GROWTH else 0
-
-    def _growth(self, network: nn.Module) -> int:
-        return self._used() - _network_bytes(network) - self._before
-
-    def _used(self) -> int:
-        """Return the allocated bytes of a GPU, or the private resident bytes of the process."""
-        if self._device.type == "cuda":
-            return int(torch.cuda.memory_allocated(self._device))
-        # Shared pages are mapped files, such as weights read by mmap: the kernel can drop them.
-        memory = psutil.Process().memory_info()
-        return int(memory.rss - getattr(memory, "shared", 0))
-
-
-def _network_bytes(network: nn.Module) -> int:
-    tensors = chain(network.parameters(), network.buffers())
-    return tensor_bytes(tensor for tensor in tensors if not tensor.is_meta)

@@ -7,13 +7,9 @@ checkpoint is loaded for scoring; its bytes are those of its files.
 
 from __future__ import annotations
 
-import logging
 import re
 import shutil
 import tempfile
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -21,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from bench.data.digests import cache_folder, digest
-from bench.errors import MissingData, UserError, is_panic, optional_module
+from bench.errors import MissingData, UserError, one_sentence_errors, optional_module
 from bench.models.weight_files import ADAPTER_CONFIG, read_json_object
 from bench.ui import Progress
 
@@ -30,42 +26,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from bench.models.network import TransformersNetwork
-
-TOLD_ERRORS = (OSError, ValueError, ImportError)
-"""Exceptions whose messages transformers writes for users; those of others need their type."""
-
-
-@contextmanager
-def one_sentence_errors(place: Path) -> Iterator[None]:
-    """Turn exceptions of transformers into one sentence, and suppress its warnings."""
-    from transformers.utils import logging as transformers_logging
-
-    level = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    # Verbosity and progress bars are global state of transformers: both are restored, since the
-    # caller may be a library user.
-    transformers_logging.set_verbosity(logging.ERROR)
-    transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            # Meant: the settings of `Quantization` replace those of the checkpoint's config.
-            warnings.filterwarnings("ignore", message="You passed `quantization_config`")
-            yield
-    except UserError:
-        raise
-    except BaseException as error:
-        # The files are foreign: they make transformers raise anything, and tokenizers panic.
-        if not isinstance(error, Exception) and not is_panic(error):
-            raise
-        reason = next((line for line in str(error).splitlines() if line), "no message")
-        if not isinstance(error, TOLD_ERRORS):
-            reason = f"{type(error).__name__}: {reason}"
-        raise UserError(f"{place} cannot be loaded: {reason}") from error
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
 
 GGUF_SUFFIX = ".gguf"
 _GGUF_MAGIC = b"GGUF"
@@ -377,18 +337,14 @@ class Quantization:
         return {"quantization_config": CompressedTensorsConfig(dequantize=True)}
 
 
-def find_quantization(folder: Path, files: tuple[Path, ...]) -> Quantization | None:
-    """Return how the checkpoint in a folder is quantized; None if it is dense.
+def read_quantization(folder: Path, stored: object, files: tuple[Path, ...]) -> Quantization:
+    """Return how the checkpoint in a folder is quantized by what its config.json has `stored`.
 
     Raises:
-        UserError: it is quantized by a method that is not supported or needs another package, or
-            its config.json is corrupt.
+        UserError: it is quantized by a method that is not supported or needs another package.
     """
-    config = read_json_object(folder / "config.json")
-    stored = config.get("quantization_config") or config.get("compression_config")
-    if not stored:
-        return None
-    method = stored.get("quant_method") if isinstance(stored, dict) else None
+    stored = stored if isinstance(stored, dict) else {}
+    method = stored.get("quant_method")
     if method not in _QUANTIZERS:
         raise UserError(
             f"{folder} is quantized by {method}, which is not supported: "

@@ -287,6 +287,7 @@ def _hook_dense(block: MoEBlock, observer: ExpertObserver, chunk: int, stack: Ex
     stack.callback(feed_forward.down.register_forward_pre_hook(hidden).remove)
 
 
+@torch.no_grad()
 def _require_decomposition(
     name: str, module: nn.Module, view: ExpertView, x_SD: Tensor, hidden_SF: Tensor
 ) -> None:

@@ -13,10 +13,9 @@ import torch
 
 from bench.data.chat import Processor, Tokenizer, render_chat
 from bench.device import devices
-from bench.errors import UserError, error_sentence
+from bench.errors import UserError, error_sentence, one_sentence_errors
 from bench.models import checkpoints, text_files_probe
 from bench.models.bitpacking import packed_checkpoints
-from bench.models.checkpoints import one_sentence_errors
 from bench.models.classifiers import architectures, serialization
 from bench.models.classifiers.classifier import Classifier, VisionConfig
 from bench.models.model import Model, max_sequence_length
@@ -56,7 +55,8 @@ def skeleton(source: ModelSource) -> nn.Module:
     if source.config.kind == "image_classifier":
         return classifier_skeleton(source)
     _refuse_classifier(source)
-    description = replaced_modules.read_description(source.folder)
+    described = source.is_described
+    description = replaced_modules.read_description(source.folder) if described else None
     # The constructor runs under the meta device, so even a 100 GB model is inspected in seconds;
     # replaced modules are rebuilt inside the block for the same reason.
     with one_sentence_errors(source.given), torch.device("meta"):
@@ -287,11 +287,11 @@ def _network_class(source: ModelSource) -> _NetworkClass:
     """Return the class whose `from_pretrained` builds the network of a folder."""
     from bench.models import replaced_modules
 
-    description = replaced_modules.read_description(source.folder)
-    if description is None:
+    if not source.is_described:
         # An Auto class looks into the folder, and weights in memory come without one.
         packed = source.quantization is not None and source.quantization.packing is not None
         return cast("_NetworkClass", type(skeleton(source))) if packed else _auto_class(source)
+    description = replaced_modules.read_description(source.folder)
     with torch.device("meta"):
         # `from_pretrained` constructs the network itself, so replaced modules cannot be installed
         # between construction and loading. The class it is given installs them in its constructor.

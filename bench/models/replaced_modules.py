@@ -23,9 +23,7 @@ from torch import nn
 from bench import plugins
 from bench.errors import UserError, error_sentence
 from bench.models.bitpacking import packed_modules
-from bench.models.weight_files import read_json_object
-
-DESCRIPTION_FILE = "slimbench.json"
+from bench.models.weight_files import DESCRIPTION_FILE, read_json_object
 
 # Increase it when an older program would read a folder incorrectly.
 DESCRIPTION_FORMAT = 1
@@ -132,15 +130,13 @@ def write_description(description: Description, folder: Path) -> None:
     )
 
 
-def read_description(folder: Path) -> Description | None:
-    """Read the description in a model folder; None for an ordinary folder.
+def read_description(folder: Path) -> Description:
+    """Read the description in a model folder that has one.
 
     Raises:
         UserError: it cannot be read, or was written by a different version of the format.
     """
     file = folder / DESCRIPTION_FILE
-    if not file.is_file():
-        return None
     description = read_json_object(file)
     version = description.get("format")
     if version is None:

@@ -18,8 +18,10 @@ from bench.errors import MissingData, UserError, unknown_name
 from bench.models import checkpoints, embedded
 from bench.models.weight_files import (
     ADAPTER_CONFIG,
+    DESCRIPTION_FILE,
     check_header,
     find_weight_files,
+    read_json_object,
     refuse_outside_links,
 )
 from bench.schema import ModelConfig
@@ -39,7 +41,7 @@ DOWNLOAD_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoke
 # What transformers reads beside the weights: `from_pretrained` of config, tokenizer and processor.
 # Recipes, licences and model cards are in the same folders and change no number.
 _READ_FILES = (
-    "config.json", "config.*.json", "generation_config.json", "slimbench.json",
+    "config.json", "config.*.json", "generation_config.json", DESCRIPTION_FILE,
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "normalizer.json",
     "*vocab*", "merges.txt", "dict.txt", "emoji.json", "byte_maps.json", "word_*.json",
     "tekken.json", "*.model", "*.tiktoken", "*.spm", "*.codes", "*.tokenizer", "*tokenizer/*",
@@ -84,6 +86,11 @@ class ModelSource:
         return self.config.path is None and self.config.source.startswith(EMBEDDED_PREFIX)
 
     @property
+    def is_described(self) -> bool:
+        """Whether the folder describes modules that replace published ones."""
+        return (self.folder / DESCRIPTION_FILE).is_file()
+
+    @property
     def given(self) -> Path:
         """The file or folder that messages name."""
         return self.file or self.folder
@@ -113,8 +120,9 @@ def resolve_model(config: ModelConfig, *, offline: bool) -> ModelSource:
     weights = find_weight_files(folder)
     if config.trust_remote_code:
         _refuse_code_from_elsewhere(folder)
-    quantization = checkpoints.find_quantization(folder, weights)
-    if quantization is not None:
+    quantization, stored = None, _stored_quantization(folder)
+    if stored:
+        quantization = checkpoints.read_quantization(folder, stored, weights)
         refuse_adapter(config, f"quantized by {quantization.method}")
         if quantization.packing is not None and config.device_map is not None:
             raise UserError(
@@ -130,6 +138,12 @@ def resolve_model(config: ModelConfig, *, offline: bool) -> ModelSource:
         quantization=quantization,
     )
     return _with_adapter(source, weights, offline=offline)
+
+
+def _stored_quantization(folder: Path) -> object:
+    """Return what a folder's config says of quantization, nothing for a dense checkpoint."""
+    config = read_json_object(folder / "config.json")
+    return config.get("quantization_config") or config.get("compression_config")
 
 
 class DescribedModel(NamedTuple):

@@ -16,6 +16,7 @@ from typing import Any, TypeGuard
 from bench.errors import UserError
 
 ADAPTER_CONFIG = "adapter_config.json"
+DESCRIPTION_FILE = "slimbench.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 OWN_VARIANT = "slimbench"

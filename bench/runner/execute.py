@@ -166,7 +166,8 @@ def execute(config: RunConfig, request: RunRequest, session: Session) -> RunResu
             return RunResult(known, reused=True, warning=warning)
         if processes.is_first:
             _move_unreadable_aside(store, inputs.id, progress)
-            live = progress.watcher = _followed(config, request, inputs, store)
+            if config.tracker.kind != "none":
+                live = progress.watcher = _followed(config, request, inputs, store)
         try:
             record = _execute_run(config, request, inputs, session, store, progress)
         except BaseException:
@@ -230,7 +231,8 @@ def _execute_run(
     # its costs are those of the dense run.
     dense = describe_dense_model(model)
     context = inputs.calibration_inputs.prepare(config, model, progress, checkpoints)
-    methods = apply_methods(config, model, context, session)
+    unchanged = session.base_model.peek(inputs.source)
+    methods = apply_methods(config, model, context, session, unchanged)
 
     # The journal is keyed by the weights after the methods: responses of a killed run are reused
     # only if applying the methods again gave exactly the same network.

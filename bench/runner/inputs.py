@@ -138,7 +138,9 @@ def resolve_run(config: RunConfig, session: Session) -> RunInputs:
         refuse_long_prompts(config.costs.timing, config.model, skeleton)
     structure = inspect_model(skeleton)
     # Before the methods' own checks, which see the network as it was before it was quantized.
-    forms = weight_forms(skeleton) | ({"prequantized"} if source.quantization else set())
+    forms = {"prequantized"} if source.quantization else set()
+    if source.is_described or source.quantization:
+        forms |= weight_forms(skeleton)
     refuse_impossible_order(config, forms)
     for name, method in config.method.items():
         method.check(structure)

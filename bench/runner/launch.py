@@ -37,7 +37,7 @@ from bench.sweeps import (
     unfinished_jobs,
 )
 from bench.sweeps.job import STUDY_FILE, objective_value
-from bench.sweeps.plan import SweepFingerprint, find_sweep, read_plan
+from bench.sweeps.plan import SWEEPS, SweepFingerprint, find_sweep, read_plan
 from bench.ui import note, says_notes
 
 if TYPE_CHECKING:
@@ -100,8 +100,9 @@ def launch(
         results_dir = Path(str(overrides.value("results_dir") or "results"))
         # The state of a sweep covers plug-ins, which are found from here on.
         plugins.active()
-        known = existing_sweep(results_dir, overrides.arguments)
-        if known is not None and not overrides.is_true("force"):
+        has_sweeps = (results_dir / SWEEPS).is_dir() and not overrides.is_true("force")
+        known = existing_sweep(results_dir, overrides.arguments) if has_sweeps else None
+        if known is not None:
             return _resume_plan(known, session, overrides.texts, budget, reused=True)
         return _launch_new(overrides, session, budget)
 

@@ -27,16 +27,23 @@ if TYPE_CHECKING:
 
 
 def apply_methods(
-    config: RunConfig, model: Model, context: Context, session: Session
+    config: RunConfig,
+    model: Model,
+    context: Context,
+    session: Session,
+    unchanged: Model | None = None,
 ) -> list[AppliedMethod]:
     """Apply a run's methods to its model in order and return their checked reports.
+
+    `unchanged` is the model as it was, if that is kept; it is counted when the first method is
+    through, and the model itself before it changes where none is kept.
 
     Raises:
         UserError: a method left NaN or infinite weights, or reports an unknown effect.
     """
-    from bench.device.devices import synchronize
+    from bench.device.devices import LeakMonitor, synchronize
     from bench.device.memory import PeakMemory
-    from bench.measurement.costs import LeakMonitor, count_size_and_work
+    from bench.measurement.costs import count_size_and_work
     from bench.models.hashing import refuse_not_finite
     from bench.records import AppliedMethod
 
@@ -45,9 +52,10 @@ def apply_methods(
     # The unchanged model is counted once for all runs of a session.
     described = repr(getattr(model.network, "config", None))
     key = (model.fingerprint, described, model.config, config.costs)
-    if key not in session.dense_counts:
-        session.dense_counts[key] = count_size_and_work(model, config.costs)
-    applied, before = [], session.dense_counts[key]
+    counts, before = session.dense_counts, session.dense_counts.get(key)
+    if before is None and unchanged is None:
+        before = counts[key] = count_size_and_work(model, config.costs)
+    applied: list[AppliedMethod] = []
     watched = "memory" in config.costs.measure
     for name, method in config.method.items():
         # Two methods must not find each other's checkpoints.
@@ -74,6 +82,9 @@ def apply_methods(
                 "a long sweep will run out of memory"
             )
         knobs = method.model_dump(mode="json")
+        if before is None:
+            assert unchanged is not None
+            before = counts[key] = count_size_and_work(unchanged, config.costs)
         after = count_size_and_work(model, config.costs)
         check = check_effect(report.effect, before, after)
         if (doubt := check.refutation or _idle_reason(check, report, knobs)) is not None:

@@ -22,9 +22,10 @@ _unanswered_runs: list[str] = []
 def follow(run: str, shown: LiveRun, store: Store, config: TrackerConfig) -> Upload | None:
     """Open the W&B run of a run that begins; None if it is sent at its end only.
 
-    What is returned is told of phases and results, and is given to `track`, or abandoned.
+    `config` is that of W&B. What is returned is told of phases and results, and is given to
+    `track`, or abandoned.
     """
-    if config.kind == "none" or config.live is False or _unanswered_runs:
+    if config.live is False or _unanswered_runs:
         return None
     try:
         # Nobody can watch what is written offline.

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.structure import trace
 from tests.structure.__main__ import ROOT, figures
 from tests.structure.source_tree import SourceTree
 
@@ -66,3 +67,8 @@ def test_this_tree_is_within_its_limits():
     assert all(figure.ok for figure in found), "\n".join(
         line for figure in found for line in figure.lines() if not figure.ok
     )
+
+
+@pytest.mark.broad
+def test_the_way_to_the_first_changed_weight_is_short():
+    assert trace.main() == 0

@@ -8,6 +8,7 @@ functions is called before micro-experts are removed; what runs while a module i
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -82,6 +83,8 @@ def main() -> int:
             text=True,
             cwd=ROOT,
             check=False,
+            # A new machine's: nothing is remembered, and its rates are not known.
+            env=os.environ | {"XDG_CACHE_HOME": folder},
         )
     files = [line[5:] for line in done.stdout.splitlines() if line.startswith("FILE ")]
     if done.returncode:

@@ -104,8 +104,10 @@ class TextHarness:
         benchmark, leaves = self.benchmark, self.leaves
         longest = max_sequence_length(model, network)
         generating = [task for task in leaves if task.OUTPUT_TYPE == "generate_until"]
-        check_chat(benchmark, tokenizer, model.name)
-        check_generation(benchmark, [task.task_name for task in generating])
+        if benchmark.chat_template is not False:
+            check_chat(benchmark, tokenizer, model.name)
+        if benchmark.gen_kwargs or benchmark.think_end_token:
+            check_generation(benchmark, [task.task_name for task in generating])
         thinks = benchmark.chat_template_args.get("enable_thinking")
         chosen = [task.task_name for task in leaves if task not in generating]
         if thinks and chosen:

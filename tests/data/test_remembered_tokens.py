@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from bench.data import tokenization
-from bench.data.tokenization import token_ids
+from bench.data import calibration
+from bench.data.calibration import token_ids
 
 WORDS = {"[BOS]": 0, "[UNK]": 1, "one": 2, "two": 3, "three": 4}
 TEXT = "one two three two " * 20
@@ -25,14 +25,14 @@ def make_tokenizer(words=WORDS, *, bos=False):
 def memory(monkeypatch, tmp_path):
     """Remember every text in a folder of its own, and nothing in the process."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(tokenization, "_LONG_TEXT", 10)
-    tokenization._long_token_ids.cache_clear()
+    monkeypatch.setattr(calibration, "_LONG_TEXT", 10)
+    calibration._long_token_ids.cache_clear()
     yield tmp_path / "slimbench" / "tokens"
-    tokenization._long_token_ids.cache_clear()
+    calibration._long_token_ids.cache_clear()
 
 
 def ask(text, tokenizer):
-    tokenization._long_token_ids.cache_clear()
+    calibration._long_token_ids.cache_clear()
     return token_ids(text, tokenizer).tolist()
 
 
