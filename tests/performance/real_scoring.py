@@ -15,11 +15,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench.evaluation.text.task_index import FILES
 from bench.models.source import resolve_model
 from bench.schema import ModelConfig
 from tests.performance.figure import Figure
 from tests.performance.interleaved import ratio, times
+from tests.performance.start_up import write_definition
 from tests.real import checkpoint
 
 DOCUMENTS, ROUNDS, BATCH_SIZES = 40, 2, (1, 4, 16, 64)
@@ -46,7 +46,9 @@ def figures(*words: str) -> list[Figure]:
     model = resolve_model(config, offline=True).folder
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _define(folder, Path(data).absolute())
+        for task, (file, split) in DEFINITIONS.items():
+            local = Path(data).absolute() / f"{task}.parquet"
+            write_definition(folder, file, f"timed_{task}", split, local)
 
         def theirs(batch: int, limit: int) -> None:
             _run(_lm_eval(folder, model, batch, limit))
@@ -66,20 +68,6 @@ def figures(*words: str) -> list[Figure]:
         f"{ROUNDS}, ratio of the medians {middle:.2f}"
     )
     return [Figure("six real tasks, bench / lm_eval", value, "<= 0.35", value <= 0.35, how)]
-
-
-def _define(folder: Path, data: Path) -> None:
-    """Write lm-eval's own definition of each task, read from a local file."""
-    for task, (file, split) in DEFINITIONS.items():
-        splits = "".join(
-            f"{kind}_split: {split if kind == split else 'null'}\n"
-            for kind in ("training", "validation", "test", "fewshot")
-        )
-        (folder / f"{task}.yaml").write_text(
-            f"include: {FILES.harness_folder}/{file}\ntask: timed_{task}\n"
-            "dataset_path: parquet\ndataset_name: null\n"
-            f"dataset_kwargs: {{data_files: {{{split}: {data}/{task}.parquet}}}}\n{splits}"
-        )
 
 
 def _lm_eval(folder: Path, model: Path, batch: int, limit: int) -> list[str]:

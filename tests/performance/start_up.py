@@ -55,24 +55,33 @@ def _first_forward() -> Figure:
 def _commands(folder: Path) -> tuple[list[str], list[str]]:
     """Write the embedded ARC documents as a file that both can read; return both commands."""
     from bench.evaluation.text import task_data
-    from bench.evaluation.text.task_index import FILES
     from bench.models.embedded.micro_moe import FOLDER
 
     file = folder / "arc.parquet"
     task_data.embedded_splits(world="arc_easy", only="test")["test"].select(range(8)).to_parquet(
         file
     )
-    (folder / "timed.yaml").write_text(
-        f"include: {FILES.harness_folder}/arc/arc_easy.yaml\ntask: timed\n"
-        "dataset_path: parquet\ndataset_name: null\n"
-        f"dataset_kwargs: {{data_files: {{test: {file}}}}}\n"
-        "training_split: null\nvalidation_split: null\nfewshot_split: null\ntest_split: test\n"
-    )
+    write_definition(folder, "arc/arc_easy.yaml", "timed", "test", file)
     ours = ["bench.cli", "run", "model=micro_moe", "benchmark=nine_tasks", "tracker=none"]
     ours += ["benchmark.tasks=[arc_easy]", f"benchmark.data.arc_easy={file}", "offline=true"]
     ours += [f"results_dir={folder}/results", "model.device=cpu"]
     theirs = ["lm_eval", "--model", "hf", "--model_args", f"pretrained={FOLDER}", "--device", "cpu"]
     return ours, [*theirs, "--tasks", "timed", "--include_path", str(folder)]
+
+
+def write_definition(folder: Path, file: str, task: str, split: str, data: Path) -> None:
+    """Write lm-eval's own definition of a task, named `task` and read from a local file's split."""
+    from bench.evaluation.text.task_index import FILES
+
+    splits = "".join(
+        f"{kind}_split: {split if kind == split else 'null'}\n"
+        for kind in ("training", "validation", "test", "fewshot")
+    )
+    (folder / f"{task}.yaml").write_text(
+        f"include: {FILES.harness_folder}/{file}\ntask: {task}\n"
+        "dataset_path: parquet\ndataset_name: null\n"
+        f"dataset_kwargs: {{data_files: {{{split}: {data}}}}}\n{splits}"
+    )
 
 
 def _until_forward(command: Sequence[str]) -> None:
