@@ -15,11 +15,12 @@ itself is known; this ranking is ours.
 
 from __future__ import annotations
 
+import random
 from abc import abstractmethod
 from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -86,10 +87,11 @@ class MixedBitQuantization(MoEQuantization):
 
     def planners(self, model: Model, context: Context) -> Callable[[MoEBlock], Planner]:
         """Return the factory of planners, with α resolved for this model."""
-        return partial(self.planner, alpha=resolve_alpha(self.alpha, model.structure.model_type))
+        alpha = resolve_alpha(self.alpha, model.structure.model_type)
+        return partial(self.planner, alpha=alpha, seed=context.seed)
 
     @abstractmethod
-    def planner(self, block: MoEBlock, alpha: float) -> Planner:
+    def planner(self, block: MoEBlock, alpha: float, seed: int) -> Planner:
         """Return the observer of one block that then plans the bits of its experts."""
 
     @property
@@ -112,10 +114,14 @@ class CameraQ(MixedBitQuantization):
     `scope` ranks the routed micro-experts of a whole `layer`, as CAMERA-P does, or gives every
     `expert` the same shares. `block` is the number of micro-experts of an expert that change their
     bits together: by default one group, or an eighth of an expert narrower than four groups.
+
+    `ranking=random` is the control: the same widths dealt to micro-experts at random. What is
+    gained over it is due to the energy, and what both lose against GPTQ to the mixture of widths.
     """
 
     scope: BitScope = "layer"
     block: int | None = Field(default=None, ge=1)
+    ranking: Literal["energy", "random"] = "energy"
 
     def check(self, structure: ModelStructure) -> None:
         """Also refuse a mean that these bits cannot produce in some layer."""
@@ -124,23 +130,27 @@ class CameraQ(MixedBitQuantization):
             # Raises if no division exists: better now than after calibration.
             self.levels(sum(block.widths))
 
-    def planner(self, block: MoEBlock, alpha: float) -> Planner:
+    def planner(self, block: MoEBlock, alpha: float, seed: int) -> Planner:
         """Return the observer that measures the energies of a block and allocates bits by them."""
-        return EnergyPlanner(self, block, alpha)
+        return EnergyPlanner(self, block, alpha, seed)
 
 
 class EnergyPlanner(BlockEnergies):
     """Measures the energies of one block and plans the bits of its experts."""
 
-    def __init__(self, method: CameraQ, block: MoEBlock, alpha: float) -> None:
+    def __init__(self, method: CameraQ, block: MoEBlock, alpha: float, seed: int) -> None:
         super().__init__(block)
-        self._method, self._alpha = method, alpha
+        self._method, self._alpha, self._seed = method, alpha, seed
         self._block_size = method.block or block_size(block.widths, method.group)
 
     def plans(self) -> list[ExpertPlan]:
         """Return a plan for every routed expert: falling energy, falling bits."""
         method, block = self._method, self.block
         energy_N = self.energies(self._alpha, normalised=method.normalised)
+        if method.ranking == "random":
+            # Seeded per block by name, so that a draw does not depend on the other blocks.
+            rng = random.Random(f"{self._seed}:{block.name}")
+            energy_N = torch.tensor([rng.random() for _ in range(block.micro_experts)])
         # Shared experts are measured but have a bit width of their own (`shared_bits`).
         energies = [energy_N[place] for expert, place in expert_spans(block) if expert != SHARED]
         ranked = rank_blocks(energies, self._block_size, method.scope)
@@ -166,7 +176,7 @@ class CameraQDagger(MixedBitQuantization):
         for size in {n for block in blocks for n in (block.d_model, *block.widths)}:
             self.levels(size)
 
-    def planner(self, block: MoEBlock, alpha: float) -> Planner:
+    def planner(self, block: MoEBlock, alpha: float, seed: int) -> Planner:
         """Return the observer that measures the columns of a block's matrices."""
         return ColumnPlanner(self, block, alpha)
 

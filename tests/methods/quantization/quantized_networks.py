@@ -21,6 +21,7 @@ METHODS = {
     "gptq": Gptq(bits=4, **SMALL),
     "mc": Mc(**SMALL),
     "camera_q": CameraQ(shares=(1, 2, 1), block=2, **SMALL),
+    "camera_q_random": CameraQ(shares=(1, 2, 1), block=2, ranking="random", **SMALL),
     "camera_q_expert": CameraQ(bits=(8, 4, 3), shares=None, mean_bits=5, scope="expert", **SMALL),
     "camera_q_dagger": CameraQDagger(bits=(3, 1), shares=(1, 1), **SMALL),
     "camera_pq": CameraPQ(budget_bits=6, block=4, **SMALL),

@@ -176,6 +176,19 @@ def test_gptq_errs_less_than_rounding_and_energy_groups_less_than_equal_bits():
     assert mixed < gptq
 
 
+def test_the_random_control_has_the_same_bits_and_is_drawn_by_seed_and_block():
+    method = METHODS["camera_q_random"]
+    drawn, bits = [], []
+    for seed in (0, 0, 1):
+        network = build("mixtral")
+        given = Context(seed=seed, calibration=context().calibration)
+        bits.append(method.apply(model_of(network), given).details["bits"]["experts"])
+        drawn.append([linear.weight.tolist() for _, linear in packed_linears(network)])
+    assert drawn[0] == drawn[1] != drawn[2]
+    bits.append(applied(METHODS["camera_q"], build("mixtral")).details["bits"]["experts"])
+    assert len({each["weight_bits"] for each in bits}) == 1
+
+
 def test_rare_experts_are_rounded_to_nearest_and_counted():
     network = build("mixtral")
     report = applied(Gptq(bits=4, group=8, min_tokens=10**6), network)
