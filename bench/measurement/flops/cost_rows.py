@@ -11,8 +11,7 @@ Shapes: B sequences or images, L tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -25,7 +24,7 @@ from bench.measurement.flops import analytic, analytic_vlm
 from bench.measurement.flops.analytic import ATTENTION_NAMES, FEED_FORWARD_NAMES
 from bench.measurement.flops.analytic_vlm import visual_layers
 from bench.measurement.flops.conventions import CONVENTION_UNITS, CONVENTIONS, ConventionInputs
-from bench.measurement.flops.counter import CountedFlops, count_flops, meta_forward
+from bench.measurement.flops.counter import CountedFlops, count_flops, on_meta_device
 from bench.measurement.quantities import Measurements
 from bench.models.classifiers.classifier import Classifier
 from bench.models.macs import (
@@ -60,30 +59,33 @@ def count_text_flops(
     Raises:
         UserError: the network needs what the meta device lacks; see `meta_forward`.
     """
-    with _text_call(network, batch, length) as (call, ids_BL, copies):
+    copies = _copies_for_even_routing(network)
+
+    def count(call: Callable[..., Any]) -> tuple[CountedFlops, CountedFlops]:
         with count_flops() as text:
-            cache = call(input_ids=ids_BL[:, :length], use_cache=True).past_key_values
+            prompt = call(input_ids=_meta_ids(copies * batch, length), use_cache=True)
         with count_flops() as token:
-            call(input_ids=ids_BL[:, length:], past_key_values=cache, use_cache=True)
-    return text.per_copy(copies), token.per_copy(copies)
+            past = prompt.past_key_values
+            call(input_ids=_meta_ids(copies * batch, 1), past_key_values=past, use_cache=True)
+        return text.per_copy(copies), token.per_copy(copies)
+
+    return on_meta_device(network, count)
 
 
 def count_forward_flops(network: nn.Module, batch: int, length: int) -> CountedFlops:
     """Count the first of the two calls of `count_text_flops`, in half the time."""
-    with _text_call(network, batch, length) as (call, ids_BL, copies), count_flops() as text:
-        call(input_ids=ids_BL[:, :length], use_cache=True)
-    return text.per_copy(copies)
-
-
-@contextmanager
-def _text_call(
-    network: nn.Module, batch: int, length: int
-) -> Iterator[tuple[Callable[..., Any], Tensor, int]]:
-    """Yield a forward on the meta device, token ids [copies · B, L + 1] for it, and `copies`."""
     copies = _copies_for_even_routing(network)
-    with meta_forward(network) as call:
-        ids_BL = torch.zeros(copies * batch, length + 1, dtype=torch.long, device="meta")
-        yield call, ids_BL, copies
+
+    def count(call: Callable[..., Any]) -> CountedFlops:
+        with count_flops() as text:
+            call(input_ids=_meta_ids(copies * batch, length), use_cache=True)
+        return text.per_copy(copies)
+
+    return on_meta_device(network, count)
+
+
+def _meta_ids(rows: int, length: int) -> Tensor:
+    return torch.zeros(rows, length, dtype=torch.long, device="meta")
 
 
 def _copies_for_even_routing(network: nn.Module) -> int:
@@ -101,11 +103,13 @@ def count_image_flops(network: Classifier, batch: int) -> CountedFlops:
     """Count one forward over `batch` images of the network's input size."""
     config = network.config
     shape = (batch, config.channels, config.size, config.size)
-    with meta_forward(network) as call:
-        image_BCHH = torch.zeros(shape, dtype=torch.bfloat16, device="meta")
+
+    def count(call: Callable[..., Any]) -> CountedFlops:
         with count_flops() as counted:
-            call(image_BCHH)
-    return counted
+            call(torch.zeros(shape, dtype=torch.bfloat16, device="meta"))
+        return counted
+
+    return on_meta_device(network, count)
 
 
 def count_call(model: Model, config: CostsConfig) -> CountedFlops:

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ from bench.models.offload import without_offload_hooks
 Arguments: TypeAlias = tuple[Any, ...]
 Keywords: TypeAlias = dict[str, Any]
 """Arguments of an operator as a mode of PyTorch receives them: of any type."""
+Counted = TypeVar("Counted")
 
 
 @dataclass
@@ -264,20 +265,39 @@ def is_matmul(name: str) -> bool:
 COUNTABLE_EXPERTS = "batched_mm"
 
 
+def on_meta_device(network: nn.Module, count: Callable[[Callable[..., Any]], Counted]) -> Counted:
+    """Return what `count` makes of a forward of the network on the meta device.
+
+    `count` may be called twice, and must not keep anything of the first time.
+
+    Raises:
+        UserError: as `meta_forward` does.
+    """
+    # Plain meta tensors take less than half of the time. Where code looks at their values they
+    # raise; transformers does not look at those of fake ones (GPT-2's mask).
+    try:
+        with meta_forward(network, fake=False) as call:
+            return count(call)
+    except Exception:  # whatever it is, it is raised again if it has another cause
+        with meta_forward(network) as call:
+            return count(call)
+
+
 @contextmanager
-def meta_forward(network: nn.Module) -> Iterator[Callable[..., Any]]:
+def meta_forward(network: nn.Module, *, fake: bool = True) -> Iterator[Callable[..., Any]]:
     """Yield a meta-device forward of the network; its own weights are not touched.
 
-    Inputs must be created inside the block, on the meta device.
+    Inputs must be created inside the block, on the meta device. With `fake`, all tensors are fake
+    ones on top of meta tensors, as compilers use them.
 
     Raises:
         UserError: the network needs what the meta device lacks: values, on which its control flow
             depends, or tensors that are neither parameters nor buffers.
     """
-    # Fake tensors on top of meta tensors: transformers inspects mask values unless tensors are
-    # fake. Non-fake inputs must be allowed, because its KV cache creates a plain empty tensor.
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake, _countable_experts(network), without_offload_hooks(network), torch.no_grad():
+    # transformers inspects mask values unless tensors are fake. Non-fake inputs must be allowed,
+    # because its KV cache creates a plain empty tensor.
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
+    with mode, _countable_experts(network), without_offload_hooks(network), torch.no_grad():
         tensors = (*network.named_parameters(), *network.named_buffers())
         weights = {name: _meta_like(tensor) for name, tensor in tensors}
 

@@ -1,11 +1,15 @@
 """What the counter says equals what the formulas say, on random small configs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
+from bench.errors import UserError
+from bench.measurement.flops import counter
 from bench.measurement.flops.cost_rows import (
     count_image_flops,
     count_text_flops,
@@ -15,6 +19,8 @@ from bench.measurement.flops.cost_rows import (
 from bench.measurement.model_size import count_size
 from bench.models.classifiers import architectures, classifier
 from bench.models.structure.model_structure import inspect_model
+from tests.models import moe_zoo
+from tests.models.tiny_networks import DENSE_ARCHITECTURES, build_dense
 
 
 @st.composite
@@ -121,3 +127,30 @@ def test_lenet5_on_mnist_costs_what_its_layers_say():
         "dense": 2 * 3 * dense,
         "other": 0,
     }
+
+
+@pytest.mark.sample(4)
+@pytest.mark.parametrize("name", [*moe_zoo.SUPPORTED, *DENSE_ARCHITECTURES])
+def test_plain_and_fake_tensors_are_counted_alike(name, monkeypatch):
+    network = moe_zoo.build(name) if name in moe_zoo.SUPPORTED else build_dense(name)
+    whole = counter.meta_forward
+    kinds, found = [], []
+
+    def noted(network, *, fake=True):
+        kinds.append(fake)
+        return whole(network, fake=fake)
+
+    monkeypatch.setattr(counter, "meta_forward", noted)
+    try:
+        found.append(count_text_flops(network, 2, 9))
+    except UserError:  # neither can be counted
+        assert kinds == [False, True]
+        return
+    # GPT-2 looks at its mask.
+    assert kinds == ([False, True] if name == "gpt2" else [False])
+    monkeypatch.setattr(counter, "meta_forward", lambda network, **_: whole(network))
+    found.append(count_text_flops(network, 2, 9))
+    for plain, faked in zip(*found, strict=True):
+        # Fake tensors ask for their device by an operator of their own.
+        assert plain.operators <= faked.operators
+        assert replace(plain, operators=faked.operators) == faked
