@@ -6,6 +6,7 @@ command again to resume.
 
 from __future__ import annotations
 
+import atexit
 import errno
 import gc
 import pkgutil
@@ -132,6 +133,7 @@ def _process_settings() -> Iterator[None]:
     """
     threshold = gc.get_threshold()
     gc.set_threshold(_GC_THRESHOLD)
+    _skip_collections_at_exit()
     # Python delivers signals to the main thread only, and refuses handlers set in other threads.
     in_main_thread = threading.current_thread() is threading.main_thread()
     # Schedulers send one of these before they kill a job: raised as an interrupt, they leave time
@@ -152,7 +154,22 @@ def _process_settings() -> Iterator[None]:
         for number, handler in handlers.items():
             # None: the handler was not installed from Python and cannot be set again.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        # All that was allocated becomes old without being looked at: with the threshold back, the
+        # next allocation would start a collection of a million young objects.
+        gc.freeze()
+        gc.unfreeze()
         gc.set_threshold(*threshold)
+
+
+def _skip_collections_at_exit() -> None:
+    """Let the interpreter end without collecting what the operating system frees anyway.
+
+    It looks at every object several times, which takes two seconds after torch and transformers
+    were imported. Files and folders that objects own are closed by exit handlers of their own.
+    """
+    # Once, however often `main` is called. Handlers run last in, first out: this one comes last.
+    atexit.unregister(gc.freeze)
+    atexit.register(gc.freeze)
 
 
 _REPEATED_AFTER = 0.05

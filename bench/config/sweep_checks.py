@@ -132,7 +132,11 @@ def every_config(overrides: Overrides, admitted: Admitted) -> Iterator[RunConfig
             # Composed once per choice of groups: setting a plain value takes a tenth of the time.
             key = tuple(text for place, text in enumerate(job) if place not in plain)
             if key not in bases:
-                bases[key] = hydra_compose("config", overrides=job)
+                bases[key] = (
+                    _without_hydra(composed)
+                    if job == overrides.first_values()
+                    else hydra_compose("config", overrides=job)
+                )
             run = copy.deepcopy(bases[key])
             for place in sorted(plain):
                 OmegaConf.update(run, parsed[place].key_or_group, parsed[place].value(), merge=True)

@@ -183,7 +183,9 @@ def _build_requests(
             task.set_fewshot_seed(SEED)
             inner = cast(Any, task)
             limit = lm_eval.evaluator_utils.get_sample_size(inner, benchmark.limit)
-            count = min(len(inner.eval_docs), limit or len(inner.eval_docs))
+            # Asked once: a task may rewrite all of its documents for every answer.
+            every = len(inner.eval_docs)
+            count = min(every, limit or every)
             # Evenly spread: documents of one kind often stand together.
             stride = max(1, count // SAMPLED_DOCUMENTS)
             chosen = list(range(0, count, stride))

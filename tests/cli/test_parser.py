@@ -48,3 +48,16 @@ def test_what_looks_up_and_reports_does_without_torch():
     code = f"import sys, {light}\nprint([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_command_leaves_no_collection_to_whoever_comes_after():
+    """What a command has allocated is old when it ends, and nobody's garbage once Python ends."""
+    code = (
+        "import atexit, gc; from bench.cli.main import main; "
+        # Handlers run last in, first out, so this one sees what the command's own has done.
+        "atexit.register(lambda: print(gc.get_freeze_count() > 0)); "
+        "main(['ls', 'models']); main(['--version']); "
+        "print(gc.get_freeze_count() == 0, gc.get_count()[0] < gc.get_threshold()[0])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-2:] == ["True True", "True"]

@@ -8,12 +8,14 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 
+from bench.config import sweep_checks
 from bench.config.composition import compose_run_config, config_names, hydra_config_tree
 from bench.config.overrides import Overrides
 from bench.config.sweep_checks import (
     admit,
     alternative_configs,
     check_sweeper,
+    every_config,
     single_runs,
 )
 
@@ -55,3 +57,15 @@ def test_a_single_run_is_no_sweep():
     assert not admit(Overrides.parse(["ratio=0.3"])).is_sweep
     assert admit(Overrides.parse(["experiment=demo"])).is_sweep
     assert admit(Overrides.parse(["-m", "ratio=0.1,0.2"])).is_sweep
+
+
+def test_the_config_of_a_run_that_was_admitted_is_composed_once(monkeypatch):
+    composed = []
+    monkeypatch.setattr(
+        sweep_checks, "hydra_compose", lambda *a, **k: composed.append(a) or compose(*a, **k)
+    )
+    words = ["model=micro_moe", "method=camera_p", "ratio=0.3"]
+    overrides = Overrides.parse(words)
+    (config,) = every_config(overrides, admit(overrides))
+    assert len(composed) == 1
+    assert config == compose_run_config(words)

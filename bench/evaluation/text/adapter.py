@@ -108,6 +108,8 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
         )
         self._cache = cache or ResponseCache()
         self._model = model
+        # Asked of every request, and transformers' configs take microseconds to answer anything.
+        self._longest = model.max_length
         self._progress = progress
         begin = self._begin_or_end
         self._prefix_text = None if begin is None else str(self.tokenizer.decode(begin))
@@ -235,7 +237,7 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
         self, request: Instance, context: Tokens, answer: Tokens, spans: bool
     ) -> str | None:
         """Log what the model sees of a request; return why it is not asked, None if it is."""
-        longest, tokens = self._model.max_length, len(context) + len(answer)
+        longest, tokens = self._longest, len(context) + len(answer)
         reason = None if answer else EMPTY_ANSWER
         if len(answer) > longest:
             reason = f"the answer alone is longer than the {longest} tokens that the model takes"
@@ -258,7 +260,7 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
         owners: list[int] = []
         for index, request in enumerate(requests):
             rolling = get_rolling_token_windows(
-                self.tok_encode(request.args[0]), self.prefix_token_id, self._model.max_length, 1
+                self.tok_encode(request.args[0]), self.prefix_token_id, self._longest, 1
             )
             windows += [(None, *make_disjoint_window(pair)) for pair in rolling]
             # The windows of all texts are scored together, so short texts fill batches too.
@@ -318,7 +320,7 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
         """Return a prompt as tokens, cut on the left to leave room for its answer."""
         text, options = request.args
         tokens, name = self.tok_encode(text), self._model.name
-        limit = context_limit(options, self._model.max_length, name)
+        limit = context_limit(options, self._longest, name)
         reason = check_length(self._overlong, _place(request), len(tokens), limit, name)
         if reason is not None:
             return FittedPrompt(tokens, 0, reason)
@@ -328,7 +330,7 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
         self, requests: Sequence[tuple[object, list[int], list[int]]], **_: object
     ) -> list[tuple[float, bool]]:
         truncated = [
-            truncated_request(self._model, context, continuation)
+            truncated_request(self._longest, context, continuation)
             for _, context, continuation in requests
         ]
         responses = self._cache.get_or_compute(

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol, TypeAlias
 
-from bench.models.model import Model
-
 Tokens: TypeAlias = list[int]
 
 
@@ -35,8 +33,8 @@ class Scorer(Protocol):
         """Yield the results of each batch as soon as they are there; every index exactly once."""
 
 
-def truncated_request(model: Model, context: Tokens, continuation: Tokens) -> LoglikelihoodRequest:
-    """Return a request as the network sees it, truncated on the left to the model's length.
+def truncated_request(longest: int, context: Tokens, continuation: Tokens) -> LoglikelihoodRequest:
+    """Return a request as the network sees it, truncated on the left to the `longest` it takes.
 
     The continuation has at least one token and fits into the model.
     """
@@ -44,5 +42,5 @@ def truncated_request(model: Model, context: Tokens, continuation: Tokens) -> Lo
     # + 1 tokens, then drop the last one. That one is only ever predicted, never an input, which is
     # why one token more than the network takes still fits; the left end goes, so the continuation
     # stays whole.
-    tokens = (context + continuation)[-(model.max_length + 1) :]
+    tokens = (context + continuation)[-(longest + 1) :]
     return LoglikelihoodRequest(tokens[:-1], continuation)

@@ -278,3 +278,14 @@ def test_a_story_is_about_people_of_its_side(side: Split) -> None:
         words = set(re.findall(r"\w+", question_sets.tell_story(random.Random(seed), place, side)))
         assert words & names
         assert not words & others
+
+
+def test_documents_and_their_fingerprint_are_one_drawing(monkeypatch):
+    drawn, collect = [], question_sets.collect_questions
+    monkeypatch.setattr(
+        question_sets, "collect_questions", lambda *a: drawn.append(a) or collect(*a)
+    )
+    question_sets.draw_questions.cache_clear()
+    question_sets.documents("piqa", "test")
+    question_sets.fingerprint("piqa")
+    assert len(drawn) == 1

@@ -5,6 +5,7 @@ import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import pyarrow as pa
@@ -63,13 +64,15 @@ _VALIDATION_DIVISOR = 20
 _WITHOUT_TEST_LABELS = frozenset({"boolq", "rte", "winogrande", "hellaswag", "piqa"})
 
 
-def draw_questions(task: str, split: Split, seed: int = SEED) -> list[WorldQuestion]:
+# A task's documents are asked for and then their fingerprint; of more tasks none need stay.
+@lru_cache(maxsize=1)
+def draw_questions(task: str, split: Split, seed: int = SEED) -> tuple[WorldQuestion, ...]:
     """Return the distinct questions of one split of a task."""
     count = _TEST_QUESTIONS if split == "test" else _TRAIN_QUESTIONS[task]
     # A generator per task and split, seeded by a string (hashed with SHA-512, so that it does not
     # depend on PYTHONHASHSEED): a new task leaves the questions of the old ones unchanged.
     rng = random.Random(f"{task} {split} {seed}")
-    return collect_questions(QUESTION_MAKERS[task], build_world(seed), split, rng, count)
+    return tuple(collect_questions(QUESTION_MAKERS[task], build_world(seed), split, rng, count))
 
 
 def documents(task: str, split: Split, seed: int = SEED) -> list[WorldDocument]:
