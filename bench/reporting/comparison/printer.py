@@ -18,6 +18,7 @@ from bench.reporting.comparison.flips import Flip
 from bench.reporting.record_numbers import (
     PERCENT_METRICS,
     benchmark_text,
+    distinct_labels,
     metric_scale,
     model_text,
 )
@@ -41,10 +42,11 @@ def print_comparison(
     `pictures` maps image hashes to the files of the flips' images.
     """
     out = console()
+    labels = distinct_labels((comparison.baseline, *comparison.candidates))
     for record in comparison.candidates:
         rows = [c for c in comparison.contrasts if c.run == record.id]
         if rows:
-            out.print(_table(comparison.baseline, record, rows))
+            out.print(_table(comparison.baseline, record, rows, labels))
     for sentence in power_sentences(comparison):
         out.print(sentence)
     for note in dict.fromkeys(c.note for c in comparison.contrasts if c.note):
@@ -84,11 +86,14 @@ def _power_sentence(record: Record, row: Contrast) -> str:
     )
 
 
-def _table(baseline: Record, candidate: Record, rows: Sequence[Contrast]) -> Table:
-    names = [f"{r.label}\n{r.id[:8]}" for r in (baseline, candidate)]
+def _table(
+    baseline: Record, candidate: Record, rows: Sequence[Contrast], labels: Mapping[str, str]
+) -> Table:
+    own, other = labels[candidate.id], labels[baseline.id]
+    names = [f"{labels[r.id]}\n{r.id[:8]}" for r in (baseline, candidate)]
     models = " against ".join(dict.fromkeys((model_text(candidate), model_text(baseline))))
     benchmark = benchmark_text(candidate)
-    title = f"{candidate.label} against {baseline.label}: {models} on {benchmark}"
+    title = f"{own} against {other}: {models} on {benchmark}"
     table = terminal_table((*names, *COLUMNS), title)
     for row in rows:
         table.add_row(*_cells(row), end_section=row.task == AVERAGE)
