@@ -44,6 +44,7 @@ run a model, methods and a benchmark; -m sweeps
   bench run -m method=dense,camera_p,random_experts ratio=0.2,0.4,0.6
   bench run experiment=demo
   bench run sweep=camera_p_pareto  a search; sweep=camera_p_grid is a grid
+  bench run -m ratio=0.2,0.4 --budget 6h   refuse what may take longer
   bench run --cfg job              print the composed config, run nothing
 """
 ESTIMATE_HELP = """\
