@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 MAX_RUNS_PER_TABLE = 7
 """Wider tables are hard to read even where the terminal is wide enough."""
-PARAMETER_COUNTS = ("parameters", "nonzero_parameters")
+SIZES = ("parameters", "nonzero_parameters", "bytes")
 WORK_UNITS = {
     "flops": "FLOP",
     "cache_bytes": "B in the cache",
@@ -109,10 +109,8 @@ def _table(title: str, records: Sequence[Record], labels: Mapping[str, str]) -> 
     for row_title, cells in _headline_rows(records):
         table.add_row(row_title, *cells, end_section=row_title.startswith(f"{AVERAGE} "))
     table.add_section()
-    for name in PARAMETER_COUNTS:
-        table.add_row(
-            name.replace("_", " "), *(_parameter_cell(record, name) for record in records)
-        )
+    for name in SIZES:
+        table.add_row(name.replace("_", " "), *(_size_cell(record, name) for record in records))
     for (scope, name), unit in _work_columns(records).items():
         table.add_row(f"{scope} {unit}", *(_work_cell(record, name, scope) for record in records))
     for scope in _headline_scopes(records):
@@ -191,7 +189,7 @@ def _metric_cell(metric: Metric | None) -> str:
     return f"{text}{error}{answered_text(metric)}"
 
 
-def _parameter_cell(record: Record, name: str) -> str:
+def _size_cell(record: Record, name: str) -> str:
     cost = record.cost(name)
     return format_quantity(cost.value if cost else None)
 

@@ -46,7 +46,7 @@ def run_points(
     `family_names`.
 
     Raises:
-        UserError: no run has this task, or this cost.
+        UserError: no run has this task, or this cost, or it is of several shapes.
     """
     named, scored = family_names(records, knob, amounts), benchmark_names(records)
     metrics = {record.id: _headline(record, task) for record in records}
@@ -72,7 +72,24 @@ def run_points(
         rows.append(row)
     if cost is not None and not rows:
         raise unknown_name("cost", cost, {c.quantity for r in records for c in r.costs})
-    return pd.DataFrame(rows)
+    frame = pd.DataFrame(rows)
+    if cost is not None:
+        refuse_mixed_scopes(frame, cost)
+    return frame
+
+
+def refuse_mixed_scopes(frame: pd.DataFrame, cost: str) -> None:
+    """Raise if costs of different shapes would stand on one axis.
+
+    The rows have `scope`, and the runs of a panel share `model` and `benchmark`.
+    """
+    for _, panel in frame.groupby(["model", "benchmark"], sort=False):
+        scopes = list(dict.fromkeys(panel["scope"]))
+        if len(scopes) > 1:
+            raise UserError(
+                f"--cost {cost}: the runs have it of different shapes ({', '.join(scopes)}): choose "
+                f'one, as in --scope "{scopes[0]}", or name runs of one shape'
+            )
 
 
 def _headline(record: Record, task: str) -> Metric | None:
@@ -113,6 +130,7 @@ def _cost_columns(cost: Cost) -> dict[str, object]:
         "cost_low": low,
         "cost_high": high,
         "cost_name": cost_name(cost),
+        "scope": cost.scope,
         "unit": cost.unit,
     }
 

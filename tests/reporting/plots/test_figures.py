@@ -428,3 +428,16 @@ def test_the_text_that_methods_read_separates_families_and_its_seed_does_not():
     # A text that no method reads is nobody's.
     unread = [composed(str(n), 0.5, method) for n in range(2)]
     assert set(family_names(unread).values()) == {"prune"}
+
+
+def test_costs_of_different_shapes_do_not_share_an_axis():
+    def counted(identifier, scope):
+        parts = {"attention": 1e9, "experts": 3e9}
+        run = made(identifier, 0.5, 1.0, "prune", ratio=0.2)
+        return run.model_copy(update={"costs": (cost("flops", 4e9, scope, **parts),)})
+
+    runs = [counted("1", "forward 1x32"), counted("2", "forward 1x512")]
+    for read in (run_points, breakdown.cost_parts):
+        with pytest.raises(UserError, match='as in --scope "forward 1x32"'):
+            read(runs, cost="flops")
+        assert set(read(runs, cost="flops", scope="forward 1x32")["run"].str[0]) == {"1"}
