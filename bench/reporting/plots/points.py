@@ -87,7 +87,7 @@ def refuse_mixed_scopes(frame: pd.DataFrame, cost: str) -> None:
         scopes = list(dict.fromkeys(panel["scope"]))
         if len(scopes) > 1:
             raise UserError(
-                f"--cost {cost}: the runs have it of different shapes ({', '.join(scopes)}): choose "
+                f"--cost {cost}: it is of several shapes ({', '.join(scopes)}): choose "
                 f'one, as in --scope "{scopes[0]}", or name runs of one shape'
             )
 
