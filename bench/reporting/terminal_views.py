@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,30 @@ def list_runs(results_dir: Path) -> list[dict[str, object]]:
         empty = dict.fromkeys(("started", "model", "method", "benchmark", "average"))
         rows.append({"run": run_id, **empty, "note": f"unreadable: {reason}"})
     return rows
+
+
+SHOWN_DIGITS = 8
+MINUTE = slice(len("2026-"), len("2026-11-29T20:04"))
+
+
+def shown_runs(rows: Sequence[dict[str, object]]) -> list[dict[str, object]]:
+    """Return the rows of `list_runs` as a terminal shows them: ids and times short, shares in %."""
+    short = {str(row["run"])[:SHOWN_DIGITS] for row in rows}
+    noted = any(row["note"] for row in rows)
+    return [
+        {
+            "run": str(row["run"])[: SHOWN_DIGITS if len(short) == len(rows) else None],
+            "started": str(row["started"] or "")[MINUTE].replace("T", " ") or None,
+            **{name: row[name] for name in ("model", "method", "benchmark")},
+            "average %": _percent(row["average"]),
+            **({"note": row["note"]} if noted else {}),
+        }
+        for row in rows
+    ]
+
+
+def _percent(share: object) -> float | None:
+    return round(100 * share, 1) if isinstance(share, int | float) else None
 
 
 def _indexed_runs(store: Store) -> list[dict[str, object]]:

@@ -312,9 +312,9 @@ def test_an_average_is_none_if_a_part_is():
 
 @pytest.mark.parametrize(
     ("others", "value", "averaged"),
-    [("acc", 0.5, True), ("acc_norm", 0.5, True), ("bleu", 31.0, False), ("acc", 31.0, True)],
+    [("acc", 0.5, True), ("mcc", -0.5, True), ("bleu", 31.0, False), ("acc", None, True)],
 )
-def test_shares_and_larger_numbers_have_no_average(others, value, averaged):
+def test_numbers_that_are_no_shares_have_no_average(others, value, averaged):
     config = BenchmarkConfig(name="b", tasks=("t", "u"))
     rows = [metric(), metric().model_copy(update={"task": "u", "metric": others, "value": value})]
     assert bool(headline_average(config, rows)) is averaged

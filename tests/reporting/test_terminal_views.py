@@ -8,7 +8,7 @@ from bench.reporting.comparison.contrast import Contrast
 from bench.reporting.comparison.printer import print_comparison
 from bench.reporting.summary import print_summary
 from bench.reporting.tables.writers import print_table
-from bench.reporting.terminal_views import print_record
+from bench.reporting.terminal_views import print_record, shown_runs
 from tests.reporting.html.synthetic_records import paper_table, record
 
 COMMAND = "bench run 'benchmark.tasks=[arc_easy]' method=[camera_p,gptq] model.path=/[bold]x[/]"
@@ -72,3 +72,24 @@ def test_a_tables_names_are_no_markup(capsys):
     out = capsys.readouterr().out
     for text in ("[sec]", "[b]CAMERA", "[t] Main", "not subtracted [1]"):
         assert text in out
+
+
+def test_a_list_of_runs_fits_a_terminal_and_has_shares_in_percent():
+    def row(run, average, note=None):
+        return {
+            "run": run, "started": "2026-11-29T20:04:32.490+00:00", "model": "m",
+            "method": "rtn", "benchmark": "b", "average": average, "note": note,
+        }  # fmt: skip
+
+    first, second = shown_runs([row("ac71c40185c6", 2 / 3), row("9b61cca2e97c", None)])
+    assert first == {
+        "run": "ac71c401", "started": "11-29 20:04", "model": "m", "method": "rtn",
+        "benchmark": "b", "average %": 66.7,
+    }  # fmt: skip
+    assert second["average %"] is None
+    # A note, and digits that do not tell two runs apart, stay whole.
+    alike = [row("ac71c40185c6", 1, "untrained"), row("ac71c401ffff", 1)]
+    assert [each["run"] for each in shown_runs(alike)] == ["ac71c40185c6", "ac71c401ffff"]
+    assert shown_runs(alike)[0]["note"] == "untrained"
+    broken = {**row("x", None, "unreadable: torn"), "started": None}
+    assert shown_runs([broken])[0]["started"] is None

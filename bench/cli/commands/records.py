@@ -25,6 +25,7 @@ def ls(given: argparse.Namespace) -> int:
         raise unknown_name("list", given.what, LISTABLE)
     if given.what == "runs":
         rows = terminal_views.list_runs(given.results_dir)
+        rows = rows if given.json else terminal_views.shown_runs(rows)
     else:
         rows = terminal_views.list_configs(given.what.rstrip("s"))
     return print_rows(rows, given.json)
