@@ -144,8 +144,10 @@ def model_text(record: Record) -> str:
     if not path:
         return record.model.name
     # Folders in different places may share a name.
-    weights = record.model.fingerprint[:HASH_DIGITS]
-    return f"{record.model.name} ({PurePath(path).name} {weights})"
+    weights, folder = record.model.fingerprint[:HASH_DIGITS], PurePath(path).name
+    # A model that was given as a path is called by its folder or file already.
+    known = record.model.name in (folder, PurePath(path).stem)
+    return f"{record.model.name} ({'' if known else f'{folder} '}{weights})"
 
 
 def answered_text(metric: Metric) -> str:
@@ -248,7 +250,11 @@ def run_knobs(record: Record) -> dict[str, object]:
 
     These are the knobs of its methods, and the settings of the text and pictures that they read.
     """
-    found = {f"{m.name}.{key}": value for m in record.methods for key, value in m.config.items()}
+    found = {
+        name: value
+        for method in record.methods
+        for name, value in _dotted(method.name, method.config)
+    }
     for group in ("calibration", "prompts"):
         # A config has both groups whether or not a method reads them; the provenance tells.
         settings = record.config.get(group)
@@ -258,6 +264,15 @@ def run_knobs(record: Record) -> dict[str, object]:
         unsaid = {"seed", *(("source",) if settings.get("source") == settings.get("name") else ())}
         found |= {f"{group}.{key}": each for key, each in settings.items() if key not in unsaid}
     return found
+
+
+def _dotted(name: str, value: object) -> Iterator[tuple[str, object]]:
+    """Yield the entries of a mapping one by one, as those of a recipe."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _dotted(f"{name}.{key}", inner)
+    else:
+        yield name, value
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:

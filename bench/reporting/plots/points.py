@@ -190,7 +190,11 @@ def _differences(knobs: Sequence[Knobs]) -> list[str]:
     names = dict.fromkeys(name for each in knobs for name in each)
     differing = [n for n in names if any(each.get(n) != knobs[0].get(n) for each in knobs)]
     shown = short_names(differing)
-    return ["".join(f", {shown[name]}={each.get(name)}" for name in differing) for each in knobs]
+    # What is null or absent goes without saying: others of these runs have it.
+    return [
+        "".join(f", {shown[n]}={each[n]}" for n in differing if each.get(n) is not None)
+        for each in knobs
+    ]
 
 
 def _family_knobs(record: Record, along: str, amounts: Collection[str]) -> Knobs:
