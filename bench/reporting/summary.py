@@ -39,8 +39,9 @@ SIZES = ("parameters", "nonzero_parameters", "bytes")
 WORK_UNITS = {
     "flops": "FLOP",
     "cache_bytes": "B in the cache",
-    "seconds": "s",
-    "method_seconds": "s in the method",
+    # Not in turn with the dense model, on whatever the machine was doing: no basis of a claim.
+    "seconds": "s, alone",
+    "method_seconds": "s in the method, alone",
 }
 """Costs of one forward or prefill, with their units; the scope of such a cost holds its shapes."""
 HEADLINE_STAGES = (FORWARD, PREFILL, DECODE)
