@@ -109,3 +109,19 @@ def test_a_run_of_one_task_is_listed_with_its_number(tmp_path):
     assert scores[runs[0].id] == f"{100 * mean.value:.1f} %"
     assert scores[runs[1].id] == f"{100 * single.value:.1f} %"
     assert scores[runs[2].id] is None
+
+
+def test_a_comparison_on_a_narrow_terminal_folds_no_number(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "60")
+    numbers = {"low": -0.1234, "high": 0.0456, "gained": 12, "lost": 34, "p_holm": 0.0123}
+    retained = {"retention": 96.3, "retention_low": 92.7, "retention_high": 99.7}
+    contrast = Contrast(
+        run=record(1).id, task="arc_challenge", metric="acc_norm", filter="none",
+        higher_is_better=True, n=60, baseline=0.693, candidate=0.667, difference=-0.026,
+        detectable=0.036, **numbers, **retained,
+    )  # fmt: skip
+    print_comparison(Comparison(record(0), (record(1),), (contrast,), ()))
+    out = capsys.readouterr().out
+    for cell in ("69.3", "-2.6 [-12.3, +4.6]", "+12 / -34", "0.012", "96.3 [92.7, 99.7]"):
+        assert cell in out
+    assert out.count("arc_challenge acc_norm %") > 1
