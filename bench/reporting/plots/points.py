@@ -71,11 +71,27 @@ def run_points(
             row |= _cost_columns(found)
         rows.append(row)
     if cost is not None and not rows:
-        raise unknown_name("cost", cost, {c.quantity for r in records for c in r.costs})
+        raise _no_cost(records, cost, scope)
     frame = pd.DataFrame(rows)
     if cost is not None:
         refuse_mixed_scopes(frame, cost)
     return frame
+
+
+def _no_cost(records: Sequence[Record], cost: str, scope: str | None) -> UserError:
+    """Build the error for a cost that no run has, has in this scope, or may show."""
+    costs = [each for record in records for each in record.headline_costs]
+    scopes = dict.fromkeys(each.scope for each in costs if each.quantity == cost)
+    if not scopes:
+        return unknown_name("cost", cost, {each.quantity for each in costs})
+    if scope is not None and scope not in scopes:
+        return UserError(
+            f'--scope "{scope}": no run has {cost} of it; give one of {", ".join(scopes)}'
+        )
+    return UserError(
+        f"--cost {cost}: the runs that have it only zero or mask weights, or have no value of the "
+        "task; choose flops, or other runs"
+    )
 
 
 def refuse_mixed_scopes(frame: pd.DataFrame, cost: str) -> None:

@@ -437,3 +437,14 @@ def test_costs_of_different_shapes_do_not_share_an_axis():
         with pytest.raises(UserError, match='as in --scope "forward 1x32"'):
             read(runs, cost="flops")
         assert set(read(runs, cost="flops", scope="forward 1x32")["run"].str[0]) == {"1"}
+
+
+def test_a_cost_in_another_scope_or_of_masked_runs_is_not_called_unknown(records):
+    with pytest.raises(UserError, match='--scope "nowhere": no run has flops of it; give one of'):
+        run_points(records, cost="flops", scope="nowhere")
+    timed = (cost("seconds", 1.0, unit="s"),)
+    masked = [record.model_copy(update={"costs": timed}) for record in records[-1:]]
+    with pytest.raises(UserError, match="only zero or mask weights"):
+        run_points(masked, cost="seconds")
+    with pytest.raises(UserError, match="unknown cost 'flop': did you mean 'flops'"):
+        run_points(records, cost="flop")
