@@ -177,6 +177,11 @@ class Method(BaseModel, ABC):
         return None
 
     @property
+    def restarts(self) -> bool:
+        """Whether, with these knobs, the method draws new weights, whatever it is given."""
+        return False
+
+    @property
     def uses_prompts(self) -> bool:
         """Whether, with these knobs, the method uses prompts with images."""
         # A property and not a class variable like `uses_calibration`: it may depend on knobs.

@@ -44,6 +44,7 @@ run a model, methods and a benchmark; -m sweeps
   bench run -m method=dense,camera_p,random_experts ratio=0.2,0.4,0.6
   bench run experiment=demo
   bench run sweep=camera_p_pareto  a search; sweep=camera_p_grid is a grid
+  bench run -m ratio=0.2,0.4 --budget 6h   refuse what may take longer
   bench run --cfg job              print the composed config, run nothing
 """
 ESTIMATE_HELP = """\
@@ -240,7 +241,9 @@ def _add_record_commands(command: AddCommand) -> None:
     plot.add_argument("--task", default="average", help="the headline metric to show (average)")
     plot.add_argument("--cost", default="flops", help="flops, seconds, bytes, ... (flops)")
     plot.add_argument("--scope", help="the scope of the cost, as in `bench show`")
-    plot.add_argument("--knob", default="ratio", help="a method's knob or a config key (ratio)")
+    plot.add_argument(
+        "--knob", default="ratio", help="such as ratio, camera_p.alpha, calibration.rows (ratio)"
+    )
     plot.add_argument("--output", type=Path, action="append", default=[], metavar="FILE")
     report = command("report", "records:report", "write one HTML file with all records")
     report.add_argument("--out", type=Path, metavar="FILE", help="default: RESULTS_DIR/report.html")

@@ -71,6 +71,7 @@ def compose_run_config(overrides: Sequence[str]) -> RunConfig:
         check_overrides(Overrides.parse(overrides))
         refuse_doubles(Overrides.parse(overrides), loader)
         composed = hydra_compose("config", overrides=list(overrides))
+        refuse_empty_mappings(Overrides.parse(overrides), composed)
         packages = OmegaConf.select(composed, "packages")
         refuse_packages_of_files(packages, Overrides.parse(overrides))
         return validated(composed)
@@ -115,6 +116,20 @@ def refuse_doubles(overrides: Overrides, loader: ConfigLoader) -> None:
             raise UserError(
                 f"{text}: a run has one {group}: give one, or sweep them with "
                 f"-m {group}={','.join(names)}"
+            )
+
+
+def refuse_empty_mappings(overrides: Overrides, composed: DictConfig) -> None:
+    """Raise for `KEY={}` where the key has entries: they are merged, so that all of them stay."""
+    for override in overrides.parsed:
+        key = override.key_or_group
+        if override.is_sweep_override() or override.is_delete() or override.value() != {}:
+            continue
+        node = OmegaConf.select(composed, key, throw_on_missing=False)
+        if isinstance(node, DictConfig) and len(node):
+            raise UserError(
+                f"{text_of(override)} empties nothing, since a mapping is merged with what is "
+                f"there: ~{key} removes it with all entries ({', '.join(map(str, node))})"
             )
 
 
@@ -266,7 +281,8 @@ def _unknown_key(error: Exception, overrides: Sequence[str]) -> UserError:
         if override.is_add() and override.key_or_group == key:
             text = text_of(override)
             return UserError(f"{text} adds a key that exists: write {text.removeprefix('+')}")
-        if override.key_or_group == key and isinstance(override.value(), dict):
+        # Only a group has choices; below it a mapping may well be meant.
+        if override.key_or_group == key and "." not in key and isinstance(override.value(), dict):
             return UserError(
                 f"{text_of(override)} is a mapping where a name is needed: write {key}=NAME, and "
                 "what to change in it by dotted keys, as in method.camera_p.ratio=0.4"
@@ -275,7 +291,7 @@ def _unknown_key(error: Exception, overrides: Sequence[str]) -> UserError:
     known = _known_keys(Overrides.parse(overrides).without(key).first_values())
     hints = nearest(key, known)
     parent = key.rpartition(".")[0]
-    siblings = sorted({k for k in known if k.rpartition(".")[0] == parent})
+    siblings = _keys_of(parent, known)
     if parent.startswith("method.") and not siblings:
         name = parent.split(".")[1]
         return UserError(f"{key} is set but method={name} was not selected: add method={name}")
@@ -284,7 +300,15 @@ def _unknown_key(error: Exception, overrides: Sequence[str]) -> UserError:
     if parent in OPEN_MAPPINGS and given and hints not in siblings:
         others = f"{parent} has {', '.join(siblings)}" if siblings else f"{parent} is empty"
         return UserError(f"{given[0]} is new, and {others}: write +{given[0]} to add it")
+    # A section that is not there either (benchmark.images of a text benchmark) holds nothing.
+    while not siblings and parent not in known:
+        parent = parent.rpartition(".")[0]
+        siblings = _keys_of(parent, known)
     return UserError(f"unknown key {key!r}: {hint}allowed here: {', '.join(siblings) or 'nothing'}")
+
+
+def _keys_of(parent: str, known: Sequence[str]) -> list[str]:
+    return sorted({key for key in known if key.rpartition(".")[0] == parent})
 
 
 OPEN_MAPPINGS = frozenset(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from inspect import isabstract
 from pathlib import Path
@@ -281,13 +282,30 @@ def _inner_types(annotation: object) -> Iterator[object]:
         yield from _inner_types(inner)
 
 
+_EXPECTED = "Input should be "
+"""How pydantic begins a sentence about a value."""
+_UNION_TAG = re.compile(r"(int|float|bool|str)$|[\w-]*(\[|-(int|float|str)$)")
+"""How pydantic names the types of a union, where a key would stand."""
+
+
 def _as_user_error(
     error: ValidationError, kind: type[BaseModel], prefix: tuple[str, ...]
 ) -> UserError:
     """Describe the first fault of a pydantic error: key, value, and what is allowed."""
     # One fault at a time: later ones are often consequences of the first.
-    fault: ErrorDetails = error.errors()[0]
+    faults: list[ErrorDetails] = error.errors()
+    fault = faults[0]
     path = [str(part) for part in fault["loc"]]
+    # A value that may be of several types has a fault by each, under a name of pydantic's.
+    cut = next((at for at, part in enumerate(path) if at and _UNION_TAG.match(part)), len(path))
+    same = [each["msg"] for each in faults if each["loc"][:cut] == fault["loc"][:cut]]
+    if len(same) > 1:
+        place = f"{'.'.join((*prefix, *path[:cut]))}={_as_written(fault['input'])}"
+        own = [each for each in same if not each.startswith(_EXPECTED)]
+        if own:
+            return UserError(f"{place}: {own[0].removeprefix('Value error, ')}")
+        options = dict.fromkeys(each.removeprefix(_EXPECTED) for each in same)
+        return UserError(f"{place}: {_EXPECTED.lower()}{', or '.join(options)}")
     key = ".".join((*prefix, *path))
     if fault["type"] == "extra_forbidden":
         options = _allowed_fields(kind, path[:-1])

@@ -22,6 +22,7 @@ from bench.config.composition import (
     hydra_config_tree,
     hydra_errors_as_user_errors,
     refuse_doubles,
+    refuse_empty_mappings,
     validated,
 )
 from bench.config.gate import (
@@ -249,6 +250,7 @@ def _first_composition(overrides: Overrides) -> DictConfig:
     composed = hydra_compose("config", overrides=overrides.first_values(), return_hydra_config=True)
     assert isinstance(composed, DictConfig)
     check_composed(composed)
+    refuse_empty_mappings(overrides, composed)
     for run in listed_runs(composed):
         check_run(run)
     return composed

@@ -174,7 +174,8 @@ def headline_average(benchmark: BenchmarkConfig, rows: Sequence[Metric]) -> list
 
     Perplexities are left out. A sum of points (MME, up to 2000) enters as its share of the maximum,
     since it cannot be averaged with accuracies in [0, 1]. There is no average of fewer than two
-    headline metrics, nor of metrics of which some are better high and some better low. Its value is
+    headline metrics, nor of metrics of which some are better high and some better low, nor of
+    numbers above 1 (BLEU, the F1 of SQuAD v2), which are no shares. Its value is
     None if a headline has none: a mean of the remaining tasks would be a different number. Its `n`
     counts the tasks, its `missing` the rows without an answer in all of them.
     """
@@ -221,7 +222,9 @@ def averaged_headlines(rows: Sequence[Metric], perplexity: Container[str]) -> li
         if row.headline and row.task != AVERAGE and row.task not in perplexity
     ]
     mixed = len({row.higher_is_better for row in shown}) > 1
-    return [] if len(shown) < 2 or mixed else shown
+    # An accuracy and a BLEU of 31 have no mean; and every mean is shown in %.
+    no_share = any(row.value is not None and abs(row.value) > 1 for row in shown)
+    return [] if len(shown) < 2 or mixed or no_share else shown
 
 
 def _comparable(headline: Metric, rows: Sequence[Metric]) -> Metric:

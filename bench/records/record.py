@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal, get_args
@@ -24,8 +25,8 @@ ID_DIGITS = 12
 EFFECTS_WITHOUT_SAVING = frozenset({"zeroed", "masked"})
 UNCONFIRMED = "unconfirmed"
 """Stands for the effect of a method whose report the counts contradict."""
-FRESH = "fresh:"
-"""Prefix of a model's source whose weights are drawn at random."""
+BUILT_SOURCES = re.compile("(fresh|torchvision):.*|module")
+"""Sources of a network that code builds, with weights drawn at random unless a path has some."""
 AVERAGE = "average"
 """Stands for the task of a metric that is the mean of a benchmark's headline metrics."""
 LARGEST_WHOLE_FLOAT = 2**53
@@ -270,13 +271,17 @@ class Record(_FrozenModel):
         return with_leaves(environment, EnvironmentLeaves)
 
     @property
+    def drawn(self) -> bool:
+        """Whether the weights that methods found were drawn at random, with the run's seed."""
+        path = self.config.get("model", {}).get("path")
+        return path is None and BUILT_SOURCES.fullmatch(self.model.source) is not None
+
+    @property
     def untrained(self) -> bool:
         """Whether the scored weights were drawn at random and no method trained them."""
         # A record that does not say whether its methods train is of a time when all that fresh
         # weights were good for did.
-        return self.model.source.startswith(FRESH) and all(
-            method.trained is False for method in self.methods
-        )
+        return self.drawn and all(method.trained is False for method in self.methods)
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -291,7 +296,7 @@ class Record(_FrozenModel):
 
         Of a model that begins with random weights, this is a run that only trains.
         """
-        if self.model.source.startswith(FRESH):
+        if self.drawn:
             whole = all(method.effect == "none" for method in self.methods)
             return whole and not self.untrained
         return not self.methods

@@ -9,7 +9,6 @@ same.
 from __future__ import annotations
 
 import json
-import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from bench.records.record import AVERAGE
 from bench.reporting.record_numbers import (
     PERCENT_METRICS,
     answered_text,
+    distinct_labels,
     effect_text,
     headline_key,
     metric_identity,
@@ -167,40 +167,6 @@ def _setting(name: str, group: Sequence[Record]) -> Setting:
 def _headline_column(metric: Metric) -> HeadlineColumn:
     percent = metric.metric in PERCENT_METRICS
     return HeadlineColumn(*headline_key(metric), percent, metric.higher_is_better)
-
-
-DIFFERING_KNOBS = 3
-"""Knobs that a label names at most."""
-MAX_KNOB_LENGTH = 24
-
-
-def distinct_labels(group: Sequence[Record]) -> dict[str, str]:
-    """Return the label of each run by id; runs of equal labels also say the knobs that differ."""
-    alike: dict[str, list[Record]] = defaultdict(list)
-    for record in group:
-        alike[record.label].append(record)
-    found = {}
-    for label, records in alike.items():
-        knobs = [_knobs(record) if len(records) > 1 else {} for record in records]
-        names = dict.fromkeys(name for each in knobs for name in each)
-        differing = [n for n in names if len({each.get(n) for each in knobs}) > 1]
-        for record, each in zip(records, knobs, strict=True):
-            said = [f"{n} {each[n]}" for n in differing if n in each][:DIFFERING_KNOBS]
-            found[record.id] = f"{label}, {', '.join(said)}" if said else label
-    return found
-
-
-def _knobs(record: Record) -> dict[str, str]:
-    """Return what can differ between runs of one label, as short texts."""
-    knobs = {key: value for method in record.methods for key, value in method.config.items()}
-    knobs["seed"] = record.config.get("seed")
-    return {key: _shortened(str(value)) for key, value in knobs.items()}
-
-
-def _shortened(text: str) -> str:
-    # Most are a number or a word; looking for words takes longer than all else about a label.
-    plain = len(text) <= MAX_KNOB_LENGTH and text.isalnum()
-    return text if plain else textwrap.shorten(text, MAX_KNOB_LENGTH)
 
 
 def _row(

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
-from bench.records.record import AVERAGE, FRESH
+from bench.records.record import AVERAGE
 
 if TYPE_CHECKING:
     from bench.records import AppliedMethod, Metric, Record
@@ -47,6 +49,9 @@ USUAL: dict[str, object] = {
 HASH_DIGITS = 8
 MAX_DIFFERENCE_CHARS = 24
 """Longer entries of a setting are named by their start and a hash."""
+DIFFERING_KNOBS = 3
+"""Knobs that a label names at most."""
+MAX_KNOB_LENGTH = 24
 
 
 def metric_scale(metric: str) -> tuple[float, int]:
@@ -102,6 +107,15 @@ def setting_key(record: Record) -> dict[str, str]:
     }
 
 
+def question_key(record: Record) -> dict[str, str]:
+    """Return the setting of a run, in which weights drawn with several seeds are one model."""
+    key = setting_key(record)
+    if record.drawn:
+        key.pop("seed", None)
+        key.pop("weights", None)
+    return key
+
+
 def setting_names(plain: Sequence[str], keys: Sequence[dict[str, str]]) -> list[str]:
     """Name each setting by its heading, plus the entries that differ between namesakes."""
     names = []
@@ -130,8 +144,10 @@ def model_text(record: Record) -> str:
     if not path:
         return record.model.name
     # Folders in different places may share a name.
-    weights = record.model.fingerprint[:HASH_DIGITS]
-    return f"{record.model.name} ({PurePath(path).name} {weights})"
+    weights, folder = record.model.fingerprint[:HASH_DIGITS], PurePath(path).name
+    # A model that was given as a path is called by its folder or file already.
+    known = record.model.name in (folder, PurePath(path).stem)
+    return f"{record.model.name} ({'' if known else f'{folder} '}{weights})"
 
 
 def answered_text(metric: Metric) -> str:
@@ -182,11 +198,7 @@ def benchmark_names(records: Sequence[Record]) -> dict[str, str]:
     Runs that share a heading and not all that decides what was scored (tasks, metrics, data) get
     the entries in which they differ. Weights drawn with several seeds are one model.
     """
-    keys = [setting_key(record) for record in records]
-    for record, key in zip(records, keys, strict=True):
-        if record.model.source.startswith(FRESH):
-            key.pop("seed", None)
-            key.pop("weights", None)
+    keys = [question_key(record) for record in records]
     names = setting_names([scored_text(record) for record in records], keys)
     return {
         record.id: name.removeprefix(f"{model_text(record)} on ")
@@ -231,3 +243,75 @@ def effect_text(methods: Sequence[AppliedMethod]) -> str:
     """Return what was done to the weights, such as `removed+quantized`; empty if nothing was."""
     effects = dict.fromkeys(method.confirmed_effect for method in methods)
     return "+".join(effect for effect in effects if effect != "none")
+
+
+def run_knobs(record: Record) -> dict[str, object]:
+    """Return what decides a run besides its model, its benchmark and its seed, by dotted name.
+
+    These are the knobs of its methods, and the settings of the text and pictures that they read.
+    """
+    found = {
+        name: value
+        for method in record.methods
+        for name, value in _dotted(method.name, method.config)
+    }
+    for group in ("calibration", "prompts"):
+        # A config has both groups whether or not a method reads them; the provenance tells.
+        settings = record.config.get(group)
+        if record.provenance.get(group) is None or not isinstance(settings, dict):
+            continue
+        # A source of the same name says nothing more than the name.
+        unsaid = {"seed", *(("source",) if settings.get("source") == settings.get("name") else ())}
+        found |= {f"{group}.{key}": each for key, each in settings.items() if key not in unsaid}
+    return found
+
+
+def _dotted(name: str, value: object) -> Iterator[tuple[str, object]]:
+    """Yield the entries of a mapping one by one, as those of a recipe."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _dotted(f"{name}.{key}", inner)
+    else:
+        yield name, value
+
+
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """Return each dotted knob's last part where that tells it from the others, else the whole."""
+    names = list(names)
+    tails = Counter(name.rpartition(".")[2] for name in names)
+    inputs = ("calibration.", "prompts.")
+    return {
+        name: name
+        if tails[tail := name.rpartition(".")[2]] > 1 or name.startswith(inputs)
+        else tail
+        for name in names
+    }
+
+
+def distinct_labels(group: Sequence[Record]) -> dict[str, str]:
+    """Return the label of each run by id; runs of equal labels also say the knobs that differ."""
+    alike: dict[str, list[Record]] = defaultdict(list)
+    for record in group:
+        alike[record.label].append(record)
+    found = {}
+    for label, records in alike.items():
+        knobs = [_knob_texts(record) if len(records) > 1 else {} for record in records]
+        names = dict.fromkeys(name for each in knobs for name in each)
+        differing = [n for n in names if len({each.get(n) for each in knobs}) > 1]
+        shown = short_names(differing)
+        for record, each in zip(records, knobs, strict=True):
+            said = [f"{shown[n]} {each[n]}" for n in differing if n in each][:DIFFERING_KNOBS]
+            found[record.id] = f"{label}, {', '.join(said)}" if said else label
+    return found
+
+
+def _knob_texts(record: Record) -> dict[str, str]:
+    """Return what can differ between runs of one label, as short texts."""
+    knobs = {**run_knobs(record), "seed": record.config.get("seed")}
+    return {key: _shortened_knob(str(value)) for key, value in knobs.items()}
+
+
+def _shortened_knob(text: str) -> str:
+    # Most are a number or a word; looking for words takes longer than all else about a label.
+    plain = len(text) <= MAX_KNOB_LENGTH and text.isalnum()
+    return text if plain else textwrap.shorten(text, MAX_KNOB_LENGTH)

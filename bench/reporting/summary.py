@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from bench.reporting.cost_table import measured_scopes, print_costs, speedup_tex
 from bench.reporting.record_numbers import (
     PERCENT_METRICS,
     answered_text,
+    distinct_labels,
     effect_text,
     headline_key,
     metric_scale,
@@ -34,12 +35,13 @@ if TYPE_CHECKING:
 
 MAX_RUNS_PER_TABLE = 7
 """Wider tables are hard to read even where the terminal is wide enough."""
-PARAMETER_COUNTS = ("parameters", "nonzero_parameters")
+SIZES = ("parameters", "nonzero_parameters", "bytes")
 WORK_UNITS = {
     "flops": "FLOP",
     "cache_bytes": "B in the cache",
-    "seconds": "s",
-    "method_seconds": "s in the method",
+    # Not in turn with the dense model, on whatever the machine was doing: no basis of a claim.
+    "seconds": "s, alone",
+    "method_seconds": "s in the method, alone",
 }
 """Costs of one forward or prefill, with their units; the scope of such a cost holds its shapes."""
 HEADLINE_STAGES = (FORWARD, PREFILL, DECODE)
@@ -59,8 +61,9 @@ def print_summary(records: Sequence[Record], reused: int = 0) -> None:
     out = console()
     for title, group in _alike(records):
         ordered = sorted(group, key=_dense_first)
+        labels = distinct_labels(ordered)
         while ordered:
-            table, shown = _widest_table(title, ordered, out)
+            table, shown = _widest_table(title, ordered, labels, out)
             out.print(table)
             ordered = ordered[shown:]
     for record in records:
@@ -94,22 +97,21 @@ def _dense_first(record: Record) -> tuple[bool, str]:
     return (not record.is_dense, record.label)
 
 
-def _widest_table(title: str, records: Sequence[Record], out: Console) -> tuple[Table, int]:
+def _widest_table(
+    title: str, records: Sequence[Record], labels: Mapping[str, str], out: Console
+) -> tuple[Table, int]:
     """Return a table of as many leading records as fit, at least one, and their number."""
     most = min(len(records), MAX_RUNS_PER_TABLE)
-    return widest_fitting(lambda count: _table(title, records[:count]), most, out)
+    return widest_fitting(lambda count: _table(title, records[:count], labels), most, out)
 
 
-def _table(title: str, records: Sequence[Record]) -> Table:
-    # The ratio goes onto a second line of the heading, which keeps columns narrow.
-    table = terminal_table(("\n".join(r.label.rsplit(" ", 1)) for r in records), title)
+def _table(title: str, records: Sequence[Record], labels: Mapping[str, str]) -> Table:
+    table = terminal_table((_heading(labels[record.id]) for record in records), title)
     for row_title, cells in _headline_rows(records):
         table.add_row(row_title, *cells, end_section=row_title.startswith(f"{AVERAGE} "))
     table.add_section()
-    for name in PARAMETER_COUNTS:
-        table.add_row(
-            name.replace("_", " "), *(_parameter_cell(record, name) for record in records)
-        )
+    for name in SIZES:
+        table.add_row(name.replace("_", " "), *(_size_cell(record, name) for record in records))
     for (scope, name), unit in _work_columns(records).items():
         table.add_row(f"{scope} {unit}", *(_work_cell(record, name, scope) for record in records))
     for scope in _headline_scopes(records):
@@ -119,6 +121,12 @@ def _table(title: str, records: Sequence[Record]) -> Table:
     table.add_row("weights", *(effect_text(record.methods) or "unchanged" for record in records))
     table.add_row("run", *(record.id[:8] for record in records))
     return table
+
+
+def _heading(label: str) -> str:
+    """Break a label into lines, which keeps columns narrow: methods, ratio, knobs that differ."""
+    name, *knobs = label.split(", ")
+    return "\n".join([*name.rsplit(" ", 1), *knobs])
 
 
 @dataclass(frozen=True)
@@ -182,7 +190,7 @@ def _metric_cell(metric: Metric | None) -> str:
     return f"{text}{error}{answered_text(metric)}"
 
 
-def _parameter_cell(record: Record, name: str) -> str:
+def _size_cell(record: Record, name: str) -> str:
     cost = record.cost(name)
     return format_quantity(cost.value if cost else None)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.plugins import active, config_file
 from bench.reporting.cost_table import print_costs
+from bench.reporting.record_numbers import metric_scale
 from bench.reporting.study import StudyReport, TrialReport, pareto_trials, read_study
 from bench.ui import console, draw_rows
 
@@ -36,9 +38,29 @@ def list_runs(results_dir: Path) -> list[dict[str, object]]:
     rows += [_run_row(record) for record in others if record is not None]
     rows.sort(key=lambda row: str(row["started"]))
     for run_id, reason in store.unreadable.items():
-        empty = dict.fromkeys(("started", "model", "method", "benchmark", "average"))
+        empty = dict.fromkeys(("started", "model", "method", "benchmark", "average", "score"))
         rows.append({"run": run_id, **empty, "note": f"unreadable: {reason}"})
     return rows
+
+
+SHOWN_DIGITS = 8
+MINUTE = slice(len("2026-"), len("2026-11-29T20:04"))
+
+
+def shown_runs(rows: Sequence[dict[str, object]]) -> list[dict[str, object]]:
+    """Return the rows of `list_runs` as a terminal shows them: ids and times short."""
+    short = {str(row["run"])[:SHOWN_DIGITS] for row in rows}
+    noted = any(row["note"] for row in rows)
+    return [
+        {
+            "run": str(row["run"])[: SHOWN_DIGITS if len(short) == len(rows) else None],
+            "started": str(row["started"] or "")[MINUTE].replace("T", " ") or None,
+            **{name: row[name] for name in ("model", "method", "benchmark")},
+            "score": row["score"],
+            **({"note": row["note"]} if noted else {}),
+        }
+        for row in rows
+    ]
 
 
 def _indexed_runs(store: Store) -> list[dict[str, object]]:
@@ -46,10 +68,12 @@ def _indexed_runs(store: Store) -> list[dict[str, object]]:
     from bench.records.index import index_table
     from bench.records.record import AVERAGE
 
-    names = ("run", "started", "model", "label", "benchmark", "marks", "kind", "task", "value")
+    names = ("run", "started", "model", "label", "benchmark", "marks", "kind", "task", "metric",
+             "value", "headline")  # fmt: skip
     table = index_table(store).select(names)
     found: dict[str, dict[str, object]] = {}
-    for run, started, model, label, benchmark, marks, kind, task, value in zip(
+    scores: dict[str, dict[str, str | None]] = {}
+    for run, started, model, label, benchmark, marks, kind, task, metric, value, headline in zip(
         *(table[name].to_pylist() for name in names), strict=True
     ):
         if kind != "metric":
@@ -63,12 +87,25 @@ def _indexed_runs(store: Store) -> list[dict[str, object]]:
                 "method": label,
                 "benchmark": benchmark,
                 "average": None,
+                "score": None,
                 "note": marks or None,
             },
         )
+        if headline:
+            scores.setdefault(run, {})[task] = _score(metric, value)
         if task == AVERAGE:
             row["average"] = value
+    for run, own in scores.items():
+        # As in figures: a run of one task has no average and is represented by that task.
+        found[run]["score"] = next(iter(own.values())) if len(own) == 1 else own.get(AVERAGE)
     return list(found.values())
+
+
+def _score(metric: str, value: float | None) -> str | None:
+    factor, digits = metric_scale(metric)
+    if value is None:
+        return None
+    return f"{factor * value:.{digits}f}" + (" %" if factor == 100.0 else f" {metric}")
 
 
 def _run_row(record: Record) -> dict[str, object]:
@@ -79,6 +116,7 @@ def _run_row(record: Record) -> dict[str, object]:
         "method": record.label,
         "benchmark": _benchmark(record),
         "average": None,
+        "score": None,
         "note": ", ".join(record.marks) or None,
     }
 

@@ -180,7 +180,9 @@ def execute(config: RunConfig, request: RunRequest, session: Session) -> RunResu
     # After the record is written and the lock released: a tracker that fails or hangs loses no
     # result and blocks no other process.
     progress.watcher = None
-    with progress.phase(f"sending {record.id} to {config.tracker.kind}"):
+    kind = config.tracker.kind
+    sending = f"sending {record.id} to {kind}"
+    with nullcontext() if kind == "none" else progress.phase(sending):
         warning = track(record, store, config.tracker, live)
     return RunResult(record, reused=False, warning=warning)
 

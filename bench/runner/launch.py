@@ -215,6 +215,13 @@ def _resume_plan(
                 _announce(planned, admitted, session, budget)
         outcome = _run_sweep(plan, admitted, session)
     else:
+        # What is given for nothing would be taken for done.
+        if repeated and not reused:
+            from bench.config.gate import plan_arguments, refuse_unplanned
+
+            refuse_unplanned(
+                plan.folder, plan_arguments(plan.arguments, plan.folder.name), plan.jobs, repeated
+            )
         outcome = _sweep_outcome(plan)
     if reused:
         outcome.reused = sum(record.id in done_before for record in outcome.records)

@@ -196,11 +196,19 @@ def _idle_reason(check: EffectCheck, report: MethodReport, knobs: JsonObject) ->
 def refuse_impossible_order(config: RunConfig, found: Collection[str]) -> None:
     """Raise if a method cannot change weights in the form in which an earlier one leaves them.
 
-    `found` are the forms of the model's own weights besides the published one.
+    Or if it draws new ones, so that the earlier one did its work for nothing. `found` are the forms
+    of the model's own weights besides the published one.
     """
     # By form, the method that made it; None for the model's own.
     made_by: dict[str, str | None] = dict.fromkeys(found)
+    names = list(config.method)
     for name, method in config.method.items():
+        if method.restarts and name != names[0]:
+            lost = " and ".join(names[: names.index(name)])
+            raise UserError(
+                f"method=[{','.join(names)}]: {name} draws fresh weights, which loses what {lost} "
+                f"did: set method.{name}.restart=false, or leave {lost} out"
+            )
         for form, maker in made_by.items():
             if form in method.accepts:
                 continue

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from bench.errors import UserError
@@ -25,12 +25,20 @@ from methods.visual_engine.selection_step import ChooseTokens, SelectionSizes, T
 from methods.visual_engine.settings import Quota
 from methods.visual_engine.strategy import VisualStrategy, tokens_by_stage
 
-Amount = (
-    Annotated[int, Field(ge=1, strict=True)]
-    | Annotated[float, Field(gt=0, le=1, strict=True)]
-    | Literal["all"]
-)
 
+def _refuse_one(amount: Any) -> Any:
+    # At the end of a sweep such as keep=0.25,0.5,1 all tokens are meant, and one would be kept.
+    if isinstance(amount, int) and amount == 1:
+        raise ValueError("1 is one token, and 1.0 a share of 100 %: write 1.0 or all, or 2 or more")
+    return amount
+
+
+Amount = Annotated[
+    Annotated[int, Field(ge=2, strict=True)]
+    | Annotated[float, Field(gt=0, le=1, strict=True)]
+    | Literal["all"],
+    BeforeValidator(_refuse_one),
+]
 
 Variant = Literal["paper", "release"]
 """Whose definition a method follows where its paper and the authors' code differ."""
@@ -44,7 +52,7 @@ class TokenPruning(VisualStrategy):
     counted per layer, for generated tokens. Either way tokens keep their cells in the image, so
     windows still hold. A frame is an image, a tile of an image or a time step of a video; budgets
     are per frame. An amount is a number of tokens (an integer), a share of the frame's tokens (a
-    float; 1.0 is all of them, 1 is one token), or `all`.
+    float; 1.0 is all of them, and 1 is refused), or `all`.
     """
 
     positions: Literal["kept", "renumbered"] = "kept"

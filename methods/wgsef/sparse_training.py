@@ -63,6 +63,11 @@ class ClassifierTraining(Method):
     restart: bool = True
     checkpoints: str | None = None
 
+    @property
+    def restarts(self) -> bool:
+        """Whether training starts from fresh weights."""
+        return self.restart
+
     def check(self, structure: ModelStructure) -> None:
         """Refuse other models and mismatched images."""
         self._config(structure)
@@ -161,12 +166,13 @@ class SparseTraining(ClassifierTraining):
     each loses that fraction of its groups, with `isomorphic` all layers of one form do together. If
     `k` is given, it is the number of groups to keep in the whole network instead. `floor` is the
     minimum fraction kept per layer. Kept counts are rounded up to `multiple`. With scope `pattern`,
-    `pattern=[N, M]` keeps N of every M consecutive groups of a layer, whatever `ratio` is.
+    `pattern=[N, M]` keeps N of every M consecutive groups of a layer. With `k` or `pattern`,
+    `ratio` becomes null, since it does not count.
     """
 
     writes = ("checkpoints",)
 
-    ratio: float = Field(default=0.7, gt=0, lt=1)
+    ratio: float | None = Field(default=0.7, gt=0, lt=1)
     groups: ConvolutionGroups | tuple[ConvolutionGroups, ...] = "filters"
     layers: dict[ConvolutionGroups, str] = Field(default_factory=dict)
     block: tuple[int, int] = (4, 4)
@@ -177,6 +183,14 @@ class SparseTraining(ClassifierTraining):
     floor: float = Field(default=0.05, ge=0, lt=1)
     k: int | None = Field(default=None, ge=1)
     multiple: int = Field(default=1, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ratio_of_use(cls, knobs: Any) -> Any:
+        """Drop a ratio that does not count: a run is called by it, and would be repeated for it."""
+        if isinstance(knobs, dict) and (knobs.get("k"), knobs.get("pattern")) != (None, None):
+            return {**knobs, "ratio": None}
+        return knobs
 
     @model_validator(mode="after")
     def _check_budget(self) -> Self:
@@ -199,6 +213,8 @@ class SparseTraining(ClassifierTraining):
             )
         if (self.scope == "pattern") != (self.pattern is not None):
             raise ValueError("scope=pattern and pattern=[N,M] need each other: set both")
+        if self.ratio is None and self.k is None and self.pattern is None:
+            raise ValueError("ratio=null needs k or pattern: give a ratio between 0 and 1")
         if self.pattern is not None and not 0 < self.pattern[0] < self.pattern[1]:
             raise ValueError(f"pattern={list(self.pattern)} is [N,M] with 0 < N < M, such as [2,4]")
         if self.k is not None and (self.scope, self.unit) != ("global", "groups"):
@@ -234,7 +250,10 @@ class SparseTraining(ClassifierTraining):
 
     def _sparsity(self, groups: int) -> float:
         """Return the fraction to remove, of `groups` or of their cost."""
+        if self.pattern is not None:
+            return 1 - self.pattern[0] / self.pattern[1]
         if self.k is None:
+            assert self.ratio is not None  # `_ratio_of_use`
             return self.ratio
         if self.k > groups:
             raise UserError(f"k={self.k} is too large: the network has {groups} {self.groups}")

@@ -127,6 +127,7 @@ def test_folders_of_images_are_named_as_well(call):
         (["camera_main", "model=micro_moe"], "a table sets its own model"),
         (["camera_main", "scale=micro", "benchmark.limit=1,2"], "can only sweep the seed"),
         (["camera_main", "scale=micro", "-m", "seed=a,b"], "whole numbers"),
+        (["camera_main", "scale=micro", "-m", "seed=1,01"], "give each seed once"),
         (["camera_main", "scale=micro", "rows=[Camera]"], "unknown name in rows"),
         (["camera_main", "scale=micro", "benchmark.limt=3"], "benchmark.limt"),
         ([], "takes one name"),

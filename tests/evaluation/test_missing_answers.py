@@ -308,3 +308,13 @@ def test_an_average_is_none_if_a_part_is():
     rows = [metric(), metric().model_copy(update={"task": "u", "value": None, "missing": 3})]
     (average,) = headline_average(config, rows)
     assert (average.value, average.missing) == (None, 3)
+
+
+@pytest.mark.parametrize(
+    ("others", "value", "averaged"),
+    [("acc", 0.5, True), ("mcc", -0.5, True), ("bleu", 31.0, False), ("acc", None, True)],
+)
+def test_numbers_that_are_no_shares_have_no_average(others, value, averaged):
+    config = BenchmarkConfig(name="b", tasks=("t", "u"))
+    rows = [metric(), metric().model_copy(update={"task": "u", "metric": others, "value": value})]
+    assert bool(headline_average(config, rows)) is averaged

@@ -2,7 +2,8 @@
 
 import pytest
 
-from bench.reporting.leaderboard import build_leaderboard, distinct_labels
+from bench.reporting.leaderboard import build_leaderboard
+from bench.reporting.record_numbers import distinct_labels
 from bench.reporting.wandb_sync import build_overview
 from tests.reporting.html.synthetic_records import metric, record
 

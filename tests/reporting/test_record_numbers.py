@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.models.source import is_fresh
 from bench.records import AppliedMethod, Cost, EffectCheck, SizeAndWork
 from bench.reporting.comparison.comparison import baseline_of
 from bench.reporting.cost_table import print_costs
@@ -16,6 +17,7 @@ from bench.reporting.summary import print_summary
 from bench.reporting.tables.numbers import our_value
 from bench.reporting.tables.table_config import TableColumn
 from bench.reporting.wandb_sync import build_overview
+from bench.schema import ModelConfig
 from tests.reporting.html.synthetic_records import record
 
 SCOPE = "forward 1x512"
@@ -183,3 +185,29 @@ def test_the_summary_has_the_counted_value(both, capsys):
 def test_the_page_of_a_run_still_lists_both(both):
     assert {cost["how"] for cost in run_details(both)["costs"]} == {"counted", "analytic"}
     print_costs(both)
+
+
+@pytest.mark.parametrize(
+    ("source", "path", "drawn"),
+    [
+        ("fresh:lenet5", None, True),
+        ("torchvision:resnet18", None, True),
+        ("module", None, True),
+        ("fresh:lenet5", "w.safetensors", False),
+        ("torchvision:resnet18", "w.safetensors", False),
+        ("embedded:micro_resnet", None, False),
+        ("module/of_a_hub", None, False),
+    ],
+)
+def test_weights_are_drawn_where_code_builds_the_network_and_no_path_has_them(source, path, drawn):
+    one = record(1)
+    model = one.model.model_copy(update={"source": source})
+    config = {**one.config, "model": {"path": path}}
+    run = one.model_copy(update={"model": model, "methods": (), "config": config})
+    assert (run.drawn, run.untrained) == (drawn, drawn)
+    assert run.label == ("untrained" if drawn else "dense")
+    fresh = ModelConfig(
+        name="n", source=source, path=path, kind="image_classifier",
+        _target_="mine.Net" if source == "module" else None,
+    )  # fmt: skip
+    assert is_fresh(fresh) == drawn

@@ -139,3 +139,19 @@ def test_an_average_counts_tasks_and_missing_rows_under_their_names(monkeypatch,
     average = run.metrics[0].model_copy(update={"n": 2, "missing": 6})
     print_summary([run.model_copy(update={"metrics": (average,)})])
     assert "60.0 ±1.0 (2 tasks, 6 rows missing)" in capsys.readouterr().out
+
+
+def test_runs_of_one_label_are_told_apart_by_the_knobs_that_differ(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def quantized(number, bits):
+        run = recorded(number, "rtn")
+        (part,) = run.methods
+        return run.model_copy(
+            update={"methods": (part.model_copy(update={"config": {"bits": bits}}),)}
+        )
+
+    print_summary([quantized(60, 2), quantized(70, 4)])
+    out = capsys.readouterr().out
+    assert "bits 2" in out
+    assert "bits 4" in out

@@ -2,13 +2,13 @@
 
 import pytest
 
-from bench.records import Cost
+from bench.records import Cost, Store
 from bench.reporting.comparison.comparison import Comparison
 from bench.reporting.comparison.contrast import Contrast
 from bench.reporting.comparison.printer import print_comparison
 from bench.reporting.summary import print_summary
 from bench.reporting.tables.writers import print_table
-from bench.reporting.terminal_views import print_record
+from bench.reporting.terminal_views import list_runs, print_record, shown_runs
 from tests.reporting.html.synthetic_records import paper_table, record
 
 COMMAND = "bench run 'benchmark.tasks=[arc_easy]' method=[camera_p,gptq] model.path=/[bold]x[/]"
@@ -72,3 +72,56 @@ def test_a_tables_names_are_no_markup(capsys):
     out = capsys.readouterr().out
     for text in ("[sec]", "[b]CAMERA", "[t] Main", "not subtracted [1]"):
         assert text in out
+
+
+def test_a_list_of_runs_fits_a_terminal():
+    def row(run, note=None):
+        return {
+            "run": run, "started": "2026-11-29T20:04:32.490+00:00", "model": "m", "method": "rtn",
+            "benchmark": "b", "average": 2 / 3, "score": "66.7 %", "note": note,
+        }  # fmt: skip
+
+    first, _ = shown_runs([row("ac71c40185c6"), row("9b61cca2e97c")])
+    assert first == {
+        "run": "ac71c401", "started": "11-29 20:04", "model": "m", "method": "rtn",
+        "benchmark": "b", "score": "66.7 %",
+    }  # fmt: skip
+    # A note, and digits that do not tell two runs apart, stay whole.
+    alike = [row("ac71c40185c6", "untrained"), row("ac71c401ffff")]
+    assert [each["run"] for each in shown_runs(alike)] == ["ac71c40185c6", "ac71c401ffff"]
+    assert shown_runs(alike)[0]["note"] == "untrained"
+    broken = {**row("x", "unreadable: torn"), "started": None}
+    assert shown_runs([broken])[0]["started"] is None
+
+
+def test_a_run_of_one_task_is_listed_with_its_number(tmp_path):
+    def scored(number, *metrics):
+        run = record(number)
+        kept = tuple(m for m in run.metrics if m.task in metrics)
+        return run.model_copy(update={"metrics": kept})
+
+    tasks = [m.task for m in record(1).metrics if m.headline and m.task != "average"]
+    runs = [record(1), scored(2, tasks[0]), scored(3, *tasks[:2])]
+    for run in runs:
+        Store(tmp_path).write(run, [], "")
+    scores = {row["run"]: row["score"] for row in list_runs(tmp_path)}
+    mean, single = record(1).metric("average"), record(2).metric(tasks[0])
+    assert scores[runs[0].id] == f"{100 * mean.value:.1f} %"
+    assert scores[runs[1].id] == f"{100 * single.value:.1f} %"
+    assert scores[runs[2].id] is None
+
+
+def test_a_comparison_on_a_narrow_terminal_folds_no_number(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "60")
+    numbers = {"low": -0.1234, "high": 0.0456, "gained": 12, "lost": 34, "p_holm": 0.0123}
+    retained = {"retention": 96.3, "retention_low": 92.7, "retention_high": 99.7}
+    contrast = Contrast(
+        run=record(1).id, task="arc_challenge", metric="acc_norm", filter="none",
+        higher_is_better=True, n=60, baseline=0.693, candidate=0.667, difference=-0.026,
+        detectable=0.036, **numbers, **retained,
+    )  # fmt: skip
+    print_comparison(Comparison(record(0), (record(1),), (contrast,), ()))
+    out = capsys.readouterr().out
+    for cell in ("69.3", "-2.6 [-12.3, +4.6]", "+12 / -34", "0.012", "96.3 [92.7, 99.7]"):
+        assert cell in out
+    assert out.count("arc_challenge acc_norm %") > 1

@@ -58,6 +58,15 @@ def test_an_order_that_works(tmp_path, methods):
     check_run(config_of(methods, f"results_dir={tmp_path}"), Session())
 
 
+def test_a_training_that_begins_anew_comes_first():
+    own = ("model=micro_resnet", "benchmark=images")
+    config = compose_run_config(["method=[train,wgsef]", *own])
+    with pytest.raises(UserError, match="wgsef draws fresh weights, which loses what train did"):
+        refuse_impossible_order(config, set())
+    kept = compose_run_config(["method=[train,wgsef]", "method.wgsef.restart=false", *own])
+    refuse_impossible_order(kept, set())
+
+
 def test_zeroed_experts_keep_their_form():
     refuse_impossible_order(config_of("camera_p,d2_moe", "method.camera_p.state=zeroed"), set())
 

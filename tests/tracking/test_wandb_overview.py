@@ -80,9 +80,12 @@ def test_an_overview_holds_leaderboard_plots_tables_and_the_page(store):
 def test_a_project_is_rebuilt_from_its_records(store, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert main.main(["track", "--results-dir", str(store.root)]) == 0
-    said = capsys.readouterr().out.split("\n")
-    assert [f"sent {record.id}" in said for record in store.all()] == [True] * 6
-    assert "sent overview of slimbench" in said
+    printed = capsys.readouterr()
+    said = printed.out.split("\n")
+    assert "nothing has left this machine: wandb sync" in printed.err
+    # Offline nothing is sent, and the words do not say so.
+    assert [f"kept {record.id}" in said for record in store.all()] == [True] * 6
+    assert "kept overview of slimbench" in said
     kinds = sorted(kind for kind, _, _ in offline_runs(store.root / "wandb_home"))
     assert kinds == ["overview", *["run"] * 6]
 

@@ -29,6 +29,15 @@ PACKAGES = (
 )  # fmt: skip
 
 
+NAMED_BY_USERS = {
+    "hub": "model=ORG/NAME",
+    "local": "model=./FOLDER",
+    "module": "model=module model._target_=PACKAGE.CLASS",
+    "torchvision": "model=torchvision/NAME",
+}
+"""Entries of conf/model that are no model by themselves, and how one is named with them."""
+
+
 def diagnose() -> list[dict[str, str]]:
     """Return one row per check: `what`, `state` (ok or missing) and `detail`."""
     return [*_packages(), *_devices(), *_models(), *_benchmarks()]
@@ -71,6 +80,8 @@ def _looked_up(group: str, find: Callable[[str], str]) -> Iterator[dict[str, str
 
 
 def _find_model(name: str) -> str:
+    if name in NAMED_BY_USERS:
+        return f"is named in the command: {NAMED_BY_USERS[name]}"
     config = _shipped("model", name, ModelConfig)
     # What code draws needs no file; to look at the code as well takes the import of torch.
     return str(fresh_folder() if is_fresh(config) else resolve_model(config, offline=True).folder)

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bench.cli.parser import LISTABLE
 from bench.errors import EXIT_DONE, EXIT_FAILED, UserError, optional_module, unknown_name
 from bench.ui import note, print_json, print_rows, print_text, warn
+
+if TYPE_CHECKING:
+    from bench.records import Record, Store
 
 
 def ls(given: argparse.Namespace) -> int:
@@ -25,6 +30,7 @@ def ls(given: argparse.Namespace) -> int:
         raise unknown_name("list", given.what, LISTABLE)
     if given.what == "runs":
         rows = terminal_views.list_runs(given.results_dir)
+        rows = rows if given.json else terminal_views.shown_runs(rows)
     else:
         rows = terminal_views.list_configs(given.what.rstrip("s"))
     return print_rows(rows, given.json)
@@ -153,10 +159,10 @@ def track(given: argparse.Namespace) -> int:
         record = store.get(runs[0])
         config = tracker_of(record, entities)
         failed = send(record, store, config) or track_model(record, given.model, store, config)
-        return _report_sent([(f"{record.id} and its model", failed)])
+        return _report_sent([(f"{record.id} and its model", failed)], store, [record])
     if runs:
-        sent = sync_runs(store, [store.get(run) for run in runs], entities)
-        return _report_sent(sent)
+        chosen = [store.get(run) for run in runs]
+        return _report_sent(sync_runs(store, chosen, entities), store, chosen)
     from bench.reporting.html import SampleShare, write_report
     from bench.reporting.tables.builder import tables_of
 
@@ -171,7 +177,7 @@ def track(given: argparse.Namespace) -> int:
         # records: it is only renewed when all are sent.
         tables = tuple(tables_of(records))
         sent = sync_all(store, records, page, tables, entities, workspace=given.workspace)
-        return _report_sent(sent)
+        return _report_sent(sent, store, records)
 
 
 def _allowed_entity(word: str) -> str:
@@ -181,15 +187,34 @@ def _allowed_entity(word: str) -> str:
     return name
 
 
-def _report_sent(sent: Iterable[tuple[str, str | None]]) -> int:
+def _report_sent(
+    sent: Iterable[tuple[str, str | None]], store: Store, records: Sequence[Record]
+) -> int:
     """Print what was sent, and what was not and why; return the exit code."""
     failed = False
+    offline = _is_offline(records)
     # A generator: each record is sent as the loop reaches it, and a failed one does not stop the
     # rest.
     for what, warning in sent:
         if warning:
             warn(warning)
         else:
-            print_text(f"sent {what}")
+            print_text(f"{'kept' if offline else 'sent'} {what}")
         failed = failed or warning is not None
+    if offline:
+        place = store.root / "wandb_home" / "wandb"
+        note(f"W&B is offline here, so nothing has left this machine: wandb sync {place}/offline-*")
     return EXIT_FAILED if failed else EXIT_DONE
+
+
+def _is_offline(records: Sequence[Record]) -> bool:
+    """Tell whether W&B writes files instead of sending, for all of these records."""
+    from bench.reporting.wandb_sync import tracker_of
+    from bench.tracking.wandb_run import wandb_mode
+
+    modes = set()
+    for record in records:
+        with suppress(UserError):  # named when it is sent
+            entity = record.config.get("tracker", {}).get("entity")
+            modes.add(wandb_mode(tracker_of(record, [entity])))
+    return modes == {"offline"}

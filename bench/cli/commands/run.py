@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.errors import EXIT_DONE, EXIT_FAILED
+from bench.errors import EXIT_DONE, EXIT_FAILED, UserError
 from bench.runner.estimate import read_budget
 from bench.runner.launch import LaunchOutcome, launch, print_hydra_info
 from bench.runner.session import Session
@@ -29,6 +29,8 @@ def _without_budget(arguments: list[str]) -> tuple[list[str], float | None]:
         name, equals, given = word.partition("=")
         if name != "--budget":
             continue
+        if budget is not None:
+            raise UserError("--budget is given twice: give it once")
         following = arguments[place + 1 : place + 2]
         budget = read_budget(given if equals else (following or [""])[0])
         words = [*arguments[:place], *arguments[place + (1 if equals else 2) :]]

@@ -107,7 +107,7 @@ class TableRequest:
                     f"{text}: a table sets its own {key}; select by {_selection_keys()}"
                 )
             if key == "seed" and overrides.multirun:
-                request.seeds = tuple(_parse_seeds(text.partition("=")[2]))
+                request.seeds = _parse_seeds(text.partition("=")[2])
             # A cell is one number, or the mean over seeds.
             elif override.is_sweep_override():
                 raise UserError(f"{text}: a table can only sweep the seed, as in -m seed=1,2,3")
@@ -126,11 +126,15 @@ def _selection_keys() -> str:
     return ", ".join(f"{part}=[...]" for part in PARTS)
 
 
-def _parse_seeds(value: str) -> Iterator[int]:
-    for text in _split_list(value):
-        if not text.isdigit():
-            raise UserError(f"seed={value}: give whole numbers, as in seed=1,2,3")
-        yield int(text)
+def _parse_seeds(value: str) -> tuple[int, ...]:
+    texts = _split_list(value)
+    if not all(text.isdecimal() for text in texts):
+        raise UserError(f"seed={value}: give whole numbers, as in seed=1,2,3")
+    seeds = tuple(map(int, texts))
+    # One run that counts twice would make the mean look surer than it is.
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"seed={value}: give each seed once")
+    return seeds
 
 
 def make_table(name: str, arguments: Sequence[str], session: Session) -> FinishedTable:
@@ -322,7 +326,11 @@ def run_command(arguments: list[str]) -> int:
 
 def _split_page(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
     """Return the file after `--page`, None without one, and the other arguments."""
-    rest = list(arguments)
+    rest = [
+        part
+        for word in arguments
+        for part in (word.split("=", 1) if word.startswith(f"{PAGE_OPTION}=") else [word])
+    ]
     if PAGE_OPTION not in rest:
         return None, rest
     place = rest.index(PAGE_OPTION)

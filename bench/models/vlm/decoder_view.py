@@ -341,14 +341,18 @@ def _refuse_unsupported(structure: ModelStructure, config: NetworkConfig | None)
 def _attention_view(module: _Attention) -> AttentionView:
     """View the projections of an attention module, separate or fused into one matrix."""
     config, width = module.config, module.head_dim
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    # Counted in the weights: a config has one number for all layers, and a method may have removed
+    # other heads from each. A fused module that lost some has a config of its own.
     if hasattr(module, "qkv_proj"):
         fused = _projection(module.qkv_proj)
+        heads = config.num_attention_heads
+        groups = (fused.weight.shape[0] // width - heads) // 2
         # Rows of a fused matrix (Phi-3): all query heads, then all key heads, then all value heads.
         ends = (heads * width, (heads + groups) * width, (heads + 2 * groups) * width)
         q, k, v = fused.rows(0, ends[0]), fused.rows(ends[0], ends[1]), fused.rows(ends[1], ends[2])
     else:
         q, k, v = map(_projection, (module.q_proj, module.k_proj, module.v_proj))
+        heads, groups = q.weight.shape[0] // width, k.weight.shape[0] // width
     return AttentionView(
         q=q,
         k=k,

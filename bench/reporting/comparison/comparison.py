@@ -130,9 +130,24 @@ class _RunPair:
             if base.headline and base.task != AVERAGE
             if (other := self.candidate.record.metric(base.task)) is not None
         ]
+        self._name_unshared()
         # Tasks before the average, whose draws reuse those of its tasks.
         found = [c for base, other in tasks if (c := self._task(base, other)) is not None]
         return [*self._average(), *found]
+
+    def _name_unshared(self) -> None:
+        """Record the tasks that one of the runs alone has scored, which no row would show."""
+        records = (self.baseline.record, self.candidate.record)
+        names = [
+            {m.task: None for m in record.metrics if m.headline and m.task != AVERAGE}
+            for record in records
+        ]
+        for record, own, others in zip(records, names, reversed(names), strict=True):
+            alone = [task for task in own if task not in others]
+            # Runs without a task in common are refused whole, in a sentence of their own.
+            if alone and len(alone) < len(own):
+                only = f"only run {record.id[:8]} has scored it"
+                self.refused.append(f"{', '.join(alone)}: not compared, since {only}")
 
     def _task(self, base: Metric, other: Metric) -> Contrast | None:
         """Contrast one headline metric; None if the two numbers may not be subtracted."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -18,10 +19,11 @@ from bench.reporting.comparison.flips import Flip
 from bench.reporting.record_numbers import (
     PERCENT_METRICS,
     benchmark_text,
+    distinct_labels,
     metric_scale,
     model_text,
 )
-from bench.reporting.terminal_tables import terminal_table
+from bench.reporting.terminal_tables import terminal_table, widest_fitting
 from bench.ui import console
 
 COLUMNS = ("difference [95 %]", "gained / lost", "p (Holm)", "detectable", "retained %")
@@ -41,10 +43,12 @@ def print_comparison(
     `pictures` maps image hashes to the files of the flips' images.
     """
     out = console()
+    labels = distinct_labels((comparison.baseline, *comparison.candidates))
     for record in comparison.candidates:
         rows = [c for c in comparison.contrasts if c.run == record.id]
         if rows:
-            out.print(_table(comparison.baseline, record, rows))
+            for table in _tables(comparison.baseline, record, rows, labels, out):
+                out.print(table)
     for sentence in power_sentences(comparison):
         out.print(sentence)
     for note in dict.fromkeys(c.note for c in comparison.contrasts if c.note):
@@ -84,15 +88,34 @@ def _power_sentence(record: Record, row: Contrast) -> str:
     )
 
 
-def _table(baseline: Record, candidate: Record, rows: Sequence[Contrast]) -> Table:
-    names = [f"{r.label}\n{r.id[:8]}" for r in (baseline, candidate)]
+def _tables(
+    baseline: Record,
+    candidate: Record,
+    rows: Sequence[Contrast],
+    labels: Mapping[str, str],
+    out: Console,
+) -> Iterator[Table]:
+    """Yield a candidate's table, in several parts of whole columns where the console is narrow."""
+    own, other = labels[candidate.id], labels[baseline.id]
     models = " against ".join(dict.fromkeys((model_text(candidate), model_text(baseline))))
-    benchmark = benchmark_text(candidate)
-    title = f"{candidate.label} against {baseline.label}: {models} on {benchmark}"
-    table = terminal_table((*names, *COLUMNS), title)
-    for row in rows:
-        table.add_row(*_cells(row), end_section=row.task == AVERAGE)
-    return table
+    title = f"{own} against {other}: {models} on {benchmark_text(candidate)}"
+    # Knobs on lines of their own keep the columns narrow.
+    names = [f"{labels[r.id]}\n{r.id[:8]}".replace(", ", "\n") for r in (baseline, candidate)]
+    columns = (*names, *COLUMNS)
+
+    def part(first: int, count: int) -> Table:
+        table = terminal_table(columns[first : first + count], None if first else title)
+        for row in rows:
+            label, *cells = _cells(row)
+            shown = cells[first : first + count]
+            table.add_row(label, *shown, end_section=row.task == AVERAGE)
+        return table
+
+    first = 0
+    while first < len(columns):
+        table, count = widest_fitting(partial(part, first), len(columns) - first, out)
+        yield table
+        first += count
 
 
 def _cells(row: Contrast) -> list[str | Text]:

@@ -16,7 +16,12 @@ from bench.errors import UserError
 from bench.records import Record
 from bench.records.record import AVERAGE
 from bench.reporting.plots.points import series_names
-from bench.reporting.record_numbers import benchmark_text, metric_scale, model_text
+from bench.reporting.record_numbers import (
+    metric_scale,
+    question_key,
+    scored_text,
+    setting_names,
+)
 from bench.reporting.statistics import holm, sign_flip_p
 from bench.reporting.terminal_tables import terminal_table
 from bench.ui import console
@@ -40,6 +45,7 @@ class SeedContrast:
     deviation: float
     p: float
     p_holm: float
+    higher_is_better: bool = True
 
 
 def compare_seeds(records: Sequence[Record], baseline: Record) -> list[SeedContrast]:
@@ -54,18 +60,25 @@ def compare_seeds(records: Sequence[Record], baseline: Record) -> list[SeedContr
     _refuse_different_questions(records, baseline)
     named = series_names(records)
     values: dict[str, dict[object, float]] = defaultdict(dict)
-    metric = ""
-    for record in records:
+    metric, higher = "", True
+    # Of two runs of one setting and seed, as before and after an update, the newest counts.
+    for record in sorted(records, key=lambda record: record.started):
         headline = [m for m in record.metrics if m.headline]
         found = headline[0] if len(headline) == 1 else record.metric(AVERAGE)
         if found is None or found.value is None:
             continue
         factor, _ = metric_scale(found.metric)
         metric = found.metric + (" %" if factor == 100.0 else "")
+        higher = found.higher_is_better
         values[named[record.id]][record.config.get("seed")] = factor * found.value
     own = named[baseline.id]
+    if own not in values:
+        raise UserError(
+            f"run {baseline.id[:8]} has neither an average nor a single task with a number, by "
+            "which settings are compared over seeds: choose another baseline"
+        )
     contrasts = [
-        contrast
+        replace(contrast, higher_is_better=higher)
         for name in values
         if name != own and (contrast := _contrast(name, own, metric, values)) is not None
     ]
@@ -102,17 +115,19 @@ def _contrast(
 
 
 def comparable(record: Record, baseline: Record) -> bool:
-    """Tell whether two runs are of one model and one benchmark."""
-    return all(text(record) == text(baseline) for text in (model_text, benchmark_text))
+    """Tell whether two runs are of one model and answered the same questions."""
+    return question_key(record) == question_key(baseline)
 
 
 def _refuse_different_questions(records: Sequence[Record], baseline: Record) -> None:
     for record in records:
         if not comparable(record, baseline):
+            pair = (record, baseline)
+            keys = [question_key(each) for each in pair]
+            own, other = setting_names([scored_text(each) for each in pair], keys)
             raise UserError(
-                f"run {record.id[:8]} is of {model_text(record)} on {benchmark_text(record)} and "
-                f"the baseline of {model_text(baseline)} on {benchmark_text(baseline)}: name runs "
-                "of one model and one benchmark"
+                f"run {record.id[:8]} is of {own} and the baseline of {other}: name runs of one "
+                "model and one benchmark"
             )
 
 
@@ -123,13 +138,15 @@ def print_seeds(contrasts: Sequence[SeedContrast]) -> None:
     table = terminal_table(
         ("", "pairs", "mean", "baseline", "difference ± sd", "p (Holm)"), title=title
     )
-    for row in sorted(contrasts, key=lambda c: -c.difference):
+    digits = 1 if first.metric.endswith(" %") else 2
+    worth = 1 if first.higher_is_better else -1
+    for row in sorted(contrasts, key=lambda c: -worth * c.difference):
         table.add_row(
             row.series,
             str(row.pairs),
-            f"{row.mean:.1f}",
-            f"{row.baseline_mean:.1f}",
-            f"{row.difference:+.1f} ± {row.deviation:.1f}",
+            f"{row.mean:.{digits}f}",
+            f"{row.baseline_mean:.{digits}f}",
+            f"{row.difference:+.{digits}f} ± {row.deviation:.{digits}f}",
             f"{row.p_holm:.3f}",
         )
     console().print(table)

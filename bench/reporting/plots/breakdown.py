@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 
 from bench.errors import UserError
 from bench.records import Cost, Record
-from bench.reporting.plots.points import cost_name
+from bench.reporting.plots.points import cost_name, refuse_mixed_scopes
 from bench.reporting.plots.style import (
     COLOURS,
     HATCHES,
@@ -48,7 +48,7 @@ def cost_parts(records: Sequence[Record], cost: str, scope: str | None = None) -
     of `wall` are the phases of the run itself.
 
     Raises:
-        UserError: no run records parts of this cost.
+        UserError: no run records parts of this cost, or it is of several shapes.
     """
     scored = benchmark_names(records)
     rows = [
@@ -61,15 +61,18 @@ def cost_parts(records: Sequence[Record], cost: str, scope: str | None = None) -
             "value": value,
             "unit": unit,
             "cost_name": name,
+            "scope": own,
         }
         for record in records
-        for name, unit, part, value in _parts(record, cost, scope)
+        for name, own, unit, part, value in _parts(record, cost, scope)
     ]
     if not rows:
         known = {c.quantity for r in records for c in r.costs if _adds_up(c)} | {WALL}
         listed = ", ".join(sorted(known))
         raise UserError(f"--cost {cost}: no run records parts of it; choose one of {listed}")
-    return pd.DataFrame(rows)
+    frame = pd.DataFrame(rows)
+    refuse_mixed_scopes(frame, cost)
+    return frame
 
 
 def draw_breakdown(frame: pd.DataFrame) -> Figure:
@@ -116,11 +119,11 @@ def _draw_bars(axes: Axes, group: pd.DataFrame, fills: dict[str, PartFill]) -> N
 
 def _parts(
     record: Record, quantity: str, scope: str | None
-) -> Iterator[tuple[str, str, str, float]]:
-    """Yield name of the cost, unit, part and value."""
+) -> Iterator[tuple[str, str, str, str, float]]:
+    """Yield name of the cost, its scope, unit, part and value."""
     if quantity == WALL:
         for part, seconds in _phase_seconds(record).items():
-            yield "time of the run", "s", part, seconds
+            yield "time of the run", WALL, "s", part, seconds
         return
     same = (c for c in record.headline_costs if c.quantity == quantity)
     fitting = (cost for cost in same if scope in (None, cost.scope))
@@ -129,7 +132,7 @@ def _parts(
     if found is not None:
         name = cost_name(found)
         for part, value in found.parts.items():
-            yield name, found.unit, part.replace("_", " "), value
+            yield name, found.scope, found.unit, part.replace("_", " "), value
 
 
 def _adds_up(cost: Cost) -> bool:

@@ -99,7 +99,8 @@ def _front(records: list[Record], request: PlotRequest) -> PreparedFigure:
 
 def _curves(records: list[Record], request: PlotRequest) -> PreparedFigure:
     require_knob(records, request.knob)
-    found = curves.summarize_families(run_points(records, task=request.task, knob=request.knob))
+    points = run_points(records, task=request.task, knob=request.knob, amounts=())
+    found = curves.summarize_families(points)
     return PreparedFigure(found, lambda: curves.draw_curves(found, request.knob))
 
 

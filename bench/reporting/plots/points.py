@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TypeGuard
 
 import pandas as pd
@@ -17,12 +17,16 @@ from bench.reporting.record_numbers import (
     benchmark_names,
     metric_scale,
     model_text,
+    run_knobs,
+    short_names,
 )
 
 COST_WORDS = {"flops": "FLOPs", "macs": "MACs", "seconds": "time", "bytes": "memory"}
 """Quantities as a reader of a figure calls them."""
 SPREAD_KEYS = (("least", "most"), ("p10", "p90"))
 """Names that costs give to the ends of a measured spread."""
+AMOUNT_KNOBS = frozenset({"ratio", "keep", "k", "average", "budget", "bits", "threshold", "layers"})
+"""Knobs for the amount of compression; along them a family has one colour."""
 
 
 def run_points(
@@ -32,17 +36,19 @@ def run_points(
     cost: str | None = None,
     scope: str | None = None,
     knob: str = "ratio",
+    amounts: Collection[str] = AMOUNT_KNOBS,
 ) -> pd.DataFrame:
     """Return one row per run that has the task, and the cost if one is requested.
 
     `value` and `error` (half of a 95 % interval) are in % if the metric is a fraction. A run of one
     task has no average and is represented by that task. Times of runs whose weights are only zeroed
-    or masked are left out, since these gain no time.
+    or masked are left out, since these gain no time. `knob` and `amounts` are those of
+    `family_names`.
 
     Raises:
-        UserError: no run has this task, or this cost.
+        UserError: no run has this task, or this cost, or it is of several shapes.
     """
-    named, scored = family_names(records, knob), benchmark_names(records)
+    named, scored = family_names(records, knob, amounts), benchmark_names(records)
     metrics = {record.id: _headline(record, task) for record in records}
     if all(metric is None for metric in metrics.values()):
         raise unknown_name("task", task, {m.task for r in records for m in r.metrics if m.headline})
@@ -65,8 +71,41 @@ def run_points(
             row |= _cost_columns(found)
         rows.append(row)
     if cost is not None and not rows:
-        raise unknown_name("cost", cost, {c.quantity for r in records for c in r.costs})
-    return pd.DataFrame(rows)
+        raise _no_cost(records, cost, scope)
+    frame = pd.DataFrame(rows)
+    if cost is not None:
+        refuse_mixed_scopes(frame, cost)
+    return frame
+
+
+def _no_cost(records: Sequence[Record], cost: str, scope: str | None) -> UserError:
+    """Build the error for a cost that no run has, has in this scope, or may show."""
+    costs = [each for record in records for each in record.headline_costs]
+    scopes = dict.fromkeys(each.scope for each in costs if each.quantity == cost)
+    if not scopes:
+        return unknown_name("cost", cost, {each.quantity for each in costs})
+    if scope is not None and scope not in scopes:
+        return UserError(
+            f'--scope "{scope}": no run has {cost} of it; give one of {", ".join(scopes)}'
+        )
+    return UserError(
+        f"--cost {cost}: the runs that have it only zero or mask weights, or have no value of the "
+        "task; choose flops, or other runs"
+    )
+
+
+def refuse_mixed_scopes(frame: pd.DataFrame, cost: str) -> None:
+    """Raise if costs of different shapes would stand on one axis.
+
+    The rows have `scope`, and the runs of a panel share `model` and `benchmark`.
+    """
+    for _, panel in frame.groupby(["model", "benchmark"], sort=False):
+        scopes = list(dict.fromkeys(panel["scope"]))
+        if len(scopes) > 1:
+            raise UserError(
+                f"--cost {cost}: it is of several shapes ({', '.join(scopes)}): choose "
+                f'one, as in --scope "{scopes[0]}", or name runs of one shape'
+            )
 
 
 def _headline(record: Record, task: str) -> Metric | None:
@@ -107,6 +146,7 @@ def _cost_columns(cost: Cost) -> dict[str, object]:
         "cost_low": low,
         "cost_high": high,
         "cost_name": cost_name(cost),
+        "scope": cost.scope,
         "unit": cost.unit,
     }
 
@@ -121,51 +161,77 @@ def cost_name(cost: Cost) -> str:
     return f"{quantity}, {scope}"
 
 
-AMOUNT_KNOBS = frozenset({"ratio", "keep", "k", "average", "budget", "bits", "threshold", "layers"})
-"""Knobs for the amount of compression; along them a family is one line."""
-
-
-def family_names(records: Sequence[Record], along: str = "ratio") -> dict[str, str]:
+def family_names(
+    records: Sequence[Record], along: str = "ratio", amounts: Collection[str] = AMOUNT_KNOBS
+) -> dict[str, str]:
     """Return each run's family by run id: its methods, and the knobs in which families differ.
 
-    `along` names one more knob that does not separate families.
+    Neither the knob `along` nor those of `amounts` separate families. Where runs of one family are
+    averaged, `amounts` is empty: a mean over several amounts is a number of nothing.
     """
-    # Knobs are compared among runs of the same methods only, and a name mentions just those that
-    # differ: with every knob in it, a legend would be unreadable.
-    alike: dict[tuple[str, ...], list[Record]] = defaultdict(list)
-    for record in records:
-        alike[tuple(method.name for method in record.methods)].append(record)
     named = {}
-    for group in alike.values():
-        knobs = [_family_knobs(record, along.rpartition(".")[2]) for record in group]
-        differing = [key for key in knobs[0] if any(k.get(key) != knobs[0][key] for k in knobs)]
-        for record, own in zip(group, knobs, strict=True):
-            knob_text = "".join(f", {name[-1]}={own.get(name)}" for name in differing)
-            named[record.id] = record.family + knob_text
+    for group, knobs in _alike(records, lambda run: _family_knobs(run, along, amounts)):
+        for record, text in zip(group, _differences(knobs), strict=True):
+            named[record.id] = record.family + text
     return named
 
 
 def series_names(records: Sequence[Record]) -> dict[str, str]:
     """Return a name per run id that runs share if they differ in nothing but their seed."""
-    families = family_names(records)
     many_models = len({record.model.name for record in records}) > 1
     named = {}
-    for record in records:
-        model = f"{record.model.name}: " if many_models else ""
-        # A label has the amount of compression, which a family leaves out.
-        named[record.id] = model + record.label + families[record.id].removeprefix(record.family)
+    for group, knobs in _alike(records, _knobs_beside_label):
+        for record, text in zip(group, _differences(knobs), strict=True):
+            model = f"{record.model.name}: " if many_models else ""
+            named[record.id] = model + record.label + text
     return named
 
 
-def _family_knobs(record: Record, along: str) -> dict[tuple[str, ...], object]:
-    """Return every knob of every method that is not an amount."""
-    skipped = AMOUNT_KNOBS | {along}
+Knobs = dict[str, object]
+
+
+def _alike(
+    records: Sequence[Record], knobs_of: Callable[[Record], Knobs]
+) -> Iterator[tuple[list[Record], list[Knobs]]]:
+    """Yield the runs of the same methods, which alone are told apart by knobs, with these."""
+    alike: dict[tuple[str, ...], list[Record]] = defaultdict(list)
+    for record in records:
+        alike[tuple(method.name for method in record.methods)].append(record)
+    for group in alike.values():
+        yield group, [knobs_of(record) for record in group]
+
+
+def _differences(knobs: Sequence[Knobs]) -> list[str]:
+    """Return what to add to a name: with every knob in it, a legend would be unreadable."""
+    names = dict.fromkeys(name for each in knobs for name in each)
+    differing = [n for n in names if any(each.get(n) != knobs[0].get(n) for each in knobs)]
+    shown = short_names(differing)
+    # What is null or absent goes without saying: others of these runs have it.
+    return [
+        "".join(f", {shown[n]}={each[n]}" for n in differing if each.get(n) is not None)
+        for each in knobs
+    ]
+
+
+def _family_knobs(record: Record, along: str, amounts: Collection[str]) -> Knobs:
+    """Return every knob of a run that is neither the one along a curve nor an amount."""
+    last, amount = along.rpartition(".")[2], knob_value(record, along)
+
+    def moves(name: str, value: object) -> bool:
+        # Several methods may take the ratio of the run, which moves them together.
+        return name.rpartition(".")[2] == last and amount in (None, value)
+
     return {
-        (method.name, key): value
-        for method in record.methods
-        for key, value in method.config.items()
-        if key not in skipped
+        name: value
+        for name, value in run_knobs(record).items()
+        if name.rpartition(".")[2] not in amounts and not moves(name, value)
     }
+
+
+def _knobs_beside_label(record: Record) -> Knobs:
+    """Return every knob of a run but the ratio, which its label has."""
+    knobs = run_knobs(record)
+    return {name: value for name, value in knobs.items() if name.rpartition(".")[2] != "ratio"}
 
 
 def knob_value(record: Record, knob: str) -> float | None:

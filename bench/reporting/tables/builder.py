@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
+from pathlib import PurePath
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from bench.records.record import AVERAGE
@@ -26,6 +27,7 @@ from bench.reporting.tables.table_config import (
     TableConfig,
     TableSlot,
     load_table_config,
+    recorded_name,
     table_names,
     table_scales,
     table_slots,
@@ -370,7 +372,11 @@ def _match_records(
 def _choices_of_record(record: Record) -> _RunChoices:
     config = record.config
     model, methods = config.get("model", {}), config.get("method", {})
-    return _RunChoices(str(model.get("name")), config["benchmark"]["name"], tuple(methods))
+    name, adapter = str(model.get("name")), model.get("adapter")
+    # What a run adds to the name of its choice: the adapter, and the tasks of a whole harness.
+    plain = name.removesuffix(f"+{PurePath(adapter).name}") if adapter else name
+    benchmark = config["benchmark"]["name"].partition(":")[0]
+    return _RunChoices(plain, benchmark, tuple(methods))
 
 
 def _choices_in_overrides(run: Overrides) -> _RunChoices:
@@ -378,7 +384,8 @@ def _choices_in_overrides(run: Overrides) -> _RunChoices:
     methods = chosen.get("method", "").strip("[]").split(",")
     # `method=dense` and no method at all are the same run.
     named = tuple(name for name in methods if name not in ("", "dense"))
-    return _RunChoices(chosen.get("model", ""), chosen.get("benchmark", ""), named)
+    model = chosen.get("model.name") or recorded_name("model", chosen.get("model", ""))
+    return _RunChoices(model, recorded_name("benchmark", chosen.get("benchmark", "")), named)
 
 
 def _newest_record(run: Overrides, likely: Sequence[Record]) -> Record | None:

@@ -259,3 +259,21 @@ def with_overrides(run: Overrides, given: Overrides) -> Overrides:
     # key.
     keys = {override.split("=")[0] for override in given}
     return (*(override for override in run if override.split("=")[0] not in keys), *given)
+
+
+@cache
+def recorded_name(group: str, choice: str) -> str:
+    """Return the name under which a run records a choice: of a folder of the user's, its own."""
+    from bench.config.composition import compose_section
+    from bench.config.overrides import model_config
+    from bench.security import CONFIG_DIR
+
+    if not choice or (CONFIG_DIR / group / f"{choice}.yaml").is_file():
+        return choice
+    own = model_config(choice) if group == "model" else None
+    if own is None:
+        try:
+            own = compose_section(group, choice)[group]
+        except Exception:  # Hydra's, for a choice that is gone: no record is of it
+            return choice
+    return str(own.get("name", choice))

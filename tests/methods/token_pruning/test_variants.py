@@ -96,7 +96,8 @@ def test_visionzip(seed, keep, contextual):
     rows = [tower.features[0], *(x[j] for j in dominant)]
     rows += [x[goal] + (x[others].mean(0) if others else 0) for goal, others in joined.items()]
     assert len(rows) == keep
-    ours, _ = applied(NAME, VisionZip(keep=keep, contextual=contextual, **RELEASE))
+    amount = 1 / N if keep == 1 else keep
+    ours, _ = applied(NAME, VisionZip(keep=amount, contextual=contextual, **RELEASE))
     wanted = logits_of_rows(network, call, torch.stack(rows))
     assert (last_logits(ours, call) - wanted).abs().max() < TOLERANCE
 

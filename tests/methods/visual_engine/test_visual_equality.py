@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from bench.models.structure.model_structure import inspect_model
+from methods.dense.units import find_units, remove_units
 from methods.visual_engine.decoder import visual_engine_of
 from methods.visual_engine.settings import Window
 from tests.methods.visual_engine.masked_reference import masked_reference
@@ -233,3 +235,18 @@ def test_gradients_reach_the_weights_that_visual_rows_use():
             expected = stock.model.language_model.layers[layer].get_submodule(path).weight.grad
             got = network.model.language_model.layers[layer].get_submodule(path).weight.grad
             assert torch.allclose(got, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llava_llama", "internvl_qwen2"])
+def test_layers_that_lost_different_numbers_of_heads(name):
+    """As FLAP leaves them: a config has one number of heads for all layers."""
+    network = build(name)
+    units = list(find_units(inspect_model(network), "flap", ("heads",)))
+    for unit, lost in zip(units, (1, 0, 1, 0), strict=True):
+        remove_units(unit, torch.arange(unit.heads.groups) < lost)
+    stock = copy.deepcopy(network)
+    plan = visual_engine_of(network).plan
+    plan.set_execution("skip")
+    plan.set_window(SMALL)
+    plan.cut_at(3)
+    assert_equal(network, stock, plan, prompt(name, *BATCH), tokens=4)

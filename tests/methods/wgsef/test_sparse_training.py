@@ -249,3 +249,13 @@ def test_choosing_knobs_never_sees_a_test_image():
     splits = wgsef._splits()
     assert (len(splits.train), len(splits.test)) == (1000, 200)
     assert "held out" in splits.provenance
+
+
+@pytest.mark.parametrize("knobs", [{"k": 50}, {"scope": "pattern", "pattern": [2, 4]}])
+def test_a_ratio_that_does_not_count_is_null(knobs):
+    """Else a run would be called `wgsef 0.2` whatever it removes, and trained again at 0.4."""
+    wgsef = methods.Wgsef(ratio=0.2, **knobs)
+    assert wgsef == methods.Wgsef(ratio=0.4, **knobs)
+    assert wgsef.ratio is None
+    with pytest.raises(ValidationError, match="ratio=null needs k or pattern"):
+        methods.Wgsef(ratio=None)

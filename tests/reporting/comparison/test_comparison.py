@@ -288,3 +288,17 @@ def test_numbers_over_other_samples_that_cannot_be_paired_are_refused():
     wrong = ComparedRun(record("b", [off], "prune"), pruned.samples)
     with pytest.raises(UserError, match="no answer to 0 and 1 samples, and these numbers cannot"):
         compare(dense, [wrong])
+
+
+def test_tasks_that_one_run_alone_has_scored_are_named():
+    def run(name, method, *tasks):
+        made = record(name, [metric(task, 0.5, 2) for task in tasks], method)
+        samples = [row for task in tasks for row in rows(task, [1.0, 0.0])]
+        return ComparedRun(made, pd.DataFrame(samples))
+
+    found = compare(run("a", None, "arc", "rte"), [run("b", "prune", "arc", "piqa")])
+    assert [row.task for row in found.contrasts] == ["arc"]
+    assert found.refused == (
+        "rte: not compared, since only run a0000000 has scored it",
+        "piqa: not compared, since only run b0000000 has scored it",
+    )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from bench.cli.main import main
 from bench.errors import UserError
 from bench.records import Store
-from bench.reporting.comparison.seeds import compare_seeds
+from bench.reporting.comparison.seeds import compare_seeds, print_seeds
 from bench.reporting.statistics import holm, sign_flip_p
 from tests.reporting.comparison.synthetic_runs import MODEL, metric, record
 
@@ -74,3 +74,57 @@ def test_the_command_prints_the_table_and_its_numbers(tmp_path, capsys):
     assert [row["series"] for row in json.loads(capsys.readouterr().out)] == ["better", "noisy"]
     assert main(["compare", "--seeds", *place]) == 2
     assert main(["compare", *place]) == 2
+
+
+def quantized(name, seed, value, **knobs):
+    one = run(name, "quantize", seed, value)
+    return one.model_copy(
+        update={"methods": (one.methods[0].model_copy(update={"config": knobs}),)}
+    )
+
+
+def test_settings_that_differ_in_an_amount_are_two():
+    """Such as bits or tokens kept, which no label has: one was overwritten by the other."""
+    runs = [
+        quantized(f"{bits}{seed}", seed, bits / 10, bits=bits)
+        for bits in (2, 3, 4)
+        for seed in (1, 2)
+    ]
+    found = compare_seeds(runs, runs[0])
+    assert {row.series: row.difference for row in found} == {
+        "quantize, bits=3": pytest.approx(10),
+        "quantize, bits=4": pytest.approx(20),
+    }
+    assert {row.pairs for row in found} == {2}
+
+
+def test_averages_of_different_tasks_are_not_subtracted():
+    def asked(name, seed, tasks):
+        one = run(name, f"on {tasks[0]}", seed, 0.5)
+        benchmark = {**one.config["benchmark"], "tasks": tasks}
+        return one.model_copy(update={"config": {**one.config, "benchmark": benchmark}})
+
+    ours = [asked(f"a{seed}", seed, ["arc", "piqa"]) for seed in (1, 2)]
+    theirs = [asked(f"b{seed}", seed, ["rte", "boolq"]) for seed in (1, 2)]
+    with pytest.raises(UserError, match=r'is of tiny on exam \(tasks \["rte", "boolq"\]\)'):
+        compare_seeds([*ours, *theirs], ours[0])
+
+
+def test_where_lower_is_better_the_lowest_stands_first(capsys):
+    def scored(name, method, seed, value):
+        one = run(name, method, seed, 0.5)
+        loss = metric("text", value, 9, "perplexity", higher_is_better=False)
+        return one.model_copy(update={"metrics": (loss,)})
+
+    values = {"plain": 12.0, "worse": 12.26, "better": 11.94}
+    runs = [scored(f"{m[0]}{s}", m, s, v + s) for m, v in values.items() for s in (1, 2)]
+    print_seeds(compare_seeds(runs, runs[0]))
+    out = capsys.readouterr().out
+    assert out.index("-0.06") < out.index("+0.26")
+
+
+def test_a_baseline_without_one_number_is_refused():
+    two = [run(f"a{seed}", "plain", seed, 0.5) for seed in (1, 2)]
+    bare = [one.model_copy(update={"metrics": ()}) for one in two]
+    with pytest.raises(UserError, match="neither an average nor a single task"):
+        compare_seeds(bare, bare[0])

@@ -13,7 +13,7 @@ from bench.records import AppliedMethod, Cost, DenseModel, Metric, Record, Store
 from bench.reporting.comparison import ComparedRun
 from bench.reporting.plots import breakdown, calibration_curves, curves, pareto
 from bench.reporting.plots.allocation import allocation_grids
-from bench.reporting.plots.points import family_names, knob_value, run_points
+from bench.reporting.plots.points import family_names, knob_value, run_points, series_names
 from bench.reporting.plots.style import GREY, series_styles
 from bench.reporting.statistics import CONFIDENCE
 
@@ -370,3 +370,81 @@ def test_seeds_of_a_network_drawn_at_random_share_a_line():
     found = run_points([drawn("1", 1), drawn("2", 2)])
     assert found["benchmark"].nunique() == 1
     assert curves.summarize_families(found)["runs"].tolist() == [2]
+
+
+def composed(identifier, value, *methods, calibration=None):
+    """A run of several methods, given as (name, knobs), on calibration text if there is one."""
+    run = made(identifier, value, 1.0)
+    parts = tuple(
+        AppliedMethod(name=name, config=knobs, effect="removed", report={}, seconds=1)
+        for name, knobs in methods
+    )
+    text = {"name": "c4", "source": "c4", "seed": 1, **(calibration or {})}
+    provenance = {} if calibration is None else {"calibration": "hash"}
+    config = {**run.config, "calibration": text}
+    more = {"methods": parts, "config": config, "provenance": provenance}
+    return run.model_copy(update=more)
+
+
+@pytest.mark.parametrize(
+    ("knob", "runs", "points"),
+    [
+        # Along alpha, two ratios are two lines, and no mean of both.
+        ("prune.alpha", [[("prune", {"ratio": r, "alpha": 0.5})] for r in (0.2, 0.4)], 2),
+        ("ratio", [[("prune", {"ratio": 0.2, "k": k})] for k in (8, 16)], 2),
+        # The ratio of the run, which both take, moves them together along one line ...
+        ("ratio", [[("prune", {"ratio": r}), ("zero", {"ratio": r})] for r in (0.2, 0.4)], 2),
+        # ... and a ratio of the second alone does not hide behind that of the first.
+        ("ratio", [[("prune", {"ratio": 0.2}), ("zero", {"ratio": r})] for r in (0.2, 0.4)], 2),
+    ],
+)
+def test_a_point_of_a_curve_is_a_mean_over_seeds_only(knob, runs, points):
+    made_runs = [composed(str(number), 0.5, *methods) for number, methods in enumerate(runs)]
+    made_runs.append(composed("9", 0.7, *runs[0]))
+    frame = curves.summarize_families(run_points(made_runs, knob=knob, amounts=()))
+    assert sorted(frame["runs"]) == [1] * (points - 1) + [2]
+
+
+def test_one_line_where_several_methods_take_the_ratio_of_the_run():
+    runs = [
+        composed(str(ratio), 0.5, ("prune", {"ratio": ratio}), ("zero", {"ratio": ratio}))
+        for ratio in (0.2, 0.4)
+    ]
+    assert set(family_names(runs, amounts=()).values()) == {"prune + zero"}
+
+
+def test_the_text_that_methods_read_separates_families_and_its_seed_does_not():
+    method = ("prune", {"ratio": 0.2})
+    texts = [{"rows": 8}, {"rows": 8, "seed": 2}, {"rows": 64}, {"rows": 8, "name": "english"}]
+    runs = [composed(str(n), 0.5, method, calibration=text) for n, text in enumerate(texts)]
+    families = list(family_names(runs).values())
+    assert families[0] == families[1] == ("prune, calibration.name=c4, calibration.rows=8")
+    assert len(set(families)) == 3
+    assert len(set(series_names(runs).values())) == 3
+    # A text that no method reads is nobody's.
+    unread = [composed(str(n), 0.5, method) for n in range(2)]
+    assert set(family_names(unread).values()) == {"prune"}
+
+
+def test_costs_of_different_shapes_do_not_share_an_axis():
+    def counted(identifier, scope):
+        parts = {"attention": 1e9, "experts": 3e9}
+        run = made(identifier, 0.5, 1.0, "prune", ratio=0.2)
+        return run.model_copy(update={"costs": (cost("flops", 4e9, scope, **parts),)})
+
+    runs = [counted("1", "forward 1x32"), counted("2", "forward 1x512")]
+    for read in (run_points, breakdown.cost_parts):
+        with pytest.raises(UserError, match='as in --scope "forward 1x32"'):
+            read(runs, cost="flops")
+        assert set(read(runs, cost="flops", scope="forward 1x32")["run"].str[0]) == {"1"}
+
+
+def test_a_cost_in_another_scope_or_of_masked_runs_is_not_called_unknown(records):
+    with pytest.raises(UserError, match='--scope "nowhere": no run has flops of it; give one of'):
+        run_points(records, cost="flops", scope="nowhere")
+    timed = (cost("seconds", 1.0, unit="s"),)
+    masked = [record.model_copy(update={"costs": timed}) for record in records[-1:]]
+    with pytest.raises(UserError, match="only zero or mask weights"):
+        run_points(masked, cost="seconds")
+    with pytest.raises(UserError, match="unknown cost 'flop': did you mean 'flops'"):
+        run_points(records, cost="flop")

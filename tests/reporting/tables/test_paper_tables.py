@@ -636,3 +636,23 @@ def test_every_method_of_a_stand_in_fits_its_model():
             for method in config.method.values():
                 method.check(anatomies[config.model.name])
     assert set(anatomies) == {"micro_moe", "micro_llava", "micro_resnet"}
+
+
+@pytest.mark.parametrize(
+    ("run", "config"),
+    [
+        (["model=./mine"], {"model": {"name": "mine", "path": "./mine"}}),
+        (["model=/a/b.gguf"], {"model": {"name": "b", "path": "/a/b.gguf"}}),
+        (["model=ORG/NAME"], {"model": {"name": "ORG/NAME"}}),
+        (["model=torchvision/vgg11"], {"model": {"name": "torchvision/vgg11"}}),
+        (["model=micro_moe", "model.name=x"], {"model": {"name": "x"}}),
+        (["model=micro_moe", "model.adapter=a/b"],
+         {"model": {"name": "micro_moe+b", "adapter": "a/b"}}),
+        (["model=micro_moe", "benchmark=lm_eval"],
+         {"model": {"name": "micro_moe"}, "benchmark": {"name": "lm_eval:mmlu+gsm8k"}}),
+    ],
+)  # fmt: skip
+def test_a_record_is_found_by_the_name_that_a_choice_gives_it(run, config):
+    whole = {"benchmark": {"name": ""}, "method": {}, **config}
+    one = recorded(1).model_copy(update={"config": whole})
+    assert builder._choices_of_record(one) == builder._choices_in_overrides(tuple(run))
