@@ -157,13 +157,23 @@ def said(monkeypatch):
     return lines
 
 
-def applied(**methods):
+def applied(unchanged=None, **methods):
     model = model_of(build("qwen2_moe"))
     context = Context(0, Calibration(tokens(rows=3), "calibration"))
     config = SimpleNamespace(method=methods, costs=COSTS)
     with Session() as session:
         session.dense_counts.clear()
-        return apply_methods(config, model, context, session), model
+        return apply_methods(config, model, context, session, unchanged), model
+
+
+def test_a_model_that_is_kept_is_counted_as_one_that_is_not():
+    deeds = {
+        "first": Claimed(effect="removed", does="drop"),
+        "second": Claimed(effect="zeroed", does="zero"),
+    }
+    (alone, _), (beside, _) = applied(**deeds), applied(model_of(build("qwen2_moe")), **deeds)
+    assert [each.check for each in beside] == [each.check for each in alone]
+    assert alone[0].check.before != alone[0].check.after == alone[1].check.before
 
 
 @pytest.mark.sample(5)
