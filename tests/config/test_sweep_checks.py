@@ -16,6 +16,7 @@ from bench.config.sweep_checks import (
     check_sweeper,
     single_runs,
 )
+from bench.errors import UserError
 
 LAUNCHERS = sorted(
     p.stem for p in (Path(__file__).parents[2] / "conf/hydra/launcher").glob("*.yaml")
@@ -55,3 +56,22 @@ def test_a_single_run_is_no_sweep():
     assert not admit(Overrides.parse(["ratio=0.3"])).is_sweep
     assert admit(Overrides.parse(["experiment=demo"])).is_sweep
     assert admit(Overrides.parse(["-m", "ratio=0.1,0.2"])).is_sweep
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["-m", "experiment=demo,camera_quantization"],
+     "experiment=camera_quantization has a sweep of its own"),
+    (["-m", "sweep=camera_p_grid,camera_q_grid"], "sweep=camera_q_grid has a sweep of its own"),
+    (["-m", "experiment=null,demo"], "experiment=demo has a sweep of its own"),
+])  # fmt: skip
+def test_a_sweep_through_sweeps_is_refused(words, said):
+    """Hydra ran the first experiment's methods under the name of each."""
+    with pytest.raises(UserError, match=said):
+        admit(Overrides.parse(words))
+
+
+@pytest.mark.parametrize("methods", ["dense,camera_p", "camera_p,reap", "[camera_p,rtn],reap"])
+def test_a_knob_of_one_method_of_a_sweep_is_named_as_such(methods):
+    words = ["-m", f"method={methods}", "method.camera_p.alpha=0.1,0.2"]
+    with pytest.raises(UserError, match="only camera_p has it: sweep camera_p in a command of its"):
+        alternative_configs(Overrides.parse(words))
