@@ -29,7 +29,15 @@ from omegaconf.errors import (
 )
 
 from bench.config.gate import check_overrides, refuse_packages_of_files
-from bench.config.overrides import ACCEPTED, GROUP, Overrides, correction, parse_error, text_of
+from bench.config.overrides import (
+    ACCEPTED,
+    GROUP,
+    Overrides,
+    correction,
+    parse_error,
+    sweep_values,
+    text_of,
+)
 from bench.config.run_config import RunConfig, validate
 from bench.errors import UserError, nearest, unknown_name
 from bench.records.files import refuse_unstorable
@@ -193,10 +201,15 @@ def _not_a_choice(error: ValueError, overrides: Sequence[str]) -> UserError | No
     if not str(error).startswith("Config group override must be"):
         return None
     for override in Overrides.parse(overrides).parsed:
-        value = override.value()
-        if override.is_sweep_override() or isinstance(value, str | list | dict):
-            continue
         key, text = override.key_or_group, text_of(override)
+        if override.is_sweep_override():
+            if "null" in sweep_values(override) and _choices(key):
+                allowed = ", ".join(_choices(key))
+                return UserError(f"{text}: null is no choice of a sweep: allowed: {allowed}")
+            continue
+        value = override.value()
+        if isinstance(value, str | list | dict):
+            continue
         if key == "method":
             names = "method=[camera_p,camera_q], or method=[] for the dense model"
             return UserError(f"{text} names no method: give names, as in {names}")

@@ -62,7 +62,7 @@ def test_a_single_run_is_no_sweep():
     (["-m", "experiment=demo,camera_quantization"],
      "experiment=camera_quantization has a sweep of its own"),
     (["-m", "sweep=camera_p_grid,camera_q_grid"], "sweep=camera_q_grid has a sweep of its own"),
-    (["-m", "experiment=null,demo"], "experiment=demo has a sweep of its own"),
+    (["-m", "experiment=null,demo"], "null is no choice of a sweep"),
 ])  # fmt: skip
 def test_a_sweep_through_sweeps_is_refused(words, said):
     """Hydra ran the first experiment's methods under the name of each."""
