@@ -99,11 +99,12 @@ def estimate(
 def compare(
     runs: Sequence[str | Record],
     baseline: str | Record | None = None,
-    results_dir: Path | str = "results",
+    results_dir: Path | str | None = None,
 ) -> Comparison:
     """Compare recorded runs, named by records, ids or prefixes, as `bench compare` does.
 
-    A notebook shows the result as a table.
+    `results_dir` is where the given records were written, else `results`. A notebook shows the
+    result as a table.
 
     Raises:
         UserError: a run is unknown, only one is named, or the baseline is ambiguous.
@@ -111,13 +112,14 @@ def compare(
     from bench.reporting.comparison.named_runs import compare_runs
 
     against = None if baseline is None else _run_names([baseline])[0]
-    return compare_runs(_run_names(runs), against, Path(results_dir))[0]
+    named = [*runs] if baseline is None else [*runs, baseline]
+    return compare_runs(_run_names(runs), against, _results_folder(named, results_dir))[0]
 
 
 def plot(
     kind: str,
     runs: Sequence[str | Record] = (),
-    results_dir: Path | str = "results",
+    results_dir: Path | str | None = None,
     *,
     task: str = "average",
     cost: str = "flops",
@@ -126,13 +128,15 @@ def plot(
 ) -> Figure:
     """Draw a figure of recorded runs, of all without `runs`, as `bench plot KIND` does.
 
+    `results_dir` is where the given records were written, else `results`.
+
     Raises:
         UserError: the kind or a run is unknown, or the runs have no data for this kind.
     """
     from bench.reporting.plots.figures import PlotRequest, prepare_figure
     from bench.reporting.plots.style import plot_settings
 
-    request = PlotRequest(Path(results_dir), task, cost, scope, knob)
+    request = PlotRequest(_results_folder(runs, results_dir), task, cost, scope, knob)
     # matplotlib applies its settings when artists are created, so they must hold while drawing.
     with plot_settings():
         return prepare_figure(kind, _run_names(runs), request).draw()
@@ -159,6 +163,16 @@ def _run_names(runs: Sequence[str | Record]) -> Sequence[str]:
         return runs
     names: list[Any] = [getattr(run, "id", run) for run in runs]
     return names
+
+
+def _results_folder(runs: Sequence[str | Record], given: Path | str | None) -> Path:
+    """Return the folder in which runs are looked up: given, or where the records were written."""
+    if given is not None:
+        return Path(given)
+    # A record's config is JSON of whoever wrote it.
+    configs = [run.config for run in runs if hasattr(run, "config")]
+    folders = {str(config["results_dir"]) for config in configs if config.get("results_dir")}
+    return Path(folders.pop() if len(folders) == 1 else "results")
 
 
 def __getattr__(name: str) -> object:

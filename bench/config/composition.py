@@ -42,6 +42,7 @@ from bench.config.overrides import (
     Overrides,
     correction,
     parse_error,
+    sweep_values,
     text_of,
 )
 from bench.config.run_config import RunConfig, method_class, validate
@@ -207,10 +208,15 @@ def _not_a_choice(error: ValueError, overrides: Sequence[str]) -> UserError | No
     if not str(error).startswith("Config group override must be"):
         return None
     for override in Overrides.parse(overrides).parsed:
-        value = override.value()
-        if override.is_sweep_override() or isinstance(value, str | list | dict):
-            continue
         key, text = override.key_or_group, text_of(override)
+        if override.is_sweep_override():
+            if "null" in sweep_values(override) and _choices(key):
+                allowed = ", ".join(_choices(key))
+                return UserError(f"{text}: null is no choice of a sweep: allowed: {allowed}")
+            continue
+        value = override.value()
+        if isinstance(value, str | list | dict):
+            continue
         if key == "method":
             names = "method=[camera_p,camera_q], or method=[] for the dense model"
             return UserError(f"{text} names no method: give names, as in {names}")
@@ -287,6 +293,8 @@ def _unknown_key(error: Exception, overrides: Sequence[str]) -> UserError:
                 f"{text_of(override)} is a mapping where a name is needed: write {key}=NAME, and "
                 "what to change in it by dotted keys, as in method.camera_p.ratio=0.4"
             )
+    if (shared := _of_one_swept_method(key, Overrides.parse(overrides))) is not None:
+        return shared
     # The keys that exist are found by composing again without the wrong override.
     known = _known_keys(Overrides.parse(overrides).without(key).first_values())
     hints = nearest(key, known)
@@ -305,6 +313,19 @@ def _unknown_key(error: Exception, overrides: Sequence[str]) -> UserError:
         parent = parent.rpartition(".")[0]
         siblings = _keys_of(parent, known)
     return UserError(f"unknown key {key!r}: {hint}allowed here: {', '.join(siblings) or 'nothing'}")
+
+
+def _of_one_swept_method(key: str, overrides: Overrides) -> UserError | None:
+    """Build the error for a knob of one method in a sweep over several; None for another key."""
+    group, _, rest = key.partition(".")
+    name = rest.partition(".")[0]
+    swept = (o for o in overrides.parsed if o.key_or_group == group and o.is_sweep_override())
+    if group != "method" or not any(name in re.findall(r"\w+", text_of(o)) for o in swept):
+        return None
+    return UserError(
+        f"{key} is set for every method of the sweep, and only {name} has it: sweep {name} in a "
+        "command of its own, or list all runs with hydra/sweeper=list (docs/tables.md)"
+    )
 
 
 def _keys_of(parent: str, known: Sequence[str]) -> list[str]:

@@ -4,10 +4,9 @@ A key may be written in several ways (`force=true`, `force=True`, `++force=true`
 They all become one key and one value here, so that nothing else compares raw text.
 
 `model=` accepts more than the names in conf/model: a hub id, a folder, a GGUF file, torchvision.
-Hydra looks a choice up in its sources of configs, in order. `ModelNames` is the last of them: it
-answers for a value of the group `model` that no file defines, with the config of `model=hub`,
-`model=local` or `model=torchvision` and the value in its place. Sweeps, launchers and recorded
-commands therefore treat such a value like any other choice.
+Hydra looks a choice up in its sources of configs, of which `ModelNames` is the last: it answers for
+a value of the group `model` that no file defines, with the config of `model=hub`, `model=local` or
+`model=torchvision` and the value in its place. To sweeps and records it is a choice like others.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path, PurePath
-from typing import cast
+from typing import Any, cast
 
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -323,8 +322,9 @@ def _leaf_overrides(key: str, value: object) -> Iterator[str]:
         yield f"{key}={_value_text(key, value)}"
 
 
-def _value_text(key: str, value: object) -> str:
-    """Write a Python value in Hydra's grammar."""
+def _value_text(key: str, value: Any) -> str:
+    """Write a Python value in Hydra's grammar; a scalar of numpy or torch stands for its number."""
+    value = value.item() if getattr(value, "ndim", None) == 0 else value
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     if isinstance(value, int | float):

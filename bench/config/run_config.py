@@ -304,8 +304,8 @@ def _as_user_error(
         own = [each for each in same if not each.startswith(_EXPECTED)]
         if own:
             return UserError(f"{place}: {own[0].removeprefix('Value error, ')}")
-        allowed = dict.fromkeys(each.removeprefix(_EXPECTED) for each in same)
-        return UserError(f"{place}: {_EXPECTED.lower()}{', or '.join(allowed)}")
+        choices = dict.fromkeys(each.removeprefix(_EXPECTED) for each in same)
+        return UserError(f"{place}: {_EXPECTED.lower()}{', or '.join(choices)}")
     key = ".".join((*prefix, *path))
     if fault["type"] == "extra_forbidden":
         options = _allowed_fields(kind, path[:-1])

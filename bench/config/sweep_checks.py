@@ -251,9 +251,29 @@ def _first_composition(overrides: Overrides) -> DictConfig:
     assert isinstance(composed, DictConfig)
     check_composed(composed)
     refuse_empty_mappings(overrides, composed)
+    _refuse_sweeps_of_sweeps(overrides, composed)
     for run in listed_runs(composed):
         check_run(run)
     return composed
+
+
+def _refuse_sweeps_of_sweeps(overrides: Overrides, composed: DictConfig) -> None:
+    """Raise if a sweep goes through files of which one has a sweep of its own.
+
+    Hydra takes the sweep of the first of them, and would repeat it under the names of the others.
+    """
+    for group in ("experiment", "sweep"):
+        swept = [o for o in overrides.parsed if o.key_or_group == group and o.is_sweep_override()]
+        for value in sweep_values(swept[0]) if swept else ():
+            rest = overrides.without(group).first_values()
+            other = hydra_compose(
+                "config", overrides=[*rest, f"{group}={value}"], return_hydra_config=True
+            )
+            if any(other.hydra[part] != composed.hydra[part] for part in ("sweeper", "launcher")):
+                raise UserError(
+                    f"{text_of(swept[0])}: {group}={value} has a sweep of its own, and a command "
+                    f"runs one: give each {group} its own command"
+                )
 
 
 def _without_hydra(composed: DictConfig) -> DictConfig:

@@ -277,14 +277,13 @@ def _dotted(name: str, value: object) -> Iterator[tuple[str, object]]:
 
 def short_names(names: Iterable[str]) -> dict[str, str]:
     """Return each dotted knob's last part where that tells it from the others, else the whole."""
-    names = list(names)
-    tails = Counter(name.rpartition(".")[2] for name in names)
+    tails = {name: name.rpartition(".")[2] for name in names}
+    shared = Counter(tails.values())
+    # Of what is read, `rows` alone would not say what has them.
     inputs = ("calibration.", "prompts.")
     return {
-        name: name
-        if tails[tail := name.rpartition(".")[2]] > 1 or name.startswith(inputs)
-        else tail
-        for name in names
+        name: name if shared[tail] > 1 or name.startswith(inputs) else tail
+        for name, tail in tails.items()
     }
 
 

@@ -2,6 +2,7 @@
 
 from decimal import Decimal
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -212,6 +213,13 @@ def test_keywords_sweeps_and_mappings_become_words():
     assert keyword_overrides(given, {"ratio": [0.2, 0.4], "model": ["micro_moe", "./mine"]}) == [
         "method=[a,b]", "costs.length=64", "costs.flops.causal=true",
         "-m", "ratio=0.2,0.4", "model=micro_moe,./mine",
+    ]  # fmt: skip
+
+
+def test_scalars_of_numpy_stand_for_their_numbers():
+    given = {"ratio": np.float64(0.5), "seed": np.int64(3), "force": np.bool_(True)}
+    assert keyword_overrides(given, {"ratio": np.linspace(0.1, 0.2, 2)}) == [
+        "ratio=0.5", "seed=3", "force=true", "-m", "ratio=0.1,0.2",
     ]  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from bench.config.sweep_checks import (
     every_config,
     single_runs,
 )
+from bench.errors import UserError
 
 LAUNCHERS = sorted(
     p.stem for p in (Path(__file__).parents[2] / "conf/hydra/launcher").glob("*.yaml")
@@ -69,3 +70,22 @@ def test_the_config_of_a_run_that_was_admitted_is_composed_once(monkeypatch):
     (config,) = every_config(overrides, admit(overrides))
     assert len(composed) == 1
     assert config == compose_run_config(words)
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["-m", "experiment=demo,camera_quantization"],
+     "experiment=camera_quantization has a sweep of its own"),
+    (["-m", "sweep=camera_p_grid,camera_q_grid"], "sweep=camera_q_grid has a sweep of its own"),
+    (["-m", "experiment=null,demo"], "null is no choice of a sweep"),
+])  # fmt: skip
+def test_a_sweep_through_sweeps_is_refused(words, said):
+    """Hydra ran the first experiment's methods under the name of each."""
+    with pytest.raises(UserError, match=said):
+        admit(Overrides.parse(words))
+
+
+@pytest.mark.parametrize("methods", ["dense,camera_p", "camera_p,reap", "[camera_p,rtn],reap"])
+def test_a_knob_of_one_method_of_a_sweep_is_named_as_such(methods):
+    words = ["-m", f"method={methods}", "method.camera_p.alpha=0.1,0.2"]
+    with pytest.raises(UserError, match="only camera_p has it: sweep camera_p in a command of its"):
+        alternative_configs(Overrides.parse(words))

@@ -18,7 +18,7 @@ from bench.runner.inputs import resolve_run
 from bench.runner.session import Session
 
 SMALL = ["benchmark.limit=3", "calibration.rows=4", "costs.length=32", "tracker=none"]
-FAST = ["benchmark.tasks=[arc_easy,boolq]", "benchmark.perplexity={}", *SMALL]
+FAST = ["benchmark.tasks=[arc_easy,boolq]", *SMALL]
 
 
 @pytest.fixture
@@ -260,3 +260,9 @@ def test_what_counts_as_another_sample(old, said, monkeypatch):
 def test_nothing_to_compare_is_no_agreement(monkeypatch):
     monkeypatch.setattr("bench.cli.commands.verify._environment_changes", lambda record: [])
     assert not _compare(type("R", (), {"id": "x"})(), [], [], 1e-4).agrees
+
+
+def test_an_override_that_deletes_is_no_second_name(call):
+    code, _, err = call("table", "camera_main", "scale=micro", "~benchmark.perplexity.nope")
+    assert code == 2
+    assert "benchmark.perplexity.nope" in err

@@ -22,7 +22,7 @@ TRAININGS = {
         "method.wgsef.recipe.save_every=1",
     ),
     "wgsef_finetune": (
-        "method=wgsef_finetune", "benchmark.tasks=[boolq]", "benchmark.perplexity={}",
+        "method=wgsef_finetune", "benchmark.tasks=[boolq]", "~benchmark.perplexity",
         "benchmark.limit=4", "calibration.rows=4", "method.wgsef_finetune.steps=5",
         "method.wgsef_finetune.rows=2",
     ),

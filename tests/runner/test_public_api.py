@@ -1,5 +1,8 @@
 """The names of `bench`: runs, comparisons and figures as objects."""
 
+import types
+from pathlib import Path
+
 import pytest
 from matplotlib.figure import Figure
 
@@ -28,6 +31,9 @@ def test_runs_are_compared_and_drawn(tmp_path):
     assert comparison.baseline.id == first
     assert [candidate.id for candidate in comparison.candidates] == [second]
     assert bench.compare(records, baseline=records[0], results_dir=tmp_path) == comparison
+    # Records know where they lie.
+    assert bench.compare(records, baseline=records[0]) == comparison
+    assert isinstance(bench.plot("front", records), Figure)
     for shown in (records, records[0], comparison):
         assert records[1].label in shown._repr_html_()
     assert isinstance(bench.plot("front", results_dir=tmp_path), Figure)
@@ -42,3 +48,14 @@ def test_classes_are_those_of_their_modules():
     assert (bench.Method, bench.Context) == (bench.method.Method, bench.method.Context)
     with pytest.raises(AttributeError, match="no attribute 'Methods'"):
         _ = bench.Methods
+
+
+def test_runs_are_looked_up_where_their_records_were_written():
+    def record(folder):
+        return types.SimpleNamespace(id="1a2b", config={"results_dir": folder})
+
+    assert bench._results_folder(["1a2b"], None) == Path("results")
+    assert bench._results_folder([record("mine"), "3c4d"], None) == Path("mine")
+    assert bench._results_folder([record("mine")], "other") == Path("other")
+    # Two folders have no common one.
+    assert bench._results_folder([record("a"), record("b")], None) == Path("results")

@@ -33,7 +33,7 @@ def prefetch_run(arguments: list[str]) -> Iterator[str]:
 
 def run_command(given: argparse.Namespace) -> int:
     """`bench prefetch KEY=VALUE ...`, or `bench prefetch TABLE ...`."""
-    names = [word for word in given.overrides if "=" not in word]
+    names = [word for word in given.overrides if "=" not in word and not word.startswith("~")]
     overrides = [word for word in given.overrides if word not in names]
     runs = runs_of_table(names[0], overrides) if names else [overrides]
     # Runs share models and data; each is reported once.

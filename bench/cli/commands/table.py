@@ -302,7 +302,8 @@ def run_command(arguments: list[str]) -> int:
     """`bench table NAME [KEY=VALUE ...] [-m] [--page FILE]`."""
     page, arguments = _split_page(arguments)
     # The name may stand anywhere among the overrides, as Hydra allows for its own flags.
-    names = [word for word in arguments if not word.startswith("-") and "=" not in word]
+    # `~KEY` is an override without a value.
+    names = [word for word in arguments if not word.startswith(("-", "~")) and "=" not in word]
     if len(names) != 1:
         raise UserError(f"bench table takes one name, got {len(names)}: see `bench ls tables`")
     overrides = [word for word in arguments if word != names[0]]
