@@ -3,8 +3,9 @@
 On a GPU, PyTorch's allocator reports it exactly. On Linux, the kernel records the peak resident set
 of the process and can reset it, so no short peak is missed. It counts whole pages with an error of
 some hundred KiB, and misses allocations that fit into free gaps of the heap: a small peak may be
-reported too low. Elsewhere the resident set is sampled through psutil, which can miss a peak
-shorter than the sampling interval.
+reported too low. Pages of mapped files that the block reads are left out: code of libraries that it
+is the first to call, and weights, are memory that the kernel can drop. Elsewhere the resident set
+is sampled through psutil, which can miss a peak shorter than the sampling interval.
 """
 
 from __future__ import annotations
@@ -124,9 +125,13 @@ class _AllocatorGauge:
 
 
 class _ResidentPeakGauge:
-    """The kernel's record of the peak resident set (VmHWM)."""
+    """The kernel's record of the peak resident set (VmHWM), without files mapped meanwhile."""
 
     how = "the kernel's peak resident set"
+
+    def __init__(self) -> None:
+        self._process = psutil.Process()
+        self._mapped = 0
 
     @classmethod
     def works(cls) -> bool:
@@ -140,16 +145,20 @@ class _ResidentPeakGauge:
         return "VmHWM" in PROC_STATUS.read_text()
 
     def now(self) -> int:
-        return int(psutil.Process().memory_info().rss)
+        return int(self._process.memory_info().rss)
 
     def reset(self) -> None:
         PROC_CLEAR_REFS.write_text(RESET_PEAK)
+        self._mapped = self._process.memory_info().shared
 
     def peak(self) -> int:
         (line,) = [
             line for line in PROC_STATUS.read_text().splitlines() if line.startswith("VmHWM")
         ]
-        return int(line.split()[1]) * 1024
+        # Fewer mapped pages than before are no reason to add any: those that were written meanwhile
+        # belong to no file any more, and were resident all along.
+        mapped = max(0, self._process.memory_info().shared - self._mapped)
+        return int(line.split()[1]) * 1024 - mapped
 
     def close(self) -> None:
         pass

@@ -5,6 +5,7 @@ Shapes: B samples, L tokens of a sample, T tokens in all, D d_model, F an expert
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
 from collections.abc import Hashable
 from contextlib import ExitStack
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.estimation.work import Work
@@ -47,8 +50,9 @@ class NetworkWork:
     `weights` is bytes of what every call reads, `routed` those of all routed experts, of which a
     token meets the share `met`. `elements` is numbers that a sample reads and writes besides
     products, `operators` what a call launches, without the experts of its `expert_layers`, of
-    `experts` each. `depth` is decoder layers, `stored` bytes of all weights. `missing` names what
-    has no formula.
+    `experts` each. `depth` is decoder layers, `stored` bytes of all weights. `widest` is the most
+    numbers of a sample that are held at once in a forward, and `kept` those that it leaves for its
+    backward; both are known of classifiers only. `missing` names what has no formula.
     """
 
     itemsize: int
@@ -65,6 +69,8 @@ class NetworkWork:
     experts: int = 0
     expert_layers: int = 0
     depth: int = 1
+    widest: float = 0.0
+    kept: float = 0.0
     missing: str | None = None
 
     def forward(
@@ -177,7 +183,33 @@ def classifier_work(network: Classifier, itemsize: int) -> NetworkWork:
         with tally:
             call(image)
     stored = float(itemsize * sum(p.numel() for p in network.parameters()))
-    return NetworkWork(itemsize, stored, tally.elements, tally.operators, weights=stored, **known)
+    return NetworkWork(
+        itemsize, stored, tally.elements, tally.operators, weights=stored, widest=tally.widest,
+        kept=_kept(network, shape), **known,
+    )  # fmt: skip
+
+
+def _kept(network: Classifier, shape: tuple[int, ...]) -> int:
+    """Return the numbers that the forward of images keeps for its backward, weights apart."""
+    named = (*network.named_parameters(), *network.named_buffers())
+    weights = {name: torch.empty_like(tensor, device="meta") for name, tensor in named}
+    for name, _ in network.named_parameters():
+        weights[name].requires_grad_(True)
+    own = {id(weight.untyped_storage()) for weight in weights.values()}
+    # Held, since an identity is free again once its object is gone.
+    found: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if tensor.is_floating_point() and id(storage) not in own:
+            found[id(storage)] = storage
+        return tensor
+
+    dtype = next(network.parameters()).dtype
+    images = torch.empty(shape, dtype=dtype, device="meta")
+    with torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
+        functional_call(network, weights, images)
+    return sum(storage.nbytes() for storage in found.values()) // dtype.itemsize
 
 
 def vision_work(network: nn.Module, inputs: ModelInputs, tokens: int, itemsize: int) -> Work:
@@ -204,18 +236,25 @@ def _of_tower(name: str) -> bool:
 
 
 class _Tally(TorchDispatchMode):
-    """Counts operators, and the numbers that those besides products read and write."""
+    """Counts operators, and the numbers that those besides products read and write.
+
+    `widest` is the most numbers that their results held at once.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch does not say
         self.operators = 0
         self.elements = 0
         self.paused = 0
+        self.widest = 0
+        self._held = 0
+        self._alive = weakref.WeakSet[torch.UntypedStorage]()
 
     def __torch_dispatch__(
         self, func: Any, types: object, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> object:
         result = func(*args, **(kwargs or {}))
+        self._hold(result)
         # `prim` holds questions to a tensor, such as for its device: nothing is computed.
         if self.paused or func.namespace == "prim" or _is_view(func):
             return result
@@ -227,6 +266,21 @@ class _Tally(TorchDispatchMode):
         if not is_matmul(name) and "embedding" not in name:
             self.elements += _numbers(args)
         return result
+
+    def _hold(self, result: object) -> None:
+        """Note what an operator made until it is freed; views and in-place results are there."""
+        if not isinstance(result, Tensor) or not result.is_floating_point():
+            return
+        storage = result.untyped_storage()
+        if storage not in self._alive:
+            numbers = storage.nbytes() // result.itemsize
+            self._alive.add(storage)
+            weakref.finalize(storage, self._release, numbers)
+            self._held += numbers
+            self.widest = max(self.widest, self._held)
+
+    def _release(self, numbers: int) -> None:
+        self._held -= numbers
 
 
 def _is_view(func: Any) -> bool:

@@ -210,11 +210,23 @@ def _training(subject: Subject, name: str, method: Method) -> Phase:
     epoch = subject.network.forward(scored, ceil(scored / SCORED_AT_ONCE))
     epoch += Work(moved=4 * subject.network.stored)
     whole = step * steps + epoch * recipe.epochs
-    elements = subject.network.elements * recipe.batch * subject.network.itemsize
     return Phase(
-        f"applying {name}", "apply", whole, whole, 4 * subject.weights + elements,
+        f"applying {name}", "apply", whole, whole, _training_memory(subject, method, scored),
         {"train": whole},
     )  # fmt: skip
+
+
+def _training_memory(subject: Subject, method: Method, scored: int) -> float:
+    """Return the bytes of networks, gradients and moments, and of the widest call's activations."""
+    recipe: Any = getattr(method, "recipe")  # noqa: B009  # only some methods have one
+    moments = 2 if recipe.optimizer == "adam" else 1 if recipe.momentum else 0
+    # Fresh weights come beside those that were loaded; each weight has a gradient.
+    networks = subject.copies + bool(getattr(method, "restart", False)) + 1 + moments
+    work = subject.network
+    # The loss follows the last operator of the forward: all that was kept is still there.
+    trained = recipe.batch * (work.kept + work.widest)
+    numbers = max(trained, min(scored, SCORED_AT_ONCE) * work.widest)
+    return float(networks * subject.weights + numbers * work.itemsize)
 
 
 def _task(subject: Subject, asked: TaskDemand) -> Phase:

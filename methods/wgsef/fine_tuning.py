@@ -38,8 +38,13 @@ from methods.wgsef.solvers.schedules import learning_rate_factor
 from methods.wgsef.solvers.solver import FrozenSolver, Solver, SolverContext, select_alive
 
 HistoryLine = dict[str, float]
-STEP_OPERATORS = 60
-"""Operators per block of AdamW and the debiased operator in one step."""
+ADAM_OPERATORS = 9
+"""Operators of AdamW per tensor of weights."""
+FADE_OPERATORS, PASS_OPERATORS = 50, 38
+"""Operators of the homotopy in one step besides those per tensor and block, and of each pass of its
+search for the root."""
+PASSES = 5
+"""Passes of that search, which usually takes three to six (`methods.wgsef.prox.root`)."""
 TOKEN_CHUNK = 4096
 """Tokens passed to one expert at a time; bounds memory and changes no result."""
 UNSEEN_ENERGY = 1e-6
@@ -81,6 +86,12 @@ class WgsefFinetune(MicroExpertPruning):
         # Of the weights that a token meets, those of its experts get a gradient.
         met = sum(b.top_k * b.d_ff * b.matrices * b.d_model for b in blocks)
         rest = sum(p.numel() for layer in structure.layers for p in layer.parameters()) - routed
+        tensors = sum(1 for b in blocks for _ in b.experts.parameters())
+        # Every step scales the groups, by two operators per block; only a sparse one measures them.
+        step = ADAM_OPERATORS * tensors + 2 * len(blocks)
+        fade = FADE_OPERATORS + tensors + len(blocks)
+        # The last of them selects without a search.
+        search = PASSES * PASS_OPERATORS
         return MethodWork(
             forwards=1.0,
             observed=1.0,
@@ -90,7 +101,9 @@ class WgsefFinetune(MicroExpertPruning):
             # AdamW reads weight, gradient and two moments and writes three of them; the operator
             # reads the weights for their norms and writes them.
             elements=float(self.steps * routed * 10),
-            operators=float(self.steps * STEP_OPERATORS * len(blocks)),
+            operators=float(
+                self.steps * step + self._sparse_steps * fade + (self._sparse_steps - 1) * search
+            ),
             # Gradients and two moments in float32.
             memory=12.0 * routed,
         )
@@ -114,6 +127,10 @@ class WgsefFinetune(MicroExpertPruning):
             "history": history,
         }
         return self.build_report(model, structure, layers, **more)
+
+    @property
+    def _sparse_steps(self) -> int:
+        return max(1, round(self.sparse_share * self.steps))
 
     def _share_of_routed(self, structure: ModelStructure) -> float:
         """Return the fraction of routed micro-experts that each layer loses."""
@@ -149,7 +166,7 @@ class WgsefFinetune(MicroExpertPruning):
         self, model: Model, partition: GroupPartition, tokens_NL: Tensor, context: Context
     ) -> tuple[list[HistoryLine], int]:
         """Return the history, one line per tenth of the steps, and the number alive when frozen."""
-        sparse = max(1, round(self.sparse_share * self.steps))
+        sparse = self._sparse_steps
         share = self._share_of_routed(model.structure)
         # Energies of different layers are not comparable here (each is relative to its own mean),
         # hence a budget per layer.

@@ -64,6 +64,22 @@ def test_a_restart_forgets_the_peak_but_not_what_is_still_held():
     assert kept[0] == 1
 
 
+@pytest.mark.skipif(not _ResidentPeakGauge.works(), reason="needs the kernel's record of a peak")
+def test_pages_of_a_mapped_file_are_no_memory_of_the_block(tmp_path):
+    file = tmp_path / "weights"
+    file.write_bytes(bytes(64 * MIB))
+    size = 64 * MIB // 4
+    with PeakMemory(CPU) as peak:
+        mapped = torch.from_file(str(file), size=size)
+        torch.ones(16 * MIB // 4).add_(mapped[: 16 * MIB // 4])
+        mapped.sum()
+    assert peak.above == pytest.approx(16 * MIB, rel=0.25)
+    # Written where they are, they take the place of what was mapped before.
+    with PeakMemory(CPU) as peak:
+        mapped.add_(1)
+    assert peak.above == pytest.approx(0, abs=4 * MIB)
+
+
 @pytest.mark.parametrize("gauge", [_ResidentPeakGauge, _SampledGauge])
 def test_every_gauge_of_the_resident_set_sees_a_peak_that_lasts(gauge):
     if gauge is _ResidentPeakGauge and not _ResidentPeakGauge.works():

@@ -28,11 +28,14 @@ from methods.visual_tokens.layer_drop import LayerDrop
 from methods.visual_tokens.search import with_search
 from methods.visual_tokens.sparse_ffn import SparseFFN
 from methods.visual_tokens.yopo import Yopo
+from methods.wgsef.fine_tuning import PASS_OPERATORS, PASSES, WgsefFinetune
 from methods.wgsef.layerwise.reconstruction import (
     DROP_OPERATORS,
     BackwardElimination,
     Reconstruction,
 )
+from methods.wgsef.prox.root import _BracketedNewton
+from methods.wgsef.solvers.optimizers import ProximalAdam
 from tests.methods.method_application import applied
 from tests.methods.visual_engine.tiny_mllms import IMAGE
 from tests.methods.visual_tokens.test_visual_strategies import SHARES, context, loaded
@@ -195,6 +198,27 @@ def test_operators_of_an_elimination_are_those_that_it_launches(width):
     state = BackwardElimination(problem)
     launched, _ = operators_of(lambda: state.drop(state.cheapest()[1]))
     assert launched == pytest.approx(DROP_OPERATORS, rel=0.2)
+
+
+@pytest.mark.parametrize("layers", [2, 6])
+def test_operators_of_fine_tuning_are_those_of_its_steps(layers, monkeypatch):
+    launched, step = [], ProximalAdam.step
+    passes, narrow = [], _BracketedNewton.narrow
+    monkeypatch.setattr(_BracketedNewton, "narrow", lambda self: passes.append(1) or narrow(self))
+    monkeypatch.setattr(
+        ProximalAdam, "step", lambda self: launched.append(operators_of(lambda: step(self))[0])
+    )
+    method, network = (
+        WgsefFinetune(ratio=0.4, steps=10, rows=2),
+        build("qwen3_moe", num_hidden_layers=layers),
+    )
+    declared = method.work(inspect_model(network), INPUTS).operators
+    applied(method, network, rows=ROWS)
+    assert len(launched) == method.steps
+    # The weights decide how many passes the search takes.
+    expected = (method.sparse_share * method.steps - 1) * PASSES
+    searched = (expected - len(passes)) * PASS_OPERATORS
+    assert declared == pytest.approx(sum(launched) + searched, rel=0.05)
 
 
 def test_products_with_the_inputs_are_those_that_are_computed():

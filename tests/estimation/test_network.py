@@ -1,8 +1,10 @@
-"""Operators of a network, counted on one layer of each form, against all of its layers."""
+"""Operators of a network, counted on one layer of each form; what a classifier holds and keeps."""
 
 import pytest
+import torch
 
 from bench.estimation import network as networks
+from bench.models.classifiers.classifier import VisionConfig
 from bench.models.structure.model_structure import inspect_model
 from tests.models.tiny_networks import build, build_dense, llama
 
@@ -20,3 +22,33 @@ def test_layers_that_are_built_alike_count_like_all_of_them(make, monkeypatch):
     whole = networks._tally(network, structure)
     assert (found.operators, found.elements) == (whole.operators, whole.elements)
     assert not any("forward" in vars(layer) for layer in structure.layers)
+
+
+class Chain(torch.nn.Module):
+    """Two convolutions of 4 and 2 channels with a ReLU between; its FLOPs have no formula."""
+
+    config = VisionConfig(architecture="chain", size=8, channels=1, classes=2)
+
+    def __init__(self):
+        super().__init__()
+        self.one = torch.nn.Conv2d(1, 4, 3, padding=1)
+        self.two = torch.nn.Conv2d(4, 2, 3, padding=1)
+        self.head = torch.nn.Sequential()
+
+    def forward(self, image_BCHH):
+        return self.two(self.one(image_BCHH).relu()).mean((2, 3))
+
+
+def test_what_a_classifier_holds_and_keeps_is_counted_in_numbers_of_an_image():
+    found, pixels = networks.classifier_work(Chain(), 4), 8 * 8
+    # While the second convolution runs: the output of the ReLU, that of the first being freed.
+    assert found.widest == 2 * 4 * pixels
+    # The image, and the output of the ReLU once, for it and for the second convolution.
+    assert found.kept == (1 + 4) * pixels
+
+
+def test_a_counted_network_still_computes_and_has_no_gradients():
+    network = Chain()
+    networks.classifier_work(network, 4)
+    assert network(torch.ones(1, 1, 8, 8)).shape == (1, 2)
+    assert all(weight.grad is None for weight in network.parameters())
