@@ -1,20 +1,22 @@
 """Index of all records as one Parquet file, so that thousands of them load as one data frame.
 
 The index is a cache and can be deleted at any time. A row is used only while the file of its record
-is the one it was read from (same inode, size and modification time) and the record schema is the
-same. New or changed records are read from their files, and the index is rewritten if the folder is
-writable.
+is the one it was read from (same inode, size and modification time) and the code that makes rows of
+records is the same. New or changed records are read from their files, and the index is rewritten if
+the folder is writable.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.errors import UserError
 from bench.records.files import SAMPLE_COLUMNS, read_table
-from bench.records.record import SCHEMA, JsonObject, Record
+from bench.records.record import JsonObject, Record
 from bench.records.store import RECORD, SAMPLES, Store
 
 if TYPE_CHECKING:
@@ -60,16 +62,23 @@ def index_table(store: Store) -> pa.Table:
 def _record_stamps(store: Store) -> dict[str, str]:
     """Return per run a stamp that identifies the current file of its record."""
     # Inode, size and time together: records are replaced by renaming a new file into place, which
-    # may happen within one tick of the clock and leave the size equal, but never the inode. The
-    # schema invalidates rows that an older program wrote.
-    stamps = {}
+    # may happen within one tick of the clock and leave the size equal, but never the inode.
+    stamps, code = {}, _code()
     for run in store.ids():
         try:
             state = (store.folder(run) / RECORD).lstat()
         except OSError:  # removed since the listing, or a folder without a record
             continue
-        stamps[run] = f"{SCHEMA}.{state.st_ino}.{state.st_size}.{state.st_mtime_ns}"
+        stamps[run] = f"{code}.{state.st_ino}.{state.st_size}.{state.st_mtime_ns}"
     return stamps
+
+
+@functools.cache
+def _code() -> str:
+    """Return a hash of the modules that say what a row holds, such as the label of a run."""
+    here = Path(__file__)
+    sources = here.read_bytes() + here.with_name("record.py").read_bytes()
+    return hashlib.sha256(sources).hexdigest()[:16]
 
 
 def _schema() -> pa.Schema:

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from bench.errors import UserError
-from bench.records import Store, load, samples
+from bench.records import Record, Store, index, load, samples
 from bench.records.index import INDEX
 from tests.records.test_store import make
 
@@ -71,6 +71,14 @@ def test_an_index_of_another_program_is_made_again(store):
     whole = load(store.root)
     pd.DataFrame({"run": ["x"], "stamp": ["y"]}).to_parquet(store.root / INDEX)
     pd.testing.assert_frame_equal(load(store.root), whole)
+
+
+def test_rows_of_other_code_are_made_again(store, monkeypatch):
+    monkeypatch.setattr(index, "_code", lambda: "before")
+    monkeypatch.setattr(Record, "label", "old label")
+    assert set(load(store.root).label) == {"old label"}
+    monkeypatch.undo()
+    assert set(load(store.root).label) == {"dense"}
 
 
 def test_no_flipped_bit_of_a_record_is_read(store):
