@@ -50,7 +50,7 @@ def scanned(network, call, keep, windows):
 
 
 @pytest.mark.parametrize("positions", ["renumbered", "kept"])
-@pytest.mark.parametrize("keep, then, windows", [(9, 4, 2), (12, 12, 1), (7, 1, 2)])
+@pytest.mark.parametrize("keep, then, windows", [(9, 4, 2), (12, 12, 1), (7, 2, 2)])
 def test_vscan(keep, then, windows, positions):
     call, network = a_prompt(keep), stock()
     layers = Layers(network)
