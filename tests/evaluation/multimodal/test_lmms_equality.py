@@ -140,7 +140,7 @@ def test_rows_say_what_was_asked_and_do_not_depend_on_the_batch(config, mllms):
     assert all(row["pope_accuracy"] in (0.0, 1.0) for row in pope)
 
 
-@pytest.mark.sample(1)
+@pytest.mark.broad
 @pytest.mark.parametrize("name", ["qwen2_vl", "internvl"])
 def test_other_architectures_are_asked_as_well(name, config, mllms):
     small = config.model_copy(update={"tasks": ("gqa", "pope"), "limit": 2})

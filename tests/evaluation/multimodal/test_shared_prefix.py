@@ -128,7 +128,7 @@ def official():
     return LayerDrop(layers=2, execution="masked")
 
 
-@pytest.mark.sample(1)
+@pytest.mark.broad
 @pytest.mark.parametrize("method", [None, windows, drop])
 def test_both_backends_give_the_same_samples_whatever_is_skipped(micro_llava, method):
     model = micro_llava if method is None else applied(micro_llava, method())

@@ -189,7 +189,7 @@ def test_a_decoder_on_disk_is_changed_like_one_in_memory(name, tmp_path):
         METHODS["wgsef_neurons"].apply(loaded("offload_disk"), context())
 
 
-@pytest.mark.sample(1)
+@pytest.mark.broad
 @pytest.mark.parametrize("name", ["llama_biased", "gemma2", "phi3", "gpt2", "opt", "falcon"])
 def test_each_method_runs_in_bfloat16(name):
     dense = build_dense(name).to(torch.bfloat16)

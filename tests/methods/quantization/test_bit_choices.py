@@ -53,7 +53,7 @@ def watched(network, observer):
     return block, measured, other
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("layout", ["fused", "list"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_replacement_error_is_that_of_replacing_one_micro_expert(name, layout):

@@ -100,6 +100,7 @@ def test_a_decoder_that_caps_its_products_is_refused_by_name():
         decoder_layers(structure)
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_skipping_equals_masking(name):
     """Heads, neurons, windows and a cut; prefill and generation, which encodes images first."""
@@ -115,6 +116,7 @@ def test_skipping_equals_masking(name):
         assert not where.any() or (ours - expected)[where].abs().max() < TOLERANCE
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_plan_that_skips_nothing_is_transformers_own_forward(name):
     network, stock = build(name), build(name)

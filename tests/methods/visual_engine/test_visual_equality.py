@@ -104,6 +104,7 @@ def test_skip_equals_mask_and_every_setting_matters(name):
         assert not changed()
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_batches_with_other_offsets_paddings_and_numbers_of_images(name):
     assert_equal(*planned(name), prompt(name, *BATCH), tokens=6)

@@ -84,6 +84,7 @@ def test_elimination_drops_what_brute_force_would_drop_first():
         )
 
 
+@pytest.mark.broad
 def test_the_envelope_finds_its_global_optimum():
     _, _, problem = layer()
     k, lam = 6, 0.3

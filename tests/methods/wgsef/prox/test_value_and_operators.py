@@ -57,6 +57,7 @@ def relative_gap(v_LMG, y_LMG, weight_LM, k):
     return float((gap_L / size_L).abs().max())
 
 
+@pytest.mark.broad
 @settings(max_examples=600, deadline=None)
 @given(problems)
 def test_the_proximal_point_has_its_fenchel_young_certificate(problem):
