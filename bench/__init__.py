@@ -169,7 +169,7 @@ def _results_folder(runs: Sequence[str | Record], given: Path | str | None) -> P
     """Return the folder in which runs are looked up: given, or where the records were written."""
     if given is not None:
         return Path(given)
-    # A record's config is JSON of whoever wrote it.
+    # A record is read from a file, whose config may lack the key or hold any value.
     configs = [run.config for run in runs if hasattr(run, "config")]
     folders = {str(config["results_dir"]) for config in configs if config.get("results_dir")}
     return Path(folders.pop() if len(folders) == 1 else "results")

@@ -213,7 +213,7 @@ class LeakMonitor:
         self._device = device
         # What is freed later, and was garbage already, would be subtracted from what is kept.
         trim_heap(device)
-        self._before = self._used() - _bytes_of(network)
+        self._before = self._used() - network_bytes(network)
 
     def leaked_bytes(self, network: nn.Module) -> int:
         """Return how many more bytes are in use now, or 0 if the growth is tolerable."""
@@ -224,7 +224,7 @@ class LeakMonitor:
         return growth if growth > TOLERATED_GROWTH else 0
 
     def _growth(self, network: nn.Module) -> int:
-        return self._used() - _bytes_of(network) - self._before
+        return self._used() - network_bytes(network) - self._before
 
     def _used(self) -> int:
         """Return the allocated bytes of a GPU, or the private resident bytes of the process."""
@@ -237,7 +237,8 @@ class LeakMonitor:
         return int(memory.rss - getattr(memory, "shared", 0))
 
 
-def _bytes_of(network: nn.Module) -> int:
+def network_bytes(network: nn.Module) -> int:
+    """Return the bytes of a network's parameters and buffers, those on the meta device left out."""
     tensors = chain(network.parameters(), network.buffers())
     return sum(each.numel() * each.element_size() for each in tensors if not each.is_meta)
 

@@ -221,7 +221,7 @@ def _training_memory(subject: Subject, method: Method, scored: int) -> float:
     recipe: Any = getattr(method, "recipe")  # noqa: B009  # only some methods have one
     moments = 2 if recipe.optimizer == "adam" else 1 if recipe.momentum else 0
     # Fresh weights come beside those that were loaded; each weight has a gradient.
-    networks = subject.copies + bool(getattr(method, "restart", False)) + 1 + moments
+    networks = subject.copies + method.restarts + 1 + moments
     work = subject.network
     # The loss follows the last operator of the forward: all that was kept is still there.
     trained = recipe.batch * (work.kept + work.widest)

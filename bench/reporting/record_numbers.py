@@ -10,7 +10,7 @@ import hashlib
 import json
 import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
@@ -275,9 +275,14 @@ def _dotted(name: str, value: object) -> Iterator[tuple[str, object]]:
         yield name, value
 
 
-def short_names(names: Iterable[str]) -> dict[str, str]:
-    """Return each dotted knob's last part where that tells it from the others, else the whole."""
-    tails = {name: name.rpartition(".")[2] for name in names}
+def differing_names(knobs: Sequence[Mapping[str, object]]) -> dict[str, str]:
+    """Return the dotted knobs in which runs differ, with the name that tells each from the others.
+
+    That is its last part where it suffices, else the whole.
+    """
+    names = dict.fromkeys(name for each in knobs for name in each)
+    differing = [n for n in names if any(each.get(n) != knobs[0].get(n) for each in knobs)]
+    tails = {name: name.rpartition(".")[2] for name in differing}
     shared = Counter(tails.values())
     # Of what is read, `rows` alone would not say what has them.
     inputs = ("calibration.", "prompts.")
@@ -295,11 +300,9 @@ def distinct_labels(group: Sequence[Record]) -> dict[str, str]:
     found = {}
     for label, records in alike.items():
         knobs = [_knob_texts(record) if len(records) > 1 else {} for record in records]
-        names = dict.fromkeys(name for each in knobs for name in each)
-        differing = [n for n in names if len({each.get(n) for each in knobs}) > 1]
-        shown = short_names(differing)
+        shown = differing_names(knobs)
         for record, each in zip(records, knobs, strict=True):
-            said = [f"{shown[n]} {each[n]}" for n in differing if n in each][:DIFFERING_KNOBS]
+            said = [f"{shown[n]} {each[n]}" for n in shown if n in each][:DIFFERING_KNOBS]
             found[record.id] = f"{label}, {', '.join(said)}" if said else label
     return found
 

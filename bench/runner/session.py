@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from itertools import chain
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -214,6 +213,4 @@ def _has_room_for_copy(model: Model) -> bool:
 
     if model.config.device_map is not None:
         return False
-    held = chain(model.network.parameters(), model.network.buffers())
-    size = sum(tensor.numel() * tensor.element_size() for tensor in held)
-    return devices.free_bytes(model.device) > 1.5 * size
+    return devices.free_bytes(model.device) > 1.5 * devices.network_bytes(model.network)

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import random
 
-import torch
-
 from bench.method import Context, MethodReport
 from bench.models.model import Model
 from methods.baselines.expert_removal import WholeExpertPruning, select_whole_experts
 from methods.moe.calibration import Activations, SequentialPruning, require_finite
 from methods.moe.pruning import MicroExpertPruning, refuse_offloaded, require_calibration
-from methods.moe.ranking import lowest, magnitudes
+from methods.moe.ranking import lowest, magnitudes, random_scores
 
 
 class Magnitude(MicroExpertPruning):
@@ -83,9 +81,6 @@ class RandomMicroExperts(MicroExpertPruning):
         for block, budget in zip(
             structure.micro_expert_blocks, self.budgets(structure), strict=True
         ):
-            # Seeded per block by name, so that a block's draw does not depend on which other blocks
-            # there are.
-            rng = random.Random(f"{context.seed}:{block.name}")
-            score_N = torch.tensor([rng.random() for _ in range(block.micro_experts)])
+            score_N = random_scores(block, context.seed)
             layers.append(self.remove_micro_experts(block, lowest(score_N, budget)))
         return self.build_report(model, structure, layers)

@@ -15,7 +15,6 @@ itself is known; this ranking is ours.
 
 from __future__ import annotations
 
-import random
 from abc import abstractmethod
 from collections.abc import Callable
 from fractions import Fraction
@@ -45,6 +44,7 @@ from methods.moe.quantizer.bit_budget import exact_fraction, level_sizes, mean_b
 from methods.moe.quantizer.expert_plan import ExpertPlan, MatrixPlan, tied_plan
 from methods.moe.quantizer.method import BitChoices, MoEQuantization, require_mean_between
 from methods.moe.quantizer.observers import Planner
+from methods.moe.ranking import random_scores
 
 
 class MixedBitQuantization(MoEQuantization):
@@ -148,9 +148,7 @@ class EnergyPlanner(BlockEnergies):
         method, block = self._method, self.block
         energy_N = self.energies(self._alpha, normalised=method.normalised)
         if method.ranking == "random":
-            # Seeded per block by name, so that a draw does not depend on the other blocks.
-            rng = random.Random(f"{self._seed}:{block.name}")
-            energy_N = torch.tensor([rng.random() for _ in range(block.micro_experts)])
+            energy_N = random_scores(block, self._seed)
         # Shared experts are measured but have a bit width of their own (`shared_bits`).
         energies = [energy_N[place] for expert, place in expert_spans(block) if expert != SHARED]
         ranked = rank_blocks(energies, self._block_size, method.scope)

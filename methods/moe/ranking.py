@@ -7,6 +7,7 @@ same on every device and in every run.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -89,6 +90,14 @@ def apportion(sizes: Sequence[int], count: int) -> list[int]:
     for place in by_remainder[: count - sum(shares)]:
         shares[place] += 1
     return shares
+
+
+def random_scores(block: MoEBlock, seed: int) -> Tensor:
+    """Return a random score for every micro-expert of a block, float32 [N]."""
+    # Seeded per block by name, so that a block's draw does not depend on which other blocks there
+    # are.
+    rng = random.Random(f"{seed}:{block.name}")
+    return torch.tensor([rng.random() for _ in range(block.micro_experts)])
 
 
 def magnitudes(block: MoEBlock) -> Tensor:

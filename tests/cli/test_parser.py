@@ -51,7 +51,7 @@ def test_what_looks_up_and_reports_does_without_torch():
 
 
 def test_a_command_leaves_no_collection_to_whoever_comes_after():
-    """What a command has allocated is old when it ends, and nobody's garbage once Python ends."""
+    """When a command ends, no collection looks at its objects, and none does when Python ends."""
     code = (
         "import atexit, gc; from bench.cli.main import main; "
         # Handlers run last in, first out, so this one sees what the command's own has done.

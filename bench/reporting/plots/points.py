@@ -15,10 +15,10 @@ from bench.records.record import AVERAGE
 from bench.reporting.record_numbers import (
     NORMAL_QUANTILE,
     benchmark_names,
+    differing_names,
     metric_scale,
     model_text,
     run_knobs,
-    short_names,
 )
 
 COST_WORDS = {"flops": "FLOPs", "macs": "MACs", "seconds": "time", "bytes": "memory"}
@@ -203,12 +203,10 @@ def _alike(
 
 def _differences(knobs: Sequence[Knobs]) -> list[str]:
     """Return what to add to a name: with every knob in it, a legend would be unreadable."""
-    names = dict.fromkeys(name for each in knobs for name in each)
-    differing = [n for n in names if any(each.get(n) != knobs[0].get(n) for each in knobs)]
-    shown = short_names(differing)
+    shown = differing_names(knobs)
     # What is null or absent goes without saying: others of these runs have it.
     return [
-        "".join(f", {shown[n]}={each[n]}" for n in differing if each.get(n) is not None)
+        "".join(f", {shown[n]}={each[n]}" for n in shown if each.get(n) is not None)
         for each in knobs
     ]
 
