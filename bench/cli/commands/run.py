@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from bench.errors import EXIT_DONE, EXIT_FAILED, UserError
 from bench.runner.estimate import read_budget
 from bench.runner.launch import LaunchOutcome, launch, print_hydra_info
@@ -17,24 +19,28 @@ def run_command(arguments: list[str]) -> int:
     if any(argument.partition("=")[0] in INFO_FLAGS for argument in arguments):
         print_hydra_info(arguments)
         return EXIT_DONE
-    arguments, budget = _without_budget(arguments)
+    text, arguments = split_option(arguments, "--budget")
+    budget = None if text is None else read_budget(text)
     with Session() as session:
         return print_outcome(launch(arguments, session, budget=budget), session)
 
 
-def _without_budget(arguments: list[str]) -> tuple[list[str], float | None]:
-    """Return the arguments without `--budget TIME`, and its seconds."""
-    words, budget = list(arguments), None
-    for place, word in enumerate(arguments):
-        name, equals, given = word.partition("=")
-        if name != "--budget":
-            continue
-        if budget is not None:
-            raise UserError("--budget is given twice: give it once")
-        following = arguments[place + 1 : place + 2]
-        budget = read_budget(given if equals else (following or [""])[0])
-        words = [*arguments[:place], *arguments[place + (1 if equals else 2) :]]
-    return words, budget
+def split_option(arguments: Sequence[str], name: str) -> tuple[str | None, list[str]]:
+    """Return the value of `NAME VALUE` or `NAME=VALUE`, None without it, and the other arguments.
+
+    Raises:
+        UserError: the option is given twice.
+    """
+    places = [place for place, word in enumerate(arguments) if word.partition("=")[0] == name]
+    if not places:
+        return None, list(arguments)
+    if len(places) > 1:
+        raise UserError(f"{name} is given twice: give it once")
+    (place,) = places
+    _, equals, given = arguments[place].partition("=")
+    end = place + (1 if equals else 2)
+    value = given if equals else " ".join(arguments[place + 1 : end])
+    return value, [*arguments[:place], *arguments[end:]]
 
 
 def print_outcome(outcome: LaunchOutcome, session: Session) -> int:

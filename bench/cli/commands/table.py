@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.cli.commands.run import print_problems
+from bench.cli.commands.run import print_problems, split_option
 from bench.config.composition import compose_run_config
 from bench.config.overrides import Overrides, quoted_text, text_of
 from bench.data import hub
@@ -327,16 +327,9 @@ def run_command(arguments: list[str]) -> int:
 
 def _split_page(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
     """Return the file after `--page`, None without one, and the other arguments."""
-    rest = [
-        part
-        for word in arguments
-        for part in (word.split("=", 1) if word.startswith(f"{PAGE_OPTION}=") else [word])
-    ]
-    if PAGE_OPTION not in rest:
+    value, rest = split_option(arguments, PAGE_OPTION)
+    if value is None:
         return None, rest
-    place = rest.index(PAGE_OPTION)
-    given = rest[place + 1 : place + 2]
-    if not given or given[0].startswith("-") or not given[0].endswith(".md"):
-        value = " ".join(given)
+    if value.startswith("-") or not value.endswith(".md"):
         raise UserError(f"{PAGE_OPTION} {value}: give a file, as in {PAGE_OPTION} results.md")
-    return Path(given[0]), rest[:place] + rest[place + 2 :]
+    return Path(value), rest
