@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from bench.errors import UserError
 from bench.records.files import SAMPLE_COLUMNS, read_table
-from bench.records.record import JsonObject, Record
+from bench.records.record import JsonObject, Record, standing_effects
 from bench.records.store import RECORD, SAMPLES, Store
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def _rows_of_record(record: Record, stamp: str) -> list[JsonObject]:
         "model": record.model.name,
         "label": record.label,
         "methods": _join_names([method.name for method in record.methods]) or "dense",
-        "effect": _join_names([method.confirmed_effect for method in record.methods]) or "none",
+        "effect": _join_names(standing_effects(record.methods)) or "none",
         "ratio": next((m.config["ratio"] for m in record.methods if "ratio" in m.config), None),
         "marks": ", ".join(record.marks),
         "stamp": stamp,

@@ -80,6 +80,12 @@ class SizeAndWork(_FrozenModel):
         """Weights in whatever place: one that becomes a buffer is not removed, padding is none."""
         return self.parameters - self.padding + self.held
 
+    @property
+    def zero_share(self) -> float | None:
+        """Share of these numbers that are zero; None if the zeros were not counted."""
+        counted = self.nonzero is not None and self.numbers > 0
+        return 1 - (self.nonzero or 0) / self.numbers if counted else None
+
 
 class EffectCheck(_FrozenModel):
     """What a network's counts before and after a method say about the effect that it reports.
@@ -368,6 +374,35 @@ def without_real_saving(methods: Sequence[AppliedMethod]) -> str | None:
     if UNCONFIRMED in effects:
         return UNCONFIRMED
     return "+".join(effects) if effects and effects.keys() <= EFFECTS_WITHOUT_SAVING else None
+
+
+def lost_zeros(methods: Sequence[AppliedMethod]) -> dict[str, str]:
+    """Return, by name, the methods most of whose zeros a later one filled or removed, and how.
+
+    A quantizer whose grid has no zero, or a least-squares fit, stores other values in their place.
+    """
+    found = {}
+    for place, method in enumerate(methods):
+        if method.confirmed_effect != "zeroed" or method.check is None:
+            continue
+        before, after = method.check.before.zero_share, method.check.after.zero_share
+        for later in methods[place + 1 :]:
+            left = None if later.check is None else later.check.after.zero_share
+            if before is None or after is None or left is None or left >= (before + after) / 2:
+                continue
+            found[method.name] = (
+                f"{later.name} leaves few of the zeros of {method.name}: {100 * after:.1f} % of "
+                f"the weights are zero before and {100 * left:.1f} % after"
+            )
+            break
+    return found
+
+
+def standing_effects(methods: Sequence[AppliedMethod]) -> list[str]:
+    """Return the effects that the network still has after the last method, each once, in order."""
+    lost = lost_zeros(methods)
+    left = (method.confirmed_effect for method in methods if method.name not in lost)
+    return [effect for effect in dict.fromkeys(left) if effect != "none"]
 
 
 def run_id(inputs: JsonObject) -> str:

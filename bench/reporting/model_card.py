@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench.records import Record
+from bench.records.record import lost_zeros
 from bench.ui import clean
 
 LOAD_WITH_ENGINES = """\
@@ -131,6 +132,7 @@ def _provenance_section(record: Record) -> str:
         knobs = json.dumps(method.config, indent=1)
         head = f"### {_code(method.name)}: weights {method.confirmed_effect}"
         lines += ["", head, "", "```json", knobs, "```"]
+    lines += [f"\n{_code(reason)}" for reason in lost_zeros(record.methods).values()]
     return "\n".join([*lines, ""])
 
 

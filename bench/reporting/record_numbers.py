@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
-from bench.records.record import AVERAGE
+from bench.records.record import AVERAGE, standing_effects
 
 if TYPE_CHECKING:
     from bench.records import AppliedMethod, Metric, Record
@@ -241,8 +241,7 @@ def _listed(names: Sequence[str]) -> str:
 
 def effect_text(methods: Sequence[AppliedMethod]) -> str:
     """Return what was done to the weights, such as `removed+quantized`; empty if nothing was."""
-    effects = dict.fromkeys(method.confirmed_effect for method in methods)
-    return "+".join(effect for effect in effects if effect != "none")
+    return "+".join(standing_effects(methods))
 
 
 def run_knobs(record: Record) -> dict[str, object]:

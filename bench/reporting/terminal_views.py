@@ -151,6 +151,8 @@ def describe_config(group: str, name: str) -> str:
 
 def print_record(record: Record) -> None:
     """Print the model, methods, metrics and costs of a run."""
+    from bench.records.record import lost_zeros
+
     out = console()
     model = record.model
     out.print(f"{record.id}  {model.name}  {record.label}", style="bold")
@@ -159,6 +161,7 @@ def print_record(record: Record) -> None:
     revision = f" at {model.revision}" if model.revision else ""
     out.print(f"weights: {model.source}{revision}, {model.architecture}")
     out.print(f"         {model.parameters:,} parameters, fingerprint {model.fingerprint[:16]}")
+    lost = lost_zeros(record.methods)
     for method in record.methods:
         knobs = ", ".join(f"{key}={value}" for key, value in method.config.items())
         out.print(
@@ -167,6 +170,8 @@ def print_record(record: Record) -> None:
         )
         if method.check is not None and method.check.refutation is not None:
             out.print(f"  {method.name} {method.check.refutation}", soft_wrap=True)
+        if method.name in lost:
+            out.print(f"  {lost[method.name]}", soft_wrap=True)
     draw_rows([_metric_row(record, index) for index in range(len(record.metrics))], "metrics")
     # Only what was found: rows of zeros would hide it.
     names = ("truncated", "spanning", "tied", "repeated_examples")

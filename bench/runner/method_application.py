@@ -46,6 +46,7 @@ def apply_methods(
     from bench.measurement.costs import count_size_and_work
     from bench.models.hashing import refuse_not_finite
     from bench.records import AppliedMethod
+    from bench.records.record import lost_zeros
 
     if not config.method:
         return []
@@ -103,6 +104,8 @@ def apply_methods(
                 trained=report.trained,
             )
         )
+    for lost in lost_zeros(applied).values():
+        context.progress.warn(lost)
     return applied
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal
 
-from bench.records.record import JsonObject, Record
+from bench.records.record import JsonObject, Record, standing_effects
 from bench.records.store import CONFIG, RECORD, SAMPLES
 from bench.schema import WANDB_INIT_SECONDS, TrackerConfig
 from bench.security import redact
@@ -230,8 +230,8 @@ def summary_columns(record: Record) -> dict[str, float | str]:
     `seconds`; and `flops_saving`, `bytes_saving`, the counted shares that the methods together
     saved. The full names of `wandb_summary` say what each number is of.
     """
-    effects = dict.fromkeys(method.effect for method in record.methods)
-    values: dict[str, float | str] = {"method": record.family, "effect": "+".join(effects)}
+    effect = "+".join(standing_effects(record.methods)) or "none"
+    values: dict[str, float | str] = {"method": record.family, "effect": effect}
     if len(record.methods) == 1 and (ratio := record.methods[0].config.get("ratio")) is not None:
         values["ratio"] = ratio
     heads = [metric for metric in record.metrics if metric.headline]

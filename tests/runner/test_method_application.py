@@ -18,6 +18,7 @@ from bench.models.classifiers.classifier import VisionConfig
 from bench.models.network import replace_forward
 from bench.models.structure.model_structure import inspect_model
 from bench.records import SizeAndWork, without_real_saving
+from bench.records.record import lost_zeros, standing_effects
 from bench.runner.method_application import apply_methods, check_effect, refuse_idle
 from bench.runner.session import Session
 from bench.schema import CostsConfig
@@ -131,6 +132,13 @@ def scale(network):
         network.model.layers[0].self_attn.q_proj.weight.mul_(1e-20)
 
 
+def fill_and_halve(network):
+    with torch.no_grad():
+        for _, weight in each_linear(network):
+            weight.add_(weight == 0)
+    network.bfloat16()
+
+
 DEEDS = {
     "zero and halve": zero_and_halve,
     "scale": scale,
@@ -143,6 +151,7 @@ DEEDS = {
     "drop and halve": drop_and_halve,
     "nothing": lambda network: None,
     "zero": zero,
+    "fill and halve": fill_and_halve,
     "drop": drop_a_layer,
     "pass": pass_a_layer_by,
     "halve": halve_the_bytes,
@@ -259,6 +268,20 @@ def test_one_false_claim_marks_a_run_that_has_a_true_one(said):
         fake=Claimed(effect="removed", does="zero"),
     )
     assert without_real_saving(methods) == "unconfirmed"
+
+
+@pytest.mark.parametrize(
+    ("does", "standing"),
+    [("fill and halve", ["quantized"]), ("halve", ["zeroed", "quantized"])],
+)
+def test_zeros_that_a_later_method_fills_no_longer_count_as_an_effect(said, does, standing):
+    methods, _ = applied(
+        sparse=Claimed(effect="zeroed", does="zero"),
+        packed=Claimed(effect="quantized", does=does),
+    )
+    assert standing_effects(methods) == standing
+    assert [*lost_zeros(methods)] == ([] if "zeroed" in standing else ["sparse"])
+    assert said == [*lost_zeros(methods).values()]
 
 
 @pytest.mark.parametrize("effect", ["deleted", "Removed", "", "removed+quantized"])
