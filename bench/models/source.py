@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from bench.data.digests import contents_hash, fingerprint
-from bench.data.repositories import HubRequest, hub_folder, hub_weight_bytes, not_cached_message
+from bench.data.hub import HubRequest, hub_folder, hub_weight_bytes, not_cached_message
 from bench.errors import MissingData, UserError, unknown_name
 from bench.models import checkpoints, embedded
 from bench.models.weight_files import (
