@@ -232,8 +232,8 @@ def select_by_homotopy(problems: Problems, k: int) -> list[Tensor]:
 
     h_k = F - 1/2 sum_j ||v_j||^2 = min over u in [0,1]^N, sum u <= k, of
     1/2 sum_j (1/u_j - 1) ||v_j||^2, so for fixed u the error is a ridge regression, and for fixed v
-    the best u are the gates min(1, eta ||v_j||) of the envelope (`prox/value.py`). Each strength
-    lam takes one step in either. Whole atoms (u = 1) are not penalised.
+    the best u are the gates min(1, eta ||v_j||) of the envelope (`prox/operators.py`). Each
+    strength lam takes one step in either. Whole atoms (u = 1) are not penalised.
     """
     states = [_PenalisedReconstruction(problem) for problem in problems]
     readouts = [problem.readout for problem in problems]

@@ -1,5 +1,5 @@
 """The envelope: pure maths on tensors, independent of models.
 
-`value` holds the function, `operators` its proximal operators on group norms, and `root` the scalar
-equation behind both with two ways to solve it.
+`operators` holds the function and its proximal operators on group norms, and `root` the scalar
+equation behind them with two ways to solve it.
 """

@@ -1,12 +1,16 @@
-"""Proximal operators of the WGSEF: factors that shrink each group.
+"""The WGSEF on group norms: its proximal operators, value, conjugate and gradient.
 
 Shapes: L rows (layers), M groups in a row, G elements in a group; weight and metric arguments are
 numbers, or tensors of [L, M] or [L, 1] in the norms' dtype.
 
-Every operator sees the groups of its argument t only through their norms ||t_j|| and returns
-factors: the proximal point is v_j = scale_j t_j. `lam` is step size times regularisation weight; a
-metric h_j replaces 1/2 ||v - t||^2 by 1/2 sum_j h_j ||v_j - t_j||^2. Formulas: WGSEF specification
-1.1 to 1.3 (derived; arXiv 2212.12921 proves the linear time of the first).
+With C_k the vectors of at most k non-zero groups and d_j > 0 the weights, the WGSEF is
+
+    F = f_k**,   f_k(v) = 1/2 sum_j d_j ||v_j||^2 on C_k and +inf elsewhere.
+
+All functions see the groups only through their norms. An operator returns factors: the proximal
+point of t is v_j = scale_j t_j. `lam` is step size times regularisation weight; a metric h_j
+replaces 1/2 ||v - t||^2 by 1/2 sum_j h_j ||v_j - t_j||^2. Formulas: WGSEF specification 1 to 1.3
+(derived; arXiv 2212.12921 proves the linear time of the first operator).
 """
 
 from __future__ import annotations
@@ -178,3 +182,35 @@ def _refuse_impossible_arguments(
     if not 0 < k <= most:
         what = "groups" if cost_LM is None else "total cost"
         raise UserError(f"k must be in (0, {most:g}] ({what}), got {k:g}")
+
+
+def envelope_value(norm_LM: Tensor, weight_LM: Tensor, k_L: Tensor) -> Tensor:
+    """Return F_L = 1/2 min over u in [0,1]^M, sum u <= k, of sum_j d_j ||v_j||^2 / u_j.
+
+    The minimiser is u_j = min(1, eta z_j) with z_j = sqrt(d_j) ||v_j|| and sum u = k.
+    """
+    z_LM = weight_LM.sqrt() * norm_LM
+    u_LM = _gates(z_LM, k_L)
+    # An empty group has z = u = 0, and its term is 0 by continuity, not 0 / 0.
+    return 0.5 * torch.where(z_LM > 0, z_LM.square() / u_LM, 0.0).sum(-1)
+
+
+def envelope_conjugate(norm_LM: Tensor, weight_LM: Tensor, k: int) -> Tensor:
+    """Return F*_L(y) = 1/2 times the sum of the k largest ||y_j||^2 / d_j."""
+    return 0.5 * (norm_LM.square() / weight_LM).topk(k, -1).values.sum(-1)
+
+
+def gradient_factor(norm_LM: Tensor, weight_LM: Tensor, k_L: Tensor) -> Tensor:
+    """Return the factors d_j / u_j that turn v into the gradient of F; 0 for empty groups.
+
+    At v_j = 0 zero is one of the subgradients, which fill a ball of radius sqrt(d_j) / eta.
+    """
+    u_LM = _gates(weight_LM.sqrt() * norm_LM, k_L)
+    return torch.where(norm_LM > 0, weight_LM / u_LM, 0.0)
+
+
+def _gates(z_LM: Tensor, k_L: Tensor) -> Tensor:
+    """Return u_LM = min(1, eta z_j) with sum u = k, or 1 for all live groups if they fit."""
+    budget = BudgetEquation(z_LM, torch.zeros_like(z_LM[:, :1]), k_L.to(z_LM))
+    # No guard: the value divides by the gates, so a small gate set to zero would give infinity.
+    return budget.gates(newton_root(budget), guard=0.0)

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from methods.wgsef.prox import operators, value
+from methods.wgsef.prox import operators
 from methods.wgsef.solvers.allocation import ProxParameters
 from methods.wgsef.solvers.group_lasso import HalfSpaceSolver
 from methods.wgsef.solvers.optimizers import ProximalOptimizer
@@ -150,7 +150,7 @@ class EnvelopeHalfSpaceSolver(HalfSpaceSolver):
         norm_LN = allocation.constraint_rows(norm_M)
         weight_LN = allocation.constraint_rows(strength.weight)
         factor_M = allocation.from_constraint_rows(
-            value.gradient_factor(norm_LN, weight_LN, allocation.k_rows(1.0))
+            operators.gradient_factor(norm_LN, weight_LN, allocation.k_rows(1.0))
         )
         if not self._form.ridge:
             factor_M = (factor_M - strength.weight).clamp(min=0)

@@ -15,7 +15,7 @@ from methods.wgsef.layerwise.reconstruction import (
     select_by_elimination,
     select_by_homotopy,
 )
-from methods.wgsef.prox.value import envelope_value
+from methods.wgsef.prox.operators import envelope_value
 from tests.methods.wgsef.layerwise.oracles import (
     by_elimination,
     by_energy,

@@ -25,11 +25,12 @@ from methods.wgsef.prox.operators import (
     RootSolver,
     Shrinkage,
     _as_column,
+    envelope_conjugate,
+    envelope_value,
     prox_debiased,
     prox_envelope,
 )
 from methods.wgsef.prox.root import BudgetEquation, breakpoints, newton_root
-from methods.wgsef.prox.value import envelope_conjugate, envelope_value
 
 _INNER_PASSES = 8
 _OUTER_PASSES = 80

@@ -11,8 +11,14 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from bench.errors import UserError
-from methods.wgsef.prox import value as function
-from methods.wgsef.prox.operators import prox_debiased, prox_envelope, select_top_k
+from methods.wgsef.prox.operators import (
+    envelope_conjugate,
+    envelope_value,
+    gradient_factor,
+    prox_debiased,
+    prox_envelope,
+    select_top_k,
+)
 from methods.wgsef.prox.root import (
     BudgetEquation,
     newton_root,
@@ -53,7 +59,7 @@ problems = st.integers(0, 2**32 - 1).map(draw)
 
 def relative_gap(v_LMG, y_LMG, weight_LM, k):
     gap_L = oracles.fenchel_young_gap(v_LMG, y_LMG, weight_LM, k)
-    size_L = function.envelope_conjugate(y_LMG.norm(dim=-1), weight_LM, k) + 1e-30
+    size_L = envelope_conjugate(y_LMG.norm(dim=-1), weight_LM, k) + 1e-30
     return float((gap_L / size_L).abs().max())
 
 
@@ -96,7 +102,7 @@ def test_value_equals_the_k_support_form_and_bounds_the_ridge(problem):
     norm_LM = t_LMG.norm(dim=-1)
     k_L = torch.full((3,), float(k)).double()
     closed_L = oracles.value_in_closed_form(norm_LM, weight_LM, k)
-    torch.testing.assert_close(function.envelope_value(norm_LM, weight_LM, k_L), closed_L)
+    torch.testing.assert_close(envelope_value(norm_LM, weight_LM, k_L), closed_L)
     excess_L = oracles.sparsity_excess(norm_LM, weight_LM, k_L)
     sparse_L = (norm_LM > 0).sum(-1) <= k
     assert (excess_L[sparse_L].abs() <= 1e-12 * closed_L[sparse_L]).all()
@@ -135,9 +141,9 @@ def test_end_points_are_squared_group_lasso_and_weight_decay():
     norm_LM, weight_LM = torch.rand(4, 9).double() + 0.1, torch.rand(4, 9).double() + 0.5
     one_L, all_L = torch.ones(4).double(), torch.full((4,), 9.0).double()
     lasso_L = 0.5 * (weight_LM.sqrt() * norm_LM).sum(-1).square()
-    torch.testing.assert_close(function.envelope_value(norm_LM, weight_LM, one_L), lasso_L)
+    torch.testing.assert_close(envelope_value(norm_LM, weight_LM, one_L), lasso_L)
     ridge_L = 0.5 * (weight_LM * norm_LM.square()).sum(-1)
-    torch.testing.assert_close(function.envelope_value(norm_LM, weight_LM, all_L), ridge_L)
+    torch.testing.assert_close(envelope_value(norm_LM, weight_LM, all_L), ridge_L)
     decayed_LM = prox_envelope(norm_LM, 9, 0.3, weight_LM).scale
     torch.testing.assert_close(decayed_LM, 1 / (1 + 0.3 * weight_LM))
 
@@ -146,12 +152,12 @@ def test_gradient_agrees_with_finite_differences():
     torch.manual_seed(0)
     norm_LM, weight_LM = torch.rand(1, 8).double() + 0.1, torch.rand(1, 8).double() + 0.5
     k_L = torch.tensor([3.0]).double()
-    slope_LM = function.gradient_factor(norm_LM, weight_LM, k_L) * norm_LM
+    slope_LM = gradient_factor(norm_LM, weight_LM, k_L) * norm_LM
     for j in range(8):
         step = torch.zeros_like(norm_LM)
         step[0, j] = 1e-6
-        rise = function.envelope_value(norm_LM + step, weight_LM, k_L)
-        fall = function.envelope_value(norm_LM - step, weight_LM, k_L)
+        rise = envelope_value(norm_LM + step, weight_LM, k_L)
+        fall = envelope_value(norm_LM - step, weight_LM, k_L)
         assert float((rise - fall) / 2e-6) == pytest.approx(float(slope_LM[0, j]), rel=1e-6)
 
 
@@ -354,7 +360,7 @@ def test_the_closed_form_of_the_value_holds_with_ties():
     norm_LM = torch.tensor([[0.3, 0.3, 0.3, 0.3], [2.0, 2.0, 2.0, 1.0]]).double()
     for k in (1, 2, 3, 4):
         closed_L = oracles.value_in_closed_form(norm_LM, torch.ones(2, 4).double(), k)
-        value_L = function.envelope_value(
+        value_L = envelope_value(
             norm_LM, torch.ones(2, 4).double(), torch.full((2,), float(k)).double()
         )
         torch.testing.assert_close(closed_L, value_L)
