@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from methods.wgsef.solvers import group_lasso, penalties, torch_pruning_solvers
+from methods.wgsef.solvers import group_lasso, penalties
 from methods.wgsef.solvers.hesso import HessoSolver
 from methods.wgsef.solvers.solver import HardThresholdSolver, MagnitudeSolver, Solver, SolverContext
 from methods.wgsef.sparse_training import SparseTraining
@@ -117,7 +117,7 @@ class GroupNorm(SparseTraining):
     def solver(self, context: SolverContext) -> Solver:
         """Return the solver."""
         normalizer = "max" if self.variant == "released" else "mean"
-        return torch_pruning_solvers.GroupNormSolver(context, self.strength, normalizer)
+        return penalties.GroupNormSolver(context, self.strength, normalizer)
 
 
 class Hesso(SparseTraining):
@@ -153,4 +153,4 @@ class GrowingReg(SparseTraining):
 
     def solver(self, context: SolverContext) -> Solver:
         """Return the solver."""
-        return torch_pruning_solvers.GrowingRegSolver(context, self.strength, self.growth)
+        return penalties.GrowingRegSolver(context, self.strength, self.growth)

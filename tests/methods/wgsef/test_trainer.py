@@ -16,9 +16,9 @@ from methods.wgsef.solvers.envelope import DebiasedSolver, EnvelopeHalfSpaceSolv
 from methods.wgsef.solvers.group_lasso import AdaHspgSolver, AdaptiveGroupLassoSolver
 from methods.wgsef.solvers.hesso import HessoSolver
 from methods.wgsef.solvers.optimizers import ProximalAdam, ProximalSGD
+from methods.wgsef.solvers.penalties import GrowingRegSolver
 from methods.wgsef.solvers.schedules import cubic_sparsity, learning_rate_factor
 from methods.wgsef.solvers.solver import HardThresholdSolver, MagnitudeSolver
-from methods.wgsef.solvers.torch_pruning_solvers import GrowingRegSolver
 from methods.wgsef.trainer import Trainer, TrainingJob
 
 SOLVERS = {

@@ -27,12 +27,13 @@ from methods.wgsef.solvers.group_lasso import (
 from methods.wgsef.solvers.optimizers import ProximalAdam, ProximalSGD
 from methods.wgsef.solvers.penalties import (
     DeepHoyerSolver,
+    GroupNormSolver,
+    GrowingRegSolver,
     ReleasedDeepHoyerSolver,
     SlimmingSolver,
     hoyer_square,
 )
 from methods.wgsef.solvers.solver import HardThresholdSolver, MagnitudeSolver, SolverContext
-from methods.wgsef.solvers.torch_pruning_solvers import GroupNormSolver, GrowingRegSolver
 from tests.methods.wgsef.solvers.solver_setup import (
     RATE,
     close,
