@@ -16,10 +16,14 @@ from bench.data.synthetic.scenes import question_sets, tasks, training_conversat
 from bench.data.synthetic.scenes.question_kinds import KINDS
 from bench.data.synthetic.scenes.scene import generate_scene
 from bench.models.embedded import training
-from bench.models.embedded.micro_llava import FOLDER, recipe, scoring
-from bench.models.embedded.micro_llava.alignment import WORD_GROUPS, Aligner
-from bench.models.embedded.micro_llava.batches import ConversationPacker, hidden_states
+from bench.models.embedded.micro_llava import FOLDER, recipe
 from bench.models.embedded.micro_llava.network import VISUAL_TOKENS
+from bench.models.embedded.micro_llava.objectives import (
+    WORD_GROUPS,
+    Aligner,
+    ConversationPacker,
+    hidden_states,
+)
 
 LOG: dict[str, Any] = json.loads((FOLDER / "training.json").read_text())
 RESULTS = LOG["results"]
@@ -131,9 +135,9 @@ def test_answers_a_handful_of_test_questions(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor
 ) -> None:
     documents = spread("vqav2", 48)
-    seen = scoring.task_accuracy(model, processor, "vqav2", documents)
+    seen = recipe.task_accuracy(model, processor, "vqav2", documents)
     assert seen >= RESULTS["accuracy"]["vqav2"] - 0.15
-    assert scoring.task_accuracy(model, processor, "vqav2", documents, blank=True) < seen - 0.2
+    assert recipe.task_accuracy(model, processor, "vqav2", documents, blank=True) < seen - 0.2
 
 
 @pytest.mark.slow
@@ -141,7 +145,7 @@ def test_answers_a_handful_of_test_questions(
 def test_accuracy_is_what_the_log_says(
     task: str, model: LlavaForConditionalGeneration, processor: LlavaProcessor
 ) -> None:
-    measured = scoring.task_accuracy(model, processor, task, question_sets.documents(task))
+    measured = recipe.task_accuracy(model, processor, task, question_sets.documents(task))
     assert measured == pytest.approx(RESULTS["accuracy"][task], abs=0.015)
 
 
@@ -185,9 +189,9 @@ def test_learning_rate_rises_and_falls_to_nothing() -> None:
 
 @pytest.mark.slow
 def test_recipe_writes_a_complete_model(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    scored = scoring.task_accuracy
+    scored = recipe.task_accuracy
     monkeypatch.setattr(
-        scoring,
+        recipe,
         "task_accuracy",
         lambda model, processor, task, asked, **how: scored(
             model, processor, task, asked[:4], **how

@@ -18,24 +18,30 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch.nn.functional import cross_entropy
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from bench.data.synthetic.scenes import ConversationSpec, question_sets, training_conversations
-from bench.models.embedded.micro_llava import scoring
-from bench.models.embedded.micro_llava.alignment import Aligner
-from bench.models.embedded.micro_llava.batches import (
-    ConversationBatch,
-    ConversationPacker,
-    hidden_states,
+from bench.data.synthetic import Split
+from bench.data.synthetic.scenes import (
+    ConversationSpec,
+    question_sets,
+    scene,
+    tasks,
+    training_conversations,
 )
 from bench.models.embedded.micro_llava.network import new_model, new_processor
+from bench.models.embedded.micro_llava.objectives import (
+    Aligner,
+    ConversationBatch,
+    ConversationPacker,
+    answer_loss,
+)
 from bench.models.embedded.training import (
     LOG_FILE,
     StepLimits,
@@ -47,6 +53,12 @@ from bench.models.embedded.training import (
 )
 
 LIBRARIES = ("torch", "transformers", "tokenizers")
+
+_PROMPTS_PER_BATCH = 64
+_MAX_ANSWER_TOKENS = 4
+
+# A plain image, so that what remains is what the question text alone predicts.
+_GREY = (52, 52, 52)
 
 # First scene of a seed's alignment: far above the scenes of conversations, so that none is used by
 # both.
@@ -218,21 +230,6 @@ class TrainingSteps(Dataset[ConversationBatch]):
         return self._packer.pack(drawn)
 
 
-def answer_loss(model: LlavaForConditionalGeneration, batch: ConversationBatch) -> torch.Tensor:
-    """Return the mean over turns of the loss on their answers."""
-    losses, weights = [], []
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        for hidden_RTD, turns in zip(hidden_states(model, batch), batch.turns, strict=True):
-            # The head is applied to answer tokens only, a small part of all positions.
-            counted_RT = turns.weight_RT[:, 1:] > 0
-            logits_NV = model.lm_head(hidden_RTD[:, :-1][counted_RT])
-            answer_N = turns.tokens_RT[:, 1:][counted_RT]
-            losses.append(cross_entropy(logits_NV.float(), answer_N, reduction="none"))
-            weights.append(turns.weight_RT[:, 1:][counted_RT])
-    weight_N = torch.cat(weights)
-    return (torch.cat(losses) * weight_N).sum() / weight_N.sum()
-
-
 def train(
     model: LlavaForConditionalGeneration,
     losses: Iterator[torch.Tensor],
@@ -256,6 +253,71 @@ def train(
     return curve
 
 
+@torch.no_grad()
+def greedy_answers(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    image_prompts: Sequence[tuple[Image.Image, str]],
+) -> list[str]:
+    """Answer each prompt about its image, greedily."""
+    answers: list[str] = []
+    for start in range(0, len(image_prompts), _PROMPTS_PER_BATCH):
+        images, prompts = zip(*image_prompts[start : start + _PROMPTS_PER_BATCH], strict=True)
+        turns = [
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
+            for prompt in prompts
+        ]
+        texts = processor.apply_chat_template(turns, add_generation_prompt=True)
+        inputs = processor(images=list(images), text=texts, return_tensors="pt", padding=True)
+        output = model.generate(**inputs, max_new_tokens=_MAX_ANSWER_TOKENS, do_sample=False)
+        # Prompts are padded on the left, so all answers start at the same column.
+        answer_ids = output[:, inputs["input_ids"].shape[1] :]
+        answers += [
+            text.strip() for text in processor.batch_decode(answer_ids, skip_special_tokens=True)
+        ]
+    return answers
+
+
+def task_accuracy(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    task: str,
+    documents: Sequence[tasks.SceneDocument],
+    *,
+    blank: bool = False,
+) -> float:
+    """Return the fraction of correct answers; `blank` replaces all images by a grey one.
+
+    A question of MMBench counts as correct when it is answered correctly in all rotations of its
+    options.
+    """
+    rendered = [tasks.render_task_prompt(task, document) for document in documents]
+    images = [_blank()] * len(documents) if blank else _images(task, documents)
+    prompts = [prompt for prompt, _ in rendered]
+    answers = greedy_answers(model, processor, list(zip(images, prompts, strict=True)))
+    right = [text == gold for text, (_, gold) in zip(answers, rendered, strict=True)]
+    questions: dict[int, bool] = {}
+    for number, (document, hit) in enumerate(zip(documents, right, strict=True)):
+        # MMBench's circular evaluation: the rotations of one question share their index modulo
+        # ROTATION.
+        question = document["index"] % tasks.ROTATION_OFFSET if task == "mmbench_en" else number
+        questions[question] = questions.get(question, True) and hit
+    return sum(questions.values()) / len(questions)
+
+
+def _images(task: str, documents: Sequence[tasks.SceneDocument]) -> list[Image.Image]:
+    """Return the documents' images; GQA keeps them in a separate data set."""
+    if task != "gqa":
+        return [document["image"] for document in documents]
+    split: Split = "test" if documents[0]["imageId"].startswith("test") else "train"
+    by_id = {row["id"]: row["image"] for row in question_sets.scene_images(task, split)}
+    return [by_id[document["imageId"]] for document in documents]
+
+
+def _blank() -> Image.Image:
+    return Image.new("RGB", (scene.IMAGE_SIZE, scene.IMAGE_SIZE), _GREY)
+
+
 def score_tasks(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor
 ) -> dict[str, object]:
@@ -265,8 +327,8 @@ def score_tasks(
     blind: dict[str, float] = {}
     for task in question_sets.TASKS:
         documents = question_sets.documents(task, "test")
-        seen[task] = round(scoring.task_accuracy(model, processor, task, documents), 4)
-        blind[task] = round(scoring.task_accuracy(model, processor, task, documents, blank=True), 4)
+        seen[task] = round(task_accuracy(model, processor, task, documents), 4)
+        blind[task] = round(task_accuracy(model, processor, task, documents, blank=True), 4)
         chance = question_sets.chance_accuracy(task)
         print(f"{task:14} {seen[task]:.3f} blind {blind[task]:.3f} chance {chance:.3f}", flush=True)
     return {
