@@ -42,106 +42,13 @@ if TYPE_CHECKING:
     from bench.measurement.quantities import MeasuredPair
     from bench.models.model import Model
     from bench.models.source import ModelSource
-    from bench.records import AppliedMethod
-    from bench.runner.inputs import RunInputs
     from bench.runner.session import Session
 
-
-def method_memory_costs(methods: Sequence[AppliedMethod]) -> list[Cost]:
-    """Return the peak memory of each method while it was applied."""
-    return [
-        Cost(
-            scope=f"phase applying {method.name}",
-            quantity="peak_bytes",
-            unit="B",
-            value=method.peak_bytes,
-            how="measured",
-        )
-        for method in methods
-        if method.peak_bytes is not None
-    ]
-
-
-def describe_dense_model(model: Model) -> DenseModel:
-    """Describe a model as it is before any method changes it."""
-    from bench.measurement.model_size import count_parameters, stored_bytes
-
-    stored = model.quantization
-    return DenseModel(
-        name=model.name,
-        source=model.config.source,
-        revision=model.revision,
-        fingerprint=model.fingerprint,
-        architecture=model.structure.architecture,
-        parameters=stored.parameters if stored else count_parameters(model.network),
-        bytes=stored.bytes if stored else stored_bytes(model.network),
-    )
-
-
-def provenance_of(config: RunConfig, inputs: RunInputs) -> dict[str, object]:
-    """Return the origin of every input, so that the numbers can be traced."""
-    return {
-        "data": inputs.benchmark.provenance,
-        **inputs.calibration_inputs.fingerprints,
-        "seed": config.seed,
-        "identity": inputs.identity,
-        "git_commit": code_revision(),
-    }
-
-
-def chat_template_of(config: RunConfig, model: Model) -> object:
-    """Return the template that prompts were rendered with, None if they are plain text."""
-    if config.benchmark.harness == "lm_eval":
-        from bench.evaluation.text.chat import select_template
-
-        return select_template(config.benchmark, model.tokenizer, model.name)
-    if config.benchmark.harness != "lmms_eval":
-        return None
-    from bench.data.chat import chat_template
-
-    return chat_template(model.processor)
-
-
-def config_yaml(config: RunConfig) -> str:
-    """Return the config as the YAML file that lies beside a record."""
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_yaml(OmegaConf.create(config.plain()))
-
-
-# Once per process: what it imported stays the same whatever is checked out meanwhile.
-@functools.cache
-def code_revision() -> str | None:
-    """Return the commit of the working tree that contains this package, as `git describe` does.
-
-    `-dirty` is added for any change of a tracked file, and for a new file of code. None if the
-    package is installed, even into a folder of somebody's repository.
-    """
-    folder = Path(__file__).parents[2]
-    # An installed package lies in no repository, or is not tracked by the one around it.
-    if not _git(folder, "ls-files", __file__):
-        return None
-    commit = _git(folder, "rev-parse", "HEAD")
-    changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
-    added = _git(folder, "ls-files", "--others", "--exclude-standard", *_CODE_FOLDERS)
-    # Git that answers one question and not the next proves nothing clean.
-    return f"{commit}" if (changed, added) == ("", "") else f"{commit}-dirty"
-
-
+LOADING = "loading the model"
+"""Phase of an estimate that is left out where the session has the model."""
+KEPT_BYTES = 2**26
+"""Largest network that `keep_weights=auto` keeps."""
 _CODE_FOLDERS = ("bench", "methods", "conf", "hydra_plugins")
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    """Return what git answers; None if there is no git, no repository, or an error."""
-    import subprocess
-
-    # Without locks, since a run must not disturb a commit that is made meanwhile.
-    command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def execute(config: RunConfig, request: RunRequest, session: Session) -> RunResult:
@@ -161,13 +68,13 @@ def execute(config: RunConfig, request: RunRequest, session: Session) -> RunResu
         known = processes.broadcast(known)
         if known is not None:
             # The agent of a W&B sweep waits for the numbers of every run that it has asked for.
-            asked = processes.is_first and SWEEP_VARIABLE in os.environ
-            warning = track(known, store, config.tracker) if asked else None
+            agent_waits = processes.is_first and SWEEP_VARIABLE in os.environ
+            warning = track(known, store, config.tracker) if agent_waits else None
             return RunResult(known, reused=True, warning=warning)
         if processes.is_first:
             _move_unreadable_aside(store, inputs.id, progress)
             if config.tracker.kind != "none":
-                live = progress.watcher = _followed(config, request, inputs, store)
+                live = progress.watcher = _open_live_run(config, request, inputs, store)
         try:
             record = _execute_run(config, request, inputs, session, store, progress)
         except BaseException:
@@ -187,19 +94,44 @@ def execute(config: RunConfig, request: RunRequest, session: Session) -> RunResu
     return RunResult(record, reused=False, warning=warning)
 
 
-def _followed(
+@contextmanager
+def _claim(store: Store, run: str, session: Session, progress: Progress) -> Iterator[None]:
+    """Keep other processes from executing the same run meanwhile."""
+
+    def report_wait() -> None:
+        progress.say(f"another process is executing run {run}: waiting for it")
+
+    # Two processes with the same run: the second waits, then finds the record. Of the processes of
+    # one distributed run only the first takes the lock, or they would wait for each other.
+    first = session.process_group.is_first
+    with store.claim(run, on_wait=report_wait) if first else nullcontext():
+        yield
+
+
+def _move_unreadable_aside(store: Store, run: str, progress: Progress) -> None:
+    """Keep the files of a record that cannot be read, since the run will write new ones."""
+    reason = store.unreadable.get(run)
+    if reason:
+        place = store.move_aside(run)
+        progress.warn(
+            f"the record of run {run} is unreadable ({reason}): running it again; "
+            f"the old files are in {place}"
+        )
+
+
+def _open_live_run(
     config: RunConfig, request: RunRequest, inputs: RunInputs, store: Store
 ) -> Upload | None:
     """Open the W&B run of a run that begins, None if there is none to watch."""
     plain = config.plain()
     methods = [method_label(name, knobs) for name, knobs in plain["method"].items()]
-    shown = LiveRun(
+    live_run = LiveRun(
         name=f"{config.model.name} {' + '.join(methods) or 'dense'}",
         group=request.sweep,
         tags=[config.model.name, *config.method],
         config=flat_values(inputs.id, plain),
     )
-    return follow(inputs.id, shown, store, config.tracker)
+    return follow(inputs.id, live_run, store, config.tracker)
 
 
 def _execute_run(
@@ -219,7 +151,7 @@ def _execute_run(
     checkpoints = store.unfinished(inputs.id, processes.rank)
     resumed = checkpoints.exists()
     started = utc_now()
-    # Asked now: by the end of a long run the working tree may have moved on.
+    # Cached now: by the end of a long run the working tree may have moved on.
     code_revision()
     set_threads(config.threads)
     seed_everything(config.seed)
@@ -304,9 +236,79 @@ def _estimate(config: RunConfig, inputs: RunInputs, session: Session) -> tuple[E
     )
 
 
-LOADING = "loading the model"
-KEPT_BYTES = 2**26
-"""Largest network that `keep_weights=auto` keeps."""
+def describe_dense_model(model: Model) -> DenseModel:
+    """Describe a model as it is before any method changes it."""
+    from bench.measurement.model_size import count_parameters, stored_bytes
+
+    stored = model.quantization
+    return DenseModel(
+        name=model.name,
+        source=model.config.source,
+        revision=model.revision,
+        fingerprint=model.fingerprint,
+        architecture=model.structure.architecture,
+        parameters=stored.parameters if stored else count_parameters(model.network),
+        bytes=stored.bytes if stored else stored_bytes(model.network),
+    )
+
+
+def _measured_pair(
+    model: Model, methods: Sequence[AppliedMethod], source: ModelSource, session: Session
+) -> MeasuredPair:
+    """Return the models to measure, and whether a gain in time may be claimed."""
+    from bench.measurement.quantities import MeasuredPair
+
+    if not methods:
+        return MeasuredPair(model)
+    dense = session.base_model.peek(source)
+    missing = None if dense else "the dense model did not fit into memory next to this one"
+    return MeasuredPair(model, dense, no_gain_reason=without_real_saving(methods) or missing)
+
+
+def method_memory_costs(methods: Sequence[AppliedMethod]) -> list[Cost]:
+    """Return the peak memory of each method while it was applied."""
+    return [
+        Cost(
+            scope=f"phase applying {method.name}",
+            quantity="peak_bytes",
+            unit="B",
+            value=method.peak_bytes,
+            how="measured",
+        )
+        for method in methods
+        if method.peak_bytes is not None
+    ]
+
+
+def provenance_of(config: RunConfig, inputs: RunInputs) -> dict[str, object]:
+    """Return the origin of every input, so that the numbers can be traced."""
+    return {
+        "data": inputs.benchmark.provenance,
+        **inputs.calibration_inputs.fingerprints,
+        "seed": config.seed,
+        "identity": inputs.identity,
+        "git_commit": code_revision(),
+    }
+
+
+def chat_template_of(config: RunConfig, model: Model) -> object:
+    """Return the template that prompts were rendered with, None if they are plain text."""
+    if config.benchmark.harness == "lm_eval":
+        from bench.evaluation.text.chat import select_template
+
+        return select_template(config.benchmark, model.tokenizer, model.name)
+    if config.benchmark.harness != "lmms_eval":
+        return None
+    from bench.data.chat import chat_template
+
+    return chat_template(model.processor)
+
+
+def config_yaml(config: RunConfig) -> str:
+    """Return the config as the YAML file that lies beside a record."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(config.plain()))
 
 
 def _weights_to_keep(
@@ -326,39 +328,33 @@ def _weights_to_keep(
     return None
 
 
-@contextmanager
-def _claim(store: Store, run: str, session: Session, progress: Progress) -> Iterator[None]:
-    """Keep other processes from executing the same run meanwhile."""
+# Once per process: what it imported stays the same whatever is checked out meanwhile.
+@functools.cache
+def code_revision() -> str | None:
+    """Return the commit of the working tree that contains this package, as `git describe` does.
 
-    def report_wait() -> None:
-        progress.say(f"another process is executing run {run}: waiting for it")
-
-    # Two processes with the same run: the second waits, then finds the record. Of the processes of
-    # one distributed run only the first takes the lock, or they would wait for each other.
-    first = session.process_group.is_first
-    with store.claim(run, on_wait=report_wait) if first else nullcontext():
-        yield
-
-
-def _move_unreadable_aside(store: Store, run: str, progress: Progress) -> None:
-    """Keep the files of a record that cannot be read, since the run will write new ones."""
-    reason = store.unreadable.get(run)
-    if reason:
-        place = store.move_aside(run)
-        progress.warn(
-            f"the record of run {run} is unreadable ({reason}): running it again; "
-            f"the old files are in {place}"
-        )
+    `-dirty` is added for any change of a tracked file, and for a new file of code. None if the
+    package is installed, even into a folder of somebody's repository.
+    """
+    folder = Path(__file__).parents[2]
+    # An installed package lies in no repository, or is not tracked by the one around it.
+    if not _git(folder, "ls-files", __file__):
+        return None
+    commit = _git(folder, "rev-parse", "HEAD")
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    added = _git(folder, "ls-files", "--others", "--exclude-standard", *_CODE_FOLDERS)
+    # Git that answers one question and not the next proves nothing clean.
+    return f"{commit}" if (changed, added) == ("", "") else f"{commit}-dirty"
 
 
-def _measured_pair(
-    model: Model, methods: Sequence[AppliedMethod], source: ModelSource, session: Session
-) -> MeasuredPair:
-    """Return the models to measure, and whether a gain in time may be claimed."""
-    from bench.measurement.quantities import MeasuredPair
+def _git(folder: Path, *arguments: str) -> str | None:
+    """Return what git answers; None if there is no git, no repository, or an error."""
+    import subprocess
 
-    if not methods:
-        return MeasuredPair(model)
-    dense = session.base_model.peek(source)
-    missing = None if dense else "the dense model did not fit into memory next to this one"
-    return MeasuredPair(model, dense, no_gain_reason=without_real_saving(methods) or missing)
+    # Without locks, since a run must not disturb a commit that is made meanwhile.
+    command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
