@@ -126,9 +126,7 @@ def resolve_run(config: RunConfig, session: Session) -> RunInputs:
     """
     from bench.device.devices import select_device, select_dtype
     from bench.models import loading
-    from bench.models.replaced_modules import weight_forms
     from bench.models.source import resolve_model
-    from bench.models.structure.model_structure import inspect_model
 
     source = resolve_model(config.model, offline=config.offline)
     skeleton = loading.skeleton(source)
@@ -136,21 +134,7 @@ def resolve_run(config: RunConfig, session: Session) -> RunInputs:
         from bench.measurement.workload import refuse_long_prompts
 
         refuse_long_prompts(config.costs.timing, config.model, skeleton)
-    structure = inspect_model(skeleton)
-    # Before the methods' own checks, which see the network as it was before it was quantized.
-    forms = {"prequantized"} if source.quantization else set()
-    if source.is_described or source.quantization:
-        forms |= weight_forms(skeleton)
-    refuse_impossible_order(config, forms)
-    for name, method in config.method.items():
-        method.check(structure)
-        refuse_idle(name, method, structure)
-    if config.uses_prompts and config.model.kind != "image_text":
-        names = [name for name, method in config.method.items() if method.uses_prompts]
-        raise UserError(
-            f"method={names[0]} looks at images, which model={config.model.name} of kind "
-            f"{config.model.kind} cannot: take a model of kind image_text, such as micro_llava"
-        )
+    _check_methods(config, source, skeleton)
     planned = session.benchmarks.plan(config.benchmark, offline=config.offline)
     planned.check_model(config.model)
     if config.model.kind != "image_classifier":
@@ -181,6 +165,28 @@ def resolve_run(config: RunConfig, session: Session) -> RunInputs:
     }
     run = run_id({"config": decided, **identity})
     return RunInputs(run, source, planned, calibration_inputs, versions, identity)
+
+
+def _check_methods(config: RunConfig, source: ModelSource, skeleton: nn.Module) -> None:
+    """Raise if a method does not fit the model, the methods before it or the model's kind."""
+    from bench.models.replaced_modules import weight_forms
+    from bench.models.structure.model_structure import inspect_model
+
+    structure = inspect_model(skeleton)
+    # Before the methods' own checks, which see the network as it was before it was quantized.
+    forms = {"prequantized"} if source.quantization else set()
+    if source.is_described or source.quantization:
+        forms |= weight_forms(skeleton)
+    refuse_impossible_order(config, forms)
+    for name, method in config.method.items():
+        method.check(structure)
+        refuse_idle(name, method, structure)
+    if config.uses_prompts and config.model.kind != "image_text":
+        names = [name for name, method in config.method.items() if method.uses_prompts]
+        raise UserError(
+            f"method={names[0]} looks at images, which model={config.model.name} of kind "
+            f"{config.model.kind} cannot: take a model of kind image_text, such as micro_llava"
+        )
 
 
 def _own_network(config: RunConfig) -> dict[str, str]:
