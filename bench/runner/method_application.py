@@ -41,10 +41,7 @@ def apply_methods(
     Raises:
         UserError: a method left NaN or infinite weights, or reports an unknown effect.
     """
-    from bench.device.devices import LeakMonitor, synchronize
-    from bench.device.memory import PeakMemory
     from bench.measurement.costs import count_size_and_work
-    from bench.models.hashing import refuse_not_finite
     from bench.records import AppliedMethod
     from bench.records.record import lost_zeros
 
@@ -60,34 +57,16 @@ def apply_methods(
     watched = "memory" in config.costs.measure
     for name, method in config.method.items():
         # Two methods must not find each other's checkpoints.
-        method_context = replace(context, folder=context.folder / name if context.folder else None)
-        leaks = LeakMonitor(model.network, model.device)
-        highest = PeakMemory(model.device) if watched else nullcontext()
-        with (
-            context.progress.phase(f"applying {name}"),
-            _attribute_errors(name, method),
-            highest as peak,
-        ):
-            began = time.perf_counter()
-            report = method.apply(model, method_context)
-            _refuse_wrong_report(name, method, report)
-            synchronize(model.device)
-            took = time.perf_counter() - began
-        # A method that replaces modules may not know of the cache, and the next reader of the
-        # structure (the next method, a formula) would see modules that are no longer there.
-        model.invalidate_structure()
-        refuse_not_finite(model.network, name)
-        if leaked := leaks.leaked_bytes(model.network):
-            context.progress.warn(
-                f"{name} leaks {leaked / 2**20:.0f} MiB besides the model's own memory: "
-                "a long sweep will run out of memory"
-            )
-        knobs = method.model_dump(mode="json")
+        folder = context.folder / name if context.folder else None
+        report, seconds, peak_bytes = _apply_watched(
+            name, method, model, replace(context, folder=folder), memory=watched
+        )
         if before is None:
             assert unchanged is not None
             before = counts[key] = count_size_and_work(unchanged, config.costs)
         after = count_size_and_work(model, config.costs)
         check = check_effect(report.effect, before, after)
+        knobs = method.model_dump(mode="json")
         if (doubt := check.refutation or _idle_reason(check, report, knobs)) is not None:
             context.progress.warn(f"{name} {doubt}")
         before = after
@@ -98,8 +77,8 @@ def apply_methods(
                 effect=report.effect,
                 report=report.details,
                 layers=tuple(report.layers),
-                seconds=took,
-                peak_bytes=peak.above if peak else None,
+                seconds=seconds,
+                peak_bytes=peak_bytes,
                 check=check,
                 trained=report.trained,
             )
@@ -107,6 +86,42 @@ def apply_methods(
     for lost in lost_zeros(applied).values():
         context.progress.warn(lost)
     return applied
+
+
+def _apply_watched(
+    name: str, method: Method, model: Model, context: Context, *, memory: bool
+) -> tuple[MethodReport, float, int | None]:
+    """Apply one method; return its report, its seconds and, with `memory`, its peak bytes.
+
+    Raises:
+        UserError: it left NaN or infinite weights, or its report is none.
+    """
+    from bench.device.devices import LeakMonitor, synchronize
+    from bench.device.memory import PeakMemory
+    from bench.models.hashing import refuse_not_finite
+
+    leaks = LeakMonitor(model.network, model.device)
+    monitor = PeakMemory(model.device) if memory else nullcontext()
+    with (
+        context.progress.phase(f"applying {name}"),
+        _attribute_errors(name, method),
+        monitor as peak,
+    ):
+        start = time.perf_counter()
+        report = method.apply(model, context)
+        _refuse_wrong_report(name, method, report)
+        synchronize(model.device)
+        seconds = time.perf_counter() - start
+    # A method that replaces modules may not know of the cache, and the next reader of the structure
+    # (the next method, a formula) would see modules that are no longer there.
+    model.invalidate_structure()
+    refuse_not_finite(model.network, name)
+    if leaked := leaks.leaked_bytes(model.network):
+        context.progress.warn(
+            f"{name} leaks {leaked / 2**20:.0f} MiB besides the model's own memory: "
+            "a long sweep will run out of memory"
+        )
+    return report, seconds, peak.above if peak else None
 
 
 def refuse_idle(name: str, method: Method, structure: ModelStructure) -> None:
@@ -138,8 +153,8 @@ def check_effect(effect: str, before: SizeAndWork, after: SizeAndWork) -> Effect
 
     `removed` needs fewer weights and fewer bytes, `quantized` more packed weights, or fewer bytes
     for all weights, `skipped` fewer FLOPs; the other effects need that there is no saving at all,
-    and `zeroed` more weights that are zero.
-    Weights count wherever a module holds them, and padding does not.
+    and `zeroed` more weights that are zero. Weights count wherever a module holds them, and padding
+    does not.
     """
     from bench.records import EffectCheck
 
