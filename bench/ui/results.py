@@ -73,7 +73,7 @@ def _print_plain(rows: Sequence[Mapping[str, object]]) -> None:
     names = list(rows[0])
     cells = [
         names,
-        *([" ".join(clean(_cell_text(row[name])).split()) for name in names] for row in rows),
+        *([_on_one_line(row[name]) for name in names] for row in rows),
     ]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["─" * width for width in widths])

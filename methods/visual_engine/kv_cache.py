@@ -221,11 +221,6 @@ class SplitCacheLayer(DynamicLayer):  # type: ignore[misc]  # transformers has n
         """Return the number of cached tokens, visual ones included."""
         return self.length
 
-    def bytes(self) -> int:
-        """Return the size of all keys and values of this layer."""
-        held = (self.keys, self.values, self.visual_keys, self.visual_values)
-        return sum(part.numel() * part.element_size() for part in held if part is not None)
-
     def side_bytes(self) -> int:
         """Return the bytes of visual keys and values that the newest token did not read."""
         if not self.unread:
@@ -334,8 +329,3 @@ def split_cache(
         if old.is_initialized:
             new.lazy_initialization(old.keys, old.values)
             new.keys, new.values, new.length = old.keys, old.values, past
-
-
-def split_cache_bytes(cache: DynamicCache) -> int:
-    """Return the size of a split cache's keys and values."""
-    return sum(layer.bytes() for layer in cache.layers)

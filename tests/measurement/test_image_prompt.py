@@ -8,9 +8,10 @@ from bench.method import Context
 from bench.models.model import Model
 from bench.schema import ModelConfig
 from methods.token_pruning.fastv import FastV
-from methods.visual_engine.cost.closed_form import LayerCost, PromptLengths, analytic_cache_bytes
+from methods.visual_engine.cost.closed_form import LayerCost, PromptLengths
 from methods.visual_engine.cost.flops import decoder_shape, layer_costs
 from methods.visual_engine.decoder import visual_engine_of
+from tests.methods.visual_engine.cache_sizes import expected_cache_bytes
 from tests.methods.visual_engine.tiny_mllms import build, prompt
 
 BEFORE, AFTER = 6, 4
@@ -34,14 +35,14 @@ def test_the_cache_holds_what_the_plan_leaves(name):
     engine = visual_engine_of(model.network)
     shape = decoder_shape(engine)
     every = LayerCost(shape.heads, shape.groups, shape.heads, shape.widths[0])
-    assert dense.cache_bytes == analytic_cache_bytes(shape, [every] * shape.depth, rows, 4)
+    assert dense.cache_bytes == expected_cache_bytes(shape, [every] * shape.depth, rows, 4)
     engine.plan.set_execution("skip")
     engine.plan.cut_at(3)
     engine.plan.keep_heads([(0, 1, 2, 3), (0, 1), (0, 1), ()])
     found = time_prefill(model, call(name))
     assert (
         found.cache_bytes
-        == analytic_cache_bytes(shape, layer_costs(engine), rows, 4)
+        == expected_cache_bytes(shape, layer_costs(engine), rows, 4)
         < dense.cache_bytes
     )
 

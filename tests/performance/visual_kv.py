@@ -6,11 +6,12 @@ from typing import Any, cast
 
 import torch
 
+from bench.measurement.model_size import kv_cache_bytes
 from methods.visual_engine.cost.closed_form import PromptLengths
-from methods.visual_engine.cost.closed_form import analytic_cache_bytes as expected_bytes
 from methods.visual_engine.cost.flops import decoder_shape, layer_costs
-from methods.visual_engine.kv_cache import CachedTokens, split_cache_bytes
+from methods.visual_engine.kv_cache import CachedTokens
 from methods.visual_tokens.yopo import PaperRow, Yopo
+from tests.methods.visual_engine.cache_sizes import expected_cache_bytes
 from tests.performance.figure import Figure
 from tests.performance.visual_prefill import AFTER, BEFORE, PRESET, SIDE, applied, call, network
 
@@ -33,9 +34,9 @@ def _bytes(name: str, row: PaperRow) -> Figure:
     cached_tokens = cast(CachedTokens, cache.layers[0].cached_tokens)
     places = (cached_tokens.text, *cached_tokens.visual)
     parts = [part for kind in places for part in (kind.index_BR, kind.valid_BR)]
-    held = split_cache_bytes(cache) + sum(part.numel() * part.element_size() for part in parts)
+    held = kv_cache_bytes(cache) + sum(part.numel() * part.element_size() for part in parts)
     lengths = PromptLengths(SIDE**2, BEFORE, BEFORE + AFTER, SIDE**2)
-    wanted = expected_bytes(decoder_shape(engine), layer_costs(engine), lengths, element=4)
+    wanted = expected_cache_bytes(decoder_shape(engine), layer_costs(engine), lengths, element=4)
     dense = 2 * 4 * 1024 * 16 * (SIDE**2 + BEFORE + AFTER)
     value = held / wanted
     how = f"{held / 1e6:.2f} MB held, {wanted / 1e6:.2f} MB by arithmetic, dense {dense / 1e6:.2f}"

@@ -107,12 +107,6 @@ def published_cells(
     return found
 
 
-def published_sources() -> dict[str, str]:
-    """Return the description of each source tag."""
-    rows = csv.DictReader(_verified_text(SOURCES).splitlines())
-    return {row["source"]: row["about"] for row in rows}
-
-
 def released_checksums() -> dict[str, str]:
     """Return the SHA-256 of every file as it was released."""
     lines = (PUBLISHED_DIR / SUMS).read_text(encoding="utf-8").splitlines()

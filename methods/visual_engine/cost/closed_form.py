@@ -115,12 +115,3 @@ def mean_neighbours(rows: int, columns: int, radius: int) -> float:
         return sum(reach) / length
 
     return along(rows) * along(columns)
-
-
-def analytic_cache_bytes(
-    shape: DecoderShape, work: Sequence[LayerCost], prompt: PromptLengths, element: int
-) -> int:
-    """Return bytes of keys and values: text for all heads, visual for kept groups."""
-    text = shape.depth * shape.groups * prompt.text
-    visual = sum(layer.groups * layer.tokens(prompt) for layer in work)
-    return 2 * element * shape.head_dim * (text + visual)

@@ -12,19 +12,19 @@ from pydantic import ValidationError
 
 from bench.config.composition import compose_run_config
 from bench.errors import UserError
+from bench.measurement.model_size import kv_cache_bytes
 from methods.token_pruning.controls import Downsample, RandomTokens
 from methods.token_pruning.divprune import DivPrune
 from methods.token_pruning.fastv import FastV
 from methods.token_pruning.pyramid_drop import PyramidDrop
 from methods.token_pruning.sparsevlm import SparseVLM
 from methods.visual_engine.cost.closed_form import LayerCost, PromptLengths
-from methods.visual_engine.cost.closed_form import analytic_cache_bytes as expected_bytes
 from methods.visual_engine.cost.flops import average_tokens, decoder_shape, layer_costs
 from methods.visual_engine.decoder import visual_engine_of
-from methods.visual_engine.kv_cache import split_cache_bytes
 from methods.visual_engine.settings import Quota, tokens_left
 from methods.visual_tokens.layer_drop import VTW, LayerDrop
 from tests.methods.token_pruning.recorded_steps import CONTEXT, METHODS, applied, loaded
+from tests.methods.visual_engine.cache_sizes import expected_cache_bytes
 from tests.methods.visual_engine.tiny_mllms import build, prompt
 
 CONFIGS = Path(importlib.import_module("conf").__file__).parent / "method"
@@ -161,7 +161,7 @@ def test_the_cache_is_what_the_work_says(name, method):
     visual = int((call["input_ids"] == 60).sum())
     lengths = PromptLengths(visual, 6, 10, 0.0)
     cache = network(**call, logits_to_keep=1).past_key_values
-    assert split_cache_bytes(cache) == expected_bytes(
+    assert kv_cache_bytes(cache) == expected_cache_bytes(
         decoder_shape(engine), layer_costs(engine), lengths, 4
     )
 

@@ -7,11 +7,11 @@ import torch
 from transformers import DynamicCache
 
 from bench.errors import UserError
+from bench.measurement.model_size import kv_cache_bytes
 from methods.visual_engine.cost.closed_form import PromptLengths
-from methods.visual_engine.cost.closed_form import analytic_cache_bytes as expected_bytes
 from methods.visual_engine.cost.flops import decoder_shape, layer_costs
 from methods.visual_engine.decoder import visual_engine_of
-from methods.visual_engine.kv_cache import split_cache_bytes
+from tests.methods.visual_engine.cache_sizes import expected_cache_bytes
 from tests.methods.visual_engine.masked_reference import masked_reference
 from tests.methods.visual_engine.test_visual_equality import BATCH, assert_equal, planned
 from tests.methods.visual_engine.tiny_mllms import ARCHITECTURES, build, prompt
@@ -112,7 +112,7 @@ def test_cache_holds_what_arithmetic_says(name):
     engine = visual_engine_of(network)
     visual = int((call["input_ids"] == 60).sum())
     lengths = PromptLengths(visual, 5, 11, visual)
-    assert split_cache_bytes(cache) == expected_bytes(
+    assert kv_cache_bytes(cache) == expected_cache_bytes(
         decoder_shape(engine), layer_costs(engine), lengths, 4
     )
 

@@ -31,7 +31,7 @@ class PlacedQuestion:
 def balanced_questions(kinds: Mapping[str, int], split: Split, start: int) -> list[PlacedQuestion]:
     """Return each wording of each kind `kinds[name]` times with each answer.
 
-    Scenes are searched in order from index `start`; at most `PER_IMAGE` questions share one.
+    Scenes are searched in order from index `start`; `MAX_QUESTIONS_PER_IMAGE` share one at most.
     """
     # Greedy: each scene fills the open quotas that it can, and the search ends when all are filled.
     wanted = Counter(
