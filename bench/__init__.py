@@ -87,11 +87,12 @@ def estimate(
         UserError: the arguments are wrong, or a model's config cannot be reached.
     """
     from bench.estimation.boards import load_hardware
+    from bench.estimation.hardware import HERE
     from bench.runner.estimate import estimate_runs
     from bench.runner.session import Session
 
     given = _given_words("estimate", overrides, config, over)
-    board = load_hardware(hardware)
+    board = None if hardware == HERE else load_hardware(hardware)
     with Session() as session:
         return estimate_runs(given, board, session)
 

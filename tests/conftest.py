@@ -5,6 +5,7 @@ import gc
 import os
 import socket
 from collections import defaultdict
+from itertools import count
 
 import pytest
 from hypothesis import settings
@@ -48,7 +49,7 @@ def no_estimates():
     from bench.estimation import boards
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(boards, "_remembered", lambda _: None)
+        patch.setattr(boards, "_remembered", lambda *_: None)
         yield
 
 
@@ -114,8 +115,25 @@ def _mark_beyond_samples(items):
                 item.add_marker(pytest.mark.broad)
 
 
+_finished = count(1)
+
+
 def pytest_collection_finish():
     """Leave out of garbage collection what importing and collecting made, which stays anyway."""
+    _freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
+def pytest_runtest_logfinish():
+    """Leave out what tests imported and share, too: most of it comes with the first ones.
+
+    Runs collect garbage to read memory, and would look through a million such objects each time.
+    """
+    finished = next(_finished)
+    if finished >= 8 and finished & (finished - 1) == 0:
+        _freeze()
+
+
+def _freeze():
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 20, 20)

@@ -150,6 +150,19 @@ def set_threads(count: int | None) -> None:
         torch.set_num_threads(count)
 
 
+@contextmanager
+def threads_set(count: int | None) -> Iterator[None]:
+    """Like `set_threads`, inside the block only."""
+    import torch
+
+    before = torch.get_num_threads()
+    set_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has finished all queued work; a no-op on a CPU."""
     import torch

@@ -12,9 +12,10 @@ import platform
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar, cast
 
 import torch
+from pydantic import BaseModel
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 from bench.data.digests import cache_folder
@@ -32,14 +33,15 @@ from bench.estimation.hardware import (
 from bench.measurement.roofline import device_limits, fastest_seconds
 from bench.ui import warn
 
-_VERSION = 1
+_VERSION = 2
 """Raised with every change of what is measured, so that older figures are not read."""
 _OPERATORS = 500
 _LINK_BYTES = 2**28
 _IDLE_LOAD = 1.0
 """Processes that want a core, per core: above it they disturb each other."""
-_known: dict[Path, HardwareConfig | None] = {}
+_known: dict[Path, BaseModel | None] = {}
 """Figures by the file that would remember them: the runs of a process may differ in threads."""
+_Figures = TypeVar("_Figures", bound=BaseModel)
 
 
 def hardware_names() -> list[str]:
@@ -47,7 +49,6 @@ def hardware_names() -> list[str]:
     return [HERE, *sorted(f.stem for f in FOLDER.glob("*.yaml") if f.stem[0] != "_")]
 
 
-@functools.cache
 def load_hardware(name: str) -> HardwareConfig:
     """Return a board by name; `here` measures this machine once and remembers it.
 
@@ -66,16 +67,8 @@ def measured_here() -> HardwareConfig:
 
     They are keyed by processor, GPU, threads and version of torch, since each changes them.
     """
-    remembered = known_here()
-    if remembered is not None:
-        return remembered
-    file = _file()
-    found = _known[file] = _measure(select_device("auto"))
-    if _busy():
-        # What else runs slows every rate: such figures serve this process, and no later one.
-        warn("hardware=here was measured while the machine was busy: its rates are too low")
-    else:
-        _remember(file, found)
+    found = measured_once("rates", lambda: _measure(select_device("auto")), HardwareConfig)
+    assert found is not None  # they can be measured on any machine
     return found
 
 
@@ -85,24 +78,55 @@ def known_here() -> HardwareConfig | None:
     `bench estimate` does. A run does not: it would take seconds, and say more on an idle machine
     than on a busy one.
     """
-    file = _file()
+    return known_figures("rates", HardwareConfig)
+
+
+def measured_once(
+    facts: str, measure: Callable[[], _Figures | None], kind: type[_Figures]
+) -> _Figures | None:
+    """Return what is known of this machine under `facts`, or measure it and remember it.
+
+    What cannot be measured is None, and not remembered.
+    """
+    known = known_figures(facts, kind)
+    if known is not None:
+        return known
+    file, busy = _file(facts), _busy()
+    found = _known[file] = measure()
+    # What else runs slows everything: such figures serve this process, and no later one.
+    if found is not None and not busy:
+        _remember(file, found)
+    return found
+
+
+def known_figures(facts: str, kind: type[_Figures]) -> _Figures | None:
+    """Return what this process or an earlier one measured of this machine under `facts`."""
+    file = _file(facts)
     if file not in _known:
-        _known[file] = _remembered(file)
-    return _known[file]
+        _known[file] = _remembered(file, kind)
+    return cast("_Figures | None", _known[file])
 
 
+@functools.cache
 def _busy() -> bool:
-    return os.getloadavg()[0] > _IDLE_LOAD * (os.cpu_count() or 1)
+    """Return whether others keep the machine busy, and say so once.
+
+    Asked before this process measures for the first time, which is load as well.
+    """
+    busy = os.getloadavg()[0] > _IDLE_LOAD * (os.cpu_count() or 1)
+    if busy:
+        warn("hardware=here was measured while the machine was busy: its rates are too low")
+    return busy
 
 
-def _remembered(file: Path) -> HardwareConfig | None:
+def _remembered(file: Path, kind: type[_Figures]) -> _Figures | None:
     try:
-        return HardwareConfig.model_validate_json(file.read_text())
+        return kind.model_validate_json(file.read_text())
     except (OSError, ValueError):  # pydantic's error is a ValueError, as is that of no UTF-8
         return None
 
 
-def _remember(file: Path, found: HardwareConfig) -> None:
+def _remember(file: Path, found: BaseModel) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         # Written aside and renamed: two processes may measure at once.
@@ -113,11 +137,11 @@ def _remember(file: Path, found: HardwareConfig) -> None:
         pass  # a cache that cannot be written costs two seconds next time
 
 
-def _file() -> Path:
-    """Return the file that remembers this machine as it is now."""
+def _file(asked: str) -> Path:
+    """Return the file that remembers figures of this machine as it is now."""
     # Its threads are among the facts, since they change every rate of a CPU.
     facts = f"{_VERSION} {sorted(describe_device().items(), key=str)} {torch.__version__}"
-    name = hashlib.sha256(f"{facts} {platform.node()}".encode()).hexdigest()[:16]
+    name = hashlib.sha256(f"{asked} {facts} {platform.node()}".encode()).hexdigest()[:16]
     return cache_folder("hardware") / f"{name}.json"
 
 

@@ -9,7 +9,8 @@ import weakref
 from collections import defaultdict
 from collections.abc import Hashable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.estimation.boards import known_figures, measured_once
+from bench.estimation.layer_timing import (
+    Curve,
+    LayerTimes,
+    classifier_times,
+    decoder_times,
+    prompt_times,
+)
 from bench.estimation.work import Work
 from bench.measurement.flops.analytic import CallTokens, classifier_macs, decoder_macs, head_macs
 from bench.measurement.flops.counter import is_matmul, meta_forward
@@ -52,7 +61,8 @@ class NetworkWork:
     products, `operators` what a call launches, without the experts of its `expert_layers`, of
     `experts` each. `depth` is decoder layers, `stored` bytes of all weights. `widest` is the most
     numbers of a sample that are held at once in a forward, and `kept` those that it leaves for its
-    backward; both are known of classifiers only. `missing` names what has no formula.
+    backward; both are known of classifiers only. `missing` names what has no formula. `times` has
+    what calls took where they could be timed, `outside` the operators besides the timed layers.
     """
 
     itemsize: int
@@ -72,6 +82,8 @@ class NetworkWork:
     widest: float = 0.0
     kept: float = 0.0
     missing: str | None = None
+    times: LayerTimes | None = None
+    outside: float = 0.0
 
     def forward(
         self,
@@ -93,6 +105,14 @@ class NetworkWork:
         hit = 1 - (1 - self.met) ** each if self.routed else 0.0
         loop = _OBSERVED_OPERATORS if observed else _LOOPED_OPERATORS if looped else 0
         inside = self.expert_layers * (_GROUPED_OPERATORS + loop * self.experts * hit)
+        if self.times is not None:
+            further = self.expert_layers * self.experts * hit * observed
+            return Work(
+                matrix=rows * self.head,
+                weights=calls * bool(rows) * self.head_weights,
+                operators=calls * (self.outside + further * (loop - _LOOPED_OPERATORS)),
+                timed=calls * self.times.call(each, pairs / max(calls, 1)),
+            )
         return Work(
             matrix=samples * self.matrix + rows * self.head,
             attention=pairs * self.pair,
@@ -107,6 +127,8 @@ class NetworkWork:
 
     def training(self, samples: float, calls: float, pairs: float = 0.0, rows: float = 0.0) -> Work:
         """Return the work of forwards with their backwards: two products for each of a forward."""
+        if self.times is not None and self.times.training is not None:
+            return Work(timed=calls * self.times.training.at(samples / max(calls, 1)))
         return self.forward(samples, calls, pairs, rows) * 3
 
     def streamed(self, passes: float = 1) -> float:
@@ -140,6 +162,7 @@ def decoder_work(network: nn.Module, structure: ModelStructure, itemsize: int) -
         stored=float(itemsize * sum(p.numel() for p in network.parameters())),
         elements=elements,
         operators=tally.operators,
+        outside=tally.operators - tally.inside,
         weights=itemsize * (layers - routed),
         head_weights=float(itemsize * head),
         routed=itemsize * routed,
@@ -226,6 +249,29 @@ def vision_work(network: nn.Module, inputs: ModelInputs, tokens: int, itemsize: 
     )
 
 
+def encoding_seconds(
+    work: NetworkWork, network: nn.Module, inputs: ModelInputs, *, measure: bool
+) -> float | None:
+    """Return the seconds of encoding an image on this machine, None where they are not known.
+
+    They are what a prefill of prompts with images takes longer than its decoder layers.
+    """
+    if work.times is None:
+        return None
+    shapes = {key: tuple(value.shape) for key, value in inputs.items()}
+    dtype, config = next(network.parameters()).dtype, text_config(network).to_json_string()
+    facts = f"prompts {dtype} {config} {shapes}"
+    if measure:
+        found = measured_once(facts, partial(prompt_times, network, inputs), Curve)
+    else:
+        found = known_figures(facts, Curve)
+    if found is None:
+        return None
+    rows, (_, length) = found.samples[-1], shapes["input_ids"]
+    layers = work.times.call(rows * length, rows * length**2)
+    return max(0.0, found.seconds[-1] - layers) / rows
+
+
 def flops_of(products: Iterable[MatmulCost]) -> float:
     """Return the FLOPs of products, masked pairs included."""
     return FLOPS_PER_MAC * sum(product.macs for product in products)
@@ -238,12 +284,14 @@ def _of_tower(name: str) -> bool:
 class _Tally(TorchDispatchMode):
     """Counts operators, and the numbers that those besides products read and write.
 
-    `widest` is the most numbers that their results held at once.
+    `inside` is the operators of decoder layers, `widest` the most numbers that results held at
+    once.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch does not say
         self.operators = 0
+        self.inside = 0
         self.elements = 0
         self.paused = 0
         self.widest = 0
@@ -307,7 +355,9 @@ class _Counted:
 
     def after(self, _: nn.Module, __: object, output: object) -> None:
         operators, elements = self._began
-        self._tally.operators += self._again * (self._tally.operators - operators)
+        once = self._tally.operators - operators
+        self._tally.operators += self._again * once
+        self._tally.inside += (1 + self._again) * once
         self._tally.elements += self._again * (self._tally.elements - elements)
         self._output = output
 
@@ -322,6 +372,35 @@ def layer_form(layer: nn.Module) -> Hashable:
     return modules, weights, getattr(layer, "attention_type", None)
 
 
+def alike_layers(structure: ModelStructure) -> list[list[nn.Module]]:
+    """Return the decoder layers, those that are built alike together."""
+    alike: dict[Hashable, list[nn.Module]] = defaultdict(list)
+    for layer in structure.layers:
+        alike[layer_form(layer)].append(layer)
+    return list(alike.values())
+
+
+def with_times(
+    work: NetworkWork, network: nn.Module, structure: ModelStructure, *, measure: bool
+) -> NetworkWork:
+    """Return the work with the times of calls on this machine, as far as they are known.
+
+    Without `measure` only what was timed before is.
+    """
+    sample = next(network.parameters())
+    if isinstance(network, Classifier):
+        described = f"{network.config!r} {network}"
+        timer = partial(classifier_times, network, work.matrix)
+    else:
+        forms = [(layers[0], len(layers)) for layers in alike_layers(structure)]
+        described = text_config(network).to_json_string() + repr([layer_form(x) for x, _ in forms])
+        timer = partial(decoder_times, network, forms)
+    facts = f"times {sample.dtype} {described}"
+    if measure:
+        return replace(work, times=measured_once(facts, timer, LayerTimes))
+    return replace(work, times=known_figures(facts, LayerTimes))
+
+
 def _tally(network: nn.Module, structure: ModelStructure) -> _Tally:
     """Count the operators of one forward on the meta device, those of routed experts left out.
 
@@ -330,9 +409,6 @@ def _tally(network: nn.Module, structure: ModelStructure) -> _Tally:
     what it returned is what the others return.
     """
     tally = _Tally()
-    alike: dict[Hashable, list[nn.Module]] = defaultdict(list)
-    for layer in structure.layers:
-        alike[layer_form(layer)].append(layer)
 
     def pause(*_: object) -> None:
         tally.paused += 1
@@ -342,7 +418,7 @@ def _tally(network: nn.Module, structure: ModelStructure) -> _Tally:
 
     hooks = []
     stack = ExitStack()
-    for first, *others in alike.values():
+    for first, *others in alike_layers(structure):
         counted = _Counted(tally, len(others))
         hooks.append(first.register_forward_pre_hook(counted.before))
         hooks.append(first.register_forward_hook(counted.after))

@@ -29,11 +29,20 @@ SETTLED_AFTER = 2 * SETTLING_WINDOW
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt with an image: its tokens, and the work of encoding its image."""
+    """One prompt with an image: its tokens, and the work of encoding its image.
+
+    `seconds` is the time of that on this machine, where it is known.
+    """
 
     visual: int
     text: int
-    encoding: Work
+    work: Work
+    seconds: float | None = None
+
+    @property
+    def encoding(self) -> Work:
+        """Work of encoding the image, as time where that is known."""
+        return self.work if self.seconds is None else Work(timed=self.seconds)
 
     @property
     def tokens(self) -> int:
@@ -46,7 +55,8 @@ class Subject:
     """Everything that a run's estimate is made of, found without a weight.
 
     `training_images` is the size of the data set that methods train on, `size_on_disk` bytes of
-    weight files, `offloaded` whether layers wait outside the device.
+    weight files, `offloaded` whether layers wait outside the device. `counting_seconds` and
+    `collecting_seconds` are of a count of the network and a collection of garbage on this machine.
     """
 
     config: RunConfig
@@ -63,6 +73,7 @@ class Subject:
     training_images: int = 0
     tensors: int = 0
     counting_seconds: float | None = None
+    collecting_seconds: float = 0.0
 
     @property
     def map(self) -> str | None:
@@ -276,9 +287,10 @@ def _counting(subject: Subject) -> Phase:
     counts = 1 + len(subject.config.method)
     memory = subject.weights * subject.copies
     if subject.counting_seconds is not None:
-        # A count like this one was just made on this machine.
-        least = Work(seconds=subject.counting_seconds)
-        return Phase("counting costs", "measure", least, least * (3 + counts), memory)
+        # A count like this one was just made on this machine, and had to import first what a run
+        # has imported by then.
+        most = Work(seconds=subject.counting_seconds)
+        return Phase("counting costs", "measure", most * 0.1, most * (3 + counts), memory)
     return Phase("counting costs", "measure", Work(), Work(starts=1), memory)
 
 
@@ -293,6 +305,9 @@ def _measuring(subject: Subject) -> Phase:
         if "memory" in config.costs.measure:
             # The peak of a prefill is read apart from that of a generation.
             least += call + (call + written if written != Work() else Work())
+            # Two peaks, a restart and the end of the shape, or one peak and the end.
+            collections = 4 if written != Work() else 2
+            least += Work(timed=collections * subject.collecting_seconds)
         if "latency" in config.costs.measure:
             timed += call + written
         if "energy" in config.costs.measure:

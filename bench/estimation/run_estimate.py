@@ -5,6 +5,8 @@ No weight is loaded: networks are on the meta device, and what sweeps share is f
 
 from __future__ import annotations
 
+import functools
+import gc
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -161,14 +163,19 @@ class Described:
     work: NetworkWork
     prompt: Prompt | None
     counting_seconds: float
+    collecting_seconds: float
     missing: tuple[str, ...] = ()
 
 
 class Estimator:
-    """Estimates runs; the network, the tasks and the prompt of earlier ones are used again."""
+    """Estimates runs; the network, the tasks and the prompt of earlier ones are used again.
 
-    def __init__(self, hardware: HardwareConfig) -> None:
+    With `measures`, layers are timed on this machine; else only what was timed before is used.
+    """
+
+    def __init__(self, hardware: HardwareConfig, *, measures: bool = False) -> None:
         self.hardware = hardware
+        self._measures = measures
         self._described: dict[object, Described] = {}
         self._asked: dict[object, tuple[TaskDemand, ...]] = {}
 
@@ -197,7 +204,13 @@ class Estimator:
             tasks, failed = self._tasks(benchmark, described, source)
             gaps += failed
         subject = _subject(config, source, described, tasks, hardware, benchmark)
-        phases = tuple(self._timed(phase, dtype, gaps) for phase in phases_of(subject))
+        # What binds is told by the quantities, whether or not their time was measured.
+        prompt = subject.prompt and replace(subject.prompt, seconds=None)
+        untimed = replace(subject, network=replace(subject.network, times=None), prompt=prompt)
+        phases = tuple(
+            self._timed(phase, plain, dtype)
+            for phase, plain in zip(phases_of(subject), phases_of(untimed), strict=True)
+        )
         run = RunEstimate(_name_of(config), hardware, dtype, phases, download, tuple(gaps))
         return run if run.fits else replace(run, cures=tuple(_cures(subject, run)))
 
@@ -206,17 +219,21 @@ class Estimator:
         described = self._describe(config, source, _dtype_of(config, self.hardware))
         return described.model.tokenizer is not None or source.config.kind == "image_classifier"
 
-    def _timed(self, phase: Phase, dtype: str, gaps: list[str]) -> PhaseEstimate:
-        least, most = (time_of(work, self.hardware, dtype) for work in (phase.least, phase.most))
+    def _timed(self, phase: Phase, untimed: Phase, dtype: str) -> PhaseEstimate:
+        def timed(work: Work, plain: Work) -> Time:
+            found, bound = (time_of(each, self.hardware, dtype) for each in (work, plain))
+            return found._replace(bound_by=bound.bound_by)
+
+        least, most = timed(phase.least, untimed.least), timed(phase.most, untimed.most)
         parts = {
-            name: time_of(work, self.hardware, dtype)
+            name: timed(work, untimed.parts[name])
             for name, work in phase.parts.items()
             if work != Work()
         }
         asked = phase.asked
         bound_by, high = most.bound_by, most.high
         if phase.limited != Work():
-            limited = time_of(phase.limited, self.hardware, dtype)
+            limited = timed(phase.limited, untimed.limited)
             bound_by, high = limited.bound_by, high + min(limited.high, phase.limit)
         return PhaseEstimate(
             phase.name, phase.kind, least.low, high, bound_by, phase.memory, parts,
@@ -229,7 +246,7 @@ class Estimator:
         model = source.config.model_copy(update={"device_map": None})
         key = (source.folder, model.model_dump_json(), dtype, config.costs.words)
         if key not in self._described:
-            self._described[key] = _described(config, source, dtype, self.hardware)
+            self._described[key] = _described(config, source, dtype, self.hardware, self._measures)
         return self._described[key]
 
     def _tasks(
@@ -251,9 +268,9 @@ class Estimator:
 
 
 def _described(
-    config: RunConfig, source: ModelSource, dtype: str, hardware: HardwareConfig
+    config: RunConfig, source: ModelSource, dtype: str, hardware: HardwareConfig, measures: bool
 ) -> Described:
-    """Build the network on the meta device and count it."""
+    """Build the network on the meta device and count it; `measures` times it on this machine."""
     import torch
 
     from bench.estimation import network as networks
@@ -290,15 +307,31 @@ def _described(
     seconds = (time.perf_counter() - began) * max(1.0, len(structure.layers) / max(1, forms))
     if work.missing:
         missing.append(work.missing)
-    prompt = _prompt(model, config.costs.words, kind.itemsize, missing)
-    return Described(model, structure, work, prompt, seconds, tuple(missing))
+    if hardware.name == HERE:
+        work = networks.with_times(work, skeleton, structure, measure=measures)
+    prompt = _prompt(model, config.costs.words, work, missing, measures)
+    collecting = _collecting_seconds()
+    return Described(model, structure, work, prompt, seconds, collecting, tuple(missing))
 
 
-def _prompt(model: Model, words: int, itemsize: int, missing: list[str]) -> Prompt | None:
+@functools.cache
+def _collecting_seconds() -> float:
+    """Return the time of a garbage collection, which comes before each reading of memory.
+
+    It looks through a million objects once the harnesses are imported.
+    """
+    began = time.perf_counter()
+    gc.collect()
+    return time.perf_counter() - began
+
+
+def _prompt(
+    model: Model, words: int, work: NetworkWork, missing: list[str], measures: bool
+) -> Prompt | None:
     """Return a prompt with an image as the processor builds it, None for other models."""
     import torch
 
-    from bench.estimation.network import vision_work
+    from bench.estimation.network import encoding_seconds, vision_work
     from bench.measurement import image_prompt
 
     if model.config.kind != "image_text" or model.processor is None:
@@ -307,11 +340,12 @@ def _prompt(model: Model, words: int, itemsize: int, missing: list[str]) -> Prom
     try:
         inputs = image_prompt.build_image_prompt(on_host, words)
         tokens = image_prompt.prompt_tokens(on_host, inputs)
-        encoding = vision_work(model.network, inputs, tokens.visual, itemsize)
+        encoding = vision_work(model.network, inputs, tokens.visual, work.itemsize)
+        seconds = encoding_seconds(work, model.network, inputs, measure=measures)
     except (UserError, RuntimeError) as error:
         missing.append(f"images: {error_sentence(error)}")
         return None
-    return Prompt(tokens.visual, tokens.text, encoding)
+    return Prompt(tokens.visual, tokens.text, encoding, seconds)
 
 
 def _subject(
@@ -352,6 +386,7 @@ def _subject(
         training_images=len(splits.train) if splits is not None else 0,
         tensors=len(list(network.parameters())),
         counting_seconds=described.counting_seconds if here else None,
+        collecting_seconds=described.collecting_seconds if here else 0.0,
     )
 
 

@@ -38,9 +38,11 @@ def read_budget(text: str) -> float:
 
 
 def estimate_runs(
-    arguments: Sequence[str], hardware: HardwareConfig, session: Session
+    arguments: Sequence[str], hardware: HardwareConfig | None, session: Session
 ) -> SweepEstimate:
     """Estimate the run or all runs of the sweep that the arguments describe; no weight is loaded.
+
+    Without `hardware` it is this machine, with as many threads as each run takes.
 
     Raises:
         UserError: an argument is wrong, or a model cannot be described at all.
@@ -58,7 +60,7 @@ def estimate_runs(
 
 def estimate_configs(
     configs: Iterator[RunConfig],
-    hardware: HardwareConfig,
+    hardware: HardwareConfig | None,
     session: Session,
     *,
     estimator: Estimator | None = None,
@@ -69,16 +71,19 @@ def estimate_configs(
     An `estimator` of the same hardware brings what it has found already. After `seconds` no
     further run is estimated; the first always is.
     """
-    from bench.estimation.run_estimate import Estimator, SweepEstimate
+    from bench.device.devices import threads_set
+    from bench.estimation.run_estimate import SweepEstimate
 
     known: set[str] = set()
     runs: list[RunEstimate] = []
-    found = estimator or Estimator(hardware)
+    estimators: dict[str, Estimator] = {}
     began = time.perf_counter()
     for config in configs:
         if seconds is not None and runs and time.perf_counter() - began > seconds:
             return SweepEstimate(tuple(runs), whole=False)
-        run, identity = _estimate(config, found, session)
+        with threads_set(config.threads):
+            used = estimator or _estimator(hardware, estimators)
+            run, identity = _estimate(config, used, session)
         if identity is not None:
             if not config.force and Store(config.results_dir).find(identity) is not None:
                 run = replace(run, state="recorded")
@@ -87,6 +92,18 @@ def estimate_configs(
             known.add(identity)
         runs.append(run)
     return SweepEstimate(tuple(runs))
+
+
+def _estimator(hardware: HardwareConfig | None, known: dict[str, Estimator]) -> Estimator:
+    """Return the estimator of the hardware, or of this machine with its present threads."""
+    from bench.estimation.boards import measured_here
+    from bench.estimation.run_estimate import Estimator
+
+    hardware = hardware or measured_here()
+    key = hardware.model_dump_json()
+    if key not in known:
+        known[key] = Estimator(hardware, measures=True)
+    return known[key]
 
 
 def _estimate(

@@ -174,16 +174,14 @@ def _announce(
     if budget is None and (not admitted.is_sweep or session.estimator is None or not says_notes()):
         return
     from bench.config.sweep_checks import every_config
-    from bench.estimation.boards import load_hardware
     from bench.estimation.words import sweep_line
     from bench.runner.estimate import estimate_configs, refuse_above
 
     # A budget is worth measuring this machine for; a line is not.
-    hardware = load_hardware("here") if session.estimator is None else session.estimator.hardware
     runs = every_config(overrides, admitted)
     # What the first run asks is found once and used by the run itself; the others cost extra.
     seconds = LINE_SECONDS if budget is None else None
-    found = estimate_configs(runs, hardware, session, estimator=session.estimator, seconds=seconds)
+    found = estimate_configs(runs, None, session, estimator=session.estimator, seconds=seconds)
     note(sweep_line(found))
     if budget is not None:
         refuse_above(budget, found)

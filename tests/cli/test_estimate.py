@@ -5,7 +5,7 @@ import json
 import pytest
 
 from bench.cli.main import main
-from bench.estimation import boards
+from bench.estimation import boards, network
 from bench.estimation.boards import load_hardware
 from bench.records import Store
 from methods.baselines.micro_expert_controls import RandomMicroExperts
@@ -25,9 +25,8 @@ def known(monkeypatch):
     )
     monkeypatch.setattr(boards, "known_here", lambda: board)
     monkeypatch.setattr(boards, "measured_here", lambda: board)
-    load_hardware.cache_clear()
-    yield board
-    load_hardware.cache_clear()
+    monkeypatch.setattr(network, "measured_once", lambda *_: None)
+    return board
 
 
 def test_an_estimate_is_printed_and_a_record_keeps_its_own(known, tmp_path, capsys):

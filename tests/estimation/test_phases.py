@@ -209,7 +209,7 @@ def test_a_record_keeps_what_its_times_can_be_held_against(processes, held, kept
 def test_the_rates_are_those_of_the_threads_in_use(monkeypatch):
     board = load_hardware("h200").model_copy(update={"name": "here"})
     threads = torch.get_num_threads()
-    monkeypatch.setitem(boards._known, boards._file(), board)
+    monkeypatch.setitem(boards._known, boards._file("rates"), board)
     session = Session()
     try:
         assert session.estimator.hardware == board

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import bench
 from bench.estimation.accuracy import Compared, compared_phases
-from bench.estimation.boards import load_hardware
 from bench.records import Record
 from tests.performance.figure import Figure
 from tests.performance.random_models import build, tokenizer
@@ -33,8 +32,6 @@ SMOLLM2 = Path.home() / ".cache/slimbench/real/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 def figures(*parts: str) -> Iterator[Figure]:
     """Yield, per run, the worst phase, the widest bounds and the error of the peak memory."""
-    # Runs do not measure a busy machine for themselves.
-    load_hardware("here")
     for name in parts or RUNS:
         words, methods = RUNS[name]
         if name == "smollm2" and not SMOLLM2.is_file():
@@ -52,9 +49,10 @@ def figures(*parts: str) -> Iterator[Figure]:
 def _record(words: str, method: str, folder: str) -> Record:
     """Run and return the record; memory is measured, so that its peaks are there."""
     chosen = f"method={method}" if method else ""
-    (record,) = bench.run(
-        f"{words} {chosen} costs.measure=[memory] tracker=none offline=true results_dir={folder}"
-    )
+    asked = f"{words} {chosen} costs.measure=[memory] tracker=none offline=true"
+    # Runs do not measure a busy machine for themselves.
+    bench.estimate(asked)
+    (record,) = bench.run(f"{asked} results_dir={folder}")
     return record
 
 

@@ -27,7 +27,7 @@ def run_command(given: argparse.Namespace) -> int:
     names = [word.removeprefix(KEY) for word in given.overrides if word.startswith(KEY)]
     if len(names) > 1:
         raise UserError(f"hardware is given {len(names)} times: name one board")
-    hardware = load_hardware(names[0] if names else HERE)
+    hardware = None if names in ([], [HERE]) else load_hardware(names[0])
     words = [word for word in given.overrides if not word.startswith(KEY)]
     with Session() as session:
         found = estimate_runs([*(["-m"] if given.multirun else []), *words], hardware, session)

@@ -1,0 +1,234 @@
+"""Seconds that a network's calls take on this machine: a layer of each form is timed.
+
+Ranges of operators, products and streams, one after the other, are wide on a CPU, where caches,
+Python and kernels meet. A layer with random weights is quick to build and shows what they come to.
+
+Shapes: B rows or images, L tokens of a row, D d_model, N numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import cycle
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from bench.device.devices import call_seconds
+from bench.errors import UserError
+from bench.measurement.flops.counter import meta_forward
+
+if TYPE_CHECKING:
+    from bench.data.chat import ModelInputs
+    from bench.models.classifiers.classifier import Classifier
+
+_ROWS = ((1, 1), (1, 16), (1, 128), (8, 128))
+"""Rows and tokens of a row: a generated token, short requests, a batch of them."""
+_LONG = (1, 1024)
+"""As many tokens as the last of `_ROWS` in one row: what more pairs cost."""
+_IMAGES = (1, 16, 128)
+_PROMPTS = (1, 4)
+_CALL_FLOPS = 2e10
+"""Largest call that is timed: half a second at 40 GFLOP/s."""
+_WEIGHT_BYTES = 2**28
+_CACHE_BYTES = 2**26
+"""More than the caches of a core hold: a run finds the weights of its next layer in memory."""
+_SECONDS, _FEWEST = 0.15, 3
+"""Time given to one shape, and calls that it gets in any case."""
+
+
+class Curve(BaseModel):
+    """Seconds of a call by its samples: linear between those that were timed, and beyond them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    samples: tuple[float, ...]
+    seconds: tuple[float, ...]
+
+    def at(self, samples: float) -> float:
+        """Return the seconds of a call of that many samples."""
+        # The last stretch that begins below, else the first.
+        place = max(1, sum(x < samples for x in self.samples[:-1]))
+        (x0, x1), (y0, y1) = self.samples[place - 1 :][:2], self.seconds[place - 1 :][:2]
+        slope = max(0.0, (y1 - y0) / (x1 - x0))
+        # A call of fewer samples than the smallest still launches everything.
+        return max(self.seconds[0], y1 + slope * (samples - x1))
+
+
+class LayerTimes(BaseModel):
+    """Times of all layers of a call together; of a classifier, of all of it.
+
+    `length` is the most tokens of a row in `forward`, and `pair` the seconds of each pair of a
+    query and a key that longer rows have besides, None where no long row was timed.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    forward: Curve
+    training: Curve | None = None
+    length: float = 0.0
+    pair: float | None = None
+
+    def call(self, samples: float, pairs: float) -> float:
+        """Return the seconds of a call; `pairs` are of queries with keys, masked ones included."""
+        seconds = self.forward.at(samples)
+        further = pairs - samples * min(samples, self.length)
+        return max(seconds / 2, seconds + (self.pair or 0.0) * further)
+
+
+def decoder_times(network: nn.Module, forms: Sequence[tuple[nn.Module, int]]) -> LayerTimes | None:
+    """Time a decoder's layers; `forms` has a layer of each form and how many are built alike.
+
+    `network` is on the meta device and stays there. Returns None for layers that are too large to
+    be built for this, or that cannot be called with random numbers.
+    """
+    size = sum(_bytes(layer) for layer, _ in forms)
+    if not forms or size > _WEIGHT_BYTES:
+        return None
+    flops = sum(2.0 * n * sum(p.numel() for p in layer.parameters()) for layer, n in forms)
+    most = _CALL_FLOPS / max(1.0, flops / sum(n for _, n in forms))
+    shapes = [shape for shape in (*_ROWS, _LONG) if shape[0] * shape[1] <= most]
+    if len(shapes) < 2:
+        return None
+    try:
+        seconds = dict.fromkeys(shapes, 0.0)
+        for layer, count in forms:
+            copies = _built(layer, min(count, 1 + _CACHE_BYTES // max(1, _bytes(layer))))
+            for shape in shapes:
+                args, kwargs = _inputs_of(layer, network, shape)
+                seconds[shape] += count * _typical([partial(c, *args, **kwargs) for c in copies])
+    except (UserError, RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError):
+        # Any network may want what random numbers are not: then ranges have to do.
+        return None
+    rows = [shape for shape in shapes if shape != _LONG]
+    forward = Curve(
+        samples=tuple(float(b * length) for b, length in rows),
+        seconds=tuple(seconds[shape] for shape in rows),
+    )
+    pair, length = None, float(max(length for _, length in rows))
+    if _LONG in seconds:
+        more = _LONG[1] ** 2 - rows[-1][0] * rows[-1][1] ** 2
+        pair = max(0.0, seconds[_LONG] - seconds[rows[-1]]) / more
+    return LayerTimes(forward=forward, length=length, pair=pair)
+
+
+def classifier_times(network: Classifier, flops: float) -> LayerTimes | None:
+    """Time the forward of a classifier, and a forward with its backward; `flops` of one image."""
+    if _bytes(network) > _WEIGHT_BYTES:
+        return None
+    (built,) = _built(network, 1)
+    config = network.config
+    forward, training = dict[int, float](), dict[int, float]()
+    for batch in _IMAGES:
+        if batch * flops > _CALL_FLOPS and len(forward) > 1:
+            break
+        image_BCHH = torch.randn(batch, config.channels, config.size, config.size)
+        image_BCHH = image_BCHH.to(next(built.parameters()).dtype)
+        built.eval().requires_grad_(False)
+        forward[batch] = _typical([partial(built, image_BCHH)])
+        built.train().requires_grad_(True)
+        # Batch norm cannot train on a single image.
+        if batch > 1:
+            training[batch] = _typical([partial(_trained, built, image_BCHH)])
+    return LayerTimes(forward=_curve(forward), training=_curve(training))
+
+
+def prompt_times(network: nn.Module, inputs: ModelInputs) -> Curve | None:
+    """Time whole prefills of prompts with an image; `inputs` is one on the CPU."""
+    if _bytes(network) > _WEIGHT_BYTES:
+        return None
+    (built,) = _built(network, 1)
+    seconds = dict[int, float]()
+    try:
+        for batch in _PROMPTS:
+            rows = {key: torch.cat([value] * batch) for key, value in inputs.items()}
+            seconds[batch] = _typical([partial(built, **rows, logits_to_keep=1)])
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError):
+        return None
+    return _curve(seconds)
+
+
+def _trained(network: nn.Module, image_BCHH: Tensor) -> None:
+    with torch.enable_grad():
+        network(image_BCHH).logsumexp(-1).sum().backward()
+
+
+def _curve(seconds: dict[int, float]) -> Curve:
+    return Curve(samples=tuple(map(float, seconds)), seconds=tuple(seconds.values()))
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.itemsize for p in module.parameters())
+
+
+def _built(module: nn.Module, count: int) -> list[nn.Module]:
+    """Return copies of a module without weights, with random ones."""
+    return [_with_random_weights(copy.deepcopy(module)) for _ in range(max(1, count))]
+
+
+def _with_random_weights(module: nn.Module) -> nn.Module:
+    module.to_empty(device="cpu").requires_grad_(False)
+    for weight in module.parameters():
+        # Small, so that no activation becomes infinite or subnormal, which some cores are slow at.
+        torch.nn.init.uniform_(weight, -0.05, 0.05) if weight.dim() > 1 else weight.fill_(1)
+    for buffer in module.buffers():
+        buffer.zero_()
+    return module
+
+
+def _inputs_of(
+    layer: nn.Module, network: nn.Module, shape: tuple[int, int]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return what the network passes to a layer for rows of that shape, with random numbers."""
+    dtype = next(layer.parameters()).dtype
+
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Reached(args, kwargs)
+
+    hook = layer.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with meta_forward(network) as call:
+            call(input_ids=torch.zeros(shape, dtype=torch.long, device="meta"), use_cache=False)
+    except _Reached as reached:
+        args, kwargs = reached.args
+        return _real(args, dtype), _real(kwargs, dtype)
+    finally:
+        hook.remove()
+    raise ValueError("the network does not call this layer")
+
+
+class _Reached(Exception):
+    """Ends a forward at a layer, with the arguments of its call; what follows is not needed."""
+
+
+def _real(value: Any, dtype: torch.dtype) -> Any:
+    """Return a nested value with tensors of the same shapes on the CPU."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            return torch.randn(value.shape, dtype=dtype)
+        return torch.ones(value.shape, dtype=value.dtype)
+    if isinstance(value, tuple | list):
+        return type(value)(_real(inner, dtype) for inner in value)
+    if isinstance(value, dict):
+        return {key: _real(inner, dtype) for key, inner in value.items()}
+    return value
+
+
+@torch.no_grad()
+def _typical(calls: Sequence[Callable[[], object]]) -> float:
+    """Return the median seconds of calls in turn, after a first round."""
+    device = torch.device("cpu")
+    for call in calls[:2]:
+        call()
+    laps, began = list[float](), time.perf_counter()
+    for call in cycle(calls):
+        laps.append(call_seconds(call, device))
+        if len(laps) >= _FEWEST and time.perf_counter() - began > _SECONDS:
+            break
+    return statistics.median(laps)
