@@ -91,6 +91,20 @@ def _iterable(value: object) -> Iterable[object]:
     return value if isinstance(value, Iterable) else (value,)
 
 
+def refuse_unclear_folder(folder: object) -> object:
+    """Return what names a folder to write into.
+
+    Raises:
+        ValueError: it is empty, or begins with a `~` that the shell has left as it is.
+    """
+    if folder == "":
+        raise ValueError("it is empty, as an unset shell variable is: name a folder, or . for here")
+    # Hydra makes the folder from the text, and libraries read `~` in different ways.
+    if isinstance(folder, str) and folder.startswith("~"):
+        raise ValueError("no shell has replaced the ~: write the path in full, or $HOME unquoted")
+    return folder
+
+
 class Stopped(BaseException):
     """Something outside a run stopped it, such as a full disk; the same command resumes it.
 

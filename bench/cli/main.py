@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import errno
 import gc
+import os
 import pkgutil
 import signal
 import sys
@@ -45,6 +46,7 @@ with the default threshold of 700, GC takes a fifth of start-up."""
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    _open_missing_streams()
     given = list(sys.argv[1:] if arguments is None else arguments)
     # Of every command, and of no argparse parser: `run` and `table` read their words themselves.
     whole = TRACEBACK_FLAG in given
@@ -73,6 +75,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not is_panic(error):
             raise
         return _report_unexpected(error)
+
+
+def _open_missing_streams() -> None:
+    """Give a process that was started without standard streams (`>&-`) the null device instead.
+
+    The next file that is opened would otherwise get the number of the closed stream, and what a
+    library writes to stderr would end up in a record.
+    """
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(handle, True)
+    os.close(handle)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115  # open to the end
 
 
 def _run_command(given: list[str]) -> int:

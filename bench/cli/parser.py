@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from bench.errors import UserError
+from bench.errors import UserError, refuse_unclear_folder
 
 TRACEBACK_FLAG = "--traceback"
 COMMANDS = (
@@ -297,11 +297,19 @@ def _add_allowed(added: argparse.ArgumentParser, text: str) -> None:
 
 
 def _add_results_dir(added: argparse.ArgumentParser) -> None:
-    added.add_argument("--results-dir", type=Path, default=Path("results"))
+    added.add_argument("--results-dir", type=_folder, default=Path("results"))
 
 
 def _add_json_flag(added: argparse.ArgumentParser) -> None:
     added.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _folder(text: str) -> Path:
+    try:
+        refuse_unclear_folder(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+    return Path(text)
 
 
 def _non_negative_number(text: str) -> float:

@@ -25,7 +25,14 @@ from pydantic import (
 )
 
 from bench import plugins
-from bench.errors import UserError, class_line, error_sentence, nearest, source_line
+from bench.errors import (
+    UserError,
+    class_line,
+    error_sentence,
+    nearest,
+    refuse_unclear_folder,
+    source_line,
+)
 from bench.method import BudgetUnit, Method, RecipeConfig
 from bench.schema import (
     BenchmarkConfig,
@@ -75,6 +82,11 @@ class RunConfig(BaseModel):
                 "keep_weights=auto, and bench export RUN DIR"
             )
         return keep
+
+    @field_validator("results_dir", mode="before")
+    @classmethod
+    def _is_a_clear_folder(cls, folder: object) -> object:
+        return refuse_unclear_folder(folder)
 
     @property
     def uses_calibration(self) -> bool:

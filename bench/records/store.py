@@ -333,4 +333,6 @@ def _write_samples(path: Path, samples: Sequence[JsonObject]) -> None:
     import pyarrow.parquet as pq
 
     rows = pa.Table.from_pylist(list(samples))
-    pq.write_table(rows, path, compression="zstd", write_page_checksum=True)
+    # Of a path, pyarrow would expand a `~` and read a scheme, as in `s3:`.
+    with path.open("wb") as file:
+        pq.write_table(rows, file, compression="zstd", write_page_checksum=True)

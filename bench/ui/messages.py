@@ -88,13 +88,18 @@ def fail(text: str) -> None:
     _log.error("%s", text)
 
 
-def is_terminal(stream: TextIO) -> bool:
+def is_terminal(stream: TextIO | None) -> bool:
     """Tell whether a person reads the stream on a terminal that understands ANSI sequences."""
+    # A process may have no streams, or have closed them.
+    if stream is None or getattr(stream, "closed", False):
+        return False
     return stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
-def write_line(stream: TextIO, line: str, level: int) -> None:
+def write_line(stream: TextIO | None, line: str, level: int) -> None:
     """Write a line: coloured on a terminal, and elsewhere with the time of day if it is a note."""
+    if stream is None:
+        return
     if is_terminal(stream):
         colour = None if "NO_COLOR" in os.environ else COLOURS.get(level)
         line = f"\x1b[{colour}m{line}\x1b[0m" if colour else line
@@ -115,13 +120,10 @@ class _Handler(logging.Handler):
         line = " ".join(part.strip() for part in clean(redact(record.getMessage())).splitlines())
         if record.levelno >= logging.WARNING:
             line = f"bench: {line}"
-        writer: MessageWriter | None = getattr(record, "writer", None)
+        # By default stderr, looked up for each message: notebooks and tests replace it.
+        writer: MessageWriter = getattr(record, "writer", None) or _Lines(None)
         try:
-            if writer is None:
-                # Looked up for each message: notebooks and tests replace sys.stderr.
-                write_line(sys.stderr, line, record.levelno)
-            else:
-                writer.write(line, record.levelno)
+            writer.write(line, record.levelno)
         except (OSError, ValueError):
             # The reader of the pipe has gone, or the stream is closed: a message that nobody can
             # read must not end a run.

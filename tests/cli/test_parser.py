@@ -31,6 +31,17 @@ def test_the_version_is_that_of_the_package(capsys):
     assert capsys.readouterr().out == f"slimbench {version('slimbench')}\n"
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_without_its_standard_streams_a_command_has_the_same_exit_code(closed):
+    code = (
+        "from bench.cli.main import main; import os, sys; code = main(sys.argv[1:]); "
+        "os._exit(code + 10 * (os.open('/', os.O_RDONLY) < 3))"
+    )
+    for words, expected in ((["--version"], 0), (["runn"], 2)):
+        shell = ["sh", "-c", f'exec "$@" {closed}', "-", sys.executable, "-c", code, *words]
+        assert subprocess.run(shell, capture_output=True, check=False).returncode == expected
+
+
 @pytest.mark.parametrize("code", ["import bench", "from bench.cli.main import main; main(['-h'])"])
 def test_start_up_imports_nothing_heavy(code):
     check = f"{code}\nimport sys\nprint('heavy:', *[m for m in {HEAVY!r} if m in sys.modules])"

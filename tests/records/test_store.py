@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -314,3 +315,10 @@ def test_a_record_as_it_was_written_is_parsed_once(tmp_path, monkeypatch):
     store.write(make(), [], "")
     monkeypatch.delattr("bench.records.store.parse_json")
     assert store.get("a" * 12) == make()
+
+
+@pytest.mark.parametrize("name", ["~", "s3:", "a:b"])
+def test_a_folder_name_means_nothing_to_the_libraries_that_write(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    Store(Path(name)).write(make(), [], "")
+    assert (tmp_path / name / "runs" / make().id / "samples.parquet").is_file()

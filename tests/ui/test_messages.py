@@ -125,3 +125,15 @@ def test_a_host_program_that_logs_itself_prints_nothing_twice(capsys):
     finally:
         logging.getLogger().removeHandler(own)
     assert capsys.readouterr().err.count("once") == 1
+
+
+@pytest.mark.parametrize("stream", [None, "closed"])
+def test_a_process_without_stderr_works_on(monkeypatch, stream):
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr(sys, "stderr", closed if stream else None)
+    progress = messages.Progress()
+    with progress.phase("loading", total=2):
+        progress.warn("nobody reads this")
+    ui.warn("nor this")
+    assert progress.seconds.keys() == {"loading"}
