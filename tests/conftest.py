@@ -63,7 +63,7 @@ def shared_session(request, monkeypatch):
         return
     from bench.runner.session import Session
 
-    monkeypatch.setattr(Session, "__new__", lambda cls: _shared(Session))
+    monkeypatch.setattr(Session, "__new__", lambda cls, **_: _shared(Session))
     monkeypatch.setattr(Session, "close", lambda self: None)
 
 

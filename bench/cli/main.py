@@ -148,6 +148,7 @@ def _process_settings() -> Iterator[None]:
     `main` may be called in a process that goes on, such as a notebook or a test.
     """
     threshold = gc.get_threshold()
+    frozen = gc.get_freeze_count()
     gc.set_threshold(_GC_THRESHOLD)
     _skip_collections_at_exit()
     # Python delivers signals to the main thread only, and refuses handlers set in other threads.
@@ -171,9 +172,11 @@ def _process_settings() -> Iterator[None]:
             # None: the handler was not installed from Python and cannot be set again.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         # All that was allocated becomes old without being looked at: with the threshold back, the
-        # next allocation would start a collection of a million young objects.
-        gc.freeze()
-        gc.unfreeze()
+        # next allocation would start a collection of a million young objects. What a caller froze
+        # would be thawed with it.
+        if not frozen:
+            gc.freeze()
+            gc.unfreeze()
         gc.set_threshold(*threshold)
 
 

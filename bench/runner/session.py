@@ -8,6 +8,7 @@ back when the session is closed.
 from __future__ import annotations
 
 import functools
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,13 +71,25 @@ class Session:
     Each is made on first use, and let go of by `close` or at the end of a `with` block. A closed
     session can be used again; it starts empty. Models that a run returned to the caller are not the
     session's.
+
+    With `freezes`, what the process made before its first model is left out of garbage collections
+    until the session is closed. Every reading of memory collects, and would look through a million
+    objects of imports and plans. It is for processes whose objects are all the suite's.
     """
 
     _estimator: Estimator | None = None
 
+    def __init__(self, *, freezes: bool = False) -> None:
+        self._freezes = freezes
+        self._frozen = False
+
     @cached_property
     def base_model(self) -> BaseModelCache:
         """The unchanged model that the runs share."""
+        if self._freezes and not gc.get_freeze_count():
+            gc.collect()
+            gc.freeze()
+            self._frozen = True
         return BaseModelCache()
 
     @cached_property
@@ -119,6 +132,9 @@ class Session:
         if "base_model" in held:
             self.base_model.release()
             del self.base_model
+        if self._frozen:
+            gc.unfreeze()
+            self._frozen = False
         # A group that this session did not connect to is left alone: it may be another session's.
         if "process_group" in held:
             from bench.evaluation.distributed import leave_process_group

@@ -7,6 +7,7 @@ import weakref
 import pytest
 
 import bench
+from bench.cli.main import main
 from bench.records import EstimatedPhase, Store
 from bench.runner import execute
 from bench.runner.session import BaseModelCache, Session
@@ -52,6 +53,39 @@ def test_a_run_that_resumes_keeps_no_estimate(tmp_path, monkeypatch):
     (left / "responses.jsonl").touch()
     (again,) = bench.run([*SMALL, f"results_dir={tmp_path}", "force=true"])
     assert (first.estimate, again.estimate) == ((phase,), ())
+
+
+@pytest.fixture
+def thawed():
+    """A process that has frozen nothing, as the tests' own has."""
+    gc.unfreeze()
+    yield
+    gc.collect()
+    gc.freeze()
+
+
+def test_a_command_leaves_what_came_before_its_model_out_of_collections(thawed):
+    with Session() as session:
+        assert session.base_model is not None
+        assert gc.get_freeze_count() == 0
+    before = [object()]
+    with Session(freezes=True) as session:
+        assert gc.get_freeze_count() == 0
+        assert session.base_model is session.base_model
+        assert gc.is_tracked(before)
+        assert not any(each is before for each in gc.get_objects())
+        later = [object()]
+        assert any(each is later for each in gc.get_objects())
+    assert gc.get_freeze_count() == 0
+
+
+def test_what_the_caller_froze_stays_frozen(thawed):
+    gc.freeze()
+    with Session(freezes=True) as session:
+        assert session.base_model is not None
+    assert gc.get_freeze_count() > 0
+    assert main(["ls", "tables"]) == 0
+    assert gc.get_freeze_count() > 0
 
 
 def test_a_closed_session_starts_empty_again():

@@ -21,7 +21,7 @@ def run_command(arguments: list[str]) -> int:
         return EXIT_DONE
     text, arguments = split_option(arguments, "--budget")
     budget = None if text is None else read_budget(text)
-    with Session() as session:
+    with Session(freezes=True) as session:
         return print_outcome(launch(arguments, session, budget=budget), session)
 
 

@@ -24,6 +24,6 @@ def resume(given: argparse.Namespace) -> int:
     from bench.runner.launch import resume_sweep
     from bench.runner.session import Session
 
-    with Session() as session:
+    with Session(freezes=True) as session:
         outcome = resume_sweep(given.results_dir, given.sweep, session, given.allowed)
         return print_outcome(outcome, session)

@@ -311,7 +311,7 @@ def run_command(arguments: list[str]) -> int:
         print_text(f"wrote {write_page(names[0], overrides, page)}")
         return EXIT_DONE
     try:
-        with Session() as session:
+        with Session(freezes=True) as session:
             finished = make_table(names[0], overrides, session)
     except MissingInputs as error:
         for sentence in error.sentences:
