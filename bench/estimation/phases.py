@@ -78,8 +78,8 @@ class Subject:
     @property
     def map(self) -> str | None:
         """The device map, if it keeps layers off the device."""
-        asked = self.config.model.device_map
-        return asked if asked in OFFLOADED else None
+        device_map = self.config.model.device_map
+        return device_map if device_map in OFFLOADED else None
 
     @property
     def weights(self) -> float:
@@ -103,8 +103,8 @@ class Phase:
     """One phase of a run: its work at least and at most, and bytes on the device at its peak.
 
     `name` is that under which a run times it. `parts` are shares of the work that are worth telling
-    apart. `asked` is what a task asks. `limited` is work on top of the most that ends after `limit`
-    seconds, done or not.
+    apart. `demand` is what a task asks. `limited` is work on top of the most that ends after
+    `limit` seconds, done or not.
     """
 
     name: str
@@ -113,7 +113,7 @@ class Phase:
     most: Work
     memory: float
     parts: dict[str, Work] = field(default_factory=dict)
-    asked: TaskDemand | None = None
+    demand: TaskDemand | None = None
     limited: Work = field(default_factory=Work)
     limit: float = 0.0
 
@@ -123,8 +123,8 @@ def phases_of(subject: Subject) -> Iterator[Phase]:
     yield _loading(subject)
     for name, method in subject.config.method.items():
         yield _method(subject, name, method)
-    for asked in subject.tasks:
-        yield _task(subject, asked)
+    for demand in subject.tasks:
+        yield _task(subject, demand)
     yield _counting(subject)
     if subject.config.costs.measure:
         yield _measuring(subject)
@@ -217,7 +217,7 @@ def _training(subject: Subject, name: str, method: Method) -> Phase:
         moved=8 * subject.network.stored,
     )
     # After each epoch the held-out images are scored, and the state is saved.
-    scored = sum(asked.documents for asked in subject.tasks)
+    scored = sum(demand.documents for demand in subject.tasks)
     epoch = subject.network.forward(scored, ceil(scored / SCORED_AT_ONCE))
     epoch += Work(moved=4 * subject.network.stored)
     whole = step * steps + epoch * recipe.epochs
@@ -240,44 +240,44 @@ def _training_memory(subject: Subject, method: Method, scored: int) -> float:
     return float(networks * subject.weights + numbers * work.itemsize)
 
 
-def _task(subject: Subject, asked: TaskDemand) -> Phase:
+def _task(subject: Subject, demand: TaskDemand) -> Phase:
     network, looped = subject.network, subject.device == "cpu"
-    tokens, pairs, computed = asked.computed, asked.pairs, asked.computed
+    tokens, pairs, computed = demand.computed, demand.pairs, demand.computed
     prompt = subject.prompt
     encoding = Work()
-    if asked.images and prompt:
-        tokens = float(asked.documents * prompt.tokens)
-        pairs = float(asked.documents * prompt.tokens**2)
-        computed, encoding = tokens, prompt.encoding * asked.images
-    base = network.forward(tokens, asked.calls, pairs, asked.rows, looped=looped) + encoding
+    if demand.images and prompt:
+        tokens = float(demand.documents * prompt.tokens)
+        pairs = float(demand.documents * prompt.tokens**2)
+        computed, encoding = tokens, prompt.encoding * demand.images
+    base = network.forward(tokens, demand.calls, pairs, demand.rows, looped=looped) + encoding
     if subject.map is not None:
         base += Work(
-            link=network.streamed(asked.calls),
-            disk=network.streamed(asked.calls) * (subject.map == "offload_disk"),
+            link=network.streamed(demand.calls),
+            disk=network.streamed(demand.calls) * (subject.map == "offload_disk"),
         )
     least, most = (
-        base + _written(subject, asked, end, computed / max(1, asked.requests), looped)
+        base + _written(subject, demand, end, computed / max(1, demand.requests), looped)
         for end in (0, 1)
     )
-    if asked.seconds:
+    if demand.seconds:
         # Measured while the requests were built; scoring and metrics take as long at the most.
-        least, most = least + Work(seconds=asked.seconds), most + Work(seconds=2 * asked.seconds)
+        least, most = least + Work(seconds=demand.seconds), most + Work(seconds=2 * demand.seconds)
     else:
-        least, most = least + Work(requests=asked.requests), most + Work(requests=asked.requests)
-    widest = asked.widest or (tokens / max(1.0, asked.calls))
-    logits = min(widest, asked.rows / max(1.0, asked.calls)) * subject.vocabulary * 8
+        least, most = least + Work(requests=demand.requests), most + Work(requests=demand.requests)
+    widest = demand.widest or (tokens / max(1.0, demand.calls))
+    logits = min(widest, demand.rows / max(1.0, demand.calls)) * subject.vocabulary * 8
     memory = subject.weights * subject.copies + widest * _live_bytes(subject) + logits
     model = subject.config.model.name
-    return Phase(f"{model} on {asked.name}", "evaluate", least, most, memory, asked=asked)
+    return Phase(f"{model} on {demand.name}", "evaluate", least, most, memory, demand=demand)
 
 
-def _written(subject: Subject, asked: TaskDemand, end: int, length: float, looped: bool) -> Work:
+def _written(subject: Subject, demand: TaskDemand, end: int, length: float, looped: bool) -> Work:
     """Return the decoding of answers: `end` 0 at their shortest, 1 at their longest."""
-    written, steps = asked.written[end], asked.steps[end]
+    written, steps = demand.written[end], demand.steps[end]
     if not written:
         return Work()
     # Each token meets the prompt and, on the mean, half of the answer.
-    answer = written / max(1, asked.requests)
+    answer = written / max(1, demand.requests)
     return subject.network.forward(
         written, steps, written * (length + answer / 2), written, looped=looped
     )

@@ -177,7 +177,7 @@ class Estimator:
         self.hardware = hardware
         self._measures = measures
         self._described: dict[object, Described] = {}
-        self._asked: dict[object, tuple[TaskDemand, ...]] = {}
+        self._demands: dict[object, tuple[TaskDemand, ...]] = {}
 
     def estimate(
         self,
@@ -230,15 +230,15 @@ class Estimator:
             for name, work in phase.parts.items()
             if work != Work()
         }
-        asked = phase.asked
+        demand = phase.demand
         bound_by, high = most.bound_by, most.high
         if phase.limited != Work():
             limited = timed(phase.limited, untimed.limited)
             bound_by, high = limited.bound_by, high + min(limited.high, phase.limit)
         return PhaseEstimate(
             phase.name, phase.kind, least.low, high, bound_by, phase.memory, parts,
-            asked.given if asked else 0.0, asked.shared if asked else 0.0,
-            bool(asked and asked.sampled),
+            demand.given if demand else 0.0, demand.shared if demand else 0.0,
+            bool(demand and demand.sampled),
         )  # fmt: skip
 
     def _describe(self, config: RunConfig, source: ModelSource, dtype: str) -> Described:
@@ -252,19 +252,19 @@ class Estimator:
     def _tasks(
         self, benchmark: PlannedBenchmark, described: Described, source: ModelSource
     ) -> tuple[tuple[TaskDemand, ...], list[str]]:
-        from bench.estimation.tasks import asked_by
+        from bench.estimation.tasks import task_demands
 
         if described.model.tokenizer is None and source.config.kind != "image_classifier":
             return (), []  # said already: without a tokenizer there are no tokens
         # The plan itself, kept alive by this cache so that its id stays its own.
         key = (id(benchmark), id(described))
-        if key not in self._asked:
+        if key not in self._demands:
             free = self.hardware.memory - described.work.stored
             try:
-                self._asked[key] = tuple(asked_by(benchmark.harness, described.model, free))
+                self._demands[key] = tuple(task_demands(benchmark.harness, described.model, free))
             except UserError as error:
                 return (), [f"tokens of {benchmark.benchmark.name}: {error_sentence(error)}"]
-        return self._asked[key], []
+        return self._demands[key], []
 
 
 def _described(
@@ -392,8 +392,8 @@ def _subject(
 
 def _dtype_of(config: RunConfig, hardware: HardwareConfig) -> str:
     """Return the dtype of a run on hardware: as asked, or its default there."""
-    asked: str = config.model.dtype
-    return asked if asked != "auto" else "bfloat16" if hardware.device == "cuda" else "float32"
+    dtype: str = config.model.dtype
+    return dtype if dtype != "auto" else "bfloat16" if hardware.device == "cuda" else "float32"
 
 
 def _size_on_disk(source: ModelSource) -> float:

@@ -128,7 +128,7 @@ class _Listener(LmEvalAdapter):
         return ["" for _ in requests]
 
 
-def asked_by(harness: object, model: Model, memory: float) -> Iterator[TaskDemand]:
+def task_demands(harness: object, model: Model, memory: float) -> Iterator[TaskDemand]:
     """Yield what each task asks; `model` has a network on the meta device, `memory` bytes are free.
 
     Raises:
@@ -157,8 +157,8 @@ def _texts(harness: TextHarness, model: Model, memory: float) -> Iterator[TaskDe
         began = time.perf_counter()
         documents, share = _build_requests(task, harness.benchmark, listener)
         seconds = time.perf_counter() - began
-        asked = _packed(task.name, listener, model, harness.benchmark, budget)
-        yield replace(asked, documents=round(documents / share), seconds=seconds).scaled(share)
+        demand = _packed(task.name, listener, model, harness.benchmark, budget)
+        yield replace(demand, documents=round(documents / share), seconds=seconds).scaled(share)
     for text in harness.texts:
         windows = perplexity.cut_windows(
             model, text, text.config.windows or harness.benchmark.limit
@@ -178,7 +178,7 @@ def _build_requests(
     """Send the requests of a task to a listener; return the documents and the share they are."""
     documents = whole = 0
     with quiet_lm_eval(), cached_templates():
-        asked: dict[str, list[Instance]] = {}
+        instances_by_type: dict[str, list[Instance]] = {}
         for task in planned.tasks.values():
             task.set_fewshot_seed(SEED)
             inner = cast(Any, task)
@@ -200,8 +200,8 @@ def _build_requests(
             )
             documents, whole = documents + len(chosen), whole + count
             for instance in inner.instances:
-                asked.setdefault(instance.request_type, []).append(instance)
-        for kind, instances in asked.items():
+                instances_by_type.setdefault(instance.request_type, []).append(instance)
+        for kind, instances in instances_by_type.items():
             getattr(listener, kind)(instances)
     return documents, documents / whole
 
@@ -224,7 +224,7 @@ def _packed(
         batches = AdaptiveBatches(size, device, SILENT)
     given = float(sum(len(inputs) for inputs, _ in requests))
     rows = float(sum(len(targets) for _, targets in requests))
-    asked = TaskDemand(
+    demand = TaskDemand(
         name, requests=len(requests) + len(listener.contexts), given=given, rows=rows
     )
     if requests:
@@ -239,10 +239,10 @@ def _packed(
             lengths = sorted({tuple(inputs) for inputs, _ in requests}, key=len, reverse=True)
             work = _rows_work([len(each) for each in lengths], batches)
         computed, pairs, calls, widest = work
-        asked = replace(
-            asked, computed=computed, pairs=pairs, calls=calls, rows=rows, widest=widest
+        demand = replace(
+            demand, computed=computed, pairs=pairs, calls=calls, rows=rows, widest=widest
         )
-    return _with_generation(asked, listener.contexts, batches)
+    return _with_generation(demand, listener.contexts, batches)
 
 
 def _group_work(groups: Sequence[PrefixGroup], budget: int) -> tuple[float, float, float, float]:
@@ -286,21 +286,21 @@ def _rows_work(
 
 
 def _with_generation(
-    asked: TaskDemand, contexts: Sequence[tuple[int, int]], batches: AdaptiveBatches
+    demand: TaskDemand, contexts: Sequence[tuple[int, int]], batches: AdaptiveBatches
 ) -> TaskDemand:
     """Add generated answers: each ends at its first stop string, after a token at the least."""
     if not contexts:
-        return asked
+        return demand
     lengths = sorted((length for length, _ in contexts), reverse=True)
     tokens, pairs, calls, widest = _rows_work(lengths, batches)
     longest = max(limit for _, limit in contexts)
     return replace(
-        asked,
-        given=asked.given + sum(lengths),
-        computed=asked.computed + tokens,
-        pairs=asked.pairs + pairs,
-        calls=asked.calls + calls,
-        widest=max(asked.widest, widest),
+        demand,
+        given=demand.given + sum(lengths),
+        computed=demand.computed + tokens,
+        pairs=demand.pairs + pairs,
+        calls=demand.calls + calls,
+        widest=max(demand.widest, widest),
         written=(float(len(contexts)), float(sum(limit for _, limit in contexts))),
         steps=(calls, calls * longest),
     )
