@@ -121,8 +121,13 @@ def with_leaves(found: JsonObject, leaves: type[Leaves]) -> JsonObject:
     try:
         leaves.model_validate(found)
     except ValidationError as error:
-        fault = error.errors(include_input=False, include_url=False)[0]
-        key = ".".join(map(str, fault["loc"]))
-        reason = fault["msg"].removeprefix("Value error, ")
-        raise ValueError(f"{key}: {reason[0].lower()}{reason[1:]}") from None
+        raise ValueError(first_fault(error)) from None
     return found
+
+
+def first_fault(error: ValidationError) -> str:
+    """Return the key of the first fault and its reason; later ones are often its consequences."""
+    fault = error.errors(include_input=False, include_url=False)[0]
+    key = ".".join(map(str, fault["loc"]))
+    reason = fault["msg"].removeprefix("Value error, ")
+    return f"{key}: {reason[0].lower()}{reason[1:]}"

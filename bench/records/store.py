@@ -27,6 +27,7 @@ from bench.records import files
 from bench.records.files import read_regular_file, reason_of, warn_once
 from bench.records.journal import Journal
 from bench.records.json_values import is_surely_storable, parse_json
+from bench.records.leaves import first_fault
 from bench.records.migrations import READABLE_SCHEMAS, migrate
 from bench.records.record import SCHEMA, JsonObject, Record, checksum
 
@@ -301,10 +302,7 @@ def _parse_record(text: bytes) -> Record:
         # Strict: a number is no text. In JSON, where a list may stand for a tuple.
         return Record.model_validate_json(json.dumps(migrate(content)), strict=True)
     except ValidationError as error:
-        fault = error.errors(include_input=False, include_url=False)[0]
-        key = ".".join(map(str, fault["loc"]))
-        reason = fault["msg"].removeprefix("Value error, ")
-        raise ValueError(f"not a record: {key}: {reason[0].lower()}{reason[1:]}") from None
+        raise ValueError(f"not a record: {first_fault(error)}") from None
 
 
 def _is_as_written(text: bytes) -> bool:
