@@ -141,14 +141,12 @@ class ReplacementErrors(NullObserver):
     @cached_property
     def blocks(self) -> list[tuple[Tensor, ...]]:
         """Per expert, its micro-experts' indices by falling energy, split into blocks."""
-        found = []
-        for expert, overlaps in enumerate(self._overlaps):
-            order_F = energy_order(
-                overlaps.square_F * squared_column_norms(self.block.expert(expert).down)
-            )
+        blocks = []
+        for expert in range(len(self._overlaps)):
+            order_F = energy_order(self._energies(expert))
             sizes = block_lengths(len(order_F), self.options.block)
-            found.append(torch.split(order_F, sizes) if sizes else ())
-        return found
+            blocks.append(torch.split(order_F, sizes) if sizes else ())
+        return blocks
 
     @cached_property
     def losses(self) -> Tensor:
@@ -165,10 +163,12 @@ class ReplacementErrors(NullObserver):
     @cached_property
     def energy(self) -> float:
         """The summed error of removing each micro-expert alone."""
-        return sum(
-            float((overlaps.square_F * squared_column_norms(self.block.expert(expert).down)).sum())
-            for expert, overlaps in enumerate(self._overlaps)
-        )
+        return sum(float(self._energies(expert).sum()) for expert in range(len(self._overlaps)))
+
+    def _energies(self, expert: int) -> Tensor:
+        """Return the error of removing each micro-expert of an expert alone, float64 [F]."""
+        down_DF = self.block.expert(expert).down
+        return self._overlaps[expert].square_F * squared_column_norms(down_DF)
 
     def materialized(self) -> ReplacementErrors:
         """Compute everything that needs the block's weights, and return self."""
