@@ -213,17 +213,9 @@ class VisualEngine:
         text, visual = split_rows(inputs_embeds, tokens, attention_mask)
         offset = 0 if cache is None else cache.get_seq_length()
         self._require_reach(offset + inputs_embeds.shape[1])
-        stages = len(self.plan.steps) + 1
-        if cache is not None and not is_split_cache(cache):
+        if cache is not None:
             past_mask = None if attention_mask is None else attention_mask[:, :offset]
-            device = inputs_embeds.device
-            depth = len(self.decoder.layers)
-            split_cache(cache, depth, stages, len(inputs_embeds), past_mask, device)
-        if cache is not None and len(cache.layers[0].cached_tokens.visual) != stages:
-            raise UserError(
-                f"the cache has {len(cache.layers[0].cached_tokens.visual) - 1} pruning steps, but "
-                f"the plan has {stages - 1}: start a new cache after adding a pruning method"
-            )
+            self._split_once(cache, past_mask, len(inputs_embeds), inputs_embeds.device)
 
         positions = self._positions(inputs_embeds, position_ids, offset)
         angles = positions.angles()
@@ -253,6 +245,20 @@ class VisualEngine:
         unknown = 0.0 if torch.is_grad_enabled() else torch.nan
         out_BSD = text.put(torch.full_like(inputs_embeds, unknown), self._final_norm(x_BTD))
         return MoeModelOutputWithPast(last_hidden_state=out_BSD, past_key_values=cache)
+
+    def _split_once(
+        self, cache: DynamicCache, past_mask: Tensor | None, batch: int, device: torch.device
+    ) -> None:
+        """Give a cache its visual part, unless an earlier call did under the same pruning steps."""
+        stages = len(self.plan.steps) + 1
+        if not is_split_cache(cache):
+            split_cache(cache, len(self.decoder.layers), stages, batch, past_mask, device)
+        cached_stages = len(cache.layers[0].cached_tokens.visual)
+        if cached_stages != stages:
+            raise UserError(
+                f"the cache has {cached_stages - 1} pruning steps, but the plan has {stages - 1}: "
+                "start a new cache after adding a pruning method"
+            )
 
     def _through_layers(
         self,
