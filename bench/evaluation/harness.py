@@ -162,9 +162,6 @@ class DocumentSource:
     fingerprint: str
 
 
-_CHUNK = 1 << 20
-
-
 def file_source(files: list[Path]) -> DocumentSource:
     """Describe local files; the fingerprint of one is the SHA-256 of its bytes.
 

@@ -64,7 +64,7 @@ def layer_of_same_field(network: TransformersNetwork, widths: ExpertWidths) -> s
     """Return a layer that is no expert and would change with the widths in the config, if any."""
     shell = meta_network(config_with_widths(network.config, widths), network.dtype)
     published = meta_network(network.config, network.dtype).state_dict()
-    experts = _expert_weights(shell, inspect_model(shell))
+    experts = _expert_weights(inspect_model(shell))
     for key, weight in shell.state_dict(keep_vars=True).items():
         if id(weight) not in experts and weight.shape != published[key].shape:
             return key.rpartition(".")[0]
@@ -100,7 +100,7 @@ def padded_network(
     shell = network_shape(network, widths)
     # `assign` shares the tensors instead of copying into meta tensors, which have no storage;
     # `strict=False` leaves out the experts, which are filled next.
-    experts = _expert_weights(network, structure)
+    experts = _expert_weights(structure)
     state = cast(nn.Module, network).state_dict(keep_vars=True)
     others = {key: weight.detach() for key, weight in state.items() if id(weight) not in experts}
     shell.load_state_dict(others, strict=False, assign=True)
@@ -137,7 +137,7 @@ def config_with_widths(config: NetworkConfig, widths: ExpertWidths) -> NetworkCo
     return changed
 
 
-def _expert_weights(network: object, structure: ModelStructure) -> set[int]:
+def _expert_weights(structure: ModelStructure) -> set[int]:
     """Return the identities of all weights of routed and shared experts."""
     # By identity, not by name: names of experts differ between architectures.
     parts = [part for b in structure.moe for part in (b.experts, b.shared) if part is not None]
