@@ -2,6 +2,8 @@
 
 from pydoc_data.topics import topics
 
+import pytest
+
 from bench.data import calibration
 
 SIDES = {"if": True, "numbers": True, "while": False, "lambda": False}
@@ -25,6 +27,10 @@ def test_both_sides_are_long_enough() -> None:
     assert len(calibration.test_text()) > 40_000
 
 
-def test_fingerprint_is_of_the_test_text() -> None:
-    assert calibration.fingerprint() == calibration.fingerprint()
-    assert len(calibration.fingerprint()) == 64
+def test_fingerprint_is_of_the_test_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = calibration.fingerprint()
+    assert len(before) == 64
+    monkeypatch.setattr(calibration, "train_text", str)
+    assert calibration.fingerprint() == before
+    monkeypatch.setattr(calibration, "test_text", calibration.test_text().upper)
+    assert calibration.fingerprint() != before
