@@ -21,7 +21,13 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from bench.cli.parser import COMMANDS, RAW_COMMANDS, TRACEBACK_FLAG, build_parser
+from bench.cli.parser import (
+    COMMANDS,
+    RAW_COMMANDS,
+    TRACEBACK_FLAG,
+    build_parser,
+    results_dir_as_override,
+)
 from bench.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -96,7 +102,7 @@ def _run_command(given: list[str]) -> int:
     # bypass it and read their arguments themselves. argparse only answers --help for them.
     if given and given[0] in RAW_COMMANDS and not {"-h", "--help"} & set(given):
         raw_handler: Callable[[list[str]], int] = pkgutil.resolve_name(RAW_COMMANDS[given[0]])
-        return raw_handler(given[1:])
+        return raw_handler(results_dir_as_override(given[1:]))
     # argparse would list all commands instead of naming the nearest one.
     if given and not given[0].startswith("-") and given[0] not in COMMANDS:
         raise unknown_name("command", given[0], COMMANDS)

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from bench.errors import UserError, refuse_unclear_folder
 
 TRACEBACK_FLAG = "--traceback"
+RESULTS_DIR_FLAG = "--results-dir"
 COMMANDS = (
     "run", "estimate", "table", "compare", "report", "plot", "ls", "show", "track", "verify",
     "rescore", "status", "resume", "gc", "export", "convert", "carve", "prefetch", "doctor",
@@ -82,13 +84,26 @@ AddCommand = Callable[[str, str, str], argparse.ArgumentParser]
 
 
 class CommandParser(argparse.ArgumentParser):
-    """argparse whose errors are raised as `UserError`, like all others."""
+    """argparse whose errors are raised as `UserError`, like all others.
+
+    `results_dir=FOLDER` and `--results-dir FOLDER` mean the same for every command.
+    """
+
+    takes_results_dir = False
 
     def error(self, message: str) -> NoReturn:
         """Raise the message as a `UserError`, without the usage text."""
         raise UserError(message)
 
     # The signature of argparse, whose stubs overload it.
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse arguments as far as they are known."""
+        if args is not None and self.takes_results_dir:
+            args = [re.sub(r"^results_dir=", "--results-dir=", word) for word in args]
+        elif args is not None and any(action.dest == "overrides" for action in self._actions):
+            args = results_dir_as_override(args)
+        return super().parse_known_args(args, namespace)
+
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse arguments, with the overrides of a command anywhere among its options."""
         # argparse fills a list of positionals once, so those after an option are left over.
@@ -99,6 +114,19 @@ class CommandParser(argparse.ArgumentParser):
         if rest:
             setattr(parsed, places[0], [*getattr(parsed, places[0]), *rest])
         return parsed
+
+
+def results_dir_as_override(words: Sequence[str]) -> list[str]:
+    """Return the words with `--results-dir FOLDER` as the override that it means."""
+    found, rest = list[str](), iter(words)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name != RESULTS_DIR_FLAG:
+            found.append(word)
+            continue
+        folder = value if equals else next(rest, "")
+        found.append(f"results_dir={folder}")
+    return found
 
 
 class _PrintVersion(argparse.Action):
@@ -297,7 +325,8 @@ def _add_allowed(added: argparse.ArgumentParser, text: str) -> None:
 
 
 def _add_results_dir(added: argparse.ArgumentParser) -> None:
-    added.add_argument("--results-dir", type=_folder, default=Path("results"))
+    cast(CommandParser, added).takes_results_dir = True
+    added.add_argument(RESULTS_DIR_FLAG, type=_folder, default=Path("results"))
 
 
 def _add_json_flag(added: argparse.ArgumentParser) -> None:

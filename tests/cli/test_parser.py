@@ -4,11 +4,13 @@ import pkgutil
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
 from bench.cli.main import main
-from bench.cli.parser import COMMANDS, RAW_COMMANDS, build_parser
+from bench.cli.parser import COMMANDS, RAW_COMMANDS, build_parser, results_dir_as_override
+from bench.errors import UserError
 
 ARGUMENTS = {
     "run": [], "table": ["camera_main"], "compare": ["a", "b"], "plot": ["front"], "ls": ["runs"],
@@ -24,6 +26,33 @@ def test_every_command_has_a_handler(command):
     assert callable(pkgutil.resolve_name(parsed.handler))
     if command in RAW_COMMANDS:
         assert parsed.handler == RAW_COMMANDS[command]
+
+
+@pytest.mark.parametrize(
+    "words", [["--results-dir", "x/y"], ["--results-dir=x/y"], ["results_dir=x/y"]]
+)
+@pytest.mark.parametrize("command", sorted({*COMMANDS} - {"doctor", "convert", "trust"}))
+def test_a_results_folder_is_named_alike_for_every_command(command, words, monkeypatch):
+    given = [command, *ARGUMENTS.get(command, []), *words]
+    if command in RAW_COMMANDS:
+        seen = []
+        monkeypatch.setattr(pkgutil, "resolve_name", lambda _: lambda rest: seen.extend(rest) or 0)
+        assert main(given) == 0
+        assert seen == [*ARGUMENTS[command], "results_dir=x/y"]
+        return
+    parsed = build_parser().parse_args(given)
+    if "results_dir" in parsed:
+        assert parsed.results_dir == Path("x/y")
+    else:
+        assert parsed.overrides == ["results_dir=x/y"]
+
+
+def test_a_flag_without_its_folder_is_refused_and_others_stay():
+    words = ["a=b", "--results-dir"]
+    assert results_dir_as_override(words) == ["a=b", "results_dir="]
+    assert results_dir_as_override(["-m", "method=dense,gptq"]) == ["-m", "method=dense,gptq"]
+    with pytest.raises(UserError, match="expected one argument"):
+        build_parser().parse_args(["gc", "--results-dir"])
 
 
 def test_the_version_is_that_of_the_package(capsys):
