@@ -53,6 +53,19 @@ def no_estimates():
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def patched_session():
+    """`Session(...)` takes arguments before, between and after the patches of `shared_session`.
+
+    Once a class has had a `__new__` of its own and lost it, `object.__new__` refuses arguments.
+    """
+    from bench.runner.session import Session
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Session, "__new__", lambda cls, **_: object.__new__(cls))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def shared_session(request, monkeypatch):
     """Commands in one test process share a session, or each would load the model again.
