@@ -290,7 +290,7 @@ def _counting(subject: Subject) -> Phase:
         # A count like this one was just made on this machine, and had to import first what a run
         # has imported by then.
         most = Work(seconds=subject.counting_seconds)
-        return Phase("counting costs", "measure", most * 0.1, most * (3 + counts), memory)
+        return Phase("counting costs", "measure", most * 0.1, most * (0.5 + counts), memory)
     return Phase("counting costs", "measure", Work(), Work(starts=1), memory)
 
 

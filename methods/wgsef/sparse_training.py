@@ -281,6 +281,7 @@ class SparseTraining(ClassifierTraining):
         model.network = network
         model.invalidate_structure()
         details = self._details(partition, outcome, splits)
+        details["budget"] = allocation.used(outcome.keep)
         removed = any(bool(dead_M.any()) for _, dead_M in cut)
         effect: Effect = "removed" if removed else "zeroed"
         return MethodReport(effect, details, trained=True)

@@ -69,6 +69,10 @@ class Allocation(ABC):
         """Return the number of groups of the whole network that may stay at this point."""
         return _kept_count(self._partition.groups, self._sparsity * cubic_sparsity(progress))
 
+    def used(self, kept_M: Tensor) -> dict[str, str | float]:
+        """Return what the budget counts, of the dense network and of one that keeps these groups."""
+        return {"unit": "groups", "dense": self._partition.groups, "kept": int(kept_M.sum())}
+
     @abstractmethod
     def shrink(
         self, operator: ProxOperator, norm_M: Tensor, strength: ProxParameters, progress: float
@@ -343,6 +347,13 @@ class CostAllocation(_NetworkAllocation):
         floors = super()._floors_of(partition, floor)
         pairs = zip(partition.families, floors, strict=True)
         return [0 if family.kind == "depth" else count for family, count in pairs]
+
+    def used(self, kept_M: Tensor) -> dict[str, str | float]:
+        """Return the cost of the dense network and of one that keeps these groups."""
+        columns_M, size_C = self._costs.column_M, self._costs.size_C
+        kept_C = torch.zeros_like(size_C).index_add_(0, columns_M, kept_M.cpu().to(size_C))
+        kept = float(self._costs.total(kept_C[None]))
+        return {"unit": self._costs.unit, "dense": self._costs.dense(), "kept": kept}
 
     def select(self, score_M: Tensor, progress: float = 1.0) -> Tensor:
         """Return a mask [M] of the longest prefix of a ranking whose true cost is in budget."""

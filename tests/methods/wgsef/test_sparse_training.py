@@ -62,6 +62,7 @@ def test_every_config_is_a_method_that_removes_the_share_it_was_given(path):
     assert report.effect == "removed"
     assert report.details["kept"] == report.details["groups"] // 2 == 80
     assert sum(report.details["kept_by_layer"].values()) == 80
+    assert report.details["budget"] == {"unit": "groups", "dense": 160, "kept": 80}
     assert sum(weight.numel() for weight in subject.network.parameters()) < 0.6 * dense
 
 

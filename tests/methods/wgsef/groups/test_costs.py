@@ -65,6 +65,9 @@ def test_unlike_groups_share_a_budget_of_their_costs(unit, sparsity, monkeypatch
         return float(group_costs.total(kept_of_columns(mask_M, group_costs)[None]))
 
     assert cost(kept_M) <= budget
+    dense = pytest.approx(group_costs.dense())
+    used = {"unit": unit, "dense": dense, "kept": pytest.approx(cost(kept_M))}
+    assert allocation.used(kept_M) == used
     kept = [int(part.sum()) for part in partition.split(kept_M)]
     assert all(count >= floor for count, floor in zip(kept, floors, strict=True))
     # The next one in the order of score over root of cost does not fit any more.
