@@ -70,7 +70,7 @@ class Allocation(ABC):
         return _kept_count(self._partition.groups, self._sparsity * cubic_sparsity(progress))
 
     def used(self, kept_M: Tensor) -> dict[str, str | float]:
-        """Return what the budget counts, of the dense network and of one that keeps these groups."""
+        """Return what the budget counts, of the dense network and of these groups."""
         return {"unit": "groups", "dense": self._partition.groups, "kept": int(kept_M.sum())}
 
     @abstractmethod
