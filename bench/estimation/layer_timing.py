@@ -9,25 +9,27 @@ Shapes: B rows or images, L tokens of a row, D d_model, N numbers.
 from __future__ import annotations
 
 import copy
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import cycle
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from bench.device.devices import call_seconds
-from bench.errors import UserError
 from bench.measurement.flops.counter import meta_forward
 
 if TYPE_CHECKING:
     from bench.data.chat import ModelInputs
     from bench.models.classifiers.classifier import Classifier
 
+_Arguments = ParamSpec("_Arguments")
+_Times = TypeVar("_Times")
 _ROWS = ((1, 1), (1, 16), (1, 128), (8, 128))
 """Rows and tokens of a row: a generated token, short requests, a batch of them."""
 _LONG = (1, 1024)
@@ -82,6 +84,22 @@ class LayerTimes(BaseModel):
         return max(seconds / 2, seconds + (self.pair or 0.0) * further)
 
 
+def _where_possible(
+    timer: Callable[_Arguments, _Times | None],
+) -> Callable[_Arguments, _Times | None]:
+    """Return a timer that answers None for networks that cannot be called with random numbers."""
+
+    @functools.wraps(timer)
+    def tried(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Times | None:
+        try:
+            return timer(*args, **kwargs)
+        except Exception:  # an unknown network may fail in any way; ranges have to do then
+            return None
+
+    return tried
+
+
+@_where_possible
 def decoder_times(network: nn.Module, forms: Sequence[tuple[nn.Module, int]]) -> LayerTimes | None:
     """Time a decoder's layers; `forms` has a layer of each form and how many are built alike.
 
@@ -96,16 +114,12 @@ def decoder_times(network: nn.Module, forms: Sequence[tuple[nn.Module, int]]) ->
     shapes = [shape for shape in (*_ROWS, _LONG) if shape[0] * shape[1] <= most]
     if len(shapes) < 2:
         return None
-    try:
-        seconds = dict.fromkeys(shapes, 0.0)
-        for layer, count in forms:
-            copies = _built(layer, min(count, 1 + _CACHE_BYTES // max(1, _bytes(layer))))
-            for shape in shapes:
-                args, kwargs = _inputs_of(layer, network, shape)
-                seconds[shape] += count * _typical([partial(c, *args, **kwargs) for c in copies])
-    except (UserError, RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError):
-        # Any network may want what random numbers are not: then ranges have to do.
-        return None
+    seconds = dict.fromkeys(shapes, 0.0)
+    for layer, count in forms:
+        copies = _built(layer, min(count, 1 + _CACHE_BYTES // max(1, _bytes(layer))))
+        for shape in shapes:
+            args, kwargs = _inputs_of(layer, network, shape)
+            seconds[shape] += count * _typical([partial(c, *args, **kwargs) for c in copies])
     rows = [shape for shape in shapes if shape != _LONG]
     forward = Curve(
         samples=tuple(float(b * length) for b, length in rows),
@@ -118,6 +132,7 @@ def decoder_times(network: nn.Module, forms: Sequence[tuple[nn.Module, int]]) ->
     return LayerTimes(forward=forward, length=length, pair=pair)
 
 
+@_where_possible
 def classifier_times(network: Classifier, flops: float) -> LayerTimes | None:
     """Time the forward of a classifier, and a forward with its backward; `flops` of one image."""
     if _bytes(network) > _WEIGHT_BYTES:
@@ -139,18 +154,16 @@ def classifier_times(network: Classifier, flops: float) -> LayerTimes | None:
     return LayerTimes(forward=_curve(forward), training=_curve(training))
 
 
+@_where_possible
 def prompt_times(network: nn.Module, inputs: ModelInputs) -> Curve | None:
     """Time whole prefills of prompts with an image; `inputs` is one on the CPU."""
     if _bytes(network) > _WEIGHT_BYTES:
         return None
     (built,) = _built(network, 1)
     seconds = dict[int, float]()
-    try:
-        for batch in _PROMPTS:
-            rows = {key: torch.cat([value] * batch) for key, value in inputs.items()}
-            seconds[batch] = _typical([partial(built, **rows, logits_to_keep=1)])
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError):
-        return None
+    for batch in _PROMPTS:
+        rows = {key: torch.cat([value] * batch) for key, value in inputs.items()}
+        seconds[batch] = _typical([partial(built, **rows, logits_to_keep=1)])
     return _curve(seconds)
 
 

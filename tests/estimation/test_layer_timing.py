@@ -120,6 +120,15 @@ def test_a_classifier_is_timed_in_forward_and_training(monkeypatch):
     assert all(weight.is_meta for weight in network.parameters())
 
 
+def test_a_classifier_that_fails_on_random_images_is_not_timed():
+    with torch.device("meta"):
+        network = build_classifier(
+            VisionConfig(architecture="micro_lenet", size=16, channels=1, classes=10)
+        )
+    network.features.append(torch.nn.Linear(7, 7))
+    assert timing.classifier_times(network, 1e3) is None
+
+
 def test_times_are_remembered_by_network_and_dtype_and_a_run_measures_none(monkeypatch):
     monkeypatch.setattr(timing, "_SECONDS", 0.0)
     monkeypatch.setattr(boards, "_known", {})
