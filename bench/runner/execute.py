@@ -15,6 +15,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bench.device.devices import threads_set
 from bench.errors import UserError
 from bench.evaluation import evaluate
 from bench.evaluation.response_cache import ResponseCache
@@ -76,7 +77,10 @@ def execute(config: RunConfig, request: RunRequest, session: Session) -> RunResu
             if config.tracker.kind != "none":
                 live = progress.watcher = _open_live_run(config, request, inputs, store)
         try:
-            record = _execute_run(config, request, inputs, session, store, progress)
+            # Inside the run only: the next one of this process may have a different number, or the
+            # process's own.
+            with threads_set(config.threads):
+                record = _execute_run(config, request, inputs, session, store, progress)
         except BaseException:
             if live is not None:
                 live.abandon()
@@ -143,7 +147,7 @@ def _execute_run(
     progress: Progress,
 ) -> Record:
     """Load, apply, evaluate, measure and write: the part of a run that takes time."""
-    from bench.device.devices import describe_device, seed_everything, set_threads
+    from bench.device.devices import describe_device, seed_everything
     from bench.measurement.costs import count_costs, measure_costs, phase_costs
     from bench.models.hashing import state_hash
 
@@ -153,7 +157,6 @@ def _execute_run(
     started = utc_now()
     # Cached now: by the end of a long run the working tree may have moved on.
     code_revision()
-    set_threads(config.threads)
     seed_everything(config.seed)
 
     estimate = _estimate(config, inputs, session)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -50,8 +51,19 @@ def host_process_restored() -> Iterator[None]:
     """Restore the environment variables and generators that a run changes, however it ends.
 
     `bench.run` may be called in a process that lives on, such as a notebook: an offline run must
-    not leave the whole notebook offline.
+    not leave the whole notebook offline. Calls from several threads take turns.
     """
+    # Hydra reads sys.argv, and methods draw from the process's generators: one call would execute
+    # what another asked for.
+    with _ONE_AT_A_TIME, _variables_restored():
+        yield
+
+
+_ONE_AT_A_TIME = threading.RLock()
+
+
+@contextmanager
+def _variables_restored() -> Iterator[None]:
     # Named variables instead of the whole environment: libraries that are imported during a call
     # keep settings there that they need for the rest of the process.
     before = {name: os.environ.get(name) for name in _VARIABLES}

@@ -136,8 +136,8 @@ def _configured_logger() -> logging.Logger:
     # Not to the root logger: a host program that configured it would print everything twice.
     logger.propagate = False
     logging.addLevelName(PROGRESS_LEVEL, "PROGRESS")
-    wanted = os.environ.get(LEVEL_VARIABLE, "PROGRESS").upper()
-    logger.setLevel(logging.getLevelNamesMapping().get(wanted, PROGRESS_LEVEL))
+    wanted = logging.getLevelNamesMapping().get(os.environ.get(LEVEL_VARIABLE, "").upper())
+    logger.setLevel(wanted or logger.level or PROGRESS_LEVEL)  # what a host has set stays
     return logger
 
 

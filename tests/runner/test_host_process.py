@@ -7,15 +7,19 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from bench.cli.main import main
+from bench.config.composition import compose_run_config
 from bench.data import hub
 from bench.device.devices import seed_everything
 from bench.errors import UserError
+from bench.runner.execute import execute
 from bench.runner.launch import launch
 from bench.runner.session import Session, host_process_restored
+from bench.sweeps import RunRequest
 
 pytestmark = pytest.mark.own_session
 
@@ -154,3 +158,48 @@ def test_the_global_generators_are_where_they_were():
         draw()
         raise UserError("a run that fails")
     assert draw() == expected
+
+
+@pytest.mark.broad
+def test_calls_from_several_threads_take_turns(monkeypatch, tmp_path):
+    inside, together = [], []
+
+    def check(config, session):
+        inside.append(config.seed)
+        time.sleep(0.05)
+        together.append(len(inside))
+        inside.pop()
+        raise UserError(f"seed {config.seed}")
+
+    def call(seed):
+        with pytest.raises(UserError, match=f"seed {seed}"), Session() as session:
+            launch([f"seed={seed}", f"results_dir={tmp_path}"], session)
+
+    monkeypatch.setattr("bench.runner.launch.check_run", check)
+    before = list(sys.argv)
+    threads = [threading.Thread(target=call, args=[seed]) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (together, sys.argv) == ([1, 1, 1], before)
+
+
+@pytest.mark.broad
+def test_a_run_leaves_the_number_of_threads_as_it_was(monkeypatch, tmp_path):
+    import torch
+
+    seen = []
+
+    def run(*_):
+        seen.append(torch.get_num_threads())
+        raise UserError("seen enough")
+
+    monkeypatch.setattr("bench.runner.execute._execute_run", run)
+    monkeypatch.setattr("bench.runner.execute.resolve_run", lambda *_: SimpleNamespace(id="0" * 12))
+    before = torch.get_num_threads()
+    for words in ([f"threads={before + 1}"], []):
+        config = compose_run_config([*words, "tracker=none", f"results_dir={tmp_path}"])
+        with pytest.raises(UserError, match="seen enough"), Session() as session:
+            execute(config, RunRequest("bench run"), session)
+    assert [*seen, torch.get_num_threads()] == [before + 1, before, before]
