@@ -306,6 +306,38 @@ def distinct_labels(group: Sequence[Record]) -> dict[str, str]:
     return found
 
 
+def differing_settings(group: Sequence[Record]) -> dict[str, str]:
+    """Return, by id, the first settings in which each run differs from the others; empty if none.
+
+    All that decides a run by its config counts, not only what its methods read.
+    """
+    settings = [
+        run_knobs(record)
+        | {
+            name: value
+            for key in dict.fromkeys(["seed", "benchmark", *record.config])
+            if key not in UNTELLING
+            for name, value in _dotted(key, record.config.get(key))
+            # Of `auto` and what it stands for, the results are the same.
+            if name != "model.device"
+        }
+        for record in group
+    ]
+    shown = differing_names(settings)
+    found = {}
+    for record, own in zip(group, settings, strict=True):
+        said = [f"{shown[n]} {_shortened_knob(str(own[n]))}" for n in shown if n in own]
+        found[record.id] = ", ".join(said[:DIFFERING_KNOBS])
+    return found
+
+
+UNTELLING = frozenset({
+    "calibration", "force", "keep_weights", "method", "objective", "offline", "packages", "prompts",
+    "ratio", "results_dir", "threads", "tracker",
+})  # fmt: skip
+"""Parts of a config that do not decide a result, or whose knobs are those of the methods."""
+
+
 def _knob_texts(record: Record) -> dict[str, str]:
     """Return what can differ between runs of one label, as short texts."""
     knobs = {**run_knobs(record), "seed": record.config.get("seed")}

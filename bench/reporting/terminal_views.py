@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.plugins import active, config_file
 from bench.reporting.cost_table import print_costs
-from bench.reporting.record_numbers import metric_scale
+from bench.reporting.record_numbers import differing_settings, metric_scale
 from bench.reporting.study import StudyReport, TrialReport, pareto_trials, read_study
 from bench.ui import console, draw_rows
 
@@ -44,11 +45,17 @@ def list_runs(results_dir: Path) -> list[dict[str, object]]:
 
 
 SHOWN_DIGITS = 8
+MAX_ALIKE = 300
+"""Runs, the newest, whose files are read to tell those of one name apart."""
 MINUTE = slice(len("2026-"), len("2026-11-29T20:04"))
 
 
-def shown_runs(rows: Sequence[dict[str, object]]) -> list[dict[str, object]]:
-    """Return the rows of `list_runs` as a terminal shows them: ids and times short."""
+def shown_runs(rows: Sequence[dict[str, object]], store: Store) -> list[dict[str, object]]:
+    """Return the rows of `list_runs` as a terminal shows them: ids and times short.
+
+    Runs of one model, method and benchmark say the settings in which they differ.
+    """
+    differing = _told_apart(rows, store)
     short = {str(row["run"])[:SHOWN_DIGITS] for row in rows}
     noted = any(row["note"] for row in rows)
     return [
@@ -57,10 +64,26 @@ def shown_runs(rows: Sequence[dict[str, object]]) -> list[dict[str, object]]:
             "started": str(row["started"] or "")[MINUTE].replace("T", " ") or None,
             **{name: row[name] for name in ("model", "method", "benchmark")},
             "score": row["score"],
+            **({"differs in": differing.get(str(row["run"])) or None} if differing else {}),
             **({"note": row["note"]} if noted else {}),
         }
         for row in rows
     ]
+
+
+def _told_apart(rows: Sequence[dict[str, object]], store: Store) -> dict[str, str]:
+    """Return, by id, in what runs differ that share model, method and benchmark."""
+    alike: dict[tuple[object, ...], list[str]] = defaultdict(list)
+    for row in reversed(rows):
+        alike[row["model"], row["method"], row["benchmark"]].append(str(row["run"]))
+    found: dict[str, str] = {}
+    left = MAX_ALIKE
+    for ids in (each for each in alike.values() if len(each) > 1):
+        records = [store.find(run) for run in ids[:left]]
+        left -= len(records)
+        told = differing_settings([record for record in records if record is not None])
+        found.update({run: text for run, text in told.items() if text})
+    return found
 
 
 def _indexed_runs(store: Store) -> list[dict[str, object]]:

@@ -55,15 +55,28 @@ def draw_rows(rows: Sequence[Mapping[str, object]], title: str | None = None) ->
         _print_plain(rows)
         return
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    out = console()
+    widths = {k: max(len(k), *(len(_on_one_line(row[k])) for row in rows)) for k in rows[0]}
+    # Of each column and of the table, the blanks and lines between cells.
+    left = out.width - 2 - sum(3 + min(width, FOLDED_CELL) for width in widths.values())
     for key in rows[0]:
         # rich aligns whole columns: one missing value (None) makes a column left-aligned.
         numeric = all(isinstance(row[key], int | float) for row in rows)
-        table.add_column(key, justify="right" if numeric else "left", overflow="fold")
+        # An id or a state that is folded can be neither read nor copied. Never by `min_width`, with
+        # which rich draws tables that are too wide.
+        more = max(0, widths[key] - FOLDED_CELL)
+        whole = widths[key] <= WHOLE_CELL and more <= left
+        left -= more if whole else 0
+        table.add_column(
+            key, justify="right" if numeric else "left", overflow="fold", no_wrap=whole
+        )
     for row in rows:
         table.add_row(*(_cell_text(value) for value in row.values()))
-    console().print(table)
+    out.print(table)
 
 
+WHOLE_CELL, FOLDED_CELL = 22, 8
+"""Characters of a cell that is folded last (the name of a sweep has as many), and of any folded."""
 MANY_ROWS = 300
 """Beyond it a table is printed without rich, which takes most of a millisecond for each row."""
 

@@ -74,24 +74,40 @@ def test_a_tables_names_are_no_markup(capsys):
         assert text in out
 
 
-def test_a_list_of_runs_fits_a_terminal():
+def test_a_list_of_runs_fits_a_terminal(tmp_path):
     def row(run, note=None):
         return {
             "run": run, "started": "2026-11-29T20:04:32.490+00:00", "model": "m", "method": "rtn",
             "benchmark": "b", "average": 2 / 3, "score": "66.7 %", "note": note,
         }  # fmt: skip
 
-    first, _ = shown_runs([row("ac71c40185c6"), row("9b61cca2e97c")])
+    first, _ = shown_runs([row("ac71c40185c6"), row("9b61cca2e97c")], Store(tmp_path))
     assert first == {
         "run": "ac71c401", "started": "11-29 20:04", "model": "m", "method": "rtn",
         "benchmark": "b", "score": "66.7 %",
     }  # fmt: skip
     # A note, and digits that do not tell two runs apart, stay whole.
     alike = [row("ac71c40185c6", "untrained"), row("ac71c401ffff")]
-    assert [each["run"] for each in shown_runs(alike)] == ["ac71c40185c6", "ac71c401ffff"]
-    assert shown_runs(alike)[0]["note"] == "untrained"
+    assert [each["run"] for each in shown_runs(alike, Store(tmp_path))] == [
+        "ac71c40185c6",
+        "ac71c401ffff",
+    ]
+    assert shown_runs(alike, Store(tmp_path))[0]["note"] == "untrained"
     broken = {**row("x", "unreadable: torn"), "started": None}
-    assert shown_runs([broken])[0]["started"] is None
+    assert shown_runs([broken], Store(tmp_path))[0]["started"] is None
+
+
+def test_runs_of_one_name_are_listed_with_what_tells_them_apart(tmp_path):
+    store, first = Store(tmp_path), record(1)
+    runs = [first, record(2)]
+    for place, run in enumerate(runs):
+        limit = {**first.config["benchmark"], "limit": 2 + place}
+        config = {**first.config, "benchmark": limit, "results_dir": f"r{place}"}
+        kept = {"config": config, "methods": first.methods, "model": first.model}
+        store.write(run.model_copy(update=kept), [], "")
+    rows = shown_runs(list_runs(tmp_path), store)
+    assert [row["differs in"] for row in rows] == ["limit 2", "limit 3"]
+    assert "differs in" not in shown_runs(list_runs(tmp_path)[:1], store)[0]
 
 
 def test_a_run_of_one_task_is_listed_with_its_number(tmp_path):

@@ -56,3 +56,11 @@ def test_counts_have_a_prefix():
     assert ui.format_quantity(2.14e6) == "2.14 M"
     assert ui.format_quantity(12) == "12"
     assert ui.format_quantity(None) == "-"
+
+
+def test_what_is_short_is_not_folded_on_a_narrow_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    ui.draw_rows([{"sweep": "20261130-011512-261932", "done": 2, "words": "a long text " * 20}])
+    out = capsys.readouterr().out
+    assert "20261130-011512-261932" in out
+    assert max(map(len, out.splitlines())) <= 60

@@ -24,13 +24,15 @@ if TYPE_CHECKING:
 
 def ls(given: argparse.Namespace) -> int:
     """`bench ls WHAT`."""
+    from bench.records import Store
     from bench.reporting import terminal_views
 
     if given.what not in LISTABLE:
         raise unknown_name("list", given.what, LISTABLE)
     if given.what == "runs":
         rows = terminal_views.list_runs(given.results_dir)
-        rows = rows if given.json else terminal_views.shown_runs(rows)
+        if not given.json:
+            rows = terminal_views.shown_runs(rows, Store(given.results_dir))
     else:
         rows = terminal_views.list_configs(given.what.rstrip("s"))
     return print_rows(rows, given.json)

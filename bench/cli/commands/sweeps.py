@@ -13,8 +13,34 @@ def status(given: argparse.Namespace) -> int:
     """`bench status [SWEEP]`."""
     if given.sweep is None:
         summaries = [sweep_summary(plan) for plan in all_sweeps(given.results_dir)]
-        return print_rows(summaries, given.json)
-    return print_rows(job_rows(find_sweep(given.results_dir, given.sweep)), given.json)
+        rows = summaries if given.json else [_shown_sweep(each) for each in summaries]
+        return print_rows(rows, given.json)
+    rows = job_rows(find_sweep(given.results_dir, given.sweep))
+    return print_rows(rows if given.json else _without_empty(rows), given.json)
+
+
+ARGUMENTS_SHOWN = 120
+"""Characters; `--json` has them whole, and `bench status SWEEP` those in which jobs differ."""
+
+
+def _shown_sweep(summary: dict[str, object]) -> dict[str, object]:
+    """Return a sweep's row as a terminal shows it, without arguments that all sweeps here share."""
+    words = [
+        word
+        for word in str(summary["arguments"]).split(" ")
+        if word not in ("-m", "--multirun") and not word.startswith("results_dir=")
+    ]
+    text = " ".join(words)
+    cut = f"{text[: ARGUMENTS_SHOWN - 1]}…" if len(text) > ARGUMENTS_SHOWN else text
+    return {**summary, "arguments": cut}
+
+
+def _without_empty(rows: list[dict[str, object]]) -> list[dict[str, object]]:
+    """Return rows without the columns in which none has anything: most jobs have no log."""
+    filled = [
+        key for row in rows[:1] for key in row if any(row[key] not in (None, "") for row in rows)
+    ]
+    return [{key: row[key] for key in filled} for row in rows]
 
 
 def resume(given: argparse.Namespace) -> int:
