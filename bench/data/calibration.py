@@ -56,6 +56,10 @@ class Calibration:
     fingerprint: str
 
 
+MOST_CHARACTERS = 16
+"""Characters of a token on average, above those of any tokenizer on text."""
+
+
 @dataclass(frozen=True)
 class TextShare:
     """Documents of one origin, and the number of rows to cut from them.
@@ -78,18 +82,30 @@ class TextShare:
             return self._from_joined(length, tokenizer, rng)
         return self._from_documents(length, tokenizer, rng)
 
+    def check(self, length: int, tokenizer: Tokenizer) -> None:
+        """Raise as `cut` would if one long text is too short; a long one is not tokenised."""
+        plenty = MOST_CHARACTERS * self._needed(length) <= sum(map(len, self.documents))
+        if self.joined and not plenty:
+            self._refuse_fewer(len(token_ids("\n\n".join(self.documents), tokenizer)), length)
+
+    def _needed(self, length: int) -> int:
+        # Rows may overlap, but with fewer tokens than they hold most of them would. `randint` needs
+        # one token more than a row.
+        return max(self.rows * length, length + 1)
+
+    def _refuse_fewer(self, tokens: int, length: int) -> None:
+        if tokens < self._needed(length):
+            raise UserError(
+                f"calibration text {self.origin} has {tokens} tokens, but {self.rows} rows of "
+                f"{length} need {self._needed(length)}: lower calibration.rows or "
+                "calibration.length"
+            )
+
     def _from_joined(
         self, length: int, tokenizer: Tokenizer, rng: random.Random
     ) -> list[list[int]]:
         ids = token_ids("\n\n".join(self.documents), tokenizer)
-        # Rows may overlap, but with fewer tokens than they hold most of them would. `randint` below
-        # needs one token more than a row.
-        needed = max(self.rows * length, length + 1)
-        if len(ids) < needed:
-            raise UserError(
-                f"calibration text {self.origin} has {len(ids)} tokens, but {self.rows} rows of "
-                f"{length} need {needed}: lower calibration.rows or calibration.length"
-            )
+        self._refuse_fewer(len(ids), length)
         # GPTQ's bounds: `randint` includes both ends, and the last possible window is never drawn.
         starts = [rng.randint(0, len(ids) - length - 1) for _ in range(self.rows)]
         return [ids[start : start + length].tolist() for start in starts]
@@ -129,6 +145,11 @@ class CalibrationSource:
     config: CalibrationConfig
     parts: tuple[TextShare, ...]
     fingerprint: str
+
+    def check(self, tokenizer: Tokenizer) -> None:
+        """Raise if a text has fewer tokens than its rows need, before weights are loaded."""
+        for part in self.parts:
+            part.check(self.config.length, tokenizer)
 
     def tokenize(self, tokenizer: Tokenizer) -> Calibration:
         """Cut the rows; the same text, settings and tokenizer always give the same rows.

@@ -109,6 +109,19 @@ def select_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return chosen
 
 
+def check_attention(name: str) -> None:
+    """Raise `UserError` if an implementation of attention does not run here, with the cure."""
+    if name != "flash_attention_2":
+        return
+    from transformers.utils import is_flash_attn_2_available
+
+    if not is_flash_attn_2_available():
+        raise UserError(
+            f"model.attention={name} needs an NVIDIA or AMD GPU and the package flash-attn: "
+            "install it (pip install flash-attn), or set model.attention=sdpa"
+        )
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python, numpy and torch (all devices), so that a run is reproducible."""
     import numpy

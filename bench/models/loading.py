@@ -84,6 +84,7 @@ def _attention(given: ModelConfig, config: NetworkConfig) -> str:
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    devices.check_attention(given.attention)
     # A class of remote code is in no mapping, and transformers' own refusal then stands.
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if given.attention != "sdpa" or kind is None or kind._supports_sdpa:

@@ -137,11 +137,13 @@ def resolve_run(config: RunConfig, session: Session) -> RunInputs:
     _check_methods(config, source, skeleton)
     planned = session.benchmarks.plan(config.benchmark, offline=config.offline)
     planned.check_model(config.model)
+    calibration_inputs = resolve_calibration_inputs(config)
     if config.model.kind != "image_classifier":
         tokenizer = loading.load_tokenizer(source)
         loading.check_tokenizer(config.model, tokenizer, skeleton)
         planned.harness.check_tokenizer(config.model, tokenizer, skeleton)
-    calibration_inputs = resolve_calibration_inputs(config)
+        if calibration_inputs.calibration is not None:
+            calibration_inputs.calibration.check(tokenizer)
 
     device = select_device(config.model.device)
     versions = library_versions(config, source.quantization)

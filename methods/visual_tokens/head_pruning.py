@@ -94,6 +94,12 @@ class HeadPruning(VisualStrategy):
         if self.mask is not None:
             sizes = [layer.attention_view().heads for layer in decoder_layers(structure)]
             read_head_mask(Path(self.mask), sizes)
+        if self.mask is None and self.counts is None and self.threshold is None:
+            # How far visual tokens come is known from the other methods later; not that this share
+            # of all heads is too small.
+            heads = [layer.attention_view().heads for layer in decoder_layers(structure)]
+            if self.over == "all" and len(set(heads)) == 1:
+                self._choose(torch.zeros(len(heads), heads[0]), len(heads))
         counts = self._counts()
         if counts is not None and len(counts) != len(structure.layers):
             raise UserError(

@@ -62,8 +62,18 @@ def test_fingerprints_change_with_text_and_settings_and_nothing_else(text, tmp_p
 
 
 def test_a_text_that_is_too_short_is_one_sentence_with_counts(text):
-    with pytest.raises(UserError, match=r"has 1000 tokens, but 30 rows of 50 need 1500"):
-        resolve_calibration(config(path=str(text), rows=30), offline=True).tokenize(Numbers())
+    source = resolve_calibration(config(path=str(text), rows=30), offline=True)
+    for refusing in (source.tokenize, source.check):
+        with pytest.raises(UserError, match=r"has 1000 tokens, but 30 rows of 50 need 1500"):
+            refusing(Numbers())
+    resolve_calibration(config(path=str(text), rows=20), offline=True).check(Numbers())
+
+
+def test_a_text_that_is_surely_long_enough_is_not_tokenised_for_a_check(text):
+    def tokenizer(*_, **__):
+        raise AssertionError
+
+    resolve_calibration(config(path=str(text), rows=4), offline=True).check(tokenizer)
 
 
 def test_documents_longer_than_the_window_only_and_never_across_two():

@@ -296,3 +296,9 @@ def test_an_architecture_without_sdpa_is_given_eager_and_says_so_once(tmp_path, 
         chosen[name] = network.config._attn_implementation
     assert chosen == {"gemma2": "eager", "llama": "sdpa"}
     assert capsys.readouterr().err.count("Gemma2ForCausalLM has no SDPA in transformers") == 1
+
+
+def test_flash_attention_without_its_package_is_refused_with_the_cure(saved, monkeypatch):
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: False)
+    with pytest.raises(UserError, match=r"model\.attention=flash_attention_2 needs .*sdpa"):
+        skeleton(resolve_model(config(saved, attention="flash_attention_2"), offline=True))

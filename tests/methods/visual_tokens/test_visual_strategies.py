@@ -194,6 +194,14 @@ def test_too_small_a_share_is_refused():
         top_heads_by_share(torch.rand(4, 8), 0.1, whole_layers=1, reached=4)
 
 
+def test_too_small_a_share_is_refused_before_calibration():
+    structure = loaded("llava_llama").structure
+    with pytest.raises(UserError, match=r"0 heads in \d layers cannot be kept"):
+        HeadPruning(keep=0).check(structure)
+    HeadPruning(keep=0, whole_layers=0).check(structure)
+    HeadPruning(keep=0, threshold=0.5).check(structure)
+
+
 @pytest.mark.parametrize("choose", ["first", "random"])
 def test_controls_need_no_images(choose):
     model = loaded("llava_llama")
