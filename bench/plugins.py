@@ -272,14 +272,14 @@ def _check_method(name: str, target: object, place: str) -> None:
         raise UserError(f"{place}: {name}={target!r} is no class, as in 'mine.shrink:Shrink'")
 
 
-def _refuse_taken_names(found: Plugins) -> None:
+def _refuse_taken_names(plugins: Plugins) -> None:
     """Raise if a plug-in has a config or method by a name of slimbench's own."""
     # The shipped file would be taken, and the plug-in's silently not.
-    for folder in found.configs:
+    for folder in plugins.configs:
         for file in folder.rglob("*.yaml"):
             if (CONFIG_DIR / file.relative_to(folder)).is_file():
                 raise UserError(f"{file}: slimbench has a config of this name: rename it")
-    for name, target in found.methods.items():
+    for name, target in plugins.methods.items():
         if (CONFIG_DIR / "method" / f"{name}.yaml").is_file():
             raise UserError(f"{target}: slimbench has a method {name!r}: give it another name")
 
@@ -306,9 +306,9 @@ def _top(target: str) -> str:
     return target.partition(":")[0].partition(".")[0]
 
 
-def described(found: Plugins) -> Iterable[tuple[str, str]]:
+def described(plugins: Plugins) -> Iterable[tuple[str, str]]:
     """Yield what plug-ins add as pairs of a kind and a value, for people."""
-    yield from (("package", name) for name in found.packages)
-    yield from (("configs", str(folder)) for folder in found.configs)
-    yield from (("method", f"{name} = {target}") for name, target in found.methods.items())
-    yield from (("path", str(folder)) for folder in found.path)
+    yield from (("package", name) for name in plugins.packages)
+    yield from (("configs", str(folder)) for folder in plugins.configs)
+    yield from (("method", f"{name} = {target}") for name, target in plugins.methods.items())
+    yield from (("path", str(folder)) for folder in plugins.path)

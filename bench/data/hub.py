@@ -181,7 +181,9 @@ class HubRequest:
     local_key: str
 
 
-def hub_folder(request: HubRequest, wanted: list[str], *, offline: bool) -> tuple[Path, str | None]:
+def hub_folder(
+    request: HubRequest, patterns: list[str], *, offline: bool
+) -> tuple[Path, str | None]:
     """Return the snapshot folder of a repository and its commit."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -198,7 +200,7 @@ def hub_folder(request: HubRequest, wanted: list[str], *, offline: bool) -> tupl
         folder = snapshot_download(
             request.repository,
             revision=request.revision,
-            allow_patterns=wanted,
+            allow_patterns=patterns,
             ignore_patterns=IGNORE_PATTERNS,
             local_files_only=offline,
         )

@@ -127,13 +127,13 @@ def load_image_set(
 
 
 def _load_torchvision_set(
-    name: str, found: _TorchvisionSet, folder: Path, download: bool
+    name: str, source: _TorchvisionSet, folder: Path, download: bool
 ) -> Splits:
     from torchvision import datasets
 
-    maker = getattr(datasets, found.class_name)
+    maker = getattr(datasets, source.class_name)
     if any(folder.glob("*.parquet")):
-        return _load_parquet_set(name, found, folder)
+        return _load_parquet_set(name, source, folder)
     try:
         parts = [maker(folder, train=train, download=download) for train in (True, False)]
     except PermissionError as error:
@@ -142,41 +142,43 @@ def _load_torchvision_set(
     # Other errors, such as a full disk, are not about the folder and pass.
     except (RuntimeError, FileNotFoundError, NotADirectoryError, URLError) as error:
         raise MissingData(
-            f"{folder} does not hold {name} in torchvision's layout ({found.class_name}): set "
+            f"{folder} does not hold {name} in torchvision's layout ({source.class_name}): set "
             "benchmark.images.download=true with a network connection, or give another folder"
         ) from error
     for part, role in zip(parts, ("training", "test"), strict=True):
-        _refuse_misfit(name, found, role, *_pixels_and_labels(part))
+        _refuse_misfit(name, source, role, *_pixels_and_labels(part))
     return Splits(
         name=name,
-        train=TensorSet(*_pixels_and_labels(parts[0]), found.statistics, found.shift, found.flip),
-        test=TensorSet(*_pixels_and_labels(parts[1]), found.statistics),
-        channels=found.channels,
-        size=found.size,
-        classes=found.classes,
-        provenance=f"torchvision.datasets.{found.class_name}, its own train and test split",
+        train=TensorSet(
+            *_pixels_and_labels(parts[0]), source.statistics, source.shift, source.flip
+        ),
+        test=TensorSet(*_pixels_and_labels(parts[1]), source.statistics),
+        channels=source.channels,
+        size=source.size,
+        classes=source.classes,
+        provenance=f"torchvision.datasets.{source.class_name}, its own train and test split",
         held_out=round(HELD_OUT_SHARE * len(parts[0])),
     )
 
 
-def _load_parquet_set(name: str, found: _TorchvisionSet, folder: Path) -> Splits:
+def _load_parquet_set(name: str, source: _TorchvisionSet, folder: Path) -> Splits:
     """Read the hub's schema: a column of encoded images and one of labels."""
     parts = []
     for role, where in (("training", "train"), ("test", "test")):
         files = sorted(folder.glob(f"{where}*.parquet"))
         if not files:
             raise MissingData(f"{folder} does not hold {name}: it has no {where}*.parquet")
-        part = _decoded_images(name, found, files)
-        _refuse_misfit(name, found, role, *part)
+        part = _decoded_images(name, source, files)
+        _refuse_misfit(name, source, role, *part)
         parts.append(part)
     train, test = parts
     return Splits(
         name=name,
-        train=TensorSet(*train, found.statistics, found.shift, found.flip),
-        test=TensorSet(*test, found.statistics),
-        channels=found.channels,
-        size=found.size,
-        classes=found.classes,
+        train=TensorSet(*train, source.statistics, source.shift, source.flip),
+        test=TensorSet(*test, source.statistics),
+        channels=source.channels,
+        size=source.size,
+        classes=source.classes,
         provenance=f"parquet files of {len(train[1])} training and {len(test[1])} test images",
         held_out=round(HELD_OUT_SHARE * len(train[1])),
     )
@@ -185,7 +187,7 @@ def _load_parquet_set(name: str, found: _TorchvisionSet, folder: Path) -> Splits
 _IMAGE_COLUMNS, _LABEL_COLUMNS = ("img", "image"), ("label", "fine_label")
 
 
-def _decoded_images(name: str, found: _TorchvisionSet, files: list[Path]) -> tuple[Tensor, Tensor]:
+def _decoded_images(name: str, source: _TorchvisionSet, files: list[Path]) -> tuple[Tensor, Tensor]:
     """Return pixels uint8 [N, C, H, H] and labels [N] of parquet files."""
     import io
 
@@ -193,7 +195,7 @@ def _decoded_images(name: str, found: _TorchvisionSet, files: list[Path]) -> tup
     from PIL import Image
     from pyarrow import ArrowException, parquet
 
-    mode = "L" if found.channels == 1 else "RGB"
+    mode = "L" if source.channels == 1 else "RGB"
     pixels, labels = [], []
     for file in files:
         try:
@@ -256,25 +258,25 @@ def _pixels_and_labels(part: Any) -> tuple[Tensor, Tensor]:
 
 
 def _refuse_misfit(
-    name: str, found: _TorchvisionSet, role: str, pixel_NCHH: Tensor, label_N: Tensor
+    name: str, source: _TorchvisionSet, role: str, pixel_NCHH: Tensor, label_N: Tensor
 ) -> None:
     """Raise UserError unless images and labels are those that a classifier of the set takes.
 
     torchvision reads MNIST's files without a checksum, so a damaged label would be a wrong answer.
     """
-    shape = (found.channels, found.size, found.size)
+    shape = (source.channels, source.size, source.size)
     if pixel_NCHH.shape[1:] != shape or len(pixel_NCHH) != len(label_N) or not len(label_N):
         raise UserError(
             f"image data set {name}: {len(pixel_NCHH)} {role} images of shape "
             f"{tuple(pixel_NCHH.shape[1:])} with {len(label_N)} labels; each needs one label and "
             f"the shape {shape}"
         )
-    outside_N = (label_N < 0) | (label_N >= found.classes)
+    outside_N = (label_N < 0) | (label_N >= source.classes)
     if outside_N.any():
         row = int(outside_N.nonzero()[0])
         raise UserError(
             f"image data set {name}: {role} image {row} has label {int(label_N[row])}, as do "
-            f"{int(outside_N.sum()) - 1} more without a class; labels are 0 to {found.classes - 1}"
+            f"{int(outside_N.sum()) - 1} more without a class; labels are 0 to {source.classes - 1}"
         )
 
 

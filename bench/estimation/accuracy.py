@@ -97,8 +97,8 @@ def accuracy_rows(records: Iterable[Record]) -> list[dict[str, object]]:
     return [_row(kind, found) for kind, found in kinds.items()]
 
 
-def _row(kind: str, found: list[Compared]) -> dict[str, object]:
-    proper = [each for each in found if isfinite(each.width) and each.measured]
+def _row(kind: str, phases: list[Compared]) -> dict[str, object]:
+    proper = [each for each in phases if isfinite(each.width) and each.measured]
     ratios = [
         log(each.measured / (each.low * each.high) ** 0.5)
         for each in proper
@@ -106,10 +106,10 @@ def _row(kind: str, found: list[Compared]) -> dict[str, object]:
     ]
     return {
         "phase": kind,
-        "phases": len(found),
-        "inside": f"{100 * sum(each.inside for each in found) / len(found):.0f} %",
-        "not estimated": sum(each.low is None for each in found),
-        "not measured": sum(each.measured is None for each in found),
+        "phases": len(phases),
+        "inside": f"{100 * sum(each.inside for each in phases) / len(phases):.0f} %",
+        "not estimated": sum(each.low is None for each in phases),
+        "not measured": sum(each.measured is None for each in phases),
         "measured / middle": _mean(ratios, 3),
         "high / low": _mean([log(each.width) for each in proper], 2),
     }

@@ -200,14 +200,14 @@ _OTHER_SETTINGS = frozenset(
 
 
 def settings_in_force(
-    checkpoint: Mapping[str, object], asked: Mapping[str, object], **always: object
+    checkpoint: Mapping[str, object], requested: Mapping[str, object], **always: object
 ) -> JsonObject:
     """Return the settings of a generation: those asked for, and what a checkpoint adds to them.
 
     `checkpoint` holds the settings of its generation config that differ from the defaults.
     """
-    ignored = _OTHER_SETTINGS | asked.keys() | always.keys()
-    if not asked.get("do_sample"):
+    ignored = _OTHER_SETTINGS | requested.keys() | always.keys()
+    if not requested.get("do_sample"):
         ignored |= SAMPLING_SETTINGS | {"do_sample"}
     added = {name: value for name, value in sorted(checkpoint.items()) if name not in ignored}
-    return {**asked, **always, "from_checkpoint": added}
+    return {**requested, **always, "from_checkpoint": added}

@@ -128,12 +128,12 @@ def without_contradicted(found: CostReport, progress: Progress) -> CostReport:
     return report
 
 
-def _add_prompt_costs(found: CostReport, model: Model, config: CostsConfig) -> None:
+def _add_prompt_costs(report: CostReport, model: Model, config: CostsConfig) -> None:
     # A vision-language model runs for real: methods that skip visual tokens decide by values, which
     # do not exist on the meta device.
     inputs = image_prompt.build_image_prompt(model, config.words)
-    found.add(prompt_flops_costs(model, config, inputs))
-    found.add(_prefill_costs(model, inputs))
+    report.add(prompt_flops_costs(model, config, inputs))
+    report.add(_prefill_costs(model, inputs))
 
 
 def _size_costs(model: Model) -> Measurements:

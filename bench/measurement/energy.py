@@ -17,6 +17,7 @@ from bench.measurement.workload import GenerationWorkload, Workload
 from bench.records.record import Cost, MissingMeasurement
 
 WINDOWS = 3
+"""Odd, so that the median is one of them: background work disturbs one window at most."""
 
 
 @torch.no_grad()
@@ -41,43 +42,40 @@ def energy_costs(subject: MeasuredPair, work: Workload, seconds: float) -> Measu
         scope = f"{stage} {work.shape}"
         try:
             with MachineMonitor(device) as monitor:
-                spent = joules_per_call(calls, counter, device, seconds)
+                joules = joules_per_call(calls, counter, device, seconds)
         except Unavailable as reason:  # a counter may vanish between two readings
             yield MissingMeasurement(scope=scope, quantity="energy", reason=str(reason))
             continue
         # What the counter covers (a GPU board, a CPU package) always belongs to the number.
         note = "; ".join(filter(None, (counter.how, monitor.reading.fault)))
-        parts = {"dense": spent[1]} if subject.dense else {}
+        parts = {"dense": joules[1]} if subject.dense else {}
         yield Cost(
             scope=scope,
             quantity="energy",
             unit="J",
-            value=spent[0],
+            value=joules[0],
             how="measured",
             parts=parts,
             note=note,
         )
         if subject.no_gain_reason:
-            yield MissingMeasurement(
-                scope=scope, quantity="energy_saved", reason=subject.no_gain_reason
-            )
-        elif subject.dense and spent[1] <= 0:
+            yield _missing_saving(scope, subject.no_gain_reason)
+        elif subject.dense and joules[1] <= 0:
             # A counter with coarse steps, or one that wraps, may not advance in a short window.
-            yield MissingMeasurement(
-                scope=scope,
-                quantity="energy_saved",
-                reason="the energy counter did not advance for the dense model",
-            )
+            yield _missing_saving(scope, "the energy counter did not advance for the dense model")
         elif subject.dense:
-            saved = 1 - spent[0] / spent[1]
             yield Cost(
                 scope=scope,
                 quantity="energy_saved",
                 unit="1",
-                value=saved,
+                value=1 - joules[0] / joules[1],
                 how="measured",
                 note=note,
             )
+
+
+def _missing_saving(scope: str, reason: str) -> MissingMeasurement:
+    return MissingMeasurement(scope=scope, quantity="energy_saved", reason=reason)
 
 
 def joules_per_call(

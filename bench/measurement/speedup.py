@@ -132,20 +132,22 @@ def _speedup(seconds_NR: NDArray[np.float64]) -> Ratio:
 
 
 def _gain_costs(
-    scope: str, ratio: Ratio, left: float | None, rounds: TimedRounds, precision: float
+    scope: str, ratio: Ratio, flops_left: float | None, rounds: TimedRounds, precision: float
 ) -> Measurements:
     """Yield the speed-up, and how much of the speed-up that the FLOPs allow was realised.
 
-    `left` is the share of FLOPs that remains, None if they could not be counted. A realised share
-    of 1 means that time fell as much as FLOPs, 0 that it did not fall, and below 0 that the model
-    is slower than the dense one.
+    `flops_left` is the share of FLOPs that remains, None if they could not be counted. A realised
+    share of 1 means that time fell as much as FLOPs, 0 that it did not fall, and below 0 that the
+    model is slower than the dense one.
     """
     wide = f"the interval of the speed-up is still wider than {100 * precision:g} % to one side"
     note = (
         "; ".join(filter(None, (rounds.note, wide if ratio.relative_reach > precision else None)))
         or None
     )
-    parts = {"low": ratio.low, "high": ratio.high} | ({"theory": 1 / left} if left else {})
+    parts = {"low": ratio.low, "high": ratio.high} | (
+        {"theory": 1 / flops_left} if flops_left else {}
+    )
     yield Cost(
         scope=scope,
         quantity="speedup",
@@ -155,14 +157,14 @@ def _gain_costs(
         parts=parts,
         note=note,
     )
-    if left is None:
+    if flops_left is None:
         yield MissingMeasurement(
             scope=scope,
             quantity="realised_speedup_fraction",
             reason="an operator has no FLOP formula",
         )
         return
-    if 1 - left < MIN_FLOPS_SAVED:
+    if 1 - flops_left < MIN_FLOPS_SAVED:
         yield MissingMeasurement(
             scope=scope,
             quantity="realised_speedup_fraction",
@@ -172,7 +174,7 @@ def _gain_costs(
     # Seconds saved over FLOPs saved, both as shares of the dense model: time left is 1 / speed-up.
     # The function is monotonic, so the ends of the interval map to ends.
     shares = {
-        name: (1 - 1 / gain) / (1 - left)
+        name: (1 - 1 / gain) / (1 - flops_left)
         for name, gain in (("low", ratio.low), ("high", ratio.high), ("middle", ratio.value))
     }
     yield Cost(

@@ -245,16 +245,16 @@ DeviceMap = str | PlaceOfModule
 
 
 def device_map(
-    wanted: str | None, device: torch.device, skeleton: Callable[[], nn.Module]
+    requested: str | None, device: torch.device, skeleton: Callable[[], nn.Module]
 ) -> DeviceMap | None:
     """Return the device map for `from_pretrained`; None loads the model into CPU memory.
 
     `skeleton` returns the network on the meta device, in which the parts are looked up.
     """
-    if wanted in OFFLOAD_TARGETS:
-        return _offloaded_layers_map(skeleton(), device, OFFLOAD_TARGETS[wanted])
+    if requested in OFFLOAD_TARGETS:
+        return _offloaded_layers_map(skeleton(), device, OFFLOAD_TARGETS[requested])
     # On a GPU the files are read there directly, so that the host never holds the whole model.
-    return wanted or ({"": device} if device.type == "cuda" else None)
+    return requested or ({"": device} if device.type == "cuda" else None)
 
 
 def _offloaded_layers_map(skeleton: nn.Module, device: torch.device, place: str) -> PlaceOfModule:

@@ -116,13 +116,13 @@ class EnvironmentLeaves(Leaves):
     versions: dict[str, str | None] = _EMPTY
 
 
-def with_leaves(found: JsonObject, leaves: type[Leaves]) -> JsonObject:
+def with_leaves(content: JsonObject, leaves: type[Leaves]) -> JsonObject:
     """Return a JSON object as it is; raise `ValueError` unless reports can read its values."""
     try:
-        leaves.model_validate(found)
+        leaves.model_validate(content)
     except ValidationError as error:
         raise ValueError(first_fault(error)) from None
-    return found
+    return content
 
 
 def first_fault(error: ValidationError) -> str:

@@ -312,10 +312,10 @@ def _is_as_written(text: bytes) -> bool:
     return bool(found) and after == f'{_digest(before + _END.encode())}"{_END}\n'.encode()
 
 
-def _without_checksum(found: _RecordFile) -> Record:
-    values = {name: getattr(found, name) for name in Record.model_fields}
+def _without_checksum(stored: _RecordFile) -> Record:
+    values = {name: getattr(stored, name) for name in Record.model_fields}
     own = {"checksum", "text_checksum"}
-    return Record.model_construct(found.model_fields_set - own, **values)
+    return Record.model_construct(stored.model_fields_set - own, **values)
 
 
 class _RecordFile(Record):

@@ -211,14 +211,14 @@ def _idle_reason(check: EffectCheck, report: MethodReport, knobs: JsonObject) ->
     return f"saved nothing, although ratio={ratio}" if idle and ratio else None
 
 
-def refuse_impossible_order(config: RunConfig, found: Collection[str]) -> None:
+def refuse_impossible_order(config: RunConfig, forms: Collection[str]) -> None:
     """Raise if a method cannot change weights in the form in which an earlier one leaves them.
 
-    Or if it draws new ones, so that the earlier one did its work for nothing. `found` are the forms
+    Or if it draws new ones, so that the earlier one did its work for nothing. `forms` are the forms
     of the model's own weights besides the published one.
     """
     # By form, the method that made it; None for the model's own.
-    made_by: dict[str, str | None] = dict.fromkeys(found)
+    made_by: dict[str, str | None] = dict.fromkeys(forms)
     names = list(config.method)
     for name, method in config.method.items():
         if method.restarts and name != names[0]:

@@ -52,9 +52,9 @@ def rebuild_model(
     for name, content in source.files.items():
         refuse_change(f"file {name}", recorded.get(name, content), content)
     inputs = resolve_calibration_inputs(config)
-    for name, found in inputs.fingerprints.items():
-        if found is not None:
-            refuse_change(name, record.provenance.get(name), found)
+    for name, current in inputs.fingerprints.items():
+        if current is not None:
+            refuse_change(name, record.provenance.get(name), current)
     # Same order as in a run: threads, seed, load, apply. A method that draws from the global
     # generator would otherwise make a different model, and another number of threads adds floats
     # up in another order.
@@ -185,9 +185,9 @@ def _is_listed(record: Record, model: JsonObject, given: Overrides) -> bool:
     return listed.allow_remote_code and listed.source == model.get("source")
 
 
-def refuse_change(name: str, recorded: object, found: object) -> None:
+def refuse_change(name: str, recorded: object, current: object) -> None:
     """Raise if the fingerprint of an input differs from that of what the run read."""
-    if recorded != found:
+    if recorded != current:
         raise UserError(f"the {name} changed since the run, so it cannot be repeated")
 
 

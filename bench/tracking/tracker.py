@@ -19,7 +19,7 @@ _unanswered_runs: list[str] = []
 """Runs for which the server did not answer this process in time."""
 
 
-def follow(run: str, shown: LiveRun, store: Store, config: TrackerConfig) -> Upload | None:
+def follow(run: str, live_run: LiveRun, store: Store, config: TrackerConfig) -> Upload | None:
     """Open the W&B run of a run that begins; None if it is sent at its end only.
 
     `config` is that of W&B. What is returned is told of phases and results, and is given to
@@ -31,7 +31,7 @@ def follow(run: str, shown: LiveRun, store: Store, config: TrackerConfig) -> Upl
         # Nobody can watch what is written offline.
         if config.live == "auto" and wandb_run.wandb_mode(config) != "online":
             return None
-        opening = Opening(run, str(store.root), config.model_dump(), live=shown)
+        opening = Opening(run, str(store.root), config.model_dump(), live=live_run)
         return Upload(opening, config.timeout)
     except Exception:  # whatever a tracker raises, it must not fail the run; `track` says it
         return None

@@ -80,7 +80,7 @@ class Upload:
 
     def __init__(self, opening: Opening, timeout: float) -> None:
         self._timeout, self._run = timeout, opening.id
-        self._said = b""
+        self._output = b""
         self._announced = False
         self._last_event = 0.0
         self._phase: object = None
@@ -130,7 +130,7 @@ class Upload:
             # silent server as well.
             waited = time.monotonic() - started > WANDB_INIT_SECONDS
             raise (UploadTimeout if waited else UploadFailed)(lines[-1])
-        return (self._said.decode(errors="replace").strip().splitlines() or [""])[-1]
+        return (self._output.decode(errors="replace").strip().splitlines() or [""])[-1]
 
     def abandon(self) -> None:
         """Mark the W&B run as failed, if the server answers soon; never raise."""
@@ -142,13 +142,13 @@ class Upload:
     def _end(self, last: JsonObject, timeout: float) -> bytes:
         """Send the last line, wait for the process and return its errors."""
         try:
-            said, errors = self._process.communicate(_line(last), timeout)
+            output, errors = self._process.communicate(_line(last), timeout)
         except subprocess.TimeoutExpired:
             raise UploadTimeout(f"no answer within {self._timeout:g} s") from None
         finally:
             # Also after success: the client's service process may outlive the client.
             _kill_process_group(self._process)
-        self._said += said
+        self._output += output
         return errors
 
     def _write(self, event: JsonObject) -> None:
@@ -166,8 +166,8 @@ class Upload:
         if self._announced or self._process.stdout is None:
             return
         os.set_blocking(self._process.stdout.fileno(), False)
-        self._said += self._process.stdout.read() or b""
-        line, ended, _ = self._said.decode(errors="replace").partition("\n")
+        self._output += self._process.stdout.read() or b""
+        line, ended, _ = self._output.decode(errors="replace").partition("\n")
         if ended and line.startswith("http"):
             note(f"W&B: {line}")
         self._announced = bool(ended)

@@ -247,20 +247,22 @@ class MoESlimming(MicroExpertPruning, CalibratedPruning):
         )
 
     def kept_widths(
-        self, structure: ModelStructure, found: dict[MoEBlock, Attribution]
+        self, structure: ModelStructure, attributions: dict[MoEBlock, Attribution]
     ) -> list[list[int]]:
         """Return how many channels every routed expert keeps, by block."""
-        routed = [_by_expert(block, found[block].channel_scores()) for block in found]
-        loss_L = torch.tensor([scores.layer_loss() for scores in found.values()])
-        keep = sum(sum(block.widths) for block in found) - sum(self.budgets(structure))
+        routed = [_by_expert(block, attributions[block].channel_scores()) for block in attributions]
+        loss_L = torch.tensor([scores.layer_loss() for scores in attributions.values()])
+        keep = sum(sum(block.widths) for block in attributions) - sum(self.budgets(structure))
         by_layer = keep_by_coverage(
             [torch.cat(scores) for scores in routed], layer_weights(loss_L), keep
         )
         widths = [
-            keep_by_coverage(scores, expert_weights(found[block].expert_scores()), count)
-            for block, scores, count in zip(found, routed, by_layer, strict=True)
+            keep_by_coverage(scores, expert_weights(attributions[block].expert_scores()), count)
+            for block, scores, count in zip(attributions, routed, by_layer, strict=True)
         ]
-        return rounded_widths(widths, [block.widths for block in found], self.multiple, self.least)
+        return rounded_widths(
+            widths, [block.widths for block in attributions], self.multiple, self.least
+        )
 
     def _observe(
         self, model: Model, tokens_BL: Tensor, progress: Progress

@@ -104,13 +104,13 @@ def _record_output_gradients(gathered: dict[MoEBlock, OutputMetric]) -> Iterator
         yield
 
 
-def _gradient_hook(found: OutputMetric) -> Callable[[nn.Module, object, BlockOutput], None]:
+def _gradient_hook(metric: OutputMetric) -> Callable[[nn.Module, object, BlockOutput], None]:
     def after(_: nn.Module, __: object, output: BlockOutput) -> None:
         # Some blocks return their router's logits as well.
         output_BLD = output[0] if isinstance(output, tuple) else output
         # A hook on the tensor, not a module backward hook: no autograd function is wrapped around
         # the block, and the gradient is complete when the hook runs.
-        output_BLD.register_hook(found.add)
+        output_BLD.register_hook(metric.add)
 
     return after
 

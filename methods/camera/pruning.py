@@ -150,10 +150,10 @@ class CameraP(MicroExpertPruning, SequentialPruning):
             # before the first layer is pruned.
             budgets = self._allocate(model, tokens_BL, progress, sum(budgets))
         measured = self.observe_blocks(model, tokens_BL, self._observer, progress)
-        for (block, found), budget in zip(measured, budgets, strict=True):
-            energy_N = found.energies(alpha, normalised=self.normalised)
+        for (block, observer), budget in zip(measured, budgets, strict=True):
+            energy_N = observer.energies(alpha, normalised=self.normalised)
             indices = self._lowest(block, energy_N, budget, share)
-            yield self._prune_block(found, energy_N, indices)
+            yield self._prune_block(observer, energy_N, indices)
 
     def _prune_globally(
         self, model: Model, tokens_BL: Tensor, alpha: float, progress: Progress
@@ -161,20 +161,21 @@ class CameraP(MicroExpertPruning, SequentialPruning):
         """Prune all blocks by one ranking of energies relative to block output power."""
         options = self.walk_options()
         measured = [
-            (found, found.energies(alpha, normalised=self.normalised))
-            for _, found in walk_blocks(model, tokens_BL, BlockEnergies, options, progress)
+            (observer, observer.energies(alpha, normalised=self.normalised))
+            for _, observer in walk_blocks(model, tokens_BL, BlockEnergies, options, progress)
         ]
         # Outputs of different blocks differ in scale, so raw energies are not comparable across
         # blocks: one ranking of them would strip the blocks with small outputs. Divided by Σ_t
         # ‖y_t‖² an energy is the relative squared error of the block's output (at α = 0).
         relative = [
-            energy_N / max(found.output_power, MIN_OUTPUT_POWER) for found, energy_N in measured
+            energy_N / max(observer.output_power, MIN_OUTPUT_POWER)
+            for observer, energy_N in measured
         ]
         chosen = lowest_overall(relative, sum(self.budgets(model.structure)))
-        for (found, energy_N), indices in zip(measured, chosen, strict=True):
+        for (observer, energy_N), indices in zip(measured, chosen, strict=True):
             # The walk is over, so the weights of an offloaded layer have left the device again.
-            with onloaded(model.structure.layers[found.block.layer]):
-                yield self._prune_block(found, energy_N, indices.to(energy_N.device))
+            with onloaded(model.structure.layers[observer.block.layer]):
+                yield self._prune_block(observer, energy_N, indices.to(energy_N.device))
 
     def _allocate(
         self, model: Model, tokens_BL: Tensor, progress: Progress, budget: int
@@ -183,8 +184,8 @@ class CameraP(MicroExpertPruning, SequentialPruning):
         measured = walk_blocks(model, tokens_BL, BlockEnergies, self.walk_options(), progress)
         relative = [
             # α = 0 whatever the ranking uses: only then is a sum of energies the predicted error.
-            found.energies(0.0, normalised=False) / max(found.output_power, MIN_OUTPUT_POWER)
-            for _, found in measured
+            observer.energies(0.0, normalised=False) / max(observer.output_power, MIN_OUTPUT_POWER)
+            for _, observer in measured
         ]
         return allocate_least_error(relative, budget, self.layer_limit)
 
@@ -201,23 +202,25 @@ class CameraP(MicroExpertPruning, SequentialPruning):
             return lowest_of_each(energy_N, spans, aligned_losses(block, share, self.align))
         return lowest_per_expert(energy_N, spans, budget)
 
-    def _prune_block(self, found: BlockEnergies, energy_N: Tensor, indices: Tensor) -> LayerEntry:
+    def _prune_block(
+        self, observer: BlockEnergies, energy_N: Tensor, indices: Tensor
+    ) -> LayerEntry:
         """Refit and prune one block; return its report entry."""
         # Before the change: energies and widths describe the block as it was.
-        measured = _measured_entry(found, energy_N, indices)
-        if found.grams is not None:
+        measured = _measured_entry(observer, energy_N, indices)
+        if observer.grams is not None:
             # Refit before removal, while channels still have their original indices.
-            gone = dict(channels_per_expert(found.block, indices))
-            measured["refit"] = refit_experts(found.grams, gone, self.refit_damping)
-        return self.remove_micro_experts(found.block, indices) | measured
+            gone = dict(channels_per_expert(observer.block, indices))
+            measured["refit"] = refit_experts(observer.grams, gone, self.refit_damping)
+        return self.remove_micro_experts(observer.block, indices) | measured
 
 
 QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
 
 
-def _measured_entry(found: BlockEnergies, energy_N: Tensor, indices: Tensor) -> LayerEntry:
+def _measured_entry(observer: BlockEnergies, energy_N: Tensor, indices: Tensor) -> LayerEntry:
     """Build the part of a block's report entry that is measured, before the block changes."""
-    block = found.block
+    block = observer.block
     counted = per_expert_counts(block, indices)
     widths, lost = counted["width_per_expert"], counted["removed_per_expert"]
     experts = [expert for expert, _ in expert_spans(block)]
@@ -228,7 +231,7 @@ def _measured_entry(found: BlockEnergies, energy_N: Tensor, indices: Tensor) -> 
         "removed_energy_share": energy_share(energy_N, indices),
         "energy_per_expert": [float(energy_N[place].sum()) for _, place in expert_spans(block)],
         "emptied_experts": sum(n == width > 0 for n, width in zip(lost, widths, strict=True)),
-        "kept_work": _kept_work(block, found.tokens_per_expert, lost_by_expert),
+        "kept_work": _kept_work(block, observer.tokens_per_expert, lost_by_expert),
         "energy_quantiles": _quantiles(energy_N),
     }
 

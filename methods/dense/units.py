@@ -102,26 +102,28 @@ def find_units(
 Part = TypeVar("Part")
 
 
-def _only(found: list[Part], where: str, what: str, others: Kind) -> Part:
-    if len(found) != 1:
-        raise UserError(f"{where} {len(found)} {what}, but needs one: set units={others}")
-    return found[0]
+def _only(parts: list[Part], where: str, what: str, others: Kind) -> Part:
+    if len(parts) != 1:
+        raise UserError(f"{where} {len(parts)} {what}, but needs one: set units={others}")
+    return parts[0]
 
 
-def _neurons(index: int, found: FeedForward) -> Units:
-    unit_F = torch.arange(found.width)
+def _neurons(index: int, feed_forward: FeedForward) -> Units:
+    unit_F = torch.arange(feed_forward.width)
     # A fused matrix has the gate's rows first and then those of up, in the same order.
-    unit_R = unit_F.repeat(2) if found.form == "fused" else unit_F
-    sources = tuple((source, unit_R) for source in found.sources)
-    return Units(index, "neurons", found.width, found.owner, sources, found.down)
+    unit_R = unit_F.repeat(2) if feed_forward.form == "fused" else unit_F
+    sources = tuple((source, unit_R) for source in feed_forward.sources)
+    return Units(
+        index, "neurons", feed_forward.width, feed_forward.owner, sources, feed_forward.down
+    )
 
 
-def _heads(index: int, found: Heads, where: str) -> Units:
-    reason = found.reason_to_stay
+def _heads(index: int, heads: Heads, where: str) -> Units:
+    reason = heads.reason_to_stay
     if reason is not None:
         raise UserError(f"{where} {reason}, so none can go: set units=neurons")
-    sources = tuple(zip(found.sources, found.group_rows, strict=True))
-    return Units(index, "heads", found.groups, found.owner, sources, found.readout, found)
+    sources = tuple(zip(heads.sources, heads.group_rows, strict=True))
+    return Units(index, "heads", heads.groups, heads.owner, sources, heads.readout, heads)
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ from methods.visual_engine.selection_inputs import (
     LayerQK,
     LayersAhead,
     SelectionInputs,
+    TokenSelection,
 )
 from methods.visual_engine.selection_step import TokenPruningStep
 from methods.visual_engine.settings import DecodePruning, Window
@@ -253,23 +254,10 @@ class ForwardState:
             )
             choice = step.choose(inputs, torch.tensor(kept, device=states_BND.device))
             untouched_I = torch.tensor(untouched, device=states_BND.device)
-            if choice.changed_IM is not None and choice.states_IMD is not None:
-                changed_IM = choice.changed_IM & ~untouched_I[:, None]
-                states_BND = frames.replace_rows(states_BND, changed_IM, choice.states_IMD)
-            keep_IM = choice.keep_IM | untouched_I[:, None]
-            # Without gaps a row's position is its rank among those that are left, so the order of
-            # the rows is the order of the tokens. With kept positions every token stays in place.
-            if choice.order_IM is not None and step.renumbers:
-                order_IM = choice.order_IM.masked_fill(untouched_I[:, None], 0)
-                moved_BN = frames.unpack_order(reordered_rows(keep_IM, order_IM))
-                states_BND = states_BND.gather(1, moved_BN[..., None].expand_as(states_BND))
-                visual = visual.reordered(moved_BN)
-            if choice.weight_IM is not None:
-                weight_BN = frames.unpack_weights(choice.weight_IM.to(states_BND.dtype))
-                visual = replace(visual, weight_BN=weight_BN)
-            chosen = rows_where(frames.unpack(keep_IM))
-            states_BND = chosen.take(states_BND)
-            self.visual = visual = visual.subset(chosen)
+            visual, states_BND = _chosen_tokens(
+                choice, frames, visual, states_BND, untouched_I, renumbers=step.renumbers
+            )
+            self.visual = visual
         self.stages.append(visual)
         self._closed_B.append(self._closed_B[-1])
         if touched and step.renumbers:
@@ -298,6 +286,34 @@ class ForwardState:
             self.cached_tokens.closed_B[stage] = closed_B
         for layer in self.cache.layers:
             layer.length = self.offset + length
+
+
+def _chosen_tokens(
+    choice: TokenSelection,
+    frames: Frames,
+    visual: VisualTokensState,
+    states_BND: Tensor,
+    untouched_I: Tensor,
+    *,
+    renumbers: bool,
+) -> tuple[VisualTokensState, Tensor]:
+    """Return the tokens that a step leaves and their states; `untouched_I` frames stay whole."""
+    if choice.changed_IM is not None and choice.states_IMD is not None:
+        changed_IM = choice.changed_IM & ~untouched_I[:, None]
+        states_BND = frames.replace_rows(states_BND, changed_IM, choice.states_IMD)
+    keep_IM = choice.keep_IM | untouched_I[:, None]
+    # Without gaps a row's position is its rank among those that are left, so the order of the rows
+    # is the order of the tokens. With kept positions every token stays in place.
+    if choice.order_IM is not None and renumbers:
+        order_IM = choice.order_IM.masked_fill(untouched_I[:, None], 0)
+        moved_BN = frames.unpack_order(reordered_rows(keep_IM, order_IM))
+        states_BND = states_BND.gather(1, moved_BN[..., None].expand_as(states_BND))
+        visual = visual.reordered(moved_BN)
+    if choice.weight_IM is not None:
+        weight_BN = frames.unpack_weights(choice.weight_IM.to(states_BND.dtype))
+        visual = replace(visual, weight_BN=weight_BN)
+    chosen = rows_where(frames.unpack(keep_IM))
+    return visual.subset(chosen), chosen.take(states_BND)
 
 
 def all_visual_tokens(

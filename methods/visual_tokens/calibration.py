@@ -399,13 +399,13 @@ def require_samples(context: Context) -> ProcessedPrompts:
     return given
 
 
-def _refuse_mismatch(found: CalibrationStats, engine: VisualEngine, folder: str) -> None:
+def _refuse_mismatch(stats: CalibrationStats, engine: VisualEngine, folder: str) -> None:
     """Raise if the statistics belong to a network of different sizes."""
     heads = engine.decoder.layers[0].attention_view().heads
     mine = (len(engine.decoder.layers), heads)
-    theirs = tuple(found.last.shape[1:])
+    theirs = tuple(stats.last.shape[1:])
     widths = [[unit.width for unit in layer.units()] for layer in engine.decoder.layers]
-    same = widths == [[len(score_F) for score_F in units] for units in found.neurons]
+    same = widths == [[len(score_F) for score_F in units] for units in stats.neurons]
     if mine != theirs or not same:
         raise UserError(
             f"calibration_folder={folder} is of {theirs[0]} layers with {theirs[1]} heads; the "

@@ -40,15 +40,15 @@ def run_command(given: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def _show(found: SweepEstimate) -> None:
-    if len(found.runs) > 1:
-        print_rows(list(_run_rows(found)), False)
-        print_text(sweep_line(found))
-        gaps = dict.fromkeys(gap for run in found.runs for gap in run.missing)
+def _show(estimate: SweepEstimate) -> None:
+    if len(estimate.runs) > 1:
+        print_rows(list(_run_rows(estimate)), False)
+        print_text(sweep_line(estimate))
+        gaps = dict.fromkeys(gap for run in estimate.runs for gap in run.missing)
         for gap in gaps:
             print_text(f"missing: {gap}")
         return
-    (run,) = found.runs
+    (run,) = estimate.runs
     print_rows(list(phase_rows(run)), False)
     for line in notes(run):
         print_text(line)
@@ -56,8 +56,8 @@ def _show(found: SweepEstimate) -> None:
         print_text("recorded already: it costs nothing again")
 
 
-def _run_rows(found: SweepEstimate) -> Iterator[dict[str, object]]:
-    for run in found.runs:
+def _run_rows(estimate: SweepEstimate) -> Iterator[dict[str, object]]:
+    for run in estimate.runs:
         yield {
             "run": run.name,
             "time": time_range(run.low, run.high),

@@ -95,10 +95,10 @@ def _is_nan(value: object) -> bool:
     return isinstance(value, float) and math.isnan(value)
 
 
-def _metric_rows(record: Record, found: Evaluation) -> Iterator[dict[str, Any]]:
+def _metric_rows(record: Record, evaluation: Evaluation) -> Iterator[dict[str, Any]]:
     """Yield every metric with its stored and its new value; one that is gone has none."""
     known = {_metric_key(metric): metric for metric in record.metrics}
-    new = {_metric_key(metric): metric for metric in found.metrics}
+    new = {_metric_key(metric): metric for metric in evaluation.metrics}
     for key in known | new:
         task, metric, through = key
         yield {

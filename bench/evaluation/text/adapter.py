@@ -303,10 +303,10 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
         return ["" if answer is None else answer.text for answer in found]
 
     def _warn_about_thoughts(
-        self, requests: Sequence[Instance], found: Sequence[Generated | None]
+        self, requests: Sequence[Instance], answers: Sequence[Generated | None]
     ) -> None:
         """Say which tasks have answers without the token that ends the thoughts."""
-        pairs = [pair for pair in zip(requests, found, strict=True) if pair[1] is not None]
+        pairs = [pair for pair in zip(requests, answers, strict=True) if pair[1] is not None]
         endless = Counter(r.task_name for r, answer in pairs if answer and answer.thoughts == "")
         if endless:
             asked = Counter(request.task_name for request, _ in pairs)

@@ -125,17 +125,17 @@ def dense_state(
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
-def _layer_weight(layer: str, found: Mapping[str, Tensor], packing: Packing) -> Tensor:
-    missing = [part for part in _PARTS[:3] if part not in found]
+def _layer_weight(layer: str, tensors: Mapping[str, Tensor], packing: Packing) -> Tensor:
+    missing = [part for part in _PARTS[:3] if part not in tensors]
     if missing:
         raise UserError(f"the quantized layer {layer} has no {missing[0]}")
-    qweight, qzeros, scales_GO = (found[part] for part in _PARTS[:3])
+    qweight, qzeros, scales_GO = (tensors[part] for part in _PARTS[:3])
     each = 32 // packing.bits
     # AWQ packs outputs into a word, GPTQ inputs.
     is_awq = packing.layout == "gemm"
     rows, columns = qweight.shape
     inputs, outputs = (rows, each * columns) if is_awq else (each * rows, columns)
-    group_I = found.get("g_idx")
+    group_I = tensors.get("g_idx")
     if group_I is None:
         group_I = torch.arange(inputs) // (packing.group or inputs)
     fits = (
@@ -145,7 +145,7 @@ def _layer_weight(layer: str, found: Mapping[str, Tensor], packing: Packing) -> 
         and 0 <= int(group_I.min()) <= int(group_I.max()) < len(scales_GO)
     )
     if not fits:
-        shapes = ", ".join(f"{part} {tuple(tensor.shape)}" for part, tensor in found.items())
+        shapes = ", ".join(f"{part} {tuple(tensor.shape)}" for part, tensor in tensors.items())
         raise UserError(f"the tensors of the quantized layer {layer} do not fit: {shapes}")
     if is_awq:
         return awq_weight(qweight, qzeros, scales_GO, group_I.long())

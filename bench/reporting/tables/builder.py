@@ -77,15 +77,15 @@ def tables_of(records: Sequence[Record]) -> Iterator[Table]:
                 yield table
 
 
-def build_table(config: TableConfig, found: Mapping[TableSlot, Sequence[Record]]) -> Table:
+def build_table(config: TableConfig, slot_records: Mapping[TableSlot, Sequence[Record]]) -> Table:
     """Put the records of each line next to the published cells."""
     theirs = {name: _section_cells(config, name) for name in config.sections}
     lines = {
-        slot: _table_line(config, slot, found.get(slot, ()), theirs[slot.section])
+        slot: _table_line(config, slot, slot_records.get(slot, ()), theirs[slot.section])
         for slot in table_slots(config)
     }
-    labels = {name: _label(config, name, found) for name in config.columns}
-    changes = _changes(config, found)
+    labels = {name: _label(config, name, slot_records) for name in config.columns}
+    changes = _changes(config, slot_records)
     return Table(
         name=config.name,
         title=config.title,
@@ -125,10 +125,12 @@ def _beside(
 
 
 def _changes(
-    config: TableConfig, found: Mapping[TableSlot, Sequence[Record]]
+    config: TableConfig, slot_records: Mapping[TableSlot, Sequence[Record]]
 ) -> dict[TableSlot, dict[str, TableCell]]:
     """Return the changes of each line against the dense line of its section, by column."""
-    whole = {slot: records for slot, records in found.items() if len(records) == len(slot.runs)}
+    whole = {
+        slot: records for slot, records in slot_records.items() if len(records) == len(slot.runs)
+    }
     dense = {
         slot.section: records
         for slot, records in whole.items()
@@ -177,13 +179,13 @@ def _table_line(
 
 
 def _label(
-    config: TableConfig, name: str, found: Mapping[TableSlot, Sequence[Record]]
+    config: TableConfig, name: str, slot_records: Mapping[TableSlot, Sequence[Record]]
 ) -> str | None:
     """Return what a column's numbers were scored on; None if the column's name says it."""
     # A column is named after the real data set, which a stand-in or a local file replaces.
     labels = dict.fromkeys(
         label
-        for slot, records in found.items()
+        for slot, records in slot_records.items()
         for label in numbers.scored_on(
             numbers.with_variables(config.columns[name], config.sections[slot.section].variables),
             records,

@@ -127,16 +127,16 @@ def best_cells(table: Table) -> frozenset[tuple[int, int]]:
     return frozenset(found)
 
 
-def agreement_text(found: OrderAgreement) -> str:
+def agreement_text(agreement: OrderAgreement) -> str:
     """Return one sentence on the order of methods."""
-    where = " ".join(filter(None, (found.section, found.variant, found.column)))
-    whose = "" if found.model == found.section else f" of {found.model}"
-    pairs = found.same + found.reversed + found.close
-    text = f"{where}: {found.same} of {pairs} pairs of methods in the published order{whose}"
-    text += f", {found.reversed} reversed, {found.close} too close to call"
-    if found.tau is not None:
-        text += f"; Kendall's tau {found.tau:+.2f}"
-    return f"{text}. Ours {' > '.join(found.ours)}; theirs {' > '.join(found.theirs)}"
+    where = " ".join(filter(None, (agreement.section, agreement.variant, agreement.column)))
+    whose = "" if agreement.model == agreement.section else f" of {agreement.model}"
+    pairs = agreement.same + agreement.reversed + agreement.close
+    text = f"{where}: {agreement.same} of {pairs} pairs of methods in the published order{whose}"
+    text += f", {agreement.reversed} reversed, {agreement.close} too close to call"
+    if agreement.tau is not None:
+        text += f"; Kendall's tau {agreement.tau:+.2f}"
+    return f"{text}. Ours {' > '.join(agreement.ours)}; theirs {' > '.join(agreement.theirs)}"
 
 
 def footnotes(table: Table) -> list[str]:

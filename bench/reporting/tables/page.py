@@ -35,7 +35,7 @@ LIBRARIES = ("torch", "transformers", "lm-eval", "lmms-eval")
 
 
 def results_page(
-    config: TableConfig, found: FoundRecords, samples: ReadSamples, command: str
+    config: TableConfig, slot_records: FoundRecords, samples: ReadSamples, command: str
 ) -> str:
     """Return the page of a table with the records of its lines.
 
@@ -44,13 +44,18 @@ def results_page(
     Raises:
         UserError: no line has a record.
     """
-    records = list({record.id: record for kept in found.values() for record in kept}.values())
+    records = list(
+        {record.id: record for kept in slot_records.values() for record in kept}.values()
+    )
     if not records:
         raise UserError(
             f"table {config.name} has no record here, so there is nothing to write: run "
             f"`bench table {config.name}` first, or name its folder by results_dir=FOLDER"
         )
-    table, families = build_table(config, found), list(_families(config, found, samples))
+    table, families = (
+        build_table(config, slot_records),
+        list(_families(config, slot_records, samples)),
+    )
     parts = [
         f"# {cell_text.heading_text(table)}",
         *_findings(families),
@@ -60,7 +65,7 @@ def results_page(
         *_numbers(table),
         *_caveats(config, records),
         *_comparisons(families),
-        *_gaps(config, found),
+        *_gaps(config, slot_records),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -163,36 +168,38 @@ class _Family:
     refused: Sequence[str]
 
 
-def _families(config: TableConfig, found: FoundRecords, samples: ReadSamples) -> Iterator[_Family]:
+def _families(
+    config: TableConfig, slot_records: FoundRecords, samples: ReadSamples
+) -> Iterator[_Family]:
     """Yield the tests of every line against the dense one, then those that the table names."""
-    slots = [slot for slot in table_slots(config) if found.get(slot)]
-    dense = [slot for slot in slots if found[slot][0].is_dense]
+    slots = [slot for slot in table_slots(config) if slot_records.get(slot)]
+    dense = [slot for slot in slots if slot_records[slot][0].is_dense]
     for base in dense:
         others = [slot for slot in slots if slot.section == base.section and slot != base]
-        yield from _family(base, others, found, samples)
+        yield from _family(base, others, slot_records, samples)
     for row, rivals in config.against.items():
         for base in slots:
             place = (base.section, base.variant)
             others = [s for s in slots if (s.section, s.variant) == place and s.row in rivals]
             if base.row == row:
-                yield from _family(base, others, found, samples)
+                yield from _family(base, others, slot_records, samples)
 
 
 def _family(
-    base: TableSlot, others: Sequence[TableSlot], found: FoundRecords, samples: ReadSamples
+    base: TableSlot, others: Sequence[TableSlot], slot_records: FoundRecords, samples: ReadSamples
 ) -> Iterator[_Family]:
     """Yield the tests of some lines against one line, on the average and on perplexities."""
     from bench.reporting.comparison import ComparedRun, compare
 
     def with_samples(slot: TableSlot) -> ComparedRun:
         # The first seed stands for a line of several: pairs are of samples, not of means.
-        record = found[slot][0]
+        record = slot_records[slot][0]
         return ComparedRun(record, samples(record.id))
 
     if not others:
         return
     compared = compare(with_samples(base), [with_samples(slot) for slot in others])
-    names = {found[slot][0].id: _slot_text(slot) for slot in others}
+    names = {slot_records[slot][0].id: _slot_text(slot) for slot in others}
     texts = compared.baseline.config["benchmark"].get("perplexity", {})
     kept = [c for c in compared.contrasts if c.task == AVERAGE or c.task in texts]
     yield _Family(_slot_text(base), names, kept, compared.refused)
@@ -268,9 +275,9 @@ def _slot_text(slot: TableSlot) -> str:
     return f"{slot.row} {slot.variant}".rstrip()
 
 
-def _gaps(config: TableConfig, found: FoundRecords) -> Iterator[str]:
+def _gaps(config: TableConfig, slot_records: FoundRecords) -> Iterator[str]:
     """Yield the lines that have no record."""
-    missing = [slot for slot in table_slots(config) if slot.runs and not found.get(slot)]
+    missing = [slot for slot in table_slots(config) if slot.runs and not slot_records.get(slot)]
     yield "## Not run"
     if missing:
         yield "\n".join(f"- {_slot_text(slot)}" for slot in missing)

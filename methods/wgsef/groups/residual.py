@@ -128,13 +128,13 @@ def _shortcut_of(
             continue
         zeros = {key: torch.zeros_like(block.get_parameter(key)) for key in weights}
         try:
-            found = functional_call(block, zeros, (x,), keywords)
+            output = functional_call(block, zeros, (x,), keywords)
             expected = block.get_submodule(child)(x) if child else x
         except FORWARD_ERRORS:
             continue
         for rectified in (False, True):
             kept = torch.relu(expected) if rectified else expected
-            if _agree(found, kept):
+            if _agree(output, kept):
                 return Shortcut(block=name, child=child, rectified=rectified)
     return None
 
@@ -149,7 +149,10 @@ def _weights(module: nn.Module) -> int:
     return sum(weight.numel() for weight in module.parameters())
 
 
-def _agree(found: object, kept: object) -> bool:
-    if not (isinstance(found, Tensor) and isinstance(kept, Tensor)) or found.shape != kept.shape:
+def _agree(output: object, expected: object) -> bool:
+    if (
+        not (isinstance(output, Tensor) and isinstance(expected, Tensor))
+        or output.shape != expected.shape
+    ):
         return False
-    return bool((found - kept).abs().max() <= TOLERANCE * kept.abs().max())
+    return bool((output - expected).abs().max() <= TOLERANCE * expected.abs().max())

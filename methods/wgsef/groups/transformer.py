@@ -131,41 +131,47 @@ def micro_experts(network: nn.Module) -> list[GroupFamily]:
     return _require_families(families, network, "fused experts")
 
 
-def _neuron_family(name: str, found: FeedForward) -> GroupFamily:
+def _neuron_family(name: str, feed_forward: FeedForward) -> GroupFamily:
     where = f"{name}." if name else ""
-    neuron_R = torch.arange(found.width)
+    neuron_R = torch.arange(feed_forward.width)
     # A fused matrix has the gate's rows first and then those of up, in the same order.
-    group_R = neuron_R.repeat(2) if found.form == "fused" else neuron_R
+    group_R = neuron_R.repeat(2) if feed_forward.form == "fused" else neuron_R
     owned = [
         Slice(f"{where}{part}.{key}", (axis,), torch.arange(len(group_R)), group_R)
-        for part, source in zip(found.inputs, found.sources, strict=True)
+        for part, source in zip(feed_forward.inputs, feed_forward.sources, strict=True)
         for key, axis in (("weight", _row_axis(source)), ("bias", 0))
         if getattr(source, key) is not None
     ]
-    columns = 1 - _row_axis(found.down)
-    owned.append(Slice.whole(f"{where}{found.output}.weight", (columns,), found.width))
-    return GroupFamily(name, "neurons", found.width, tuple(owned))
+    columns = 1 - _row_axis(feed_forward.down)
+    owned.append(
+        Slice.whole(f"{where}{feed_forward.output}.weight", (columns,), feed_forward.width)
+    )
+    return GroupFamily(name, "neurons", feed_forward.width, tuple(owned))
 
 
 def _row_axis(projection: nn.Module) -> int:
     return 1 if is_transposed(projection) else 0
 
 
-def _head_family(name: str, found: Heads) -> GroupFamily:
-    reason = found.reason_to_stay
+def _head_family(name: str, attention: Heads) -> GroupFamily:
+    reason = attention.reason_to_stay
     if reason is not None:
-        raise UserError(f"{type(found.owner).__name__} {reason}")
+        raise UserError(f"{type(attention.owner).__name__} {reason}")
     owned = [
         Slice(f"{name}.{part}.{key}", (axis,), torch.arange(len(group_R)), group_R)
-        for part, source, group_R in zip(found.inputs, found.sources, found.group_rows, strict=True)
+        for part, source, group_R in zip(
+            attention.inputs, attention.sources, attention.group_rows, strict=True
+        )
         for key, axis in (("weight", _row_axis(source)), ("bias", 0))
         if key == "weight" or bias_of(source) is not None
     ]
-    columns = 1 - _row_axis(found.readout)
+    columns = 1 - _row_axis(attention.readout)
     owned.append(
-        Slice.whole(f"{name}.{found.output}.weight", (columns,), found.groups, found.queries)
+        Slice.whole(
+            f"{name}.{attention.output}.weight", (columns,), attention.groups, attention.queries
+        )
     )
-    return GroupFamily(name, "heads", found.groups, tuple(owned))
+    return GroupFamily(name, "heads", attention.groups, tuple(owned))
 
 
 def _fused_experts(network: nn.Module) -> list[tuple[str, int, int]]:

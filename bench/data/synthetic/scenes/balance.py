@@ -34,7 +34,7 @@ def balanced_questions(kinds: Mapping[str, int], split: Split, start: int) -> li
     Scenes are searched in order from index `start`; `MAX_QUESTIONS_PER_IMAGE` share one at most.
     """
     # Greedy: each scene fills the open quotas that it can, and the search ends when all are filled.
-    wanted = Counter(
+    quotas = Counter(
         {
             (name, subject, answer): times
             for name, times in kinds.items()
@@ -45,17 +45,17 @@ def balanced_questions(kinds: Mapping[str, int], split: Split, start: int) -> li
     found: list[PlacedQuestion] = []
     for scene in _scenes_from(split, start):
         found += [
-            PlacedQuestion(scene, question) for question in _take_wanted(scene, kinds, wanted)
+            PlacedQuestion(scene, question) for question in _fill_quotas(scene, kinds, quotas)
         ]
-        if not wanted.total():
+        if not quotas.total():
             return found
     raise AssertionError("unreachable")
 
 
-def _take_wanted(
-    scene: Scene, kinds: Mapping[str, int], wanted: Counter[tuple[str, Subject, str]]
+def _fill_quotas(
+    scene: Scene, kinds: Mapping[str, int], quotas: Counter[tuple[str, Subject, str]]
 ) -> Iterator[SceneQuestion]:
-    """Yield the wanted questions that one scene answers, with distinct texts; update `wanted`."""
+    """Yield the wanted questions that one scene answers, with distinct texts; update `quotas`."""
     questions = [question for name in kinds for question in KINDS[name].ask(scene)]
     # Shuffled, or the kinds that come first would take all places of a scene. The seed is a string:
     # `random` hashes it with SHA-512, so the order does not depend on PYTHONHASHSEED.
@@ -65,8 +65,8 @@ def _take_wanted(
         key = (question.kind, question.subject, question.answer)
         # Two kinds can share a template (POPE's three do): asking one text twice about an image
         # would weight its answer double.
-        if wanted[key] and question.text not in texts and len(texts) < MAX_QUESTIONS_PER_IMAGE:
-            wanted[key] -= 1
+        if quotas[key] and question.text not in texts and len(texts) < MAX_QUESTIONS_PER_IMAGE:
+            quotas[key] -= 1
             texts.add(question.text)
             yield question
 
