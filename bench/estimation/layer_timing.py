@@ -100,11 +100,13 @@ def _where_possible(
 
 
 @_where_possible
-def decoder_times(network: nn.Module, forms: Sequence[tuple[nn.Module, int]]) -> LayerTimes | None:
+def decoder_times(
+    network: nn.Module, forms: Sequence[tuple[nn.Module, int]], device: torch.device
+) -> LayerTimes | None:
     """Time a decoder's layers; `forms` has a layer of each form and how many are built alike.
 
-    `network` is on the meta device and stays there. Returns None for layers that are too large to
-    be built for this, or that cannot be called with random numbers.
+    `network` is on the meta device and stays there; copies of its layers are made on `device`.
+    Returns None for layers that are too large for that, or cannot be called with random numbers.
     """
     size = sum(_bytes(layer) for layer, _ in forms)
     if not forms or size > _WEIGHT_BYTES:
@@ -116,10 +118,11 @@ def decoder_times(network: nn.Module, forms: Sequence[tuple[nn.Module, int]]) ->
         return None
     seconds = dict.fromkeys(shapes, 0.0)
     for layer, count in forms:
-        copies = _built(layer, min(count, 1 + _CACHE_BYTES // max(1, _bytes(layer))))
+        copies = _built(layer, min(count, 1 + _CACHE_BYTES // max(1, _bytes(layer))), device)
         for shape in shapes:
-            args, kwargs = _inputs_of(layer, network, shape)
-            seconds[shape] += count * _typical([partial(c, *args, **kwargs) for c in copies])
+            args, kwargs = _inputs_of(layer, network, shape, device)
+            calls = [partial(each, *args, **kwargs) for each in copies]
+            seconds[shape] += count * _typical(calls, device)
     rows = [shape for shape in shapes if shape != _LONG]
     forward = Curve(
         samples=tuple(float(b * length) for b, length in rows),
@@ -133,37 +136,37 @@ def decoder_times(network: nn.Module, forms: Sequence[tuple[nn.Module, int]]) ->
 
 
 @_where_possible
-def classifier_times(network: Classifier, flops: float) -> LayerTimes | None:
+def classifier_times(network: Classifier, flops: float, device: torch.device) -> LayerTimes | None:
     """Time the forward of a classifier, and a forward with its backward; `flops` of one image."""
     if _bytes(network) > _WEIGHT_BYTES:
         return None
-    (built,) = _built(network, 1)
+    (built,) = _built(network, 1, device)
     config = network.config
     forward, training = dict[int, float](), dict[int, float]()
     for batch in _IMAGES:
         if batch * flops > _CALL_FLOPS and len(forward) > 1:
             break
         image_BCHH = torch.randn(batch, config.channels, config.size, config.size)
-        image_BCHH = image_BCHH.to(next(built.parameters()).dtype)
+        image_BCHH = image_BCHH.to(device, next(built.parameters()).dtype)
         built.eval().requires_grad_(False)
-        forward[batch] = _typical([partial(built, image_BCHH)])
+        forward[batch] = _typical([partial(built, image_BCHH)], device)
         built.train().requires_grad_(True)
         # Batch norm cannot train on a single image.
         if batch > 1:
-            training[batch] = _typical([partial(_trained, built, image_BCHH)])
+            training[batch] = _typical([partial(_trained, built, image_BCHH)], device)
     return LayerTimes(forward=_curve(forward), training=_curve(training))
 
 
 @_where_possible
-def prompt_times(network: nn.Module, inputs: ModelInputs) -> Curve | None:
+def prompt_times(network: nn.Module, inputs: ModelInputs, device: torch.device) -> Curve | None:
     """Time whole prefills of prompts with an image; `inputs` is one on the CPU."""
     if _bytes(network) > _WEIGHT_BYTES:
         return None
-    (built,) = _built(network, 1)
+    (built,) = _built(network, 1, device)
     seconds = dict[int, float]()
     for batch in _PROMPTS:
-        rows = {key: torch.cat([value] * batch) for key, value in inputs.items()}
-        seconds[batch] = _typical([partial(built, **rows, logits_to_keep=1)])
+        rows = {key: torch.cat([value] * batch).to(device) for key, value in inputs.items()}
+        seconds[batch] = _typical([partial(built, **rows, logits_to_keep=1)], device)
     return _curve(seconds)
 
 
@@ -180,13 +183,13 @@ def _bytes(module: nn.Module) -> int:
     return sum(p.numel() * p.itemsize for p in module.parameters())
 
 
-def _built(module: nn.Module, count: int) -> list[nn.Module]:
+def _built(module: nn.Module, count: int, device: torch.device) -> list[nn.Module]:
     """Return copies of a module without weights, with random ones."""
-    return [_with_random_weights(copy.deepcopy(module)) for _ in range(max(1, count))]
+    return [_with_random_weights(copy.deepcopy(module), device) for _ in range(max(1, count))]
 
 
-def _with_random_weights(module: nn.Module) -> nn.Module:
-    module.to_empty(device="cpu").requires_grad_(False)
+def _with_random_weights(module: nn.Module, device: torch.device) -> nn.Module:
+    module.to_empty(device=device).requires_grad_(False)
     for weight in module.parameters():
         # Small, so that no activation becomes infinite or subnormal, which some cores are slow at.
         torch.nn.init.uniform_(weight, -0.05, 0.05) if weight.dim() > 1 else weight.fill_(1)
@@ -196,10 +199,10 @@ def _with_random_weights(module: nn.Module) -> nn.Module:
 
 
 def _inputs_of(
-    layer: nn.Module, network: nn.Module, shape: tuple[int, int]
+    layer: nn.Module, network: nn.Module, shape: tuple[int, int], device: torch.device
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return what the network passes to a layer for rows of that shape, with random numbers."""
-    dtype = next(layer.parameters()).dtype
+    like = torch.empty(0, dtype=next(layer.parameters()).dtype, device=device)
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _Reached(args, kwargs)
@@ -210,7 +213,7 @@ def _inputs_of(
             call(input_ids=torch.zeros(shape, dtype=torch.long, device="meta"), use_cache=False)
     except _Reached as reached:
         args, kwargs = reached.args
-        return _real(args, dtype), _real(kwargs, dtype)
+        return _real(args, like), _real(kwargs, like)
     finally:
         hook.remove()
     raise ValueError("the network does not call this layer")
@@ -220,23 +223,22 @@ class _Reached(Exception):
     """Ends a forward at a layer, with the arguments of its call; what follows is not needed."""
 
 
-def _real(value: Any, dtype: torch.dtype) -> Any:
-    """Return a nested value with tensors of the same shapes on the CPU."""
+def _real(value: Any, like: Tensor) -> Any:
+    """Return a nested value with tensors of the same shapes; floats have the dtype of `like`."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
-            return torch.randn(value.shape, dtype=dtype)
-        return torch.ones(value.shape, dtype=value.dtype)
+            return torch.randn(value.shape, dtype=like.dtype, device=like.device)
+        return torch.ones(value.shape, dtype=value.dtype, device=like.device)
     if isinstance(value, tuple | list):
-        return type(value)(_real(inner, dtype) for inner in value)
+        return type(value)(_real(inner, like) for inner in value)
     if isinstance(value, dict):
-        return {key: _real(inner, dtype) for key, inner in value.items()}
+        return {key: _real(inner, like) for key, inner in value.items()}
     return value
 
 
 @torch.no_grad()
-def _typical(calls: Sequence[Callable[[], object]]) -> float:
+def _typical(calls: Sequence[Callable[[], object]], device: torch.device) -> float:
     """Return the median seconds of calls in turn, after a first round."""
-    device = torch.device("cpu")
     for call in calls[:2]:
         call()
     laps, began = list[float](), time.perf_counter()

@@ -250,7 +250,12 @@ def vision_work(network: nn.Module, inputs: ModelInputs, tokens: int, itemsize: 
 
 
 def encoding_seconds(
-    work: NetworkWork, network: nn.Module, inputs: ModelInputs, *, measure: bool
+    work: NetworkWork,
+    network: nn.Module,
+    inputs: ModelInputs,
+    device: torch.device,
+    *,
+    measure: bool,
 ) -> float | None:
     """Return the seconds of encoding an image on this machine, None where they are not known.
 
@@ -262,7 +267,7 @@ def encoding_seconds(
     dtype, config = next(network.parameters()).dtype, text_config(network).to_json_string()
     facts = f"prompts {dtype} {config} {shapes}"
     if measure:
-        found = measured_once(facts, partial(prompt_times, network, inputs), Curve)
+        found = measured_once(facts, partial(prompt_times, network, inputs, device), Curve)
     else:
         found = known_figures(facts, Curve)
     if found is None:
@@ -381,20 +386,25 @@ def alike_layers(structure: ModelStructure) -> list[list[nn.Module]]:
 
 
 def with_times(
-    work: NetworkWork, network: nn.Module, structure: ModelStructure, *, measure: bool
+    work: NetworkWork,
+    network: nn.Module,
+    structure: ModelStructure,
+    device: torch.device,
+    *,
+    measure: bool,
 ) -> NetworkWork:
-    """Return the work with the times of calls on this machine, as far as they are known.
+    """Return the work with the times of calls on this machine's device, as far as they are known.
 
     Without `measure` only what was timed before is.
     """
     sample = next(network.parameters())
     if isinstance(network, Classifier):
         described = f"{network.config!r} {network}"
-        timer = partial(classifier_times, network, work.matrix)
+        timer = partial(classifier_times, network, work.matrix, device)
     else:
         forms = [(layers[0], len(layers)) for layers in alike_layers(structure)]
         described = text_config(network).to_json_string() + repr([layer_form(x) for x, _ in forms])
-        timer = partial(decoder_times, network, forms)
+        timer = partial(decoder_times, network, forms, device)
     facts = f"times {sample.dtype} {described}"
     if measure:
         return replace(work, times=measured_once(facts, timer, LayerTimes))

@@ -308,7 +308,7 @@ def _described(
     if work.missing:
         missing.append(work.missing)
     if hardware.name == HERE:
-        work = networks.with_times(work, skeleton, structure, measure=measures)
+        work = networks.with_times(work, skeleton, structure, model.device, measure=measures)
     prompt = _prompt(model, config.costs.words, work, missing, measures)
     collecting = _collecting_seconds()
     return Described(model, structure, work, prompt, seconds, collecting, tuple(missing))
@@ -341,7 +341,7 @@ def _prompt(
         inputs = image_prompt.build_image_prompt(on_host, words)
         tokens = image_prompt.prompt_tokens(on_host, inputs)
         encoding = vision_work(model.network, inputs, tokens.visual, work.itemsize)
-        seconds = encoding_seconds(work, model.network, inputs, measure=measures)
+        seconds = encoding_seconds(work, model.network, inputs, model.device, measure=measures)
     except (UserError, RuntimeError) as error:
         missing.append(f"images: {error_sentence(error)}")
         return None

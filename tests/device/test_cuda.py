@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from bench.device import devices
+from bench.estimation.layer_timing import decoder_times
 from bench.runner.execute import execute
 from bench.runner.session import Session
 from bench.sweeps import RunRequest
+from tests.models.tiny_networks import llama
 
 pytestmark = pytest.mark.gpu
 
@@ -43,6 +45,17 @@ def test_bfloat16_is_the_default_and_stays_close(run):
     half, full = run("model.device=cuda"), run("model.device=cuda", "model.dtype=float32")
     assert half.cost("bytes").value < 0.6 * full.cost("bytes").value
     assert half.metric("english").value == pytest.approx(full.metric("english").value, rel=0.03)
+
+
+def test_layers_are_timed_on_the_gpu_for_estimates():
+    with torch.device("meta"):
+        network = llama()
+    cuda, before = torch.device("cuda"), torch.cuda.max_memory_allocated()
+    layers = list(network.model.layers)
+    found = decoder_times(network, [(layers[0], len(layers))], cuda)
+    assert min(found.forward.seconds) > 0
+    assert torch.cuda.max_memory_allocated() > before
+    assert all(weight.is_meta for weight in network.parameters())
 
 
 def test_memory_comes_back():

@@ -14,6 +14,7 @@ from bench.models.classifiers.classifier import VisionConfig
 from bench.models.structure.model_structure import inspect_model
 from tests.models.tiny_networks import build, build_dense, llama
 
+CPU = torch.device("cpu")
 CURVE = Curve(samples=(1, 16, 128), seconds=(1.0, 2.0, 16.0))
 
 
@@ -62,7 +63,7 @@ def clocked(monkeypatch):
 
 
 def test_layers_that_are_built_alike_count_as_often_as_they_are_there(clocked):
-    found = timing.decoder_times(clocked, [(clocked.model.layers[0], 3)])
+    found = timing.decoder_times(clocked, [(clocked.model.layers[0], 3)], CPU)
     assert found.forward.samples == (1, 16, 128, 1024)
     assert found.forward.seconds == pytest.approx(
         [3 * (0.002 + 1e-5 * n) for n in (1, 16, 128, 1024)]
@@ -90,7 +91,7 @@ def test_real_layers_can_be_called_with_random_numbers(make, monkeypatch):
     structure = inspect_model(network)
     forms = [(layers[0], len(layers)) for layers in networks.alike_layers(structure)]
     assert sum(count for _, count in forms) == len(structure.layers)
-    found = timing.decoder_times(network, forms)
+    found = timing.decoder_times(network, forms, CPU)
     assert min(found.forward.seconds) > 0
     assert all(weight.is_meta for weight in network.parameters())
 
@@ -99,13 +100,13 @@ def test_layers_that_are_too_large_or_cannot_be_called_are_not_timed(clocked, mo
     layers = [(clocked.model.layers[0], 3)]
     with monkeypatch.context() as patch:
         patch.setattr(timing, "_WEIGHT_BYTES", 63)
-        assert timing.decoder_times(clocked, layers) is None
+        assert timing.decoder_times(clocked, layers, CPU) is None
     with monkeypatch.context() as patch:
         patch.setattr(timing, "_CALL_FLOPS", 1)
-        assert timing.decoder_times(clocked, layers) is None
-    assert timing.decoder_times(clocked, [(torch.nn.Linear(2, 2), 1)]) is None
+        assert timing.decoder_times(clocked, layers, CPU) is None
+    assert timing.decoder_times(clocked, [(torch.nn.Linear(2, 2), 1)], CPU) is None
     monkeypatch.setattr(Clocked, "forward", lambda self, x_BLD, **_: self.missing)
-    assert timing.decoder_times(clocked, layers) is None
+    assert timing.decoder_times(clocked, layers, CPU) is None
 
 
 def test_a_classifier_is_timed_in_forward_and_training(monkeypatch):
@@ -114,7 +115,7 @@ def test_a_classifier_is_timed_in_forward_and_training(monkeypatch):
         network = build_classifier(
             VisionConfig(architecture="micro_lenet", size=16, channels=1, classes=10)
         )
-    found = timing.classifier_times(network, 1e3)
+    found = timing.classifier_times(network, 1e3, CPU)
     assert found.forward.samples == (1, 16, 128)
     assert found.training.samples == (16, 128)
     assert all(weight.is_meta for weight in network.parameters())
@@ -126,7 +127,7 @@ def test_a_classifier_that_fails_on_random_images_is_not_timed():
             VisionConfig(architecture="micro_lenet", size=16, channels=1, classes=10)
         )
     network.features.append(torch.nn.Linear(7, 7))
-    assert timing.classifier_times(network, 1e3) is None
+    assert timing.classifier_times(network, 1e3, CPU) is None
 
 
 def test_times_are_remembered_by_network_and_dtype_and_a_run_measures_none(monkeypatch):
@@ -137,13 +138,13 @@ def test_times_are_remembered_by_network_and_dtype_and_a_run_measures_none(monke
         network = llama()
     structure = inspect_model(network)
     work = networks.decoder_work(network, structure, 4)
-    assert networks.with_times(work, network, structure, measure=False).times is None
+    assert networks.with_times(work, network, structure, CPU, measure=False).times is None
     boards._known.clear()
-    timed = networks.with_times(work, network, structure, measure=True)
-    again = networks.with_times(work, network, structure, measure=False)
+    timed = networks.with_times(work, network, structure, CPU, measure=True)
+    again = networks.with_times(work, network, structure, CPU, measure=False)
     assert timed.times == again.times is not None
     halved = network.to(torch.bfloat16)
-    assert networks.with_times(work, halved, structure, measure=False).times is None
+    assert networks.with_times(work, halved, structure, CPU, measure=False).times is None
     # The layers' operators and FLOPs are in the time; the head's are not.
     forward = timed.forward(32, 1, 32 * 32, 4)
     assert forward.timed == timed.times.call(32, 32 * 32)
