@@ -89,10 +89,16 @@ def test_a_damaged_record_is_named_and_hides_nothing(results, capsys, noise, pla
     content = bytearray(file.read_bytes())
     content[place % len(content)] ^= 1 << bit
     cut = place % len(content)
-    for damaged in (bytes(content), bytes(content[:cut]), noise, bytes(content[:cut]) + noise):
+    variants = (bytes(content), bytes(content[:cut]), noise, bytes(content[:cut]) + noise)
+    for damaged in variants:
         file.write_bytes(damaged)
-        code, said = answer(capsys, ["ls", "runs", "--json", "--results-dir", str(results)])
-        assert code == 0
-        rows = {row["run"] for row in json.loads(said.out)}
-        assert "a" * 12 in rows
-        answer(capsys, ["show", "b" * 12, "--results-dir", str(results)])
+        found = Store(results)
+        ids = {record.id for record in found.all()}
+        assert "a" * 12 in ids
+        assert ("b" * 12 in ids) != ("b" * 12 in found.unreadable)
+    # Commands take most of the time: one variant of each example stands for the others.
+    file.write_bytes(variants[bit % len(variants)])
+    code, said = answer(capsys, ["ls", "runs", "--json", "--results-dir", str(results)])
+    assert code == 0
+    assert "a" * 12 in {row["run"] for row in json.loads(said.out)}
+    answer(capsys, ["show", "b" * 12, "--results-dir", str(results)])
