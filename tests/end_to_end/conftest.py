@@ -31,3 +31,20 @@ def bench(tmp_path, capsys):
 
     call.results = tmp_path / "results"
     return call
+
+
+@pytest.fixture
+def refused(bench):
+    """Run something that must be refused; return the sentence."""
+
+    def call(*arguments):
+        code, out, err = bench("run", *arguments)
+        assert code == 2, err
+        assert out == ""
+        assert err.count("\n") == 1
+        assert err.startswith("bench: ")
+        runs = bench.results / "runs"
+        assert not runs.exists() or list(runs.iterdir()) == []
+        return err
+
+    return call

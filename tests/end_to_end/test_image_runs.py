@@ -20,22 +20,6 @@ SHORT = [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def refused(bench):
-    """Run something that must be refused; return the sentence."""
-
-    def call(*arguments):
-        code, out, err = bench("run", *arguments)
-        assert code == 2, err
-        assert out == ""
-        assert err.count("\n") == 1 and err.startswith("bench: ")
-        runs = bench.results / "runs"
-        assert not runs.exists() or list(runs.iterdir()) == []
-        return err
-
-    return call
-
-
 @pytest.mark.broad
 def test_a_run_is_recorded_exported_and_loaded_again(bench, tmp_path, monkeypatch):
     code, _, err = bench("run", *SHORT)

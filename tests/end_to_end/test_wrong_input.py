@@ -15,23 +15,6 @@ MICRO_MOE = Path(next(iter(embedded.__path__))) / "micro_moe"
 
 
 @pytest.fixture
-def refused(bench):
-    """Run something that must be refused; return the sentence."""
-
-    def call(*arguments):
-        code, out, err = bench("run", *arguments)
-        assert code == 2, err
-        assert out == ""
-        assert err.count("\n") == 1
-        assert err.startswith("bench: ")
-        runs = bench.results / "runs"
-        assert not runs.exists() or list(runs.iterdir()) == []
-        return err
-
-    return call
-
-
-@pytest.fixture
 def dense_model(tmp_path, capsys):
     config = LlamaConfig(
         vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
@@ -137,6 +120,7 @@ def test_a_calibration_text_shorter_than_asked(refused, tmp_path):
     assert "lower calibration.rows or calibration.length" in said
 
 
+@pytest.mark.broad
 def test_activations_that_are_not_numbers(refused, micro_moe_copy):
     file = micro_moe_copy / "model.safetensors"
     weights = load_file(file)

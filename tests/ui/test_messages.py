@@ -14,16 +14,6 @@ from bench.ui import messages
 BELL_AND_COLOUR = "\x07\x1b[31mred\x1b[0m\x9b2J"
 
 
-@pytest.fixture(autouse=True)
-def everything_is_said():
-    """The other tests hear nothing of progress."""
-    logger = logging.getLogger("bench")
-    before = logger.level
-    logger.setLevel(messages.PROGRESS_LEVEL)
-    yield
-    logger.setLevel(before)
-
-
 def test_foreign_text_is_neither_markup_nor_a_control_sequence(capsys):
     ui.warn(f"model [/x] says [bold]{BELL_AND_COLOUR}")
     assert capsys.readouterr().err == "bench: model [/x] says [bold][31mred[0m2J\n"

@@ -1,7 +1,6 @@
 """Phases on a log file, a terminal and a notebook."""
 
 import io
-import logging
 import os
 import pty
 import select
@@ -12,18 +11,7 @@ import types
 import pytest
 
 from bench import ui
-from bench.ui import messages
 from bench.ui import messages as display
-
-
-@pytest.fixture(autouse=True)
-def everything_is_said():
-    """The other tests hear nothing of progress."""
-    logger = logging.getLogger("bench")
-    before = logger.level
-    logger.setLevel(messages.PROGRESS_LEVEL)
-    yield
-    logger.setLevel(before)
 
 
 @pytest.fixture

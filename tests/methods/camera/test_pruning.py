@@ -9,38 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from bench.data.calibration import Calibration
 from bench.errors import UserError
 from bench.method import Context
-from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure, inspect_model
-from bench.schema import ModelConfig
 from methods.baselines.micro_expert_controls import RandomExperts, RandomMicroExperts
 from methods.camera.pruning import CameraP
 from methods.moe.micro_experts import (
     channels_per_expert,
     expert_spans,
-    expert_view,
     zero_micro_experts,
 )
+from tests.methods.method_application import applied, model_of, zeroed
 from tests.models.tiny_networks import ARCHITECTURES, build, tokens, unfuse
 
 CONTROLS = [RandomExperts, RandomMicroExperts]
-
-
-def model_of(network):
-    return Model(
-        ModelConfig(name="tiny", source="tests"), network, None, "", None, torch.device("cpu")
-    )
-
-
-def context(seed=0):
-    return Context(seed=seed, calibration=Calibration(tokens(), "calibration"))
-
-
-def applied(method, network, seed=0):
-    method.check(inspect_model(network))
-    return method.apply(model_of(network), context(seed))
 
 
 def camera(**knobs):
@@ -49,16 +31,6 @@ def camera(**knobs):
 
 
 METHODS = [camera, *CONTROLS]
-
-
-def zeroed(block):
-    """The flat indices of micro-experts that are zero in all three matrices."""
-    flat = []
-    for expert, place in expert_spans(block):
-        part = expert_view(block, expert)
-        dead = ~(part.gate.any(1) | part.up.any(1) | part.down.any(0))
-        flat += [place.start + int(i) for i in dead.nonzero()]
-    return flat
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -224,13 +196,6 @@ def test_random_experts_cannot_give_what_only_shared_ones_have():
 def test_refuses_wrong_knobs(knobs):
     with pytest.raises(ValidationError):
         CameraP(**knobs)
-
-
-def test_refuses_activations_that_are_not_numbers():
-    network = build("mixtral")
-    network.model.embed_tokens.weight[5] = float("inf")
-    with pytest.raises(UserError, match=r"activations of model\.layers\.0\.mlp"):
-        applied(CameraP(ratio=0.2), network)
 
 
 def test_needs_calibration_text():
