@@ -19,7 +19,6 @@ from contextlib import contextmanager, nullcontext
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
 
 from bench.cli.parser import (
     COMMANDS,
@@ -159,24 +158,17 @@ def _process_settings() -> Iterator[None]:
     _skip_collections_at_exit()
     # Python delivers signals to the main thread only, and refuses handlers set in other threads.
     in_main_thread = threading.current_thread() is threading.main_thread()
-    # Schedulers send one of these before they kill a job: raised as an interrupt, they leave time
-    # to save what a later run resumes from.
-    signals = (signal.SIGTERM, signal.SIGUSR1) if in_main_thread else ()
-    handlers = {number: signal.signal(number, _interrupt) for number in signals}
-    repeated = _lost_interrupts_repeated() if in_main_thread else nullcontext()
+    interruptible = _interrupts_raised() if in_main_thread else nullcontext()
     # In a C locale a table with an accented name would otherwise end in an encoding error.
     stream, errors = sys.stdout, getattr(sys.stdout, "errors", None)
     if isinstance(stream, TextIOWrapper) and errors in ("strict", "surrogateescape"):
         stream.reconfigure(errors="replace")
     try:
-        with repeated:
+        with interruptible:
             yield
     finally:
         if isinstance(stream, TextIOWrapper) and errors is not None:
             stream.reconfigure(errors=errors)
-        for number, handler in handlers.items():
-            # None: the handler was not installed from Python and cannot be set again.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         # All that was allocated becomes old without being looked at: with the threshold back, the
         # next allocation would start a collection of a million young objects. What a caller froze
         # would be thawed with it.
@@ -199,21 +191,22 @@ def _skip_collections_at_exit() -> None:
 
 _REPEATED_AFTER = 0.05
 """Seconds; long enough for the destructor that lost an interrupt to have ended."""
+_MOST_REPEATS = 100
+"""Times that an import puts an interrupt off: 5 seconds, of the 30 that Slurm leaves."""
 
 
 @contextmanager
-def _lost_interrupts_repeated() -> Iterator[None]:
-    """Raise an interrupt again that Python has dropped, since it came in a destructor.
+def _interrupts_raised() -> Iterator[None]:
+    """Raise signals as interrupts inside the block, where nothing swallows them.
 
-    What is raised in `__del__` or in a callback of a weak reference is printed and forgotten. A
-    scheduler sends its signal only once: the run would work on until it is killed.
+    What is raised in `__del__` or in a callback of a weak reference is printed and forgotten.
+    Within an import, libraries take it for a package that is broken or missing, and one in C ends
+    the process. A scheduler sends its signal only once: the run would work on until it is killed,
+    or blame its config. Such a signal is raised again a moment later.
     """
-    before, timers = sys.unraisablehook, []
+    before, timers, raised = sys.unraisablehook, list[threading.Timer](), list[int]()
 
-    def repeat(lost: sys.UnraisableHookArgs) -> None:
-        if not issubclass(lost.exc_type, KeyboardInterrupt):
-            before(lost)
-            return
+    def raise_later() -> None:
         # A signal of the system also ends a wait of the main thread.
         main_thread = threading.main_thread().ident
         timer = threading.Timer(_REPEATED_AFTER, signal.pthread_kill, [main_thread, signal.SIGTERM])
@@ -221,13 +214,50 @@ def _lost_interrupts_repeated() -> Iterator[None]:
         timers.append(timer)
         timer.start()
 
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        if _is_importing(frame) and len(timers) < _MOST_REPEATS:
+            raise_later()
+        else:
+            raised.append(signum)
+            raise KeyboardInterrupt
+
+    def repeat(lost: sys.UnraisableHookArgs) -> None:
+        if issubclass(lost.exc_type, KeyboardInterrupt):
+            raise_later()
+        else:
+            before(lost)
+
+    # Schedulers send one of these before they kill a job: raised as an interrupt, they leave time
+    # to save what a later run resumes from. A Ctrl-C that the caller ignores or handles stays so.
+    numbers = [signal.SIGTERM, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        numbers.append(signal.SIGINT)
+    handlers = {number: signal.signal(number, interrupt) for number in numbers}
     sys.unraisablehook = repeat
     try:
         yield
+    except Exception:
+        # A library has made an error of its own of the interrupt.
+        if raised:
+            raise KeyboardInterrupt from None
+        raise
     finally:
         sys.unraisablehook = before
         for timer in timers:
             timer.cancel()
+        for number, handler in handlers.items():
+            # None: the handler was not installed from Python and cannot be set again.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Tell whether a module is being imported on behalf of a command."""
+    # A program may call `main` while it is imported itself.
+    while frame is not None and frame.f_code is not main.__code__:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _report_exit(error: SystemExit) -> int:
@@ -273,7 +303,3 @@ def _save_traceback(error: BaseException) -> str:
         print(text, file=sys.stderr)
         return redact(error_sentence(error))
     return redact(f"{error_sentence(error)} (details: {file.name})")
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt

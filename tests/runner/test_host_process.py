@@ -133,6 +133,43 @@ def test_a_signal_in_a_destructor_is_not_lost(monkeypatch, capsys, ctrl_c, numbe
     assert (state(), sys.unraisablehook) == (before, hook)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_within_an_import_waits_for_its_end(monkeypatch, tmp_path, capsys, ctrl_c, number):
+    """Hydra and transformers take any error of an import for a missing package."""
+    slow = f"import signal, time\nsignal.raise_signal({int(number)})\ntime.sleep(0.2)\nwhole = True"
+    (tmp_path / "slowly_imported.py").write_text(slow)
+    monkeypatch.syspath_prepend(tmp_path)
+    seen = []
+
+    def command(given):
+        try:
+            import slowly_imported
+
+            seen.append(slowly_imported.whole)
+        except BaseException as error:
+            seen.append(error)
+        time.sleep(20)
+
+    monkeypatch.setattr("pkgutil.resolve_name", lambda name: command)
+    monkeypatch.delitem(sys.modules, "slowly_imported", raising=False)
+    before, began = state(), time.monotonic()
+    assert main(["run"]) == 75
+    assert (seen, state()) == ([True], before)
+    assert time.monotonic() - began < 10
+
+
+def test_a_signal_that_a_library_makes_an_error_of_is_none_of_the_user(monkeypatch, capsys):
+    def command(given):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except BaseException:
+            raise UserError("the config is wrong") from None
+
+    monkeypatch.setattr("pkgutil.resolve_name", lambda name: command)
+    assert main(["run"]) == 75
+    assert capsys.readouterr().err.startswith("bench: interrupted; run the same command")
+
+
 def test_a_command_runs_outside_the_main_thread(capsys):
     codes = []
     thread = threading.Thread(target=lambda: codes.append(main(["--help"])))
