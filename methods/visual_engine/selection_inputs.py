@@ -165,16 +165,16 @@ class SelectionInputs:
         and text, in float32; the mean is over the heads that attend to visual tokens. `rows` are
         positions among the text rows.
         """
-        last_qk = self._attended(self.ahead.qk() if upcoming else self.last_qk)
-        scores_BhRK = last_qk.products(rows)
+        qk = self._attended(self.ahead.qk() if upcoming else self.last_qk)
+        scores_BhRK = qk.products(rows)
         # Recomputed for R rows, because the fused kernel returns no weights; the mask exists even
         # where the layer itself ran in plain causal order without it.
-        mask = cast(Tensor, last_qk.masks.mixed_BTK).expand(len(rows.index_BR), -1, -1, -1)
+        mask = cast(Tensor, qk.masks.mixed_BTK).expand(len(rows.index_BR), -1, -1, -1)
         if self.text.readout_BR is not None:
-            mask = self._readouts_as_visual(mask, cast(Tensor, last_qk.visual_k).shape[2])
+            mask = self._readouts_as_visual(mask, cast(Tensor, qk.visual_k).shape[2])
         index = rows.index_BR[:, None, :, None].expand(-1, -1, -1, mask.shape[-1])
         weight = scores_BhRK.masked_fill(~mask.gather(2, index), -torch.inf).softmax(dim=-1)
-        return self._own(weight, last_qk).transpose(1, 2)
+        return self._own(weight, qk).transpose(1, 2)
 
     def products(self, rows: TokenRows) -> Tensor:
         """Return the scaled q · k of given text rows with visual keys, [I, R, M]."""
@@ -187,11 +187,11 @@ class SelectionInputs:
         Both for the key-value heads that visual tokens have, after rotation, in the preceding layer
         or, with `upcoming`, as they would be in the layer that follows.
         """
-        last_qk = self._attended(self.ahead.qk() if upcoming else self.last_qk)
-        groups = last_qk.weights.heads.groups
+        qk = self._attended(self.ahead.qk() if upcoming else self.last_qk)
+        groups = qk.weights.heads.groups
         # Keys include those of earlier calls in front; only this call's own tokens can be pruned.
-        visual = cast(Tensor, last_qk.visual_k)[:, :, -self.visual.count :]
-        text = select_heads(last_qk.text.k, groups)[:, :, -self.text.count :]
+        visual = cast(Tensor, qk.visual_k)[:, :, -self.visual.count :]
+        text = select_heads(qk.text.k, groups)[:, :, -self.text.count :]
         return (
             self.frames.pack(visual.transpose(1, 2).flatten(2)),
             text.transpose(1, 2).flatten(2),
@@ -212,13 +212,13 @@ class SelectionInputs:
 
     def _attended(self, layer: LayerQK | None) -> LayerQK:
         """Return a layer that is read, in which some head must attend to visual tokens."""
-        last_qk = cast(LayerQK, layer)
-        if last_qk.visual_k is None:
+        qk = cast(LayerQK, layer)
+        if qk.visual_k is None:
             raise UserError(
-                f"{self.name} reads the attention of layer {last_qk.layer}, in which no head "
+                f"{self.name} reads the attention of layer {qk.layer}, in which no head "
                 "attends to visual tokens: keep some heads there or set a different `after`"
             )
-        return last_qk
+        return qk
 
     def _readouts_as_visual(self, mask_BTK: Tensor, seen: int) -> Tensor:
         """Let each readout row attend to the visual token that it repeats, in place of itself.
@@ -236,8 +236,8 @@ class SelectionInputs:
         mask_BTK[:, 0, :, mask_BTK.shape[-1] - text.count :] &= ~alone_BTT
         return mask_BTK
 
-    def _own(self, x_BhRK: Tensor, last_qk: LayerQK) -> Tensor:
+    def _own(self, x_BhRK: Tensor, qk: LayerQK) -> Tensor:
         """Return the mean over heads for the call's own visual tokens, [I, M, R]."""
-        seen = cast(Tensor, last_qk.visual_k).shape[2]
+        seen = cast(Tensor, qk.visual_k).shape[2]
         mean_BRN = x_BhRK[..., seen - self.visual.count : seen].mean(dim=1)
         return self.frames.pack(mean_BRN.transpose(1, 2))
