@@ -172,17 +172,17 @@ def _add_run_commands(command: AddCommand) -> None:
     """Add the commands that compute something."""
     # Only for the help text and the list of commands: see `RAW_COMMANDS`.
     command("run", "run:run_command", RUN_HELP).add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE"
+        "overrides", nargs="*", default=[], metavar="KEY=VALUE"
     )
     estimate = command("estimate", "estimate:run_command", ESTIMATE_HELP)
-    estimate.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    estimate.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE")
     estimate.add_argument("-m", "--multirun", action="store_true", help="a sweep")
     estimate.add_argument("--budget", metavar="TIME", help="refuse what may take longer: 30min, 6h")
     estimate.add_argument("--check", action="store_true", help="compare with what was measured")
     estimate.add_argument("--json", action="store_true", help="print JSON")
     tables = command("table", "table:run_command", TABLE_HELP)
     tables.add_argument("name", metavar="NAME")
-    tables.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    tables.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE")
     tables.add_argument("--json", action="store_true", help="print the cells as JSON")
     tables.add_argument("--page", type=Path, metavar="FILE.md", help="write a page of the records")
     status = command("status", "sweeps:status", "the state of all sweeps, or of each job of one")
@@ -218,7 +218,11 @@ def _add_run_commands(command: AddCommand) -> None:
     carve = command("carve", "carve:run_command", CARVE_HELP)
     carve.add_argument("folder", type=Path, metavar="DIR", help="a new folder")
     carve.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="of model and calibration, as in a run"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of model and calibration, as in a run",
     )
     for option, number, words in (
         ("--experts", 16, "routed experts in a layer"),
@@ -229,7 +233,7 @@ def _add_run_commands(command: AddCommand) -> None:
             option, type=_positive_integer, default=number, metavar="N", help=f"{words} ({number})"
         )
     prefetch = command("prefetch", "prefetch:run_command", "download what a run or table needs")
-    prefetch.add_argument("overrides", nargs="*", metavar="TABLE|KEY=VALUE")
+    prefetch.add_argument("overrides", nargs="*", default=[], metavar="TABLE|KEY=VALUE")
     for added in (status, resume, garbage, verify, rescore, export):
         _add_results_dir(added)
     for added in (status, garbage, verify, rescore):
@@ -247,7 +251,7 @@ def _add_record_commands(command: AddCommand) -> None:
     compare = command(
         "compare", "records:compare", "paired statistics between runs over shared samples"
     )
-    compare.add_argument("runs", nargs="*", metavar="RUN", help=RUN_WORDS)
+    compare.add_argument("runs", nargs="*", default=[], metavar="RUN", help=RUN_WORDS)
     compare.add_argument(
         "--baseline", metavar="RUN", help="the run to compare with (the dense run)"
     )
@@ -265,7 +269,7 @@ def _add_record_commands(command: AddCommand) -> None:
     )
     plot = command("plot", "records:plot", PLOT_HELP)
     plot.add_argument("kind", metavar="KIND")
-    plot.add_argument("runs", nargs="*", metavar="RUN")
+    plot.add_argument("runs", nargs="*", default=[], metavar="RUN")
     plot.add_argument("--task", default="average", help="the headline metric to show (average)")
     plot.add_argument("--cost", default="flops", help="flops, seconds, bytes, ... (flops)")
     plot.add_argument("--scope", help="the scope of the cost, as in `bench show`")
@@ -293,7 +297,11 @@ def _add_record_commands(command: AddCommand) -> None:
         "track", "records:track", "send records to W&B again; without RUN: all, and an overview"
     )
     track.add_argument(
-        "runs", nargs="*", metavar="RUN", help="or tracker.entity=NAME, for records that name it"
+        "runs",
+        nargs="*",
+        default=[],
+        metavar="RUN",
+        help="or tracker.entity=NAME, for records that name it",
     )
     track.add_argument(
         "--model", type=Path, metavar="DIR", help="also send the exported model of the one RUN"
@@ -321,7 +329,7 @@ def _add_record_commands(command: AddCommand) -> None:
 
 def _add_allowed(added: argparse.ArgumentParser, text: str) -> None:
     """Add the overrides by which the user allows what a stored file only asks for."""
-    added.add_argument("allowed", nargs="*", metavar="KEY=VALUE", help=text)
+    added.add_argument("allowed", nargs="*", default=[], metavar="KEY=VALUE", help=text)
 
 
 def _add_results_dir(added: argparse.ArgumentParser) -> None:

@@ -278,7 +278,11 @@ def refuse_unsavable(network: nn.Module, description: replaced_modules.Descripti
     shapes = {key: weight.shape for key, weight in rebuilt.state_dict().items()}
     for key, weight in network.state_dict().items():
         if shapes.get(key) != weight.shape:
-            raise UserError(f"{key} has a shape that differs from the network's config")
+            raise UserError(
+                f"{key} has a shape that differs from the network's config, which states one for "
+                "all layers: remove the same share of each, by the method's own knob "
+                "(allocation=uniform, scope=layer, no protected layers, units=neurons)"
+            )
 
 
 # Replaced modules that a published network with wider experts can stand for.

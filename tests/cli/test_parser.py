@@ -47,6 +47,14 @@ def test_a_results_folder_is_named_alike_for_every_command(command, words, monke
         assert parsed.overrides == ["results_dir=x/y"]
 
 
+@pytest.mark.parametrize(("words", "missing"), [
+    (["export", "a"], "DIR"), (["rescore"], "RUN"), (["resume"], "SWEEP"), (["plot"], "KIND"),
+])  # fmt: skip
+def test_what_may_be_left_out_is_not_called_required(words, missing):
+    with pytest.raises(UserError, match=rf"arguments are required: {missing}$"):
+        build_parser().parse_args(words)
+
+
 def test_a_flag_without_its_folder_is_refused_and_others_stay():
     words = ["a=b", "--results-dir"]
     assert results_dir_as_override(words) == ["a=b", "results_dir="]
