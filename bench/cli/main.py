@@ -23,6 +23,7 @@ from types import FrameType
 from bench.cli.parser import (
     COMMANDS,
     RAW_COMMANDS,
+    RESULTS_DIR_FLAG,
     TRACEBACK_FLAG,
     build_parser,
     results_dir_as_override,
@@ -101,7 +102,11 @@ def _run_command(given: list[str]) -> int:
     # bypass it and read their arguments themselves. argparse only answers --help for them.
     if given and given[0] in RAW_COMMANDS and not {"-h", "--help"} & set(given):
         raw_handler: Callable[[list[str]], int] = pkgutil.resolve_name(RAW_COMMANDS[given[0]])
-        return raw_handler(results_dir_as_override(given[1:]))
+        words = given[1:]
+        # Hydra takes overrides only.
+        if any(word.startswith(RESULTS_DIR_FLAG) for word in words):
+            words = results_dir_as_override(words)
+        return raw_handler(words)
     # argparse would list all commands instead of naming the nearest one.
     if given and not given[0].startswith("-") and given[0] not in COMMANDS:
         raise unknown_name("command", given[0], COMMANDS)
