@@ -137,11 +137,11 @@ def _remember(file: Path, found: BaseModel) -> None:
         pass  # a cache that cannot be written costs two seconds next time
 
 
-def _file(asked: str) -> Path:
+def _file(facts: str) -> Path:
     """Return the file that remembers figures of this machine as it is now."""
     # Its threads are among the facts, since they change every rate of a CPU.
-    facts = f"{_VERSION} {sorted(describe_device().items(), key=str)} {torch.__version__}"
-    name = hashlib.sha256(f"{asked} {facts} {platform.node()}".encode()).hexdigest()[:16]
+    machine = f"{_VERSION} {sorted(describe_device().items(), key=str)} {torch.__version__}"
+    name = hashlib.sha256(f"{facts} {machine} {platform.node()}".encode()).hexdigest()[:16]
     return cache_folder("hardware") / f"{name}.json"
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from bench.device.devices import call_seconds
 from bench.measurement.flops.counter import meta_forward
+from bench.models.network import text_config
 
 if TYPE_CHECKING:
     from bench.data.chat import ModelInputs
@@ -124,10 +125,7 @@ def decoder_times(
             calls = [partial(each, *args, **kwargs) for each in copies]
             seconds[shape] += count * _typical(calls, device)
     rows = [shape for shape in shapes if shape != _LONG]
-    forward = Curve(
-        samples=tuple(float(b * length) for b, length in rows),
-        seconds=tuple(seconds[shape] for shape in rows),
-    )
+    forward = _curve({b * length: seconds[b, length] for b, length in rows})
     pair, length = None, float(max(length for _, length in rows))
     if _LONG in seconds:
         more = _LONG[1] ** 2 - rows[-1][0] * rows[-1][1] ** 2
@@ -168,6 +166,15 @@ def prompt_times(network: nn.Module, inputs: ModelInputs, device: torch.device) 
         rows = {key: torch.cat([value] * batch).to(device) for key, value in inputs.items()}
         seconds[batch] = _typical([partial(built, **rows, logits_to_keep=1)], device)
     return _curve(seconds)
+
+
+def calls_identity(network: nn.Module) -> str:
+    """Return what decides the time of a language model's calls: config, dtype, implementations."""
+    config: Any = network.config
+    text = text_config(network)
+    # Left out of the JSON of a config.
+    own = [getattr(text, f"_{part}_implementation", None) for part in ("attn", "experts")]
+    return f"{next(network.parameters()).dtype} {config.to_json_string()} {own}"
 
 
 def _trained(network: nn.Module, image_BCHH: Tensor) -> None:

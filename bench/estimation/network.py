@@ -23,6 +23,7 @@ from bench.estimation.boards import known_figures, measured_once
 from bench.estimation.layer_timing import (
     Curve,
     LayerTimes,
+    calls_identity,
     classifier_times,
     decoder_times,
     prompt_times,
@@ -264,8 +265,7 @@ def encoding_seconds(
     if work.times is None:
         return None
     shapes = {key: tuple(value.shape) for key, value in inputs.items()}
-    dtype, config = next(network.parameters()).dtype, text_config(network).to_json_string()
-    facts = f"prompts {dtype} {config} {shapes}"
+    facts = f"prompts {calls_identity(network)} {shapes}"
     if measure:
         found = measured_once(facts, partial(prompt_times, network, inputs, device), Curve)
     else:
@@ -397,15 +397,13 @@ def with_times(
 
     Without `measure` only what was timed before is.
     """
-    sample = next(network.parameters())
     if isinstance(network, Classifier):
-        described = f"{network.config!r} {network}"
+        facts = f"times {next(network.parameters()).dtype} {network.config!r} {network}"
         timer = partial(classifier_times, network, work.matrix, device)
     else:
         forms = [(layers[0], len(layers)) for layers in alike_layers(structure)]
-        described = text_config(network).to_json_string() + repr([layer_form(x) for x, _ in forms])
+        facts = f"times {calls_identity(network)} {[layer_form(layer) for layer, _ in forms]}"
         timer = partial(decoder_times, network, forms, device)
-    facts = f"times {sample.dtype} {described}"
     if measure:
         return replace(work, times=measured_once(facts, timer, LayerTimes))
     return replace(work, times=known_figures(facts, LayerTimes))

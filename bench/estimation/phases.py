@@ -298,24 +298,25 @@ def _measuring(subject: Subject) -> Phase:
     """Return the calls of every shape: those that a measurement takes, whichever is asked for."""
     config, timing = subject.config, subject.config.costs.timing
     memory = subject.weights * subject.copies
-    least, timed, seconds = Work(), Work(), 0.0
+    least, timed, seconds, collected = Work(), Work(), 0.0, 0
     shapes = list(_shapes(subject))
     for batch, tokens in shapes:
         call, written = _call_at(subject, batch, tokens)
         if "memory" in config.costs.measure:
             # The peak of a prefill is read apart from that of a generation.
             least += call + (call + written if written != Work() else Work())
-            # Two peaks, a restart and the end of the shape, or one peak and the end.
-            collections = 4 if written != Work() else 2
-            least += Work(timed=collections * subject.collecting_seconds)
+            # Two peaks, a restart and the end of the shape, or one peak and the end. A command has
+            # frozen what a collection would look through: see `Session`.
+            collected += 4 if written != Work() else 2
         if "latency" in config.costs.measure:
             timed += call + written
         if "energy" in config.costs.measure:
             stages = 2 if written != Work() else 1
             seconds += stages * timing.energy_seconds * _compared(subject)
     least += Work(seconds=seconds)
+    most = least + Work(timed=collected * subject.collecting_seconds)
     if not shapes or timed == Work():
-        return Phase("measuring costs", "measure", least, least, memory + _widest(subject, shapes))
+        return Phase("measuring costs", "measure", least, most, memory + _widest(subject, shapes))
     # FLOPs are counted in a call of their own, and the times settle in rounds of a warm-up.
     once, compared = timed * _compared(subject), bool(config.method)
     settled = min(SETTLED_AFTER, timing.max_warmup_rounds)
@@ -327,7 +328,7 @@ def _measuring(subject: Subject) -> Phase:
         "measuring costs",
         "measure",
         least + fewest,
-        least + sure,
+        most + sure,
         memory + _widest(subject, shapes),
         limited=further,
         limit=len(shapes) * timing.max_seconds * timing.attempts,

@@ -163,7 +163,6 @@ class Described:
     work: NetworkWork
     prompt: Prompt | None
     counting_seconds: float
-    collecting_seconds: float
     missing: tuple[str, ...] = ()
 
 
@@ -204,7 +203,7 @@ class Estimator:
             tasks, failed = self._tasks(benchmark, described, source)
             gaps += failed
         subject = _subject(config, source, described, tasks, hardware, benchmark)
-        # What binds is told by the quantities, whether or not their time was measured.
+        # What binds a phase follows from FLOPs, bytes and operators, whether or not it was timed.
         prompt = subject.prompt and replace(subject.prompt, seconds=None)
         untimed = replace(subject, network=replace(subject.network, times=None), prompt=prompt)
         phases = tuple(
@@ -310,8 +309,7 @@ def _described(
     if hardware.name == HERE:
         work = networks.with_times(work, skeleton, structure, model.device, measure=measures)
     prompt = _prompt(model, config.costs.words, work, missing, measures)
-    collecting = _collecting_seconds()
-    return Described(model, structure, work, prompt, seconds, collecting, tuple(missing))
+    return Described(model, structure, work, prompt, seconds, tuple(missing))
 
 
 @functools.cache
@@ -366,6 +364,7 @@ def _subject(
         language = text_config(network)
         hidden, vocabulary = int(language.hidden_size), int(language.vocab_size)
         each = bytes_per_token(language, next(network.parameters()).dtype)
+    reads_memory = "memory" in config.costs.measure
     splits = getattr(benchmark.harness, "splits", None) if benchmark is not None else None
     here = hardware.name == HERE
     if not here:
@@ -386,7 +385,7 @@ def _subject(
         training_images=len(splits.train) if splits is not None else 0,
         tensors=len(list(network.parameters())),
         counting_seconds=described.counting_seconds if here else None,
-        collecting_seconds=described.collecting_seconds if here else 0.0,
+        collecting_seconds=_collecting_seconds() if here and reads_memory else 0.0,
     )
 
 

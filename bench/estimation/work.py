@@ -54,7 +54,7 @@ class Work:
 
 
 TIMED = (0.8, 1.5)
-"""What a call takes in a run, at least and at most, over what it took alone."""
+"""Time of a call in a run over its time when it was timed alone: the least and the most."""
 
 
 class Time(NamedTuple):

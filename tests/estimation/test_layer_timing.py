@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -150,3 +151,23 @@ def test_times_are_remembered_by_network_and_dtype_and_a_run_measures_none(monke
     assert forward.timed == timed.times.call(32, 32 * 32)
     assert forward.matrix == 4 * work.head
     assert 0 < forward.operators < work.forward(32).operators
+
+
+def test_what_decides_the_time_of_a_call_tells_networks_apart():
+    with torch.device("meta"):
+        one, other = llama(), llama()
+    assert timing.calls_identity(one) == timing.calls_identity(other)
+    other.config._attn_implementation = "eager"
+    assert timing.calls_identity(one) != timing.calls_identity(other)
+    assert timing.calls_identity(one) != timing.calls_identity(one.to(torch.bfloat16))
+    # The tower of a vision-language model, which its text config does not hold.
+    wide, narrow = (tiny_llava(intermediate) for intermediate in (32, 16))
+    assert timing.calls_identity(wide) != timing.calls_identity(narrow)
+
+
+def tiny_llava(intermediate):
+    text = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 16}
+    vision = {"model_type": "clip_vision_model", "intermediate_size": intermediate}
+    config = transformers.LlavaConfig(text_config=text, vision_config=vision)
+    with torch.device("meta"):
+        return transformers.LlavaForConditionalGeneration(config)
