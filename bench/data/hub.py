@@ -7,16 +7,14 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bench.errors import MissingData, UserError
+
 if TYPE_CHECKING:
     from datasets import DatasetDict
-
-
-from dataclasses import dataclass
-
-from bench.errors import MissingData, UserError
 
 _OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 _OFFLINE_CONSTANTS = {
