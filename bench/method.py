@@ -9,7 +9,7 @@ in place and reports in numbers what it did.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
@@ -20,6 +20,8 @@ from bench.ui import SILENT, Progress
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import torch
 
     from bench.data.calibration import Calibration
     from bench.data.prompts import ProcessedPrompts
@@ -125,6 +127,26 @@ class InputSize:
 
 
 @dataclass(frozen=True)
+class RepeatedStep:
+    """A step that a method repeats; an estimate on this machine runs it once on random numbers.
+
+    `prepare` builds the inputs on a device, with weights of a dtype, and returns the step. `key`
+    names everything that its time depends on, and is what the time is remembered by. `times` is how
+    often the step runs; a step per routed expert (`routed`) runs only for experts that have tokens.
+    On other hardware, and where a step is too large to try, its `flops`, the `elements` that it
+    reads and writes, and the `operators` that Python launches are used.
+    """
+
+    key: str
+    times: float
+    prepare: Callable[[torch.device, torch.dtype], Callable[[], object]]
+    flops: float = 0.0
+    elements: float = 0.0
+    operators: float = 0.0
+    routed: bool = False
+
+
+@dataclass(frozen=True)
 class MethodWork:
     """What applying a method costs, for an estimate before the run.
 
@@ -138,7 +160,11 @@ class MethodWork:
 
     `readings` is how often all weights are read. On top come `flops` of other products, such as
     Gram matrices and factorizations, `elements` that are read and written, and `operators` that
-    Python launches. `memory` is bytes of statistics, gradients and moments that are held at once.
+    Python launches, and `steps` that can be timed by themselves. `memory` is bytes of statistics,
+    gradients and moments that are held at once.
+
+    `per_call` are the steps that every later forward of the changed network takes in addition to
+    those of the dense one, such as dequantizing weights.
     """
 
     forwards: float = 0.0
@@ -154,6 +180,8 @@ class MethodWork:
     elements: float = 0.0
     operators: float = 0.0
     memory: float = 0.0
+    steps: tuple[RepeatedStep, ...] = ()
+    per_call: tuple[RepeatedStep, ...] = ()
 
 
 class Method(BaseModel, ABC):

@@ -22,11 +22,13 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from bench.device.devices import call_seconds
+from bench.device.memory import PeakMemory
 from bench.measurement.flops.counter import meta_forward
 from bench.models.network import text_config
 
 if TYPE_CHECKING:
     from bench.data.chat import ModelInputs
+    from bench.method import RepeatedStep
     from bench.models.classifiers.classifier import Classifier
 
 _Arguments = ParamSpec("_Arguments")
@@ -83,6 +85,15 @@ class LayerTimes(BaseModel):
         seconds = self.forward.at(samples)
         further = pairs - samples * min(samples, self.length)
         return max(seconds / 2, seconds + (self.pair or 0.0) * further)
+
+
+class StepFigures(BaseModel):
+    """Seconds of a method's step, and the peak memory of preparing it and running it once."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    seconds: float
+    peak_bytes: int
 
 
 def _where_possible(
@@ -166,6 +177,20 @@ def prompt_times(network: nn.Module, inputs: ModelInputs, device: torch.device) 
         rows = {key: torch.cat([value] * batch).to(device) for key, value in inputs.items()}
         seconds[batch] = _typical([partial(built, **rows, logits_to_keep=1)], device)
     return _curve(seconds)
+
+
+@_where_possible
+def step_figures(
+    step: RepeatedStep, device: torch.device, dtype: torch.dtype
+) -> StepFigures | None:
+    """Time a step of a method and watch its memory; None for one that is too large to try."""
+    if step.flops > _CALL_FLOPS:
+        return None
+    # Neither random inputs nor random weights may change what the process draws later.
+    with torch.random.fork_rng(), PeakMemory(device) as memory:
+        call = step.prepare(device, dtype)
+        call()
+    return StepFigures(seconds=_typical([call], device), peak_bytes=memory.above)
 
 
 def calls_identity(network: nn.Module) -> str:

@@ -102,8 +102,7 @@ class NetworkWork:
         computed one by one, as on a CPU, and `observed` that a method looks at each.
         """
         each = samples / max(calls, 1)
-        # Of experts that tokens choose independently, each misses all of them with (1 - k/E)^T.
-        hit = 1 - (1 - self.met) ** each if self.routed else 0.0
+        hit = self.met_share(each) if self.routed else 0.0
         loop = _OBSERVED_OPERATORS if observed else _LOOPED_OPERATORS if looped else 0
         inside = self.expert_layers * (_GROUPED_OPERATORS + loop * self.experts * hit)
         if self.times is not None:
@@ -121,6 +120,13 @@ class NetworkWork:
             moved=samples * self.elements * self.itemsize,
             operators=calls * (self.operators + inside),
         )
+
+    def met_share(self, tokens: float) -> float:
+        """Return the share of routed experts that at least one of a call's tokens chooses.
+
+        Of experts that tokens choose independently, each is missed by all with (1 - k/E)^T.
+        """
+        return float(1 - (1 - self.met) ** tokens)
 
     def head_only(self, rows: float) -> Work:
         """Return the work of the head on rows of hidden states, its weights read once."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,10 @@ from bench.method import InputSize
 
 if TYPE_CHECKING:
     from bench.config.run_config import RunConfig
+    from bench.estimation.layer_timing import StepFigures
     from bench.estimation.network import NetworkWork
     from bench.estimation.tasks import TaskDemand
-    from bench.method import Method
+    from bench.method import Method, RepeatedStep
     from bench.models.structure.model_structure import ModelStructure
 
 OFFLOADED = ("offload_cpu", "offload_disk")
@@ -56,7 +57,8 @@ class Subject:
 
     `training_images` is the size of the data set that methods train on, `size_on_disk` bytes of
     weight files, `offloaded` whether layers wait outside the device. `counting_seconds` and
-    `collecting_seconds` are of a count of the network and a collection of garbage on this machine.
+    `collecting_seconds` are of a count of the network and a collection of garbage on this machine,
+    and `figures` answers with what a step of a method took there, None where it is not known.
     """
 
     config: RunConfig
@@ -74,6 +76,7 @@ class Subject:
     tensors: int = 0
     counting_seconds: float | None = None
     collecting_seconds: float = 0.0
+    figures: Callable[[RepeatedStep], StepFigures | None] = lambda _: None
 
     @property
     def map(self) -> str | None:
@@ -159,6 +162,8 @@ def _method(subject: Subject, name: str, method: Method) -> Phase:
     train += network.head_only(cost.trained * inputs.length)
     train = train * (2 + cost.updated) + _encoding(subject, cost.trained if inputs.visual else 0)
     apply = Work(operators=cost.operators, moved=cost.readings * network.stored)
+    for step in cost.steps:
+        apply += _step(subject, step) * step.times
     if subject.map is not None:
         passes = max(1.0, cost.forwards + cost.backwards)
         moved = network.streamed(1)
@@ -176,6 +181,24 @@ def _method(subject: Subject, name: str, method: Method) -> Phase:
     parts = {"calibrate": calibrate, "train": train, "apply": apply}
     most = whole + given * cost.possible
     return Phase(f"applying {name}", "apply", whole, most, memory, parts)
+
+
+def _step(subject: Subject, step: RepeatedStep) -> Work:
+    """Return the work of one step: as it was timed, else as it is counted."""
+    figures = subject.figures(step)
+    if figures is not None:
+        return Work(timed=figures.seconds)
+    return Work(precise=step.flops, moved=step.elements * 4, operators=step.operators)
+
+
+def _added_per_call(subject: Subject, tokens: float) -> Work:
+    """Return what a forward of that many tokens takes more in the network that methods changed."""
+    added = Work()
+    for method in subject.config.method.values():
+        for step in method.work(subject.structure, _inputs(subject, method)).per_call:
+            share = subject.network.met_share(tokens) if step.routed else 1.0
+            added += _step(subject, step) * (step.times * share)
+    return added
 
 
 def _inputs(subject: Subject, method: Method) -> InputSize:
@@ -216,15 +239,28 @@ def _training(subject: Subject, name: str, method: Method) -> Phase:
         operators=float(_OPTIMIZER_OPERATORS * subject.tensors),
         moved=8 * subject.network.stored,
     )
+    figures = _training_figures(subject, method)
+    if figures is not None:
+        step = Work(timed=figures.seconds)
     # After each epoch the held-out images are scored, and the state is saved.
     scored = sum(demand.documents for demand in subject.tasks)
     epoch = subject.network.forward(scored, ceil(scored / SCORED_AT_ONCE))
     epoch += Work(moved=4 * subject.network.stored)
     whole = step * steps + epoch * recipe.epochs
-    return Phase(
-        f"applying {name}", "apply", whole, whole, _training_memory(subject, method, scored),
-        {"train": whole},
-    )  # fmt: skip
+    if figures is not None:
+        memory = subject.copies * subject.weights + figures.peak_bytes
+    else:
+        memory = _training_memory(subject, method, scored)
+    return Phase(f"applying {name}", "apply", whole, whole, memory, {"train": whole})
+
+
+def _training_figures(subject: Subject, method: Method) -> StepFigures | None:
+    """Return what a training step of a classifier took, if the method has one that can be tried."""
+    recipe: Any = getattr(method, "recipe")  # noqa: B009  # only some methods have one
+    steps = method.work(subject.structure, InputSize()).steps
+    # FLOPs of the network are known here, and decide whether the step is too large to try.
+    flops = 3 * recipe.batch * subject.network.matrix
+    return subject.figures(replace(steps[0], flops=flops)) if steps else None
 
 
 def _training_memory(subject: Subject, method: Method, scored: int) -> float:
@@ -250,6 +286,7 @@ def _task(subject: Subject, demand: TaskDemand) -> Phase:
         pairs = float(demand.documents * prompt.tokens**2)
         computed, encoding = tokens, prompt.encoding * demand.images
     base = network.forward(tokens, demand.calls, pairs, demand.rows, looped=looped) + encoding
+    base += _added_per_call(subject, tokens / max(1, demand.calls)) * demand.calls
     if subject.map is not None:
         base += Work(
             link=network.streamed(demand.calls),
@@ -278,9 +315,10 @@ def _written(subject: Subject, demand: TaskDemand, end: int, length: float, loop
         return Work()
     # Each token meets the prompt and, on the mean, half of the answer.
     answer = written / max(1, demand.requests)
-    return subject.network.forward(
+    decoding = subject.network.forward(
         written, steps, written * (length + answer / 2), written, looped=looped
     )
+    return decoding + _added_per_call(subject, written / max(1, steps)) * steps
 
 
 def _counting(subject: Subject) -> Phase:
@@ -298,18 +336,22 @@ def _measuring(subject: Subject) -> Phase:
     """Return the calls of every shape: those that a measurement takes, whichever is asked for."""
     config, timing = subject.config, subject.config.costs.timing
     memory = subject.weights * subject.copies
-    least, timed, seconds, collected = Work(), Work(), 0.0, 0
+    least, timed, added, seconds, collected = Work(), Work(), Work(), 0.0, 0
     shapes = list(_shapes(subject))
     for batch, tokens in shapes:
         call, written = _call_at(subject, batch, tokens)
+        more = _added_per_call(subject, batch * tokens)
+        if written != Work():
+            more += _added_per_call(subject, batch) * (timing.new_tokens - 1)
         if "memory" in config.costs.measure:
             # The peak of a prefill is read apart from that of a generation.
-            least += call + (call + written if written != Work() else Work())
+            least += call + (call + written if written != Work() else Work()) + more
             # Two peaks, a restart and the end of the shape, or one peak and the end. A command has
             # frozen what a collection would look through: see `Session`.
             collected += 4 if written != Work() else 2
         if "latency" in config.costs.measure:
             timed += call + written
+            added += more
         if "energy" in config.costs.measure:
             stages = 2 if written != Work() else 1
             seconds += stages * timing.energy_seconds * _compared(subject)
@@ -318,7 +360,7 @@ def _measuring(subject: Subject) -> Phase:
     if not shapes or timed == Work():
         return Phase("measuring costs", "measure", least, most, memory + _widest(subject, shapes))
     # FLOPs are counted in a call of their own, and the times settle in rounds of a warm-up.
-    once, compared = timed * _compared(subject), bool(config.method)
+    once, compared = timed * _compared(subject) + added, bool(config.method)
     settled = min(SETTLED_AFTER, timing.max_warmup_rounds)
     fewest = once * (1 + settled + timing.rounds)
     sure = once * (1 + timing.max_warmup_rounds + timing.rounds * timing.attempts)

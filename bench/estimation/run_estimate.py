@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import gc
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     import torch
 
     from bench.config.run_config import RunConfig
+    from bench.estimation.layer_timing import StepFigures
     from bench.estimation.network import NetworkWork
     from bench.estimation.tasks import TaskDemand
     from bench.evaluation import PlannedBenchmark
+    from bench.method import RepeatedStep
     from bench.models.model import Model
     from bench.models.source import ModelSource
     from bench.models.structure.model_structure import ModelStructure
@@ -202,10 +204,11 @@ class Estimator:
         if benchmark is not None:
             tasks, failed = self._tasks(benchmark, described, source)
             gaps += failed
-        subject = _subject(config, source, described, tasks, hardware, benchmark)
+        untimed = _subject(config, source, described, tasks, hardware, benchmark)
+        subject = replace(untimed, figures=self._step_figures(described.model))
         # What binds a phase follows from FLOPs, bytes and operators, whether or not it was timed.
         prompt = subject.prompt and replace(subject.prompt, seconds=None)
-        untimed = replace(subject, network=replace(subject.network, times=None), prompt=prompt)
+        untimed = replace(untimed, network=replace(subject.network, times=None), prompt=prompt)
         phases = tuple(
             self._timed(phase, plain, dtype)
             for phase, plain in zip(phases_of(subject), phases_of(untimed), strict=True)
@@ -217,6 +220,24 @@ class Estimator:
         """Return whether tasks can be estimated: a language model's needs its tokenizer."""
         described = self._describe(config, source, _dtype_of(config, self.hardware))
         return described.model.tokenizer is not None or source.config.kind == "image_classifier"
+
+    def _step_figures(self, model: Model) -> Callable[[RepeatedStep], StepFigures | None]:
+        """Return what answers with the figures of a step on this machine, if they are known."""
+        if self.hardware.name != HERE:
+            return lambda _: None
+        from bench.estimation.boards import known_figures, measured_once
+        from bench.estimation.layer_timing import StepFigures, step_figures
+
+        kind = next(model.network.parameters()).dtype
+
+        def figures(step: RepeatedStep) -> StepFigures | None:
+            facts = f"step {kind} {step.key}"
+            if not self._measures:
+                return known_figures(facts, StepFigures)
+            timer = functools.partial(step_figures, step, model.device, kind)
+            return measured_once(facts, timer, StepFigures)
+
+        return figures
 
     def _timed(self, phase: Phase, untimed: Phase, dtype: str) -> PhaseEstimate:
         def timed(work: Work, plain: Work) -> Time:

@@ -8,6 +8,8 @@ Shapes: T tokens, R rows (outputs), C columns (inputs) of a projection.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -24,6 +26,7 @@ from bench.method import (
     Method,
     MethodReport,
     MethodWork,
+    RepeatedStep,
     WeightForm,
 )
 from bench.models.layer_stream import LayerStream
@@ -34,7 +37,7 @@ from bench.models.structure.model_structure import ModelStructure
 from methods.dense.sparsity import Pattern, magnitude_mask, sparsegpt, wanda_mask
 from methods.moe.calibration import Gram, observe_inputs
 from methods.moe.pruning import refuse_packed_layer, require_calibration
-from methods.moe.quantizer.method import COLUMN_OPERATORS, column_walk_flops
+from methods.moe.quantizer.gptq import COLUMN_OPERATORS, column_walk_flops
 
 
 @dataclass(frozen=True)
@@ -238,14 +241,31 @@ class SparseGPT(CalibratedWeightPruning):
 
     def work(self, structure: ModelStructure, inputs: InputSize) -> MethodWork:
         """Add what GPTQ's walk over the columns of a matrix takes, whose Hessian this shares."""
-        shapes = [
-            linear.weight.shape for layer in structure.layers for linear in linear_layers(layer)
-        ]
+        shapes = Counter(
+            (linear.weight.shape[0], linear.weight.shape[1])
+            for layer in structure.layers
+            for linear in linear_layers(layer)
+        )
         return replace(
             super().work(structure, inputs),
-            flops=sum(column_walk_flops(rows, columns, inputs.tokens) for rows, columns in shapes),
-            operators=float(COLUMN_OPERATORS * sum(columns for _, columns in shapes)),
+            flops=sum(2 * inputs.tokens * columns**2 * n for (_, columns), n in shapes.items()),
+            steps=tuple(self._walk_step(*shape, count) for shape, count in shapes.items()),
             memory=4.0 * max(columns**2 for _, columns in shapes),
+        )
+
+    def _walk_step(self, rows: int, columns: int, count: int) -> RepeatedStep:
+        def prepare(device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
+            weight_RC = torch.randn(rows, columns, device=device).to(dtype)
+            x_SC = torch.randn(columns, columns, device=device)
+            total_CC = x_SC.T @ x_SC
+            return lambda: self._prune(weight_RC, total_CC)
+
+        return RepeatedStep(
+            key=f"sparsegpt {rows}x{columns} {self.ratio} {self.pattern} {self.block}",
+            times=count,
+            prepare=prepare,
+            flops=column_walk_flops(rows, columns),
+            operators=COLUMN_OPERATORS * columns,
         )
 
     def _statistics(self, columns: int, device: torch.device) -> Gram:

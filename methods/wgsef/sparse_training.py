@@ -19,7 +19,17 @@ from pydantic import Field, model_validator
 
 from bench.data import image_catalogue
 from bench.errors import UserError
-from bench.method import BudgetUnit, Context, Effect, Method, MethodReport, RecipeConfig
+from bench.method import (
+    BudgetUnit,
+    Context,
+    Effect,
+    InputSize,
+    Method,
+    MethodReport,
+    MethodWork,
+    RecipeConfig,
+    RepeatedStep,
+)
 from bench.models.classifiers.architectures import build_classifier
 from bench.models.classifiers.classifier import Classifier, VisionConfig
 from methods.wgsef.groups import choice
@@ -84,19 +94,31 @@ class ClassifierTraining(Method):
         config.refuse_mismatched_images(self.data, given)
         return config
 
+    def work(self, structure: ModelStructure, inputs: InputSize) -> MethodWork:
+        """Return one training step; how many follow is up to the recipe and the data."""
+        config = structure.vision
+        if config is None:
+            return super().work(structure, inputs)
+
+        def prepare(device: torch.device, _: torch.dtype) -> Callable[[], object]:
+            network = _fresh_classifier(config, 0, device)
+            job = self._planned(network, self._splits(), Context(seed=0))
+            return Trainer(replace(job, folder=None)).rehearsal()
+
+        knobs = self.model_dump_json(exclude={"checkpoints"})
+        key = f"train {type(self).__name__} {knobs} {config}"
+        return MethodWork(steps=(RepeatedStep(key, 1, prepare),))
+
+    @abstractmethod
+    def _planned(self, network: Classifier, splits: Splits, context: Context) -> TrainingJob:
+        """Return the training of a network, with its groups and their budget."""
+
     def _network(self, model: Model, seed: int) -> Classifier:
         """Return the classifier to train, with fresh weights if `restart` is set."""
         network = model.network
         if not isinstance(network, Classifier):
             raise UserError(f"{model.name} is not an image classifier")
-        if self.restart:
-            # Initialisation draws from the global CPU generator. Seeding a fork of it makes the
-            # weights independent of methods applied earlier in the same run, and leaves the
-            # process's random state as it was.
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(seed)
-                network = build_classifier(network.config).to(model.device)
-        return network
+        return _fresh_classifier(network.config, seed, model.device) if self.restart else network
 
     def _splits(self) -> Splits:
         splits = image_catalogue.load_image_set(self.data, self.data_folder)
@@ -127,6 +149,15 @@ class ClassifierTraining(Method):
         )
 
 
+def _fresh_classifier(config: VisionConfig, seed: int, device: torch.device) -> Classifier:
+    # Initialisation draws from the global CPU generator. Seeding a fork of it makes the weights
+    # independent of methods applied earlier in the same run, and leaves the process's random state
+    # as it was.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return build_classifier(config).to(device)
+
+
 class Train(ClassifierTraining):
     """Train a classifier with the recipe of sparse training and keep all of its weights.
 
@@ -138,12 +169,7 @@ class Train(ClassifierTraining):
         network = self._network(model, context.seed)
         splits = self._splits()
         network.config.refuse_mismatched_images(splits.name, splits.shape)
-        # The trainer selects groups at the end: here it keeps them all.
-        families = choice.families_of(network, GroupChoice(groups=("filters",)))
-        partition = GroupPartition(network, families)
-        whole = GlobalAllocation(partition, sparsity=0.0)
-        job = self._job(network, splits, partition, whole, Solver, context)
-        outcome = Trainer(job).run()
+        outcome = Trainer(self._planned(network, splits, context)).run()
         model.network = network
         details = {
             "data": splits.provenance,
@@ -151,6 +177,13 @@ class Train(ClassifierTraining):
             "history": [{key: line[key] for key in TRAINING_CURVES} for line in outcome.history],
         }
         return MethodReport("none", details, trained=True)
+
+    def _planned(self, network: Classifier, splits: Splits, context: Context) -> TrainingJob:
+        # The trainer selects groups at the end: here it keeps them all.
+        families = choice.families_of(network, GroupChoice(groups=("filters",)))
+        partition = GroupPartition(network, families)
+        whole = GlobalAllocation(partition, sparsity=0.0)
+        return self._job(network, splits, partition, whole, Solver, context)
 
 
 TRAINING_CURVES = ("epoch", "loss", "rate", "accuracy")
@@ -264,10 +297,8 @@ class SparseTraining(ClassifierTraining):
         network = self._network(model, context.seed)
         splits = self._splits()
         network.config.refuse_mismatched_images(splits.name, splits.shape)
-        families = choice.families_of(network, self._choice())
-        partition = GroupPartition(network, families)
-        allocation = self._allocation(network, splits, partition)
-        job = self._job(network, splits, partition, allocation, self.solver, context)
+        job = self._planned(network, splits, context)
+        partition, families = job.partition, job.partition.families
         outcome = Trainer(job).run()
         # What cannot be removed stays zeroed.
         cut = [
@@ -281,10 +312,15 @@ class SparseTraining(ClassifierTraining):
         model.network = network
         model.invalidate_structure()
         details = self._details(partition, outcome, splits)
-        details["budget"] = allocation.used(outcome.keep)
+        details["budget"] = job.allocation.used(outcome.keep)
         removed = any(bool(dead_M.any()) for _, dead_M in cut)
         effect: Effect = "removed" if removed else "zeroed"
         return MethodReport(effect, details, trained=True)
+
+    def _planned(self, network: Classifier, splits: Splits, context: Context) -> TrainingJob:
+        partition = GroupPartition(network, choice.families_of(network, self._choice()))
+        allocation = self._allocation(network, splits, partition)
+        return self._job(network, splits, partition, allocation, self.solver, context)
 
     def _allocation(
         self, network: Classifier, splits: Splits, partition: GroupPartition

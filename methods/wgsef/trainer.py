@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,29 @@ class Trainer:
         outcome.history = self._history
         job.network.eval()
         return outcome
+
+    def rehearsal(self) -> Callable[[], object]:
+        """Return a training step to be timed, after images were scored as at an epoch's end.
+
+        It changes the network, and counts no step: `run` is not to be called any more.
+        """
+        job = self._job
+        network = job.network.requires_grad_(False).eval()
+        image_BCHH, _ = next(sequential_batches(job.splits.test, _EVALUATION_BATCH))
+        network(image_BCHH.to(self._device))
+        network.requires_grad_(True).train()
+        batches = chain.from_iterable(
+            training_batches(job.splits.train, job.recipe.batch, seed=job.seed, epoch=epoch)
+            for epoch in count()
+        )
+
+        def step() -> None:
+            image_BCHH, label_B = next(batches)
+            with torch.enable_grad():
+                self._train_step(image_BCHH.to(self._device), label_B.to(self._device))
+            self._step = 0
+
+        return step
 
     def _solver_context(self) -> SolverContext:
         job = self._job

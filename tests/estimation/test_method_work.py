@@ -1,6 +1,7 @@
 """What methods declare of their work, against what they do to a small network."""
 
 import math
+from collections import Counter
 from itertools import combinations
 
 import pytest
@@ -10,8 +11,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.config.composition import compose_run_config
 from bench.estimation.network import _Tally
 from bench.method import InputSize, MethodWork
+from bench.models.bitpacking.packed_modules import PackedLinear
+from bench.models.classifiers.architectures import build_classifier
+from bench.models.classifiers.classifier import VisionConfig
 from bench.models.structure.model_structure import inspect_model
 from methods.baselines.naee import search_subset, subsets_tried
+from methods.dense import weight_pruning
+from methods.moe.quantizer import rounding
 from methods.moe.quantizer.grid import round_weights
 from methods.quantization.channel_scales import (
     CLIP_ELEMENTS,
@@ -52,7 +58,9 @@ ON_DENSE = (
 )  # fmt: skip
 INPUTS = InputSize(rows=ROWS.shape[0], length=ROWS.shape[1], batch=8)
 KNOBS = {
-    "gptq": ["method.gptq.group=4"],
+    "gptq": ["method.gptq.group=4", "method.gptq.min_tokens=1"],
+    "rtn": ["method.rtn.group=4"],
+    "awq": ["method.awq.group=4"],
     "camera_q": ["method.camera_q.group=4"],
     "mc": ["method.mc.group=4"],
     "wgsef_finetune": [
@@ -224,7 +232,8 @@ def test_operators_of_fine_tuning_are_those_of_its_steps(layers, monkeypatch):
 def test_products_with_the_inputs_are_those_that_are_computed():
     network = llama()
     layers = inspect_model(network).layers
-    declared = method_of("sparsegpt").work(inspect_model(network), INPUTS).flops
+    work = method_of("sparsegpt").work(inspect_model(network), INPUTS)
+    declared = work.flops + sum(step.times * step.flops for step in work.steps)
     solved = 0.0
     with FlopCounterMode(display=False) as counter:
         for layer in layers:
@@ -234,3 +243,76 @@ def test_products_with_the_inputs_are_those_that_are_computed():
                 _ = x_TC.T @ x_TC
                 solved += 2 * 4 / 3 * columns**3 + rows * columns**2
     assert declared == pytest.approx(counter.get_total_flops() + solved)
+
+
+QUANTIZED = [(name, lambda: build("qwen3_moe")) for name in ("gptq", "camera_q", "mc")] + [
+    (name, llama) for name in ("gptq", "rtn", "awq")
+]
+
+
+@pytest.mark.parametrize(("name", "make"), QUANTIZED)
+def test_later_calls_dequantize_the_weights_that_are_declared(name, make, monkeypatch):
+    method, network, dequantized = method_of(name), make(), []
+    declared = method.work(inspect_model(network), INPUTS).per_call
+    applied(method, network, rows=ROWS)
+    dense = PackedLinear.dense
+
+    def counted(self, dtype):
+        dequantized.append(self.numel)
+        return dense(self, dtype)
+
+    monkeypatch.setattr(PackedLinear, "dense", counted)
+    # Enough tokens that each expert has some.
+    network(torch.randint(0, 32, (8, 64)))
+    numbers = sum(step.times * step.elements / 5 for step in declared)
+    assert numbers == sum(dequantized) > 0
+    routed = sum(step.times for step in declared if step.routed)
+    assert bool(routed) == any(block.num_experts > 1 for block in inspect_model(make()).blocks)
+
+
+@pytest.mark.parametrize(("name", "make"), [*QUANTIZED[:1], ("gptq", llama), ("sparsegpt", llama)])
+def test_steps_are_the_matrices_that_are_solved(name, make, monkeypatch):
+    method, network, solved = method_of(name), make(), Counter()
+    declared = method.work(inspect_model(network), INPUTS).steps
+    owner = weight_pruning if name == "sparsegpt" else rounding
+    solve = getattr(owner, name)
+
+    def counted(weight_RC, *args, **kwargs):
+        solved[tuple(weight_RC.shape)] += 1
+        return solve(weight_RC, *args, **kwargs)
+
+    monkeypatch.setattr(owner, name, counted)
+    applied(method, network, rows=ROWS)
+    # Each step is a call of its own, and does what the method does.
+    once = Counter()
+    for step in declared:
+        before = Counter(solved)
+        step.prepare(torch.device("cpu"), torch.float32)()
+        (shape,) = solved - before
+        solved[shape] -= 1
+        once[shape] += step.times
+    assert once == solved
+
+
+@pytest.mark.parametrize("name", ["train", "wgsef", "hspg"])
+def test_a_training_step_is_tried_without_a_trace(name, tmp_path, monkeypatch):
+    method = compose_run_config([f"method={name}"]).method[name]
+    classifier = build_classifier(VisionConfig(architecture="micro_lenet", size=8, channels=1))
+    (step,) = method.work(inspect_model(classifier), InputSize()).steps
+    monkeypatch.chdir(tmp_path)
+    state = torch.random.get_rng_state()
+    call = step.prepare(torch.device("cpu"), torch.float32)
+    with torch.no_grad():  # as the timer calls it
+        for _ in range(3):
+            call()
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not list(tmp_path.iterdir())
+    # Where checkpoints lie changes no time; a recipe does.
+    elsewhere = method.model_copy(update={"checkpoints": "elsewhere"})
+    longer = method.model_copy(
+        update={"recipe": method.recipe.model_copy(update={"batch": 2 * method.recipe.batch})}
+    )
+    keys = [
+        m.work(inspect_model(classifier), InputSize()).steps[0].key for m in (elsewhere, longer)
+    ]
+    assert keys[0] == step.key != keys[1]

@@ -12,6 +12,8 @@ from bench.errors import UserError
 from bench.estimation import boards
 from bench.estimation.accuracy import accuracy_rows, compared_phases
 from bench.estimation.boards import load_hardware
+from bench.estimation.layer_timing import StepFigures
+from bench.estimation.run_estimate import Estimator
 from bench.estimation.words import duration, sweep_line, time_range
 from bench.models.source import describe_model
 from bench.records import Cost, DenseModel, EstimatedPhase, Record
@@ -73,6 +75,27 @@ def test_the_phases_are_those_of_a_run(small):
     shared = {phase.name: phase.shared for phase in run.phases}
     assert shared["micro_moe on openbookqa"] > shared["micro_moe on english"] == 0
     json.dumps(small.as_json())
+
+
+def test_steps_that_were_timed_take_the_place_of_those_that_are_counted(small, monkeypatch):
+    timed = []
+
+    def figures(step):
+        timed.append(step)
+        return StepFigures(seconds=1.0, peak_bytes=0)
+
+    monkeypatch.setattr(Estimator, "_step_figures", lambda *_: figures)
+    (found,) = bench.estimate(
+        model="micro_moe", method="gptq", benchmark="camera_micro", hardware="h200", **OFFLINE
+    ).runs
+    rounded = sum(step.times for step in {s.key: s for s in timed if "round" in s.key}.values())
+    before, after = ({p.name: p for p in run.phases} for run in (small.runs[0], found))
+    applying = after["applying gptq"].parts["apply"]
+    assert 0.8 * rounded <= applying.low < applying.high
+    assert before["applying gptq"].parts["apply"].high < 0.8 * rounded
+    # Every later call dequantizes; the dense part of it is as it was.
+    assert all(after[name].low > before[name].low for name in before if " on " in name)
+    assert after["counting costs"] == before["counting costs"]
 
 
 def test_only_what_is_measured_is_estimated():

@@ -21,6 +21,17 @@ from methods.moe.quantizer.grid import Clip, QuantGrid, QuantizedMatrix, quantiz
 
 # Attempts to factorize a Hessian; the damping grows tenfold after each failure.
 MAX_DAMPING_ATTEMPTS = 4
+COLUMN_OPERATORS = 28
+"""Operators per column, views included: codes, values, error and compensation."""
+
+
+def column_walk_flops(rows: int, columns: int) -> float:
+    """Return the FLOPs of the walk over the columns of one matrix, without its Gram matrix.
+
+    4/3·C³ for two Cholesky factors and an inverse in float64, which counts twice, and R·C² for the
+    compensation. SparseGPT's walk takes as many.
+    """
+    return 2 * 4 / 3 * columns**3 + rows * columns**2
 
 
 def gptq(

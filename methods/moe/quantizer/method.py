@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -19,7 +20,7 @@ from bench.method import (
     MethodWork,
     WeightForm,
 )
-from bench.models.bitpacking.packed_shape import GridKind
+from bench.models.bitpacking.packed_shape import GridKind, Level, PackedShape
 from bench.models.model import Model
 from bench.models.structure.dense_layer import shape_of
 from bench.models.structure.model_structure import ModelStructure
@@ -32,22 +33,14 @@ from methods.moe.pruning import (
 )
 from methods.moe.quantizer.bit_budget import stored_bytes
 from methods.moe.quantizer.grid import Clip
-from methods.moe.quantizer.layer_walk import Quantizer, find_linears
+from methods.moe.quantizer.layer_walk import (
+    UNQUANTIZED_BITS,
+    LinearRole,
+    Quantizer,
+    find_linears,
+)
 from methods.moe.quantizer.observers import Planner
-from methods.moe.quantizer.rounding import Rounder
-
-COLUMN_OPERATORS = 28
-"""Operators of GPTQ per column, views included: codes, values, error and compensation."""
-
-
-def column_walk_flops(rows: int, columns: int, tokens: float) -> float:
-    """Return the FLOPs of GPTQ's and SparseGPT's walk over the columns of one matrix, for a price.
-
-    2·S·C² for its Gram, 4/3·C³ for two Cholesky factors and an inverse in float64, which counts
-    twice, and R·C² for the compensation.
-    """
-    return 2 * tokens * columns**2 + 2 * 4 / 3 * columns**3 + rows * columns**2
-
+from methods.moe.quantizer.rounding import Rounder, dequantization_step, rounding_step
 
 BitWidth = Annotated[int, Field(ge=1, le=8)]
 
@@ -134,32 +127,61 @@ class MoEQuantization(Method):
         require_usual_experts(self.blocks(structure), type(self).__name__)
 
     def work(self, structure: ModelStructure, inputs: InputSize) -> MethodWork:
-        """Return the walk and, for GPTQ, the walk over the columns of every matrix."""
+        """Return the walk, the rounding of every matrix, and the dequantization in later calls."""
+        blocks = self.blocks(structure)
+        packed = self._packed_shapes(structure, blocks)
         walk = MethodWork(
             forwards=2.0 * self.uses_calibration,
             observed=1.0 * self.uses_calibration,
             readings=2.0,
+            per_call=tuple(
+                dequantization_step(shape, count, routed=chosen < 1)
+                for (shape, chosen), count in packed.items()
+            ),
         )
         if not self.uses_calibration or self.rounding == "rtn":
             return walk
-        blocks = self.blocks(structure)
-        # Rows, columns, tokens and number of the matrices that are rounded together; gate and up
-        # share a Hessian.
-        solved: list[tuple[int, int, float, int]] = []
-        for block in blocks:
-            each = inputs.tokens * block.top_k / block.num_experts
-            solved.append((2 * block.d_ff, block.d_model, each, block.num_experts))
-            solved.append((block.d_model, block.d_ff, each, block.num_experts))
-        for index, layer in enumerate(structure.layers):
-            own = [block for block in blocks if block.layer == index]
-            linears = (slot.linear for slot in find_linears(layer, own))
-            solved += [(*shape_of(linear), inputs.tokens, 1) for linear in linears]
-        flops = sum(n * column_walk_flops(r, c, seen) for r, c, seen, n in solved)
-        columns = sum(n * c for _, c, _, n in solved)
         held = max(block.num_experts * (block.d_model**2 + block.d_ff**2) for block in blocks)
         return replace(
-            walk, flops=flops, operators=float(COLUMN_OPERATORS * columns), memory=4.0 * held
+            walk,
+            # Gram matrices: each expert sees its share of the tokens.
+            flops=sum(
+                2 * inputs.tokens * chosen * shape.columns**2 * count
+                for (shape, chosen), count in packed.items()
+            ),
+            steps=tuple(
+                rounding_step(shape, count, self._rounder) for (shape, _), count in packed.items()
+            ),
+            memory=4.0 * held,
         )
+
+    def _packed_shapes(
+        self, structure: ModelStructure, blocks: Sequence[MoEBlock]
+    ) -> Counter[tuple[PackedShape, float]]:
+        """Count the matrices to pack by shape and by the share of tokens that they see.
+
+        Gate and up of an expert are one matrix, as they share a Hessian. Of bits that are chosen
+        among several, those in the middle stand for all.
+        """
+        own: int | tuple[int, ...] = getattr(self, "bits", 4)
+        bits = own if isinstance(own, int) else own[len(own) // 2]
+        found = Counter[tuple[PackedShape, float]]()
+
+        def add(rows: int, columns: int, bits: int, chosen: float, count: int) -> None:
+            # At 0 bits nothing is stored, at 16 nothing is packed.
+            if 0 < bits < UNQUANTIZED_BITS and rows and columns:
+                levels = (Level(bits, rows),)
+                shape = PackedShape(rows, columns, levels, group=self.group, grid=self.grid)
+                found[shape, chosen] += count
+
+        for block in blocks:
+            chosen = block.top_k / block.num_experts
+            add(2 * block.d_ff, block.d_model, bits, chosen, block.num_experts)
+            add(block.d_model, block.d_ff, bits, chosen, block.num_experts)
+        for index, layer in enumerate(structure.layers):
+            for slot in find_linears(layer, [block for block in blocks if block.layer == index]):
+                add(*shape_of(slot.linear), self._bits_by_role[slot.role], 1.0, 1)
+        return found
 
     def blocks(self, structure: ModelStructure) -> tuple[MoEBlock, ...]:
         """Return the blocks that are packed by plan."""
@@ -189,16 +211,24 @@ class MoEQuantization(Method):
             "quantized", details, [LayerReport.model_validate(layer) for layer in layers]
         )
 
+    @property
+    def _rounder(self) -> Rounder:
+        return Rounder(self.rounding, self.clip, self.grid, self.damping, self.min_tokens)
+
+    @property
+    def _bits_by_role(self) -> dict[LinearRole, int]:
+        return {
+            "attention": self.attention_bits,
+            "shared": self.shared_bits,
+            "dense": self.dense_bits,
+            "head": self.head_bits,
+        }
+
     def _quantizer(self, planner: Callable[[MoEBlock], Planner]) -> Quantizer:
         return Quantizer(
-            rounder=Rounder(self.rounding, self.clip, self.grid, self.damping, self.min_tokens),
+            rounder=self._rounder,
             planner=planner,
-            bits={
-                "attention": self.attention_bits,
-                "shared": self.shared_bits,
-                "dense": self.dense_bits,
-                "head": self.head_bits,
-            },
+            bits=self._bits_by_role,
             group=self.group,
             batch=self.batch,
             chunk=self.chunk,

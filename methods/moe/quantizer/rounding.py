@@ -6,7 +6,7 @@ Shapes: R rows, C columns, D d_model, F an expert's width, f the kept micro-expe
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, cast
 
@@ -14,13 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from bench.errors import UserError
+from bench.method import RepeatedStep
 from bench.models.bitpacking.packed_modules import PackedLinear
 from bench.models.bitpacking.packed_shape import GridKind, PackedShape
 from bench.models.structure.dense_layer import weight_of
 from bench.models.structure.expert_view import ExpertView
 from methods.moe.calibration import Gram
 from methods.moe.quantizer.expert_plan import ExpertPlan, MatrixPlan
-from methods.moe.quantizer.gptq import gptq, inverse_factor
+from methods.moe.quantizer.gptq import (
+    COLUMN_OPERATORS,
+    column_walk_flops,
+    gptq,
+    inverse_factor,
+)
 from methods.moe.quantizer.grid import Clip, QuantizedMatrix, round_to_nearest, row_bits
 
 
@@ -131,3 +137,47 @@ class Rounder:
         packed = PackedLinear(shape, weight_RC.dtype, device=weight_RC.device)
         packed.store(quantized.codes, quantized.scale, quantized.offset, plan.order_C)
         return packed
+
+
+_DEQUANTIZE_OPERATORS = 40
+"""Operators that unpack the codes of a matrix and apply its grids."""
+
+
+def rounding_step(shape: PackedShape, count: int, rounder: Rounder) -> RepeatedStep:
+    """Return the step that rounds and packs one of `count` matrices by GPTQ, for an estimate."""
+
+    def prepare(device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
+        weight_RC = torch.randn(shape.rows, shape.columns, device=device).to(dtype)
+        x_SC = torch.randn(shape.columns, shape.columns, device=device)
+        hessian = Gram(x_SC.T @ x_SC, max(shape.columns, rounder.min_tokens))
+        # Of its own: the counts are of a run.
+        own = replace(rounder, counts=Counter())
+        return lambda: own.matrix(weight_RC, MatrixPlan(shape), hessian)
+
+    return RepeatedStep(
+        key=f"round {shape} {rounder.kind} {rounder.clip} {rounder.grid}",
+        times=count,
+        prepare=prepare,
+        flops=column_walk_flops(shape.rows, shape.columns),
+        operators=COLUMN_OPERATORS * shape.columns,
+    )
+
+
+def dequantization_step(shape: PackedShape, count: int, *, routed: bool) -> RepeatedStep:
+    """Return the step that dequantizes one of `count` matrices in every call, for an estimate."""
+
+    def prepare(device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
+        packed = PackedLinear(shape, dtype, device=device)
+        for buffer in packed.buffers():
+            buffer.zero_()
+        return lambda: packed.dense(dtype)
+
+    return RepeatedStep(
+        key=f"dequantize {shape}",
+        times=count,
+        prepare=prepare,
+        # Codes as bytes and as float32, a scale and an offset per weight, and the result.
+        elements=5.0 * shape.rows * shape.columns,
+        operators=_DEQUANTIZE_OPERATORS,
+        routed=routed,
+    )
