@@ -34,6 +34,7 @@ API = {
     "Write a method": [
         "bench.method.Method", "bench.method.Context", "bench.method.MethodReport",
         "bench.method.InputSize", "bench.method.LayerReport", "bench.method.MethodWork",
+        "bench.method.RepeatedStep",
         "bench.method.RecipeConfig",
         "bench.models.model.Model",
         "bench.models.structure.model_structure.ModelStructure",
