@@ -8,19 +8,21 @@ column, the layer's routed output is y_t = Σ_i φ_ti w_i. Then (arXiv 2508.0232
 
     E_i = [ (1 - α) · ‖φ_i‖₂² + α · ‖φ_i‖∞² ] · ‖w_i‖₂²
 
-in squared activation times squared weight. At α = 0 it is exactly the squared error that removing i
-alone causes in the layer's output, summed over tokens.
+in units of squared activation times squared weight. At α = 0, E_i is exactly the squared error of
+the layer's output, summed over tokens, that removing micro-expert i alone causes.
 
-The paper's values of α, the weight of the peak term, are known only second-hand. Its code
-(xuyuzhuang11/CAMERA at 4f3ddd6) multiplies the peak by 1.0 by default, and its run.sh by 0.90 for
-DeepSeek-MoE, the one model that it runs (`official`). The README of its Ascend port has 0.95, which
-`paper` takes for every model but Qwen3, where it is 1.0. A note gives 0.05, and 0 for Qwen3, which
-could be meant as the peak's weight as well (`low_peak`). The question is open: run all before
-claiming a replication.
+The paper's values of α, the weight of the peak term, are known only second-hand:
 
-That code also divides a token's router weights by their sum over the chosen experts for every
-model. Qwen3 and Mixtral do so themselves; DeepSeek-MoE does not, so there its φ is not the
-coefficient that the model applies.
+- `official`: the authors' code (xuyuzhuang11/CAMERA at 4f3ddd6) uses 1.0 by default, and its run.sh
+  uses 0.90 for DeepSeek-MoE, the only model that it runs.
+- `paper`: 0.95, from the README of the authors' Ascend port, and 1.0 for Qwen3.
+- `low_peak`: a note gives 0.05, and 0 for Qwen3, which may also be meant as the peak's weight.
+
+Which of them the paper used is open: run all three before claiming a replication.
+
+For every model, the official code also divides the router weights of a token by their sum over the
+chosen experts. Qwen3 and Mixtral do that themselves. DeepSeek-MoE does not, so for that model the
+official φ is not the coefficient that the model applies.
 """
 
 from __future__ import annotations
@@ -42,9 +44,9 @@ def energy(
 ) -> Tensor:
     """Return E, float64 [N], from the moments and the squared norms of the down columns.
 
-    The paper's sum grows with the number of tokens while its peak does not, so the effect of one α
-    depends on the amount of calibration text. With `tokens` the sum is replaced by the mean over
-    that many tokens (not in the paper), which removes the dependence.
+    In the paper the sum grows with the number of tokens while the peak does not, so the effect of
+    an α depends on the amount of calibration text. If `tokens` is given, the sum is divided by it,
+    which removes that dependence (not in the paper).
     """
     square_N = moments.square_sum_N if tokens is None else moments.square_sum_N / tokens
     return ((1 - alpha) * square_N + alpha * moments.peak_square_N.double()) * norm_square_N
@@ -58,7 +60,7 @@ _DEFAULT_PEAK_WEIGHT = 0.95
 
 
 def resolve_alpha(alpha: Alpha, model_type: str) -> float:
-    """Return α for a model: the given number, or the value of a named reading for its type."""
+    """Return α as a number; a name is looked up for the model type (see the module docstring)."""
     if not isinstance(alpha, str):
         return alpha
     if alpha == "official":
@@ -69,33 +71,34 @@ def resolve_alpha(alpha: Alpha, model_type: str) -> float:
 
 
 class BlockEnergies:
-    """Observer of one block that accumulates the statistics for its micro-experts' energies.
+    """Observer of one block that accumulates the statistics from which energies are computed.
 
-    `tokens` counts all tokens, `tokens_per_expert` [E] those of each routed expert; `output_power`
-    is Σ_t ‖y_t‖² of the block output. `grams`, if given, accumulates the statistics of a refit.
+    `tokens` counts all tokens and `tokens_per_expert` [E] those routed to each expert;
+    `output_power` is Σ_t ‖y_t‖² of the block output. `grams`, if given, accumulates what a refit
+    needs.
     """
 
     def __init__(self, block: MoEBlock, grams: ExpertGrams | None = None) -> None:
         device = expert_view(block, 0).down.device
         self.block = block
-        # A second observer instead of a second pass: the walk is the expensive part.
+        # Fed from here, because a second pass over the calibration text would be expensive.
         self.grams = grams
         self.tokens = 0
         self.tokens_per_expert = [0] * block.num_experts
         self.output_power = 0.0
-        self._places = dict(expert_spans(block))
+        self._spans = dict(expert_spans(block))
         self._moments = Moments(block.micro_experts, device)
 
     def routed(self, expert: int, x_SD: Tensor, hidden_SF: Tensor, weight_S: Tensor) -> None:
         """Add the tokens of one routed expert."""
         self.tokens_per_expert[expert] += len(x_SD)
-        self._moments.add(self._places[expert], hidden_SF, weight_S)
+        self._moments.add(self._spans[expert], hidden_SF, weight_S)
         if self.grams is not None:
             self.grams.routed(expert, x_SD, hidden_SF, weight_S)
 
     def shared(self, x_TD: Tensor, hidden_TF: Tensor, weight_T: Tensor) -> None:
         """Add all tokens of the shared experts."""
-        self._moments.add(self._places[SHARED], hidden_TF, weight_T)
+        self._moments.add(self._spans[SHARED], hidden_TF, weight_T)
         if self.grams is not None:
             self.grams.shared(x_TD, hidden_TF, weight_T)
 
@@ -105,14 +108,14 @@ class BlockEnergies:
         self.output_power += float(y_TD.float().square().sum(dtype=torch.float64))
 
     def energies(self, alpha: float, *, normalised: bool) -> Tensor:
-        """Return the energies in flat order, float64 [N], using the current weights.
+        """Return the energies in flat order, float64 [N], computed with the current weights.
 
         Raises:
             UserError: an activation was NaN or infinite.
         """
-        # `_places` is in flat order, so concatenated norms line up with the moments.
+        # `_spans` is in flat order, so the concatenated norms line up with the moments.
         norms = [
-            squared_column_norms(expert_view(self.block, expert).down) for expert in self._places
+            squared_column_norms(expert_view(self.block, expert).down) for expert in self._spans
         ]
         tokens = self.tokens if normalised else None
         energy_N = energy(self._moments, torch.cat(norms), alpha, tokens)

@@ -1,12 +1,12 @@
-"""CAMERA-PQ: pruning and quantization in one decision, 0 to 8 bits per block of micro-experts.
+"""CAMERA-PQ: joint pruning and quantization, with 0 to 8 bits per block of micro-experts.
 
-Not in the paper, whose fixed groups can neither drop a micro-expert nor trade its bits for others.
+Not in the paper, whose groups have fixed sizes and always keep at least one bit.
 
 Shapes: S tokens of one expert, F its width, N routed micro-experts of a layer, D d_model, O bit
 options, I blocks of micro-experts, n micro-experts of one block.
 
-A micro-expert adds φ_t w to the output of token t. Rounded to b bits it adds φ̂_t ŵ; replacing it
-alone causes, summed over tokens, the squared error
+A micro-expert adds φ_t w to the output of token t. Rounded to b bits it adds φ̂_t ŵ. Replacing this
+micro-expert alone causes the squared error, summed over tokens,
 
     e(b) = Σ_t ‖φ_t w - φ̂_t ŵ‖² = ‖φ‖²‖w‖² - 2 ⟨φ, φ̂⟩⟨w, ŵ⟩ + ‖φ̂‖²‖ŵ‖²
 
@@ -54,13 +54,16 @@ BitChoicesOrZero = Annotated[
 
 
 class CameraPQ(MoEQuantization):
-    """Choose bits per block of micro-experts, 0 meaning removal, under a byte budget, exactly.
+    """Choose the bits of every block of micro-experts under a size budget; 0 bits removes a block.
 
-    The choice minimises the summed error of replacing each micro-expert alone, which at 0 bits is
-    its energy at α = 0. `budget_bits` is the mean bits per routed weight, scales and offsets
-    included; grids are of kind `offset`, which 1 bit needs. The budget holds per `layer`, each
-    measured on the outputs of the quantized layers before it, or with scope `global` over all
-    layers together, measured in one pass before anything changes. `block` is as in CAMERA-Q.
+    The choice minimises the sum of the errors of replacing each micro-expert alone; at 0 bits that
+    error is the energy at α = 0. The minimum is exact. `budget_bits` is the mean number of bits per
+    routed weight, including scales and offsets. Grids are of kind `offset`, the only kind that has
+    1 bit.
+
+    With scope `layer` every layer gets the same budget and is measured on the outputs of the
+    quantized layers before it. With scope `global` all layers share one budget and are measured in
+    one pass over the unchanged model. `block` is as in CAMERA-Q.
     """
 
     bits: BitChoicesOrZero = (4, 3, 2, 1, 0)
@@ -73,14 +76,13 @@ class CameraPQ(MoEQuantization):
         """Also refuse a budget below the cost of the fewest bits."""
         super().check(structure)
         for block in self.blocks(structure):
-            # Per block the cheapest option, which is the fewest bits: 0 costs nothing, not even a
-            # grid.
             least = int(self.options(block).cost_in_bits(block).amin(1).sum())
             if least > self.budget(block):
                 need = least / matrix_weights(block)
                 raise UserError(
                     f"budget_bits={self.budget_bits} is too low for {block.name}: with scales and "
-                    f"offsets, bits={list(self.bits)} need {need:.3g} at least"
+                    f"offsets, bits={list(self.bits)} need at least {need:.3g}; raise budget_bits "
+                    "or add lower bits"
                 )
 
     def options(self, block: MoEBlock) -> BitOptions:
@@ -110,7 +112,8 @@ class CameraPQ(MoEQuantization):
         tokens_BL = require_calibration(context).tokens
         options = WalkOptions(self.batch, self.chunk)
         observed = walk_blocks(model, tokens_BL, make_observer, options, context.progress)
-        # Errors need the original weights, which the walk offloads or the caller quantizes later.
+        # Computed here, while the original weights are loaded: the walk may offload them, and the
+        # caller quantizes them.
         return [errors.materialized() for _, errors in observed]
 
 
@@ -131,8 +134,8 @@ class ReplacementErrors(NullObserver):
         overlaps.square_F += phi_SF.square().sum(0, dtype=torch.float64)
         for option, bits in enumerate(self.options.bits):
             if bits:
-                # Gate and up rounded, down not: φ̂ is the coefficient only. The rounding of the
-                # down column enters through ⟨w, ŵ⟩ and ‖ŵ‖², which need no tokens.
+                # φ̂ depends on gate and up only, so down is not rounded here. Its rounding enters
+                # through ⟨w, ŵ⟩ and ‖ŵ‖², which need no tokens.
                 rounded = self._round_inputs(expert, view, bits)
                 hat_SF = rounded.hidden(x_SD.float()) * weight_S1
                 overlaps.cross_OF[option] += (phi_SF * hat_SF).sum(0, dtype=torch.float64)
@@ -140,7 +143,7 @@ class ReplacementErrors(NullObserver):
 
     @cached_property
     def blocks(self) -> list[tuple[Tensor, ...]]:
-        """Per expert, its micro-experts' indices by falling energy, split into blocks."""
+        """Per expert, the indices of its micro-experts by descending energy, split into blocks."""
         blocks = []
         for expert in range(len(self._overlaps)):
             order_F = energy_order(self._energies(expert))
@@ -174,8 +177,8 @@ class ReplacementErrors(NullObserver):
         """Compute everything that needs the block's weights, and return self."""
         # Cached properties: reading them stores their values.
         _ = self.blocks, self.losses, self.energy
-        # The measurement is over: with all layers measured before any is planned, the codes of all
-        # of them would add up to the size of the model.
+        # Frees the rounded weights. With scope `global` those of all layers would otherwise be kept
+        # at once, as large as the model.
         self._rounded = RoundedWeights(self.options.group, self.options.clip)
         return self
 
@@ -188,8 +191,8 @@ class ReplacementErrors(NullObserver):
         for option, bits in enumerate(self.options.bits):
             loss_n = energy_n
             if bits:
-                # Rounded as one group, since the block is one group of the stored down matrix: the
-                # error depends on which micro-experts share the grid.
+                # Rounded as one group, because the block will be one group of the stored down
+                # matrix and the error depends on which micro-experts share a grid.
                 hat_Dn = round_weights(down_Dn, bits, group, self.options.clip)
                 inner_n = (down_Dn * hat_Dn).sum(0, dtype=torch.float64)
                 cross_n = overlaps.cross_OF[option, chosen_n] * inner_n
@@ -203,14 +206,14 @@ class ReplacementErrors(NullObserver):
         gate = view.gate
         if view.form != "plain":
             gate = self._rounded.values((expert, "gate"), view.gate, bits)
-        # The rounded matrices are float32, whatever the model is; so are the inputs of the caller.
-        biases = (b if b is None else b.float() for b in (view.gate_bias, view.up_bias))
-        gate_bias, up_bias = biases
+        # The rounded matrices and the caller's inputs are float32, whatever dtype the model has.
+        gate_bias = None if view.gate_bias is None else view.gate_bias.float()
+        up_bias = None if view.up_bias is None else view.up_bias.float()
         return replace(view, gate=gate, up=up, gate_bias=gate_bias, up_bias=up_bias)
 
 
 class SolvingPlanner(ReplacementErrors):
-    """Measures a layer, then solves for its own budget."""
+    """Measures a layer, then chooses its bits under the layer's own budget."""
 
     def __init__(self, method: CameraPQ, block: MoEBlock) -> None:
         super().__init__(block, method.options(block))
@@ -218,7 +221,7 @@ class SolvingPlanner(ReplacementErrors):
         self._decided: DecidedPlanner
 
     def plans(self) -> list[ExpertPlan]:
-        """Solve, and return a plan for every expert."""
+        """Choose the bits and return a plan for every expert."""
         (chosen_I,) = solve_bit_budget([self], self._budget)
         self._decided = DecidedPlanner(self, chosen_I)
         return self._decided.plans()
@@ -229,28 +232,30 @@ class SolvingPlanner(ReplacementErrors):
 
 
 class DecidedPlanner(NullObserver):
-    """Plans a choice already made: an option for every block of micro-experts."""
+    """Turns chosen bit options, one per block of micro-experts, into plans of the experts."""
 
     def __init__(self, measured: ReplacementErrors, chosen_I: list[int]) -> None:
         self._measured, self._chosen_I = measured, chosen_I
         self._bits_I = [measured.options.bits[option] for option in chosen_I]
 
     def plans(self) -> list[ExpertPlan]:
-        """Return a plan for every expert: falling bits, then falling energy."""
-        # The choices are one flat list over experts; each expert consumes as many as it has blocks.
-        remaining = iter(self._bits_I)
-        return [
-            self._plan(self._measured.block.expert(expert), [(next(remaining), p) for p in own])
-            for expert, own in enumerate(self._measured.blocks)
-        ]
+        """Return a plan for every expert, sorted by descending bits, then descending energy."""
+        plans, start = [], 0
+        # `_bits_I` is one flat list over all experts.
+        for expert, parts_n in enumerate(self._measured.blocks):
+            bits = self._bits_I[start : start + len(parts_n)]
+            start += len(parts_n)
+            view = self._measured.block.expert(expert)
+            plans.append(self._plan(view, list(zip(bits, parts_n, strict=True))))
+        return plans
 
     def details(self) -> dict[str, object]:
         """Return what was removed, and the predicted error."""
         measured = self._measured
         parts = [part for own in measured.blocks for part in own]
         removed = [len(p) for p, bits in zip(parts, self._bits_I, strict=True) if not bits]
-        places = torch.arange(len(self._chosen_I))
-        error = float(measured.losses[places, self._chosen_I].sum())
+        rows = torch.arange(len(self._chosen_I))
+        error = float(measured.losses[rows, self._chosen_I].sum())
         return {
             "block": measured.options.block,
             "removed": sum(removed),
@@ -270,10 +275,14 @@ class DecidedPlanner(NullObserver):
 
 
 def solve_bit_budget(measured: Sequence[ReplacementErrors], budget: int) -> list[list[int]]:
-    """Return the choices of every layer with the least total error under one budget in bits.
+    """Return the bit option of every block, per layer, of least total error under one budget.
 
-    Errors count relative to the energy of their layer, so that a layer with large outputs does not
-    take the whole budget. For a single layer this changes nothing.
+    `budget` is in bits and covers all layers. Errors are divided by the energy of their layer, so
+    that a layer with large outputs does not take the whole budget; for a single layer this changes
+    nothing.
+
+    Raises:
+        UserError: no choice is within the budget.
     """
     losses = [found.losses / (found.energy or 1.0) for found in measured]
     costs = [found.options.cost_in_bits(found.block) for found in measured]
@@ -286,7 +295,11 @@ def solve_bit_budget(measured: Sequence[ReplacementErrors], budget: int) -> list
 
 @dataclass(frozen=True)
 class BitOptions:
-    """Bit options, group sizes of inputs (`group`) and of down columns (`block`), clipping."""
+    """Bit widths to choose from, and how weights are rounded.
+
+    `group` is the group size along the inputs of gate and up, `block` that along the columns of
+    down.
+    """
 
     bits: tuple[int, ...]
     group: int
@@ -294,10 +307,10 @@ class BitOptions:
     clip: Clip
 
     def cost_in_bits(self, block: MoEBlock) -> Tensor:
-        """Return the bits that every block of micro-experts takes, grids included, int64 [I, O].
+        """Return the storage in bits of every block at every option, with grids, int64 [I, O].
 
-        Each of n micro-experts has a row in gate and in up, or in up alone, with a grid per group
-        of inputs; the down matrix has a grid per row for the columns of the block.
+        Each micro-expert of a block has a row in gate and in up, or in up alone, with one grid per
+        group of inputs; the down matrix has one grid per row for the columns of the block.
         """
         sizes = [n for width in block.widths for n in block_lengths(width, self.block)]
         size_I1 = torch.tensor(sizes, dtype=torch.int64)[:, None]

@@ -1,4 +1,4 @@
-"""Loss-aware energy: weighs an error in a block's output by its effect on the loss.
+"""Loss-aware energy: weighs an error of a block's output by its effect on the loss.
 
 Not in the CAMERA paper; the idea is HEAPr's (arXiv 2509.22299).
 
@@ -11,8 +11,8 @@ coefficients taken as independent of the gradients, and the factor ½ omitted, t
 
     E_i = ‖φ_i‖₂² · w_iᵀ G w_i,   G = mean over t of g_t g_tᵀ
 
-in squared nats. With G = I it is CAMERA's energy at α = 0. Since it is in units of the loss,
-energies of different layers are comparable.
+in squared nats. With G = I this is CAMERA's energy at α = 0. Being in units of the loss, energies
+of different layers are comparable.
 """
 
 from __future__ import annotations
@@ -141,8 +141,8 @@ class CameraLossAware(MicroExpertPruning, CalibratedPruning):
         calibration = require_calibration(context)
         structure = model.structure
         refuse_offloaded(structure.micro_expert_blocks)
-        # Everything is measured before anything is removed: G comes from the unpruned model, and
-        # activations have to match it.
+        # Everything is measured before anything is removed: G comes from the unpruned model, so the
+        # activations must too.
         energies = self._energies(model, calibration.tokens, context.progress)
         chosen = self._choose(energies, self.budgets(structure))
         layers = []
@@ -164,7 +164,8 @@ class CameraLossAware(MicroExpertPruning, CalibratedPruning):
     def _choose(self, energies: list[Tensor], budgets: list[int]) -> list[Tensor]:
         """Return the flat indices to remove from every block."""
         if self.scope == "global":
-            # No normalisation by output power, unlike CAMERA-P: units of the loss compare already.
+            # Unlike in CAMERA-P, no division by output power: in units of the loss, energies of
+            # different blocks are comparable.
             return lowest_overall(energies, sum(budgets))
         return [lowest(energy_N, n) for energy_N, n in zip(energies, budgets, strict=True)]
 

@@ -41,34 +41,34 @@ from methods.moe.ranking import (
     lowest_per_expert,
 )
 
-# Below the power of any output computed in float32; keeps 0 / 0 out for a block without output.
+# Avoids 0 / 0 for a block whose output is zero; below the power of any other float32 output.
 MIN_OUTPUT_POWER = 1e-300
 
 
 class CameraP(MicroExpertPruning, SequentialPruning):
-    """Prune micro-experts by energy.
+    """Prune the micro-experts of least energy.
 
-    `alpha` weighs the peak term ‖φ‖∞² against the sum ‖φ‖₂²: a number, or one of three readings of
-    what the authors used for this model (`methods.camera.analysis`). φ has the router weight that
-    the model applies. With `router_weights=renormalised` the weights of a token's experts sum to
-    one instead, as in the official code, also where the model itself does not renormalise
-    (DeepSeek-MoE); `alpha=official` with it gives the official scores.
+    `alpha` weighs the peak term ‖φ‖∞² against the sum ‖φ‖₂²: a number, or the name of one of the
+    values that the authors may have used (`methods.camera.analysis`). φ includes the router weight
+    that the model applies. `router_weights=renormalised` instead scales the weights of a token's
+    experts to sum to one for every model, as the official code does; together with `alpha=official`
+    it gives the official scores.
 
-    `scope` ranks within a `layer` (the paper: shared and routed experts pooled), within every
-    `expert`, or over the whole model (`global`: energies relative to the output power of their
-    block; not in the paper). With `scope=expert`, `aligned` makes every expert keep one width, the
-    multiple of `align` nearest to the ratio, which inference engines serve without padding; the
-    report has the ratio that this is. `sequential` prunes a layer before the next is measured (the
-    official order). `normalised` replaces the sum over tokens by their mean.
+    `scope` ranks micro-experts within a `layer` (the paper: shared and routed experts pooled),
+    within every `expert`, or over the whole model (`global`, not in the paper: energies relative to
+    the output power of their block). With `scope=expert`, `aligned` gives all experts the same
+    width, the multiple of `align` nearest to the ratio, which inference engines serve without
+    padding; the report states the ratio achieved. `sequential` prunes each layer before the next
+    one is measured (the official order). `normalised` replaces the sum over tokens by the mean.
 
-    `state` says how micro-experts are removed: `zeroed` as in the paper, or `removed`, which
-    computes the same function without storing the weights. The remaining width of an expert is
-    stored rounded up to a multiple of `align`: 8 is the least that the grouped kernels of a GPU
-    accept, 64 gives them fewer and larger products, and on a CPU it does not matter.
+    `state` is `zeroed`, as in the paper, or `removed`, which computes the same function without
+    storing the weights. The remaining width of an expert is then padded to a multiple of `align`: 8
+    is the smallest that grouped GPU kernels accept, 64 gives them fewer and larger products, and on
+    a CPU it does not matter.
 
     Not in the paper, and off by default: `refit` fits the kept down columns by least squares, and
-    `allocation: least_error` divides the budget among layers by predicted error, in a separate pass
-    before the layers are pruned; no layer then loses more than `layer_limit`.
+    `allocation=least_error` divides the budget among the layers by predicted error, measured in a
+    separate pass before pruning, with at most the fraction `layer_limit` removed from any layer.
     """
 
     alpha: Alpha = "paper"
@@ -86,9 +86,9 @@ class CameraP(MicroExpertPruning, SequentialPruning):
     @model_validator(mode="after")
     def _check_aligned(self) -> Self:
         if self.aligned and self.scope != "expert":
-            raise ValueError("aligned makes all experts of one width: set scope=expert")
+            raise ValueError("aligned=true needs the same width in every expert: set scope=expert")
         if self.aligned and self.allocation != "uniform":
-            raise ValueError("aligned leaves no budget to allocate: set allocation=uniform")
+            raise ValueError("aligned=true leaves no budget to allocate: set allocation=uniform")
         return self
 
     @model_validator(mode="after")
@@ -108,7 +108,7 @@ class CameraP(MicroExpertPruning, SequentialPruning):
         return self
 
     def budgets(self, structure: ModelStructure) -> list[int]:
-        """Return the number of micro-experts to remove per block, to whole widths if `aligned`."""
+        """Return how many micro-experts to remove per block; if `aligned`, whole multiples."""
         if not self.aligned:
             return super().budgets(structure)
         share = self.share(structure)
@@ -164,16 +164,16 @@ class CameraP(MicroExpertPruning, SequentialPruning):
             (observer, observer.energies(alpha, normalised=self.normalised))
             for _, observer in walk_blocks(model, tokens_BL, BlockEnergies, options, progress)
         ]
-        # Outputs of different blocks differ in scale, so raw energies are not comparable across
-        # blocks: one ranking of them would strip the blocks with small outputs. Divided by Σ_t
-        # ‖y_t‖² an energy is the relative squared error of the block's output (at α = 0).
+        # Outputs of different blocks differ in scale, so a ranking of raw energies would strip the
+        # blocks with small outputs. Divided by Σ_t ‖y_t‖², an energy is the relative squared error
+        # of the block's output (at α = 0).
         relative = [
             energy_N / max(observer.output_power, MIN_OUTPUT_POWER)
             for observer, energy_N in measured
         ]
         chosen = lowest_overall(relative, sum(self.budgets(model.structure)))
         for (observer, energy_N), indices in zip(measured, chosen, strict=True):
-            # The walk is over, so the weights of an offloaded layer have left the device again.
+            # The walk has ended, so an offloaded layer must be loaded onto its device again.
             with onloaded(model.structure.layers[observer.block.layer]):
                 yield self._prune_block(observer, energy_N, indices.to(energy_N.device))
 
@@ -196,8 +196,8 @@ class CameraP(MicroExpertPruning, SequentialPruning):
         """Return the flat indices to remove from one block."""
         if self.scope == "layer":
             return lowest(energy_N, budget)
-        # Scope `expert`; `global` never comes here.
-        spans = [place for _, place in expert_spans(block)]
+        # Scope `expert`: `_prune_globally` handles `global`.
+        spans = [span for _, span in expert_spans(block)]
         if self.aligned:
             return lowest_of_each(energy_N, spans, aligned_losses(block, share, self.align))
         return lowest_per_expert(energy_N, spans, budget)
@@ -206,12 +206,12 @@ class CameraP(MicroExpertPruning, SequentialPruning):
         self, observer: BlockEnergies, energy_N: Tensor, indices: Tensor
     ) -> LayerEntry:
         """Refit and prune one block; return its report entry."""
-        # Before the change: energies and widths describe the block as it was.
+        # Computed before the block changes: energies and widths describe it as it was.
         measured = _measured_entry(observer, energy_N, indices)
         if observer.grams is not None:
             # Refit before removal, while channels still have their original indices.
-            gone = dict(channels_per_expert(observer.block, indices))
-            measured["refit"] = refit_experts(observer.grams, gone, self.refit_damping)
+            removed = dict(channels_per_expert(observer.block, indices))
+            measured["refit"] = refit_experts(observer.grams, removed, self.refit_damping)
         return self.remove_micro_experts(observer.block, indices) | measured
 
 
@@ -229,7 +229,7 @@ def _measured_entry(observer: BlockEnergies, energy_N: Tensor, indices: Tensor) 
         "name": block.name,
         "micro_experts": block.micro_experts,
         "removed_energy_share": energy_share(energy_N, indices),
-        "energy_per_expert": [float(energy_N[place].sum()) for _, place in expert_spans(block)],
+        "energy_per_expert": [float(energy_N[span].sum()) for _, span in expert_spans(block)],
         "emptied_experts": sum(n == width > 0 for n, width in zip(lost, widths, strict=True)),
         "kept_work": _kept_work(block, observer.tokens_per_expert, lost_by_expert),
         "energy_quantiles": _quantiles(energy_N),
@@ -237,16 +237,17 @@ def _measured_entry(observer: BlockEnergies, energy_N: Tensor, indices: Tensor) 
 
 
 def _kept_work(block: MoEBlock, tokens_per_expert: list[int], lost: dict[int, int]) -> float:
-    """Return the fraction of routed multiply-adds that remain, at the calibration text's routing.
+    """Return the fraction of the routed experts' multiply-adds that remain on calibration text.
 
-    Experts that are selected often tend to lose less, so more work than weights remains.
+    Experts that are selected often tend to lose less, so a larger fraction of the work remains than
+    of the weights.
     """
     before = sum(n * width for n, width in zip(tokens_per_expert, block.widths, strict=True))
     # Only routed experts: shared ones run on every token whatever the routing.
-    gone = sum(
+    removed = sum(
         tokens_per_expert[expert] * count for expert, count in lost.items() if expert != SHARED
     )
-    return 1 - gone / before if before else 1.0
+    return 1 - removed / before if before else 1.0
 
 
 def _quantiles(energy_N: Tensor) -> dict[str, float]:

@@ -1,16 +1,16 @@
-"""CAMERA-Q (arXiv 2508.02322): more bits for micro-experts of more energy; and its ablation.
+"""CAMERA-Q (arXiv 2508.02322): more bits for micro-experts with more energy; and its ablation.
 
 Shapes: D d_model, F an expert's width, S tokens of one expert.
 
-There is no official code for CAMERA-Q. What is known: micro-experts are sorted by energy and cut
-into groups of falling bits, such as 3, 2 and 1; the up row, gate row and down column of a
-micro-expert get the same bits; the quantizer is GPTQ at least in part.
+CAMERA-Q has no official code. What is known: micro-experts are sorted by energy and cut into groups
+of decreasing bits, such as 3, 2 and 1; the gate row, up row and down column of a micro-expert get
+the same bits; the quantizer is GPTQ, at least in part.
 
-CAMERA-Q-dagger, the paper's ablation, allocates bits over the input columns of each matrix, so a
-micro-expert has no bits of its own. An input column j of a matrix W is ranked by its
-contribution to the output of the matrix, [(1 - α) ‖x_j‖₂² + α ‖x_j‖∞²] · ‖W_:j‖₂², which is
-CAMERA's energy with the columns of W as micro-experts. Of the paper's ablation only the split
-itself is known; this ranking is ours.
+CAMERA-Q-dagger, the paper's ablation, allocates bits over the input columns of each matrix instead,
+so the weights of one micro-expert have different bits. An input column j of a matrix W is ranked by
+its contribution to the output of the matrix, [(1 - α) ‖x_j‖₂² + α ‖x_j‖∞²] · ‖W_:j‖₂², which is
+CAMERA's energy with the columns of W as micro-experts. The paper describes only the split by
+columns; the ranking is ours.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ from methods.moe.ranking import random_scores
 
 
 class MixedBitQuantization(MoEQuantization):
-    """A method with several bit widths and an exact mean.
+    """A method that mixes several bit widths at an exact mean.
 
-    `shares` are the proportions of the parts that get each of `bits`; without them the proportions
-    are as even as `mean_bits` allows. If both are given they must agree. The default, a mean of 2
-    bits, or 2.25 with the grids of groups of 128, has the shares that a later comparison used for
-    CAMERA-Q (DartMoQP); the paper's are not known.
+    `shares` are the proportions in which `bits` are used; without them, the proportions are as even
+    as `mean_bits` allows. If both are given they must agree. The default shares have a mean of 2
+    bits (2.25 with the grids of groups of 128). A later comparison, DartMoQP, used them for
+    CAMERA-Q; those of the paper are not known.
 
-    `alpha` weighs the peak term of the energy, and `normalised` replaces the sum over tokens by
-    their mean, both as in CAMERA-P.
+    `alpha` weighs the peak term of the energy, and `normalised` replaces the sum over tokens by the
+    mean, both as in CAMERA-P.
     """
 
     bits: BitChoices = (3, 2, 1)
@@ -70,18 +70,23 @@ class MixedBitQuantization(MoEQuantization):
         bits, shares, mean = self.bits, self.shares, self.mean_bits
         if shares is not None:
             if len(shares) != len(bits):
-                raise ValueError("give as many shares as bits")
+                raise ValueError(
+                    f"shares has {len(shares)} values and bits has {len(bits)}: give one per width"
+                )
             if not all(0 <= share < float("inf") for share in shares) or not any(shares):
-                raise ValueError("shares must be finite, not negative, and not all zero")
+                raise ValueError(
+                    f"shares={list(shares)} must be finite, not negative, and not all zero"
+                )
         elif mean is None:
-            raise ValueError("set shares or mean_bits")
+            raise ValueError("shares and mean_bits are both null: set one of them")
         if mean is not None:
             require_mean_between(mean, bits)
             # Compared as fractions: float means of the same decimals need not be equal.
             if shares is not None and mean_bits_of(bits, shares) != exact_fraction(mean):
                 implied = float(mean_bits_of(bits, shares))
                 raise ValueError(
-                    f"bits={list(bits)} with shares={list(shares)} have mean {implied}"
+                    f"bits={list(bits)} with shares={list(shares)} have a mean of {implied}, not "
+                    f"{mean}: set mean_bits={implied} or mean_bits=null"
                 )
         return self
 
@@ -92,7 +97,7 @@ class MixedBitQuantization(MoEQuantization):
 
     @abstractmethod
     def planner(self, block: MoEBlock, alpha: float, seed: int) -> Planner:
-        """Return the observer of one block that then plans the bits of its experts."""
+        """Return an observer of one block that plans the bits of its experts afterwards."""
 
     @property
     def mean(self) -> Fraction:
@@ -103,20 +108,21 @@ class MixedBitQuantization(MoEQuantization):
         return mean_bits_of(self.bits, self.shares)
 
     def levels(self, count: int) -> list[Level]:
-        """Return how many of `count` parts get how many bits."""
+        """Return the levels (bits, number of parts) into which `count` parts are divided."""
         sizes = level_sizes(self.bits, self.shares, self.mean, count)
         return [Level(*level) for level in zip(self.bits, sizes, strict=True)]
 
 
 class CameraQ(MixedBitQuantization):
-    """Allocate bits by energy within a layer, the same for all weights of a micro-expert.
+    """Allocate bits by energy; all weights of a micro-expert get the same bits.
 
     `scope` ranks the routed micro-experts of a whole `layer`, as CAMERA-P does, or gives every
-    `expert` the same shares. `block` is the number of micro-experts of an expert that change their
-    bits together: by default one group, or an eighth of an expert narrower than four groups.
+    `expert` the same shares. `block` is the number of micro-experts of an expert that get the same
+    bits: by default one group, or an eighth of an expert narrower than four groups.
 
-    `ranking=random` is the control: the same widths dealt to micro-experts at random. What is
-    gained over it is due to the energy, and what both lose against GPTQ to the mixture of widths.
+    `ranking=random` is the control, which assigns the same bit widths at random. What
+    `ranking=energy` gains over it is due to the ranking; what both lose to GPTQ is due to mixing
+    bit widths.
     """
 
     scope: BitScope = "layer"
@@ -127,7 +133,7 @@ class CameraQ(MixedBitQuantization):
         """Also refuse a mean that these bits cannot produce in some layer."""
         super().check(structure)
         for block in self.blocks(structure):
-            # Raises if no division exists: better now than after calibration.
+            # Raises if no division exists, which is better known before calibration.
             self.levels(sum(block.widths))
 
     def planner(self, block: MoEBlock, alpha: float, seed: int) -> Planner:
@@ -144,20 +150,20 @@ class EnergyPlanner(BlockEnergies):
         self._block_size = method.block or block_size(block.widths, method.group)
 
     def plans(self) -> list[ExpertPlan]:
-        """Return a plan for every routed expert: falling energy, falling bits."""
+        """Return a plan for every routed expert, in order of descending energy and bits."""
         method, block = self._method, self.block
         energy_N = self.energies(self._alpha, normalised=method.normalised)
         if method.ranking == "random":
             energy_N = random_scores(block, self._seed)
         # Shared experts are measured but have a bit width of their own (`shared_bits`).
-        energies = [energy_N[place] for expert, place in expert_spans(block) if expert != SHARED]
+        energies = [energy_N[span] for expert, span in expert_spans(block) if expert != SHARED]
         ranked = rank_blocks(energies, self._block_size, method.scope)
-        dealt = distribute_levels(ranked, method.levels(sum(block.widths)), block.num_experts)
-        experts = zip(range(block.num_experts), energies, dealt, strict=True)
-        return [
-            tied_plan(block.expert(e), energy_order(energy_F), levels, method.group, method.group)
-            for e, energy_F, levels in experts
-        ]
+        levels = distribute_levels(ranked, method.levels(sum(block.widths)), block.num_experts)
+        plans = []
+        for expert, (energy_F, own) in enumerate(zip(energies, levels, strict=True)):
+            order_F = energy_order(energy_F)
+            plans.append(tied_plan(block.expert(expert), order_F, own, method.group, method.group))
+        return plans
 
     def details(self) -> dict[str, object]:
         """Return the block size of the allocation."""
@@ -180,7 +186,7 @@ class CameraQDagger(MixedBitQuantization):
 
 
 class ColumnPlanner(BlockEnergies):
-    """Measures every expert's inputs in addition to its micro-experts."""
+    """Measures the inputs of every expert in addition to its micro-experts."""
 
     def __init__(self, method: CameraQDagger, block: MoEBlock, alpha: float) -> None:
         super().__init__(block)
@@ -195,22 +201,22 @@ class ColumnPlanner(BlockEnergies):
         self._inputs[expert].add(slice(None), x_SD, torch.ones_like(weight_S))
 
     def plans(self) -> list[ExpertPlan]:
-        """Return a plan for every routed expert; the order of down is that of its micro-experts."""
+        """Return a plan for every routed expert; down columns are sorted by energy."""
         energy_N = self.energies(self._alpha, normalised=self._method.normalised)
-        places = {expert: place for expert, place in expert_spans(self.block) if expert != SHARED}
-        return [self._plan(expert, energy_N[place]) for expert, place in places.items()]
+        spans = expert_spans(self.block)
+        return [self._plan(expert, energy_N[span]) for expert, span in spans if expert != SHARED]
 
     def details(self) -> dict[str, object]:
-        """Return nothing: the shapes say it all."""
+        """Return nothing: the packed shapes contain the whole choice."""
         return {}
 
     def _plan(self, expert: int, energy_F: Tensor) -> ExpertPlan:
-        found = self.block.expert(expert)
+        view = self.block.expert(expert)
         order_F = energy_order(energy_F)
-        # The columns of down are the micro-experts, stored in order of energy anyway; gate and up
-        # need a stored permutation of their own, since the order of their inputs is the model's.
+        # The columns of down are micro-experts and are reordered with them. The inputs of gate and
+        # up come in the model's order, so these matrices store a permutation of their columns.
         down = MatrixPlan(self._shape(self.block.d_model, len(order_F), permuted=False))
-        inputs = tuple(self._matrix(expert, weight_RD) for weight_RD in found.input_matrices())
+        inputs = tuple(self._matrix(expert, weight_RD) for weight_RD in view.input_matrices())
         return ExpertPlan(order_F, inputs, down)
 
     def _matrix(self, expert: int, weight_RD: Tensor) -> MatrixPlan:
