@@ -1,7 +1,7 @@
-"""Calibration of MoE methods: the walk over the layers, and the statistics that it collects.
+"""Calibration of MoE methods: the walk over the layers, and the statistics collected on it.
 
-Text passes through a model layer by layer while its MoE blocks are observed. Statistics are moments
-of micro-experts, input Gram matrices and gradients of the loss.
+Calibration text passes through the model layer by layer while observers watch its MoE blocks. The
+statistics are moments of micro-experts, Gram matrices of inputs, and gradients of the loss.
 
 Shapes: B rows, L tokens per row, S tokens of one expert (or of a row), T tokens, D d_model, F an
 expert's width, C inputs of a projection, N micro-experts of a layer (shared ones first), V
@@ -50,10 +50,11 @@ class NullObserver:
 
 @dataclass(frozen=True)
 class WalkOptions:
-    """Options of a calibration walk: `batch` rows and `chunk` tokens at a time.
+    """Options of a calibration walk.
 
-    With `sequential` a layer that was changed runs again before the next one is measured.
-    `router_weights` are those that observers get: as the model applies them, or renormalised.
+    `batch` rows pass through a layer at a time, and observers get at most `chunk` tokens. With
+    `sequential`, a layer that was changed runs again before the next one is measured.
+    `router_weights` says which weights observers get: as the model applies them, or renormalised.
     """
 
     batch: int
@@ -166,18 +167,18 @@ class Activations(NullObserver):
     """Observer that sums φ² over tokens per micro-expert, φ including the router weight."""
 
     def __init__(self, block: MoEBlock) -> None:
-        self._places = dict(expert_spans(block))
-        # On the device of the first routed expert: no decoder layer is split over devices, so the
-        # sums live where their terms are computed.
+        self._spans = dict(expert_spans(block))
+        # The device of the first routed expert is that of all: no decoder layer is split over
+        # devices.
         self._moments = Moments(block.micro_experts, expert_view(block, 0).down.device)
 
     def routed(self, expert: int, x_SD: Tensor, hidden_SF: Tensor, weight_S: Tensor) -> None:
         """Add the tokens of one routed expert."""
-        self._moments.add(self._places[expert], hidden_SF, weight_S)
+        self._moments.add(self._spans[expert], hidden_SF, weight_S)
 
     def shared(self, x_TD: Tensor, hidden_TF: Tensor, weight_T: Tensor) -> None:
         """Add all tokens of the shared experts."""
-        self._moments.add(self._places[SHARED], hidden_TF, weight_T)
+        self._moments.add(self._spans[SHARED], hidden_TF, weight_T)
 
     def square_sum(self) -> Tensor:
         """Return Σ_t φ², float64 [N]."""
@@ -194,16 +195,16 @@ def enable_gradients(network: nn.Module, weights: Sequence[nn.Parameter] = ()) -
     network.requires_grad_(False)
     for weight in weights:
         weight.requires_grad_(True)
-    # With every weight frozen nothing would require a gradient and no graph would be recorded.
-    # Starting it at the embedding output costs no weight gradient.
+    # With every weight frozen, nothing would require a gradient and autograd would record no graph.
+    # Starting the graph at the embedding output computes no weight gradient.
     embedding: nn.Module = cast(Any, network).get_input_embeddings()
     handle = embedding.register_forward_hook(lambda _, __, output: output.requires_grad_())
     try:
         yield
     finally:
         handle.remove()
-        for weight, wanted in before:
-            weight.requires_grad_(wanted)
+        for weight, requires_grad in before:
+            weight.requires_grad_(requires_grad)
             weight.grad = None
 
 
@@ -215,7 +216,7 @@ def backpropagate_loss(network: nn.Module, rows_BL: Tensor) -> float:
     """
     device = cast(Any, network).get_input_embeddings().weight.device
     rows_BL = rows_BL.to(device)
-    # A caller's no_grad must not reach this pass.
+    # The caller may run under no_grad.
     with torch.enable_grad():
         logits_BLV = network(input_ids=rows_BL, use_cache=False).logits
         predicted = logits_BLV[:, :-1].flatten(0, 1).float()
@@ -237,13 +238,13 @@ class InputStatistic(Protocol):
 def observe_inputs(
     statistics: Mapping[Module, InputStatistic], marked_BS: Tensor | None = None
 ) -> Iterator[None]:
-    """Add the inputs of every call of the modules, at the marked tokens only, to their statistics.
+    """Add the inputs of each module to its statistic while the context is open.
 
-    The hooks exist only inside the `with` block.
+    If `marked_BS` (bool) is given, only the tokens at which it is true are added.
     """
 
     def before(module: Module, args: tuple[Tensor, ...]) -> None:
-        # Some feed-forwards (OPT's) get the tokens of all rows in one dimension.
+        # Some feed-forwards (OPT) get the tokens of all rows flattened into one dimension.
         x_SC = args[0].flatten(0, -2)
         if marked_BS is not None:
             x_SC = x_SC[marked_BS.flatten().to(x_SC.device)]
@@ -259,9 +260,9 @@ def observe_inputs(
 class Gram:
     """Σ_t x_t x_tᵀ of the inputs of a projection, [C, C], and the number of tokens in the sum.
 
-    It is the Hessian of the projection's squared error. float32 suffices where it is damped and
-    factorized (GPTQ, SparseGPT); a least-squares solve wants float64, since a Gram matrix squares
-    the condition number of x.
+    This is the Hessian of the projection's squared error, up to a factor. float32 suffices for a
+    Hessian that is damped and factorized (GPTQ, SparseGPT); least squares needs float64, since a
+    Gram matrix has the squared condition number of x.
     """
 
     total: Tensor
@@ -269,12 +270,12 @@ class Gram:
 
     @classmethod
     def empty(cls, columns: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Gram:
-        """Return the sum over no tokens."""
+        """Return an empty sum for inputs of the given number of columns."""
         return cls(torch.zeros(columns, columns, dtype=dtype, device=device))
 
     @classmethod
     def of_inputs(cls, projection: nn.Module, dtype: torch.dtype = torch.float32) -> Gram:
-        """Return the sum over no tokens, for the inputs of a linear layer."""
+        """Return an empty sum for the inputs of a linear layer."""
         weight_RC = weight_of(projection)
         return cls.empty(weight_RC.shape[1], weight_RC.device, dtype)
 
@@ -285,7 +286,7 @@ class Gram:
         self.tokens += len(x_SC)
 
     def select(self, order_C: Tensor) -> Gram:
-        """Return the sum of the given columns in the given order."""
+        """Return the rows and columns of the Gram matrix at the given indices, in their order."""
         return Gram(self.total[order_C][:, order_C], self.tokens)
 
 

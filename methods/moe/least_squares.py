@@ -3,14 +3,15 @@
 Shapes: S tokens of one expert, F its width, K the kept micro-experts, R the removed ones, D
 d_model.
 
-Removing the micro-experts R of an expert leaves, with φ including the router weight,
+After the micro-experts R of an expert are removed, the kept columns W_K are replaced by the V that
+minimises the error of the expert's output, with φ including the router weight:
 
     min_V ‖Φ_R W_R + Φ_K (W_K - V)‖²   =>   V = W_K + (Φ_KᵀΦ_K)⁻¹ Φ_KᵀΦ_R W_R
 
 where a row of W is a down column. The only statistic needed is the Gram matrix ΦᵀΦ, [F, F]. Damping
-pulls V towards W_K, not towards zero: V minimises the error plus λ‖V - W_K‖². Its error is
-therefore never above that of W_K, and an expert that calibration never reached is unchanged. For λ
-→ 0 it is ordinary least squares. CAMERA itself does not refit.
+adds λ‖V - W_K‖² to the error, which pulls V towards W_K and not towards zero. The error of V is
+therefore never above that of W_K, and an expert that no calibration token reached is unchanged. The
+limit λ → 0 is ordinary least squares. CAMERA itself does not refit.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class ExpertGrams(NullObserver):
         device = expert_view(block, 0).down.device
         self.block = block
         self.grams = {
-            expert: Gram.empty(width, device, torch.float64)
-            for expert, width in ((e, place.stop - place.start) for e, place in expert_spans(block))
+            expert: Gram.empty(span.stop - span.start, device, torch.float64)
+            for expert, span in expert_spans(block)
         }
 
     def routed(self, expert: int, x_SD: Tensor, hidden_SF: Tensor, weight_S: Tensor) -> None:
@@ -58,15 +59,15 @@ def refit_columns(gram_FF: Tensor, down_DF: Tensor, kept_K: Tensor, damping: flo
     removed_RD = down_DF.double()[:, removed_R].T
     kept_KD = down_DF.double()[:, kept_K].T
     scale = float(gram_KK.diagonal().mean()) if len(kept_K) else 0.0
-    # No text reached this expert, or nothing of it is kept: there is nothing to fit.
+    # Nothing to fit: no calibration token reached this expert, or none of its columns is kept.
     if not scale:
         return kept_KD.T
-    # The solve below gives the update V - W_K, so the ridge penalises the change and not the
-    # columns themselves.
+    # The solve below gives the update V - W_K, so the ridge penalises the change of the columns and
+    # not the columns themselves.
     ridge_KK = gram_KK + damping * scale * torch.eye(
         len(kept_K), dtype=gram_KK.dtype, device=gram_KK.device
     )
-    # Reported instead of raised, to name the option that cures it.
+    # cholesky_ex reports a failure instead of raising, so that the error can name the option.
     factor, failed = torch.linalg.cholesky_ex(ridge_KK)
     if bool(failed):
         raise UserError(f"refit_damping={damping} is too small for this calibration text: raise it")
@@ -85,10 +86,10 @@ def refit_flops(width: int, kept: int, d_model: int) -> float:
 
 def refit_error(gram_FF: Tensor, down_DF: Tensor, kept_K: Tensor, columns_DK: Tensor) -> float:
     """Return ‖Φ W - Φ_K V‖², summed over tokens, where columns V replace all of W."""
-    # Tr(Δ G Δᵀ) with Δ = W - V on kept columns and W on removed ones: no pass over tokens.
+    # Tr(Δ G Δᵀ), where Δ is W - V on kept columns and W on removed ones, needs no tokens.
     difference_DF = down_DF.double().clone()
     difference_DF[:, kept_K] -= columns_DK.double()
-    # Columns that stay as they were add nothing: without a refit, all that are kept.
+    # Unchanged columns add nothing to the error. Without a refit, those are all kept columns.
     changed_C = difference_DF.any(0).nonzero()[:, 0]
     difference_DC = difference_DF[:, changed_C]
     gram_CC = gram_FF[changed_C][:, changed_C]
@@ -99,17 +100,17 @@ def refit_error(gram_FF: Tensor, down_DF: Tensor, kept_K: Tensor, columns_DK: Te
 def refit_experts(
     grams: ExpertGrams, removed: dict[int, Tensor], damping: float
 ) -> dict[str, float]:
-    """Refit every expert that loses micro-experts, in place; return both summed errors.
+    """Refit, in place, every expert that loses micro-experts; return the errors before and after.
 
-    `removed` maps an expert to the micro-experts it loses, whose own columns are left unchanged.
-    The errors before and after are sums over experts; cancellation between experts on a token is
-    ignored.
+    `removed` maps an expert to the indices of the micro-experts it loses; their columns are left
+    unchanged. The errors are sums over experts, without the cancellation between experts that share
+    a token.
     """
     before = after = 0.0
-    for expert, gone in removed.items():
+    for expert, removed_R in removed.items():
         down_DF, gram_FF = expert_view(grams.block, expert).down, grams.grams[expert].total
-        kept_K = complement(gone.to(down_DF.device), down_DF.shape[1])
-        # Rounded to the stored dtype first, so that the reported error is that of what is stored.
+        kept_K = complement(removed_R.to(down_DF.device), down_DF.shape[1])
+        # Rounded to the stored dtype first, so that the error is that of the stored columns.
         columns_DK = refit_columns(gram_FF, down_DF, kept_K, damping).to(down_DF.dtype)
         before += refit_error(gram_FF, down_DF, kept_K, down_DF[:, kept_K])
         after += refit_error(gram_FF, down_DF, kept_K, columns_DK)

@@ -1,13 +1,13 @@
-"""Micro-experts of a MoE block in one flat order, and their removal: zeroed, or no longer stored.
+"""The micro-experts of a MoE block in one flat order, and their removal (zeroed or deleted).
 
 Shapes: D d_model, F an expert's width, N micro-experts of a block, KEPT the micro-experts that are
 kept.
 
-The order is that of the official CAMERA code: shared experts first, then expert by expert. Every
-micro-expert has the same 3·D weights, so shares of micro-experts are shares of parameters. Removal
-leaves the router unchanged: it chooses among as many experts as before, and an expert without any
-micro-expert adds zero, or its output bias. A dense feed-forward is a block of one expert, narrowed
-in place.
+The flat order is that of the official CAMERA code: shared experts first, then expert by expert.
+Every micro-expert has the same 3·D weights, so a fraction of the micro-experts is the same fraction
+of the parameters. Removal does not change the router, which still chooses among all experts; an
+expert without micro-experts outputs zero, or its output bias. A dense feed-forward counts as a
+block of one expert and is narrowed in place.
 """
 
 from __future__ import annotations
@@ -38,30 +38,30 @@ def expert_spans(block: MoEBlock) -> list[tuple[int, slice]]:
     widths += block.widths
     stops = list(accumulate(widths))
     starts = [stop - width for stop, width in zip(stops, widths, strict=True)]
-    return [(o, slice(*ends)) for o, *ends in zip(owners, starts, stops, strict=True)]
+    spans = [slice(start, stop) for start, stop in zip(starts, stops, strict=True)]
+    return list(zip(owners, spans, strict=True))
 
 
 def expert_view(block: MoEBlock, expert: int) -> ExpertView:
     """Return a routed expert, or for `SHARED` all shared experts as one."""
-    found = block.shared_view() if expert == SHARED else block.expert(expert)
-    assert found is not None
-    return found
+    view = block.shared_view() if expert == SHARED else block.expert(expert)
+    assert view is not None
+    return view
 
 
 def channels_per_expert(block: MoEBlock, indices: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Translate flat indices to (expert, channels within it); untouched experts are left out."""
-    # A mask, not a search per index: indices may come in any order and may be hundreds of
-    # thousands.
+    """Translate flat indices to (expert, channels within it); experts without any are left out."""
+    # A mask instead of a search per index: there may be hundreds of thousands, in any order.
     chosen_N = torch.zeros(block.micro_experts, dtype=torch.bool, device=indices.device)
     chosen_N[indices] = True
-    for expert, place in expert_spans(block):
-        channels = chosen_N[place].nonzero().flatten()
+    for expert, span in expert_spans(block):
+        channels = chosen_N[span].nonzero().flatten()
         if len(channels):
             yield expert, channels
 
 
 class ExpertCounts(TypedDict):
-    """Report of a block, one value per expert, shared ones first."""
+    """Entries of a block's report with one value per expert, shared ones first."""
 
     experts: list[int | str]
     width_per_expert: list[int]
@@ -69,13 +69,12 @@ class ExpertCounts(TypedDict):
 
 
 def per_expert_counts(block: MoEBlock, indices: Tensor) -> ExpertCounts:
-    """Return the width of each expert and the number of chosen micro-experts, for a report.
+    """Return each expert's width and how many of its micro-experts the flat indices select.
 
     Experts that lose nothing are listed with 0.
     """
-    width = {expert: place.stop - place.start for expert, place in expert_spans(block)}
+    width = {expert: span.stop - span.start for expert, span in expert_spans(block)}
     lost = dict.fromkeys(width, 0)
-    # Starting from zeros keeps experts that lose nothing in the report.
     lost |= {expert: len(channels) for expert, channels in channels_per_expert(block, indices)}
     return {
         "experts": ["shared" if expert == SHARED else expert for expert in width],
@@ -87,31 +86,31 @@ def per_expert_counts(block: MoEBlock, indices: Tensor) -> ExpertCounts:
 def zero_micro_experts(block: MoEBlock, indices: Tensor) -> None:
     """Set the micro-experts at flat indices to zero; shapes and router are unchanged."""
     for expert, channels in channels_per_expert(block, indices):
-        found = expert_view(block, expert)
-        found.zero(channels.to(found.down.device))
+        view = expert_view(block, expert)
+        view.zero(channels.to(view.down.device))
 
 
 def delete_micro_experts(block: MoEBlock, indices: Tensor, align: int) -> int:
-    """Remove the micro-experts at flat indices from the network; return the stored padding.
+    """Delete the micro-experts at flat indices from the network; return the amount of padding.
 
-    Experts whose remaining widths round up to the same multiple of `align` share a bucket; the
-    padding counts the zero micro-experts that fill the buckets up. `block` is stale afterwards:
-    call `Model.invalidate_structure()`.
+    Experts whose remaining widths round up to the same multiple of `align` are stored together,
+    padded with zero micro-experts, whose number is returned. `block` is stale afterwards: call
+    `Model.invalidate_structure()`.
     """
-    gone = dict(channels_per_expert(block, indices))
+    removed = dict(channels_per_expert(block, indices))
     if block.feed_forward is not None:
-        # Exactly, without padding: `align` serves grouped kernels, and a dense layer keeps the
-        # module of its architecture, whose config can state any width.
-        for channels in gone.values():
+        # No padding: `align` exists for grouped kernels, while a dense layer keeps the module of
+        # its architecture, whose config can state any width.
+        for channels in removed.values():
             block.feed_forward.narrow(complement(channels, block.d_ff))
         return 0
-    # Shared experts are one dense gated module and are simply narrowed; only routed experts, whose
-    # widths then differ, need ragged storage with padding.
-    if SHARED in gone:
-        keep_shared(block, complement(gone.pop(SHARED), block.d_shared))
-    if not gone:
+    # Shared experts are one dense gated module and are simply narrowed. Routed experts end up with
+    # different widths, so they need ragged storage with padding.
+    if SHARED in removed:
+        keep_shared(block, complement(removed.pop(SHARED), block.d_shared))
+    if not removed:
         return 0
-    kept = {expert: complement(lost, block.widths[expert]) for expert, lost in gone.items()}
+    kept = {expert: complement(lost, block.widths[expert]) for expert, lost in removed.items()}
     return keep_routed(block, kept, align).padding
 
 
@@ -125,10 +124,10 @@ def complement(channels: Tensor, width: int) -> Tensor:
 
 @torch.no_grad()
 def keep_routed(block: MoEBlock, kept: Mapping[int, Tensor], align: int) -> RaggedExperts:
-    """Replace the routed experts by ragged ones that hold only some of their micro-experts.
+    """Replace the routed experts by ragged experts that store only the kept micro-experts.
 
-    `kept` maps an expert to the indices [KEPT] to keep, ascending; experts that are not in it stay
-    whole. `block` is out of date afterwards: inspect the network again.
+    `kept` maps an expert to the ascending indices [KEPT] to keep; experts not listed stay whole.
+    `block` is stale afterwards: call `Model.invalidate_structure()`.
     """
     views = [block.expert(index) for index in range(block.num_experts)]
     ragged = copy_to_ragged(views, [kept.get(index) for index in range(len(views))], align)
@@ -140,7 +139,7 @@ def keep_routed(block: MoEBlock, kept: Mapping[int, Tensor], align: int) -> Ragg
 def copy_to_ragged(
     views: Sequence[ExpertView], kept: Sequence[Tensor | None], align: int
 ) -> RaggedExperts:
-    """Copy experts of one block into ragged storage; None keeps all micro-experts of an expert."""
+    """Copy experts of one block into ragged storage; None in `kept` keeps the whole expert."""
     widths = [
         view.width if channels is None else len(channels)
         for view, channels in zip(views, kept, strict=True)
@@ -165,7 +164,7 @@ def copy_to_ragged(
 
 @torch.no_grad()
 def keep_shared(block: MoEBlock, kept: Tensor) -> nn.Module:
-    """Narrow the shared experts to the micro-experts `kept` [KEPT]; return what replaces them."""
+    """Narrow the shared experts to the micro-experts `kept` [KEPT]; return the new module."""
     view, shared = block.shared_view(), block.shared
     if view is None or shared is None or block.shared_owner is None:
         raise ValueError(f"{block.name} has no shared experts")
@@ -193,14 +192,13 @@ def keep_shared(block: MoEBlock, kept: Tensor) -> nn.Module:
 def replace_child(
     owner: nn.Module, old: nn.Module, new: nn.Module, *, free_old: bool = True
 ) -> None:
-    """Replace a child module, in the same mode and without gradients.
+    """Replace a child module by one in the same mode and without gradients.
 
-    The weights of the old one are freed unless the new one uses them.
+    `free_old=False` keeps the weights of the old module, which the new one may use.
     """
     # Found by identity: the child's name differs between architectures.
     name = next(name for name, child in owner.named_children() if child is old)
     setattr(owner, name, new.requires_grad_(False).train(old.training))
     if free_old:
-        # Descriptions of the block (`MoEBlock`) still refer to the old module: its memory is freed
-        # now instead of when they are.
+        # Instances of `MoEBlock` still refer to the old module and would keep its memory alive.
         old.to("meta")

@@ -1,4 +1,4 @@
-"""Base classes of methods with a ratio and of those that choose micro-experts."""
+"""Base classes of methods with a pruning ratio, and of those that remove micro-experts."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from methods.moe.micro_experts import (
 )
 
 LayerEntry = dict[str, Any]
-"""Report entry of one block: JSON values, always `layer` and `removed`, the rest by method."""
+"""Report entry of one block: JSON values; `layer` and `removed` always, more by method."""
 
 
 class MoEPruning(Method):
     """A method with a `ratio`: the share of weights to remove.
 
-    `base` defines the whole: `moe`, the weights of all routed and shared experts, or `total`, all
-    weights of the model, the removed ones still being taken from the experts only. The papers' 20 %
-    of DeepSeek-MoE-16B is 0.2 of `total` and about 0.21 of `moe`. On a dense decoder `moe` means
-    the weights of all feed-forward layers.
+    `base` says of what: `moe` are the weights of all routed and shared experts, or in a dense
+    decoder of all feed-forward layers; `total` are all weights of the model, although weights are
+    removed from experts only. For DeepSeek-MoE-16B, the papers' 20 % is a ratio of 0.2 with `total`
+    and of about 0.21 with `moe`.
     """
 
     accepts: ClassVar[frozenset[WeightForm]] = frozenset({"plain", "ragged"})
@@ -54,18 +54,18 @@ class MoEPruning(Method):
             )
 
     def blocks(self, structure: ModelStructure) -> tuple[MoEBlock, ...]:
-        """Return the blocks that the method changes; a method that chooses experts needs several.
+        """Return the blocks that the method changes.
 
         Raises:
-            UserError: the model has no experts to choose among.
+            UserError: the model has no MoE blocks.
         """
         require_experts(structure, type(self).__name__, "removes")
         return structure.moe
 
     def share(self, structure: ModelStructure) -> Fraction:
         """Return the share of expert weights to remove as an exact fraction."""
-        # repr gives the decimal as typed. The binary float is slightly off, and its product with a
-        # count may floor to one micro-expert less: 0.29 * 100 is 28.999...
+        # `repr` gives the decimal as typed. The binary float is slightly off, so its product with a
+        # count may round down to one micro-expert less: 0.29 * 100 is 28.999...
         ratio = Fraction(repr(self.ratio))
         if self.base == "moe":
             return ratio
@@ -101,18 +101,18 @@ def require_routed_room(blocks: Sequence[MoEBlock], budgets: Sequence[int], rati
 
 
 def require_usual_experts(blocks: Sequence[MoEBlock], method: str) -> None:
-    """Raise if experts have another form than Wdown (act(Wgate x) ⊙ Wup x)."""
+    """Raise if experts do not have the form Wdown (act(Wgate x) ⊙ Wup x)."""
     for block in blocks:
         if block.unusual is not None:
             raise UserError(
-                f"{method} knows experts of the form Wdown (act(Wgate x) ⊙ Wup x), but those of "
-                f"{block.name} have {block.unusual}: choose a method that only removes, such as "
-                "camera_p or reap"
+                f"{method} supports experts of the form Wdown (act(Wgate x) ⊙ Wup x), but those of "
+                f"{block.name} have {block.unusual}: choose a method that only removes weights, "
+                "such as camera_p or reap"
             )
 
 
 def require_micro_experts(structure: ModelStructure, method: str) -> tuple[MoEBlock, ...]:
-    """Return the blocks whose micro-experts methods change; raise if a model has none."""
+    """Return the MoE blocks, or the feed-forwards of a dense decoder; raise if there are none."""
     if not structure.layers:
         raise UserError(f"{method} needs a decoder; {structure.architecture} has no decoder layers")
     return structure.micro_expert_blocks
@@ -177,10 +177,10 @@ def require_calibration(context: Context) -> Calibration:
 
 
 class MicroExpertPruning(MoEPruning):
-    """A method that removes selected micro-experts from every block, of experts or dense.
+    """A method that removes selected micro-experts from every MoE block or dense feed-forward.
 
-    `state` says how: `zeroed` as in the CAMERA paper, or `removed`, which computes the same
-    function without storing the weights; widths are then stored as multiples of `align`.
+    `state` is `zeroed`, as in the CAMERA paper, or `removed`, which computes the same function
+    without storing the weights; widths are then padded to multiples of `align`.
     """
 
     state: Literal["zeroed", "removed"] = "zeroed"
@@ -202,7 +202,7 @@ class MicroExpertPruning(MoEPruning):
         layer: LayerEntry = {"layer": block.layer, "removed": len(indices), **counts}
         if self.state == "zeroed":
             zero_micro_experts(block, indices)
-        # With nothing to remove the block stays in its published layout, not a ragged one.
+        # A block that loses nothing keeps its original layout instead of a ragged one.
         elif len(indices):
             layer["padding_micro_experts"] = delete_micro_experts(block, indices, self.align)
         return layer
@@ -212,7 +212,7 @@ class MicroExpertPruning(MoEPruning):
     ) -> MethodReport:
         """Build the report of all blocks.
 
-        `structure` is the structure before removal: ratios refer to that model.
+        `structure` is that of the model before removal, to which the ratios refer.
         """
         if self.state == "removed":
             model.invalidate_structure()

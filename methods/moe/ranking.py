@@ -1,6 +1,6 @@
-"""Ranking of micro-experts by score: within a layer, an expert, or the whole model.
+"""Rank micro-experts by score within a layer, within an expert, or over the whole model.
 
-Pure functions on energies [N] in flat order. Ties are broken by index, so that a ranking is the
+Pure functions of energies [N] in flat order. Ties are broken by index, so that a ranking is the
 same on every device and in every run.
 """
 
@@ -26,17 +26,17 @@ def lowest(energy_N: Tensor, count: int) -> Tensor:
 
 
 def lowest_per_expert(energy_N: Tensor, spans: Sequence[slice], count: int) -> Tensor:
-    """Return `count` indices such that each expert loses the same share of its micro-experts.
+    """Return the `count` lowest indices, with the same share of micro-experts from every expert.
 
-    Fractional shares are rounded by largest remainder, so as many are removed as in a ranking over
-    the whole layer.
+    Shares that are not whole numbers are rounded by largest remainder, so that exactly `count`
+    micro-experts are removed.
     """
     widths = [span.stop - span.start for span in spans]
     return lowest_of_each(energy_N, spans, apportion(widths, count))
 
 
 def lowest_of_each(energy_N: Tensor, spans: Sequence[slice], losses: Sequence[int]) -> Tensor:
-    """Return the flat indices of the lowest energies of each expert, as many as it loses."""
+    """Return the flat indices of each expert's lowest energies; `losses` gives their numbers."""
     chosen = [
         span.start + lowest(energy_N[span], loss) for span, loss in zip(spans, losses, strict=True)
     ]
@@ -44,12 +44,13 @@ def lowest_of_each(energy_N: Tensor, spans: Sequence[slice], losses: Sequence[in
 
 
 def aligned_losses(block: MoEBlock, share: Fraction, align: int) -> list[int]:
-    """Return how many micro-experts each expert loses so that all keep one multiple of `align`.
+    """Return how many micro-experts each expert loses so that all keep the same aligned width.
 
-    In flat order. Routed experts keep the multiple nearest to what `share` leaves of the widest,
-    at least one, and no more than they have. Shared experts that are c times as wide keep c times
-    as many, since configs of that kind (DeepSeek) state one width for both; others keep a multiple
-    of their own.
+    The order is the flat one, shared experts first. Routed experts keep the multiple of `align`
+    nearest to (1 - `share`) times the widest expert, at least `align`, and no more than they have.
+    Shared experts that are c times as wide keep c times as many, because the config of such models
+    (DeepSeek) states one width for both; other shared experts keep the multiple nearest to their
+    own share.
     """
     widest = max(block.widths)
     kept = _nearest_multiple((1 - share) * widest, align)
@@ -62,7 +63,7 @@ def aligned_losses(block: MoEBlock, share: Fraction, align: int) -> list[int]:
 
 
 def _nearest_multiple(size: Fraction, align: int) -> int:
-    """Return the multiple of `align` nearest to a size, the larger of two, at least `align`."""
+    """Return the multiple of `align` nearest to a size (ties round up), at least `align`."""
     return align * max(1, math.floor(size / align + Fraction(1, 2)))
 
 
@@ -94,15 +95,14 @@ def apportion(sizes: Sequence[int], count: int) -> list[int]:
 
 def random_scores(block: MoEBlock, seed: int) -> Tensor:
     """Return a random score for every micro-expert of a block, float32 [N]."""
-    # Seeded per block by name, so that a block's draw does not depend on which other blocks there
-    # are.
+    # Seeded by name, so that the scores of a block do not depend on the other blocks.
     rng = random.Random(f"{seed}:{block.name}")
     return torch.tensor([rng.random() for _ in range(block.micro_experts)])
 
 
 def magnitudes(block: MoEBlock) -> Tensor:
     """Return ‖w‖₂² of every micro-expert of a block, float64 [N]."""
-    # Squared, which ranks like the norm itself and saves a root.
+    # The square ranks like the norm itself and needs no root.
     return torch.cat(
         [squared_column_norms(expert_view(block, expert).down) for expert, _ in expert_spans(block)]
     )

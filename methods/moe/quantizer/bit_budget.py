@@ -1,4 +1,4 @@
-"""Bit budgets: parts divided among bit widths, the choice of bits under a budget, bits counted.
+"""Bit budgets: divide parts among bit widths, choose bits under a budget, and count bits.
 
 Shapes: L levels of bits; I items, O options.
 """
@@ -21,7 +21,7 @@ from bench.models.bitpacking.packed_shape import PackedShape
 
 
 def exact_fraction(decimal: float) -> Fraction:
-    """Return a float as the decimal that it prints as, an exact fraction."""
+    """Return the decimal that a float prints as, as an exact fraction."""
     return Fraction(repr(decimal))
 
 
@@ -36,15 +36,15 @@ def level_sizes(
 ) -> list[int]:
     """Divide `count` parts among the levels, as close to `shares` as the exact mean allows.
 
-    Without `shares`, as close to equal parts as possible. The parts get B bits in total, the
-    largest total up to mean · count that the levels can produce: the mean is exact where mean ·
-    count itself can be produced, and elsewhere less than 8 / count below it. An integer program:
-    minimise Σ_l |n_l - s_l N| with Σ n_l = N and Σ b_l n_l = B.
+    Without `shares`, the division is as even as possible. The total number of bits B is the largest
+    that the levels can produce without exceeding mean · count, so the mean is exact if mean · count
+    can be produced, and otherwise less than 8 / count too low. The division solves the integer
+    program: minimise Σ_l |n_l - s_l N| subject to Σ n_l = N and Σ b_l n_l = B.
 
     Raises:
         UserError: no such division exists.
     """
-    # Imported here: it takes most of a second, and every quantizer and pruner would wait for it.
+    # Imported here because it takes most of a second, which other methods should not wait for.
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     proportions = (
@@ -93,11 +93,11 @@ IntArray = NDArray[np.int64]
 def solve_multiple_choice_knapsack(
     loss_IO: FloatArray, cost_IO: IntArray, budget: int, at_least: Mapping[int, int] | None = None
 ) -> IntArray:
-    """Return the option of every item, [I], of least total loss within a cost of `budget`.
+    """Choose one option per item, [I], so that the total loss is least within a cost of `budget`.
 
-    min Σ_io loss_io z_io  with  Σ_o z_io = 1,  Σ_io cost_io z_io ≤ budget,  z binary (a
-    multiple-choice knapsack). `at_least` maps an option to the number of items that must take it.
-    HiGHS proves optimality up to 1e-9 of the greatest loss.
+    This is a multiple-choice knapsack problem: minimise Σ_io loss_io z_io subject to Σ_o z_io = 1,
+    Σ_io cost_io z_io ≤ budget and z binary. `at_least` maps an option to the number of items that
+    must take it. HiGHS proves optimality up to 1e-9 of the greatest loss.
 
     Raises:
         UserError: no choice is within the budget.
@@ -139,17 +139,14 @@ def solve_multiple_choice_knapsack(
 
 @dataclass
 class BitCount:
-    """Number of weights before quantization, and the bits that they and their grids take now."""
+    """Number of weights before quantization, and the bits of their codes and of their grids."""
 
     weights: int = 0
     weight_bits: int = 0
     overhead_bits: int = 0
 
     def add(self, weights: int, shapes: Iterable[PackedShape]) -> None:
-        """Add matrices that replace `weights` weights.
-
-        Removed weights are included in `weights` but not in `shapes`.
-        """
+        """Add packed matrices that replace `weights` original weights, removed ones included."""
         self.weights += weights
         for shape in shapes:
             self.weight_bits += shape.weight_bits

@@ -1,4 +1,4 @@
-"""Plan of a packed expert: the micro-experts stored, their order and their bits.
+"""Plan of a packed expert: which micro-experts are stored, in which order, with how many bits.
 
 Shapes: D d_model, F the expert's width, f the kept micro-experts.
 """
@@ -28,7 +28,7 @@ class MatrixPlan:
 class ExpertPlan:
     """An expert's kept micro-experts in storage order, [f], and the plans of its matrices.
 
-    `inputs` are those of `ExpertView.input_matrices`: gate and up in a routed expert.
+    `inputs` are the plans of `ExpertView.input_matrices`: gate and up, up alone, or both fused.
     """
 
     order_f: Tensor
@@ -68,5 +68,5 @@ def uniform_plan(view: ExpertView, bits: int, group: int) -> ExpertPlan:
 
 
 def matrix_weights(block: MoEBlock) -> int:
-    """Return the number of weights that are quantized in a block's experts: biases are not."""
+    """Return the number of weights in the matrices of a block's routed experts, without biases."""
     return block.matrices * block.d_model * sum(block.widths)

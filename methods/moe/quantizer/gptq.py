@@ -2,12 +2,15 @@
 
 Shapes: S tokens, R rows, C columns, c columns of one group.
 
-With outputs y = W x, the squared error of a different Ŵ over the calibration tokens is Σ_t ‖(W - Ŵ)
-x_t‖² = tr(Δ H Δᵀ), so its Hessian is H = Σ_t x_t x_tᵀ. Rounding column q of a row costs (w_q -
-ŵ_q)² / [H_F⁻¹]_qq, where F are the columns not yet rounded, and the optimal update of those is δ_F
-= -(w_q - ŵ_q) / [H_F⁻¹]_qq · (H_F⁻¹)_:q (equations 2 and 3). The Cholesky factor U of H⁻¹, Uᵀ U =
-H⁻¹, holds all of these rows: (H_F⁻¹)_:q / [H_F⁻¹]_qq = U_q: / U_qq. Rows of the matrix are
-independent, so each may have its own bits.
+With outputs y = W x, replacing W by Ŵ = W - Δ causes the squared error Σ_t ‖Δ x_t‖² = tr(Δ H Δᵀ)
+over the calibration tokens, with the Hessian H = Σ_t x_t x_tᵀ (up to a factor). Rounding column q
+of a row costs (w_q - ŵ_q)² / [H_F⁻¹]_qq, where F are the columns not yet rounded. The optimal
+update of these is (equations 2 and 3)
+
+    δ_F = -(w_q - ŵ_q) / [H_F⁻¹]_qq · (H_F⁻¹)_:q
+
+The Cholesky factor U of H⁻¹, Uᵀ U = H⁻¹, holds all of these columns: (H_F⁻¹)_:q / [H_F⁻¹]_qq =
+U_q: / U_qq. Rows of the matrix are independent, so each may have its own bits.
 """
 
 from __future__ import annotations
@@ -42,10 +45,10 @@ def gptq(
     clip: Clip = "minmax",
     kind: GridKind = "offset",
 ) -> QuantizedMatrix:
-    """Return the quantized matrix, given U with Uᵀ U = H⁻¹ of its damped Hessian.
+    """Quantize a matrix, given the factor U, Uᵀ U = H⁻¹, of its damped Hessian H.
 
-    A group's grid is fitted when its first column is reached, to the weights as updated by then.
-    Everything is computed in the dtype of `factor_CC`.
+    The grid of a group is fitted when its first column is reached, to the weights as updated so
+    far. Everything is computed in the dtype of `factor_CC`.
     """
     left_RC = weight_RC.to(factor_CC.dtype, copy=True)
 
@@ -57,14 +60,14 @@ def gptq(
         left_RC[:, group.stop :] -= error_Rc @ factor_CC[group, group.stop :]
         return codes_Rc
 
-    # `left_RC` is updated while it is quantized: a group's grid is fitted to the compensated
-    # weights, since these are rounded, not the original ones.
+    # `left_RC` changes while it is being quantized, so each grid is fitted to the compensated
+    # weights, which are the ones that are rounded.
     return quantize_groups(left_RC, groups, bits_RG, clip, round_group, kind)
 
 
 def _round_group(weight_Rc: Tensor, factor_cc: Tensor, grid: QuantGrid) -> tuple[Tensor, Tensor]:
     """Round one group; return its codes and (w - ŵ) / U_qq of every column."""
-    # The argument is a view of the caller's matrix, whose columns are not to be changed here.
+    # The argument is a view of the caller's matrix, which must not change here.
     left_Rc = weight_Rc.clone()
     codes_Rc, error_Rc = torch.empty_like(left_Rc), torch.empty_like(left_Rc)
     for column in range(left_Rc.shape[1]):
@@ -82,18 +85,18 @@ def _round_group(weight_Rc: Tensor, factor_cc: Tensor, grid: QuantGrid) -> tuple
 def inverse_factor(hessian: Gram, damping: float) -> tuple[Tensor, float] | None:
     """Return U upper triangular with Uᵀ U = (H + λ I)⁻¹, float64 [C, C], and the damping used.
 
-    λ is `damping` times the mean of H's diagonal. The damping is scaled up by columns / tokens if
-    there are fewer tokens than columns, and tenfold while the factorization still fails. Inputs
-    that were always zero additionally get the mean diagonal. Returns None if no damping suffices,
-    or if H is zero or not finite.
+    λ is `damping` times the mean of H's diagonal. `damping` is first scaled by columns / tokens if
+    there are fewer tokens than columns, and then by ten after every failed factorization. Inputs
+    that were always zero additionally get the mean diagonal. Returns None if H is zero or not
+    finite, or if the last attempt fails too.
     """
     columns = len(hessian.total)
     diagonal_C = hessian.total.diagonal().double()
     mean = float(diagonal_C.mean()) if columns else 0.0
     if not 0 < mean < float("inf"):
         return None
-    # H has rank at most `tokens`: with fewer tokens than columns it is singular, and the fewer
-    # there are, the noisier are the directions that it does contain.
+    # The rank of H is at most the number of tokens, so H is singular with fewer tokens than
+    # columns, and noisier the fewer they are.
     damping *= max(1.0, columns / hessian.tokens)
     # A dead input has a zero row and column, so any positive diagonal decouples it from the other
     # columns. The mean, not 1 as in the GPTQ code, keeps the matrix well scaled whatever the

@@ -5,10 +5,10 @@ Shapes: R rows, C columns of a matrix, c columns of one group, G groups.
 A weight is offset + scale · code with code 0 … 2^bits - 1. Scale and offset are rounded to float16
 before any code is chosen, because that is how they are stored.
 
-In a `zero_point` grid the offset is -scale · z, where z is the code of 0 and rounded to an integer,
-as in GPTQ's and AWQ's releases; in a `symmetric` one z is 2^(bits - 1). Inference engines compute
-with these two. They store scales in the weights' dtype, so scales are rounded to the 8 significant
-bits that float16 and bfloat16 have in common, and every engine reads the same number.
+In a `zero_point` grid the offset is -scale · z with an integer z, the code of 0, as in the releases
+of GPTQ and AWQ; in a `symmetric` grid z is 2^(bits - 1). Inference engines support these two. They
+store scales in the dtype of the weights, so scales are rounded to the 8 significant bits that
+float16 and bfloat16 have in common, and every engine reads the same number.
 """
 
 from __future__ import annotations
@@ -89,10 +89,11 @@ def fit_grid(
 ) -> QuantGrid:
     """Fit a grid to every row of one group.
 
-    `minmax` spans the least to the greatest weight; `mse` shrinks that range about its middle to
-    the fraction of least squared error. A range of a grid with a code for 0 includes 0. One bit,
-    which only an `offset` grid can have, is binary quantization: mean ± mean absolute deviation,
-    which has the least squared error of all pairs that are symmetric about the mean.
+    With `minmax` a grid spans the least to the greatest weight; with `mse` that range is shrunk
+    about its middle to the fraction with the least squared error. A range is extended to include 0
+    if the grid has a code for 0. One bit, which only an `offset` grid supports, is binary
+    quantization to mean ± mean absolute deviation, the pair of least squared error among all that
+    are symmetric about the mean.
     """
     low_R1, high_R1 = weight_Rc.amin(1, keepdim=True), weight_Rc.amax(1, keepdim=True)
     max_code_R1 = (2**bits_R - 1).to(weight_Rc)[:, None]
@@ -114,8 +115,7 @@ def fit_grid(
 
 
 def _offset_grid(low_R1: Tensor, high_R1: Tensor, max_code_R1: Tensor) -> QuantGrid:
-    # Rounded to float16 here, so that codes are chosen for the grid that is stored, not for one
-    # that is slightly off.
+    # Rounded to float16 here, so that codes are chosen for the grid as it is stored.
     scale_R1, offset_R1 = (high_R1 - low_R1) / max_code_R1, low_R1
     return QuantGrid(scale_R1.half().to(low_R1), offset_R1.half().to(low_R1), max_code_R1)
 
@@ -151,7 +151,7 @@ def _least_error_grid(
     high_R1: Tensor,
     between: Callable[[Tensor, Tensor], QuantGrid],
 ) -> QuantGrid:
-    """Return, row by row, the grid over the fraction of the range with the least squared error."""
+    """Return the grid of each row over the fraction of its range with the least squared error."""
     middle_R1, half_R1 = (high_R1 + low_R1) / 2, (high_R1 - low_R1) / 2
     best, least_R1 = between(low_R1, high_R1), torch.full_like(low_R1, torch.inf)
     # A search instead of a formula: the error of rounding is not convex in the range, and 15
@@ -182,10 +182,9 @@ def quantize_groups(
     round_group: Callable[[slice, QuantGrid], Tensor],
     kind: GridKind = "offset",
 ) -> QuantizedMatrix:
-    """Fit a grid to each group of columns in turn, and round the group by a function.
+    """Fit a grid to each group of columns in turn, and call `round_group` for its codes [R, c].
 
-    A grid is fitted when its group is reached, so `round_group`, which returns the codes [R, c],
-    may change later columns.
+    A grid is fitted only when its group is reached, so `round_group` may change later columns.
     """
     codes_RC = torch.zeros_like(weight_RC, dtype=torch.uint8)
     scale_RG = torch.zeros_like(bits_RG, dtype=torch.float16)
@@ -224,10 +223,10 @@ def round_weights(
 
 
 class RoundedWeights:
-    """Weights rounded to nearest, each once per bit width, for use on many chunks of text.
+    """Cache of weights rounded to nearest, for use on many chunks of text.
 
-    Only codes and grids are kept, one byte per weight and bit width, and dequantized on use:
-    fitting the grids is what takes long.
+    Fitting a grid is slow and dequantizing is fast, so codes and grids are kept, one byte per
+    weight and bit width, and the weights are dequantized on every use.
     """
 
     def __init__(self, group: int, clip: Clip, kind: GridKind = "offset") -> None:

@@ -40,9 +40,9 @@ LinearRole = Literal["attention", "dense", "shared", "head"]
 class Quantizer:
     """Quantizes a network; `bit_counts` accumulates the bits used, by kind of weight.
 
-    `bits` are the bit widths of everything but the routed experts, whose plans `planner` makes; 16
-    leaves weights unquantized. `batch` rows pass through a layer together, and observers see at
-    most `chunk` tokens at a time.
+    `planner` makes the plans of the routed experts. `bits` are the bit widths of all other linear
+    layers by role; 16 leaves them unquantized. `batch` rows pass through a layer at a time, and
+    observers get at most `chunk` tokens.
     """
 
     rounder: Rounder
@@ -58,7 +58,7 @@ class Quantizer:
     ) -> Iterator[dict[str, object]]:
         """Quantize all layers and the head; yield the record entry of each MoE block.
 
-        Without tokens nothing is observed: planner and rounder must then work without calibration.
+        Without tokens nothing is observed; planner and rounder must then need no calibration.
 
         Raises:
             UserError: the head is to be quantized but is tied to the embeddings, or
@@ -103,8 +103,8 @@ class Quantizer:
             if self.rounder.kind == "gptq":
                 inputs = {slot.linear: Gram.of_inputs(slot.linear) for slot in slots}
                 hessians = _LayerHessians({block: BlockHessians(block) for block in blocks}, inputs)
-            # A layer runs twice. Once with its original weights, to measure its true inputs and
-            # hidden states; the hidden states between layers do not advance.
+            # The first of two runs of the layer: with its original weights, to measure its inputs,
+            # without advancing the hidden states.
             with (
                 observe_experts(hessians.observers(planners), self.chunk),
                 observe_inputs(hessians.inputs),
@@ -116,8 +116,8 @@ class Quantizer:
             self._linear(slot, hessians.inputs.get(slot.linear))
         # Nothing reads the output of the last layer.
         if stream is not None and not last:
-            # Once more, quantized: the next layer is calibrated on inputs that contain the errors
-            # made so far, as in GPTQ, so it can compensate for them.
+            # The second run, quantized: as in GPTQ, the next layer is calibrated on inputs that
+            # contain the errors made so far, so it can compensate for them.
             stream.run(index, advance=True)
 
     def _block(
@@ -140,13 +140,13 @@ class Quantizer:
             replace_child(block.block, block.experts, PackedExperts(experts))
         # Bits are relative to the weights before: removed micro-experts count as 0 bits.
         shapes = [linear.shape for matrices in packed for linear in matrices]
-        here = BitCount()
-        for tally in (here, self.bit_counts.setdefault("experts", BitCount())):
-            tally.add(matrix_weights(block), shapes)
+        block_count = BitCount()
+        for count in (block_count, self.bit_counts.setdefault("experts", BitCount())):
+            count.add(matrix_weights(block), shapes)
         return {
             "layer": block.layer,
             "name": block.name,
-            **here.summary(),
+            **block_count.summary(),
             "weights_by_bits": weights_by_bits(shapes),
             # Counter subtraction: only what this block added.
             "rounding": dict(self.rounder.counts - before),
@@ -162,7 +162,7 @@ class Quantizer:
         self.bit_counts.setdefault(slot.role, BitCount()).add(rows * columns, [packed.shape])
 
     def _head(self, network: Any) -> LinearSlot | None:
-        """Return the head if it is to be quantized. It is rounded to nearest."""
+        """Return the head if it is to be quantized."""
         head = network.get_output_embeddings()
         if self.bits["head"] == UNQUANTIZED_BITS or head is None:
             return None
@@ -177,7 +177,7 @@ class Quantizer:
 
 @contextmanager
 def _onloaded_layer(stream: LayerStream, index: int) -> Iterator[None]:
-    """Onload a layer; its weights stay until the stream moves to the next one."""
+    """Onload a layer; its weights stay loaded until the stream moves to the next layer."""
     stream.onload_layer(index)
     yield
 

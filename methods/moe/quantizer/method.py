@@ -64,20 +64,20 @@ BitWidthOrUnquantized = Literal[1, 2, 3, 4, 5, 6, 7, 8, 16]
 
 
 class MoEQuantization(Method):
-    """A method that packs the routed experts; a subclass's `planner` allocates their bits.
+    """A method that packs the routed experts; the planner of a subclass allocates their bits.
 
-    In a decoder without experts, the feed-forward of every layer is a block of one expert. What is
-    outside the blocks has one bit width per role, where 16 means unquantized: attention, shared
-    experts, the dense feed-forward layers of a mixture, and the head. Routers and embeddings are
-    never quantized. The papers do not state theirs; 8 for attention and shared experts is what a
-    later comparison used for all its rows (DartMoQP). The head is rounded to nearest.
+    In a decoder without experts, the feed-forward of every layer counts as a block of one expert.
+    Outside the blocks there is one bit width per role, where 16 means unquantized: attention,
+    shared experts, the dense feed-forward layers of a MoE model, and the head, which is rounded to
+    nearest. Routers and embeddings are never quantized. The papers do not state these widths; 8 for
+    attention and shared experts is what a later comparison (DartMoQP) used for all methods.
 
-    Every row has one grid per `group` input columns, from least to greatest weight or, with
-    `clip=mse`, of least squared error. `grid` says where it begins: at any `offset`, at a
-    `zero_point` that makes 0 one of its values, or so that it is `symmetric` about 0; inference
-    engines take the last two, which need 2 bits at least. GPTQ adds `damping` times the mean
-    diagonal to a Hessian; experts with fewer than `min_tokens` calibration tokens are rounded to
-    nearest.
+    Every row has one grid per `group` input columns, which spans the least to the greatest weight
+    or, with `clip=mse`, the range of least squared error. `grid` is the kind of grid: one with any
+    `offset`, one with a `zero_point` (0 is one of its values), or one that is `symmetric` about 0.
+    Inference engines support the last two, which need at least 2 bits. GPTQ adds `damping` times
+    the mean diagonal to a Hessian; experts with fewer than `min_tokens` calibration tokens are
+    rounded to nearest.
     """
 
     uses_calibration: ClassVar[bool] = True
@@ -106,9 +106,9 @@ class MoEQuantization(Method):
     def bit_widths(self) -> set[int]:
         """All bit widths that weights can get, 16 for unquantized ones."""
         others = {self.attention_bits, self.shared_bits, self.dense_bits, self.head_bits}
-        # Of the experts: one or several, by method.
-        own: int | tuple[int, ...] = getattr(self, "bits", ())
-        return others | ({own} if isinstance(own, int) else set(own))
+        # Subclasses declare the bits of the experts, as one width or as several.
+        expert_bits: int | tuple[int, ...] = getattr(self, "bits", ())
+        return others | ({expert_bits} if isinstance(expert_bits, int) else set(expert_bits))
 
     @property
     def leaves(self) -> WeightForm:
@@ -117,9 +117,9 @@ class MoEQuantization(Method):
 
     @abstractmethod
     def planners(self, model: Model, context: Context) -> Callable[[MoEBlock], Planner]:
-        """Return the factory of planners: observers of a block that plan the bits of its experts.
+        """Return a factory that makes the planner of a block.
 
-        It is called before any layer changes, so a method may measure the whole model first.
+        Called before any layer changes, so a method may measure the whole model first.
         """
 
     def check(self, structure: ModelStructure) -> None:
@@ -189,7 +189,7 @@ class MoEQuantization(Method):
 
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Quantize layer by layer; the report holds the bits of every block."""
-        # Packed weights cannot be quantized again. Offloaded ones are fine: the walk onloads them.
+        # Packed weights cannot be quantized again. Offloaded weights can: the walk onloads them.
         refuse_packed(model.structure.micro_expert_blocks)
         started, before = time.perf_counter(), stored_bytes(model.network)
         calibration = require_calibration(context) if self.uses_calibration else None

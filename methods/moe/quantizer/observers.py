@@ -18,7 +18,7 @@ from methods.moe.quantizer.rounding import ExpertHessians
 
 
 class Planner(ExpertObserver, Protocol):
-    """An observer of a block that then plans how each of its routed experts is packed."""
+    """An observer of a block that afterwards plans how each of its routed experts is packed."""
 
     def plans(self) -> list[ExpertPlan]:
         """Return a plan for every routed expert, in order."""
@@ -34,7 +34,7 @@ class UniformPlanner(NullObserver):
         self._block, self._bits, self._group = block, bits, group
 
     def plans(self) -> list[ExpertPlan]:
-        """Return equal plans."""
+        """Return the same plan for every expert."""
         experts = range(self._block.num_experts)
         return [uniform_plan(self._block.expert(e), self._bits, self._group) for e in experts]
 
@@ -57,7 +57,7 @@ class BlockHessians(NullObserver):
     def routed(self, expert: int, x_SD: Tensor, hidden_SF: Tensor, weight_S: Tensor) -> None:
         """Add the tokens of one routed expert."""
         self.experts[expert].inputs.add(x_SD)
-        # Without router weights: H is that of the expert's own output, before it is scaled.
+        # Without router weights: H belongs to the expert's own output, before it is scaled.
         self.experts[expert].hidden.add(hidden_SF)
 
     def require_finite(self) -> None:

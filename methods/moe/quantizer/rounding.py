@@ -40,10 +40,10 @@ class ExpertHessians:
 
 @dataclass
 class Rounder:
-    """Rounds matrices, and counts in `counts` how many: by `gptq`, `damped` or `rtn`.
+    """Rounds and packs matrices; `counts` holds how many were rounded by `gptq`, `damped` or `rtn`.
 
     `damped` is GPTQ with more damping than configured. A matrix with fewer than `min_tokens`
-    calibration tokens, or whose Hessian cannot be inverted, is rounded to nearest.
+    calibration tokens, or whose Hessian cannot be inverted, is rounded to nearest (`rtn`).
     """
 
     kind: Literal["rtn", "gptq"]
@@ -57,9 +57,8 @@ class Rounder:
         self, view: ExpertView, plan: ExpertPlan, hessians: ExpertHessians | None
     ) -> list[PackedLinear]:
         """Pack the matrices of an expert, down last, according to its plan."""
-        # Rows of gate and up and columns of down are permuted (or dropped) alike, which leaves the
-        # expert's function unchanged; only the down Hessian has micro-experts as columns and must
-        # follow.
+        # Permuting the rows of gate and up and the columns of down alike leaves the expert's
+        # function unchanged. Of the Hessians, only that of down has micro-experts as columns.
         order_f, inputs, hidden = plan.order_f, None, None
         if hessians is not None:
             inputs, hidden = hessians.inputs, hessians.hidden.select(order_f)
@@ -116,8 +115,7 @@ class Rounder:
             if found is not None:
                 factor_CC, damping = found
                 self.counts["gptq" if damping == self.damping else "damped"] += matrices
-                # Inverted in float64, where conditioning matters; the loop over columns runs in
-                # float32.
+                # The inversion needs float64; the loop over columns does not.
                 groups = shape.groups()
                 return gptq(weight_RC, factor_CC.float(), groups, bits_RG, self.clip, self.grid)
         self.counts["rtn"] += matrices
@@ -132,7 +130,7 @@ class Rounder:
             raise UserError(
                 "cannot quantize weights that are not finite or exceed the range of float16 scales"
             )
-        # Plans say how many bits, not on which kind of grid.
+        # Plans state the bits but not the kind of grid.
         shape = replace(plan.shape, grid=self.grid)
         packed = PackedLinear(shape, weight_RC.dtype, device=weight_RC.device)
         packed.store(quantized.codes, quantized.scale, quantized.offset, plan.order_C)
