@@ -27,14 +27,14 @@ class GroupLasso(SparseTraining):
 
 
 Variant = Literal["ours", "released"]
-"""A competitor in the shared form of all solvers here, or as its authors' code updates weights."""
+"""`ours` implements a competitor like all other solvers; `released` follows its authors' code."""
 
 
 class Hspg(SparseTraining):
     """HSPG: Prox-SG on group lasso, then half-space steps after the fraction `warmup`.
 
-    With `variant=released` the first part is a sub-gradient method, and `cap` is the share of a
-    layer's groups at which half-space tests end.
+    With `variant=released` the first part is a subgradient method. `cap` then is the fraction of a
+    layer's groups that may become zero; half-space tests stop there.
     """
 
     variant: Variant = "ours"
@@ -46,7 +46,9 @@ class Hspg(SparseTraining):
     @model_validator(mode="after")
     def _refuse_cap(self) -> Self:
         if self.variant == "ours" and self.cap < 1:
-            raise ValueError(f"cap={self.cap:g} belongs to variant=released: set that, or cap=1")
+            raise ValueError(
+                f"cap={self.cap:g} needs variant=released: set variant=released or cap=1"
+            )
         return self
 
     def solver(self, context: SolverContext) -> Solver:
@@ -59,7 +61,7 @@ class Hspg(SparseTraining):
 
 
 class AdaHspg(SparseTraining):
-    """AdaHSPG+ without variance reduction: chooses between both kinds of step each epoch."""
+    """AdaHSPG+ without variance reduction: chooses one of the two kinds of step every epoch."""
 
     strength: float = Field(default=3e-2, gt=0)
     mu: float = Field(default=1.0, gt=0)
@@ -121,10 +123,10 @@ class GroupNorm(SparseTraining):
 
 
 class Hesso(SparseTraining):
-    """HESSO: groups of least saliency, chosen period by period, fade to zero on a straight line.
+    """HESSO: in each period, the groups of least saliency are chosen and fade linearly to zero.
 
-    Training is plain until the fraction `start` of the time before the selection, and the `periods`
-    are over after `span` more of it.
+    `start` and `span` are fractions of the steps before the selection: training is plain until
+    `start`, and the `periods` take the fraction `span` after it.
     """
 
     start: float = Field(default=0.15, ge=0, lt=1)
@@ -135,8 +137,8 @@ class Hesso(SparseTraining):
     def _refuse_long_span(self) -> Self:
         if self.start + self.span > 1:
             raise ValueError(
-                f"start={self.start:g} and span={self.span:g} end after the selection: their sum "
-                "is at most 1"
+                f"start={self.start:g} and span={self.span:g} end after the selection: lower one "
+                "of them so that their sum is at most 1"
             )
         return self
 

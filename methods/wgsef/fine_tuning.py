@@ -1,4 +1,4 @@
-"""WGSEF within the fine-tuning of a language model: micro-experts fade out while others learn.
+"""WGSEF during the fine-tuning of a language model: micro-experts fade out while others learn.
 
 Shapes: B rows of text, L tokens per row, M routed micro-experts of all layers.
 """
@@ -55,12 +55,12 @@ class WgsefFinetune(MicroExpertPruning):
     """Train the routed experts on calibration text while the debiased WGSEF removes micro-experts.
 
     Groups are micro-experts: a row of gate, a row of up and a column of down. Each step is one
-    AdamW step on `rows` rows of text, followed by the operator in each layer under that layer's
-    budget, which is taken entirely from the routed experts. Norms are measured in a unit in which a
-    group's initial norm is its energy RMS(phi) ||w||, since weights alone do not show how strongly
-    text drives a neuron (specification section 7, 6). After the fraction `sparse_share` of the
-    `steps` the mask is frozen. Only the routed experts are trained. Use float32, since steps are
-    small.
+    AdamW step on `rows` rows of text, followed by the debiased operator, applied to each layer
+    under a budget of its own. The budget is taken entirely from the routed experts, and only they
+    are trained. Norms are scaled so that a group's initial norm is its energy RMS(phi) ||w||,
+    because weights alone do not show how strongly text activates a neuron (specification section
+    7, 6). After the fraction `sparse_share` of the `steps` the mask is frozen. Use float32: the
+    steps are too small for half precision.
     """
 
     uses_calibration: ClassVar[bool] = True
@@ -71,7 +71,7 @@ class WgsefFinetune(MicroExpertPruning):
     sparse_share: float = Field(default=0.7, ge=0.1, le=1)
 
     def check(self, structure: ModelStructure) -> None:
-        """Also refuse a budget that the routed experts cannot provide."""
+        """Also refuse a model without experts, and a budget larger than its routed experts."""
         require_experts(structure, type(self).__name__, "trains")
         super().check(structure)
         self._share_of_routed(structure)
@@ -117,7 +117,7 @@ class WgsefFinetune(MicroExpertPruning):
         history, alive = self._train(model, partition, calibration.tokens, context)
         dead = [~part for part in partition.split(partition.alive())]
         layers = [
-            # Indices of a block count the shared experts first; the groups are routed experts only.
+            # Flat indices of a block start with the shared experts, which have no groups.
             self.remove_micro_experts(block, block.d_shared + dead_M.nonzero().flatten())
             for block, dead_M in zip(structure.moe, dead, strict=True)
         ]
@@ -140,36 +140,41 @@ class WgsefFinetune(MicroExpertPruning):
         }
         if len(shares) > 1:
             raise UserError(
-                f"wgsef_finetune needs MoE layers of equal size; those of "
-                f"{structure.architecture} differ"
+                "wgsef_finetune needs the same number of routed micro-experts in every MoE layer; "
+                f"those of {structure.architecture} differ"
             )
         share = shares.pop()
         if share >= 1:
-            raise UserError(f"ratio={self.ratio} removes more than all routed experts: lower ratio")
+            raise UserError(
+                f"ratio={self.ratio} would remove all routed experts: use a lower ratio"
+            )
         return share
 
     def _units(
         self, model: Model, partition: GroupPartition, tokens_NL: Tensor, context: Context
     ) -> Tensor:
-        """Return energy over norm, [M]; the energies of each layer are relative to their mean."""
+        """Return energy divided by norm, [M]; energies are relative to the mean of their layer."""
         options, energies = WalkOptions(self.rows, TOKEN_CHUNK), []
         observed = walk_blocks(model, tokens_NL, Activations, options, context.progress)
         for block, observer in observed:
             energy_N = (observer.square_sum() * magnitudes(block)).sqrt()[block.d_shared :]
             require_finite(block, energy_N)
-            # A micro-expert that no token reached must rank last, but not with energy 0: operators
-            # treat that as an empty group and drop it at once, even where the budget could keep it.
+            # A micro-expert that no token reached must rank last. Its energy must not be 0, though:
+            # operators treat that as an empty group and drop it even if the budget could keep it.
             energies.append((energy_N / energy_N.mean()).clamp(min=UNSEEN_ENERGY))
         return torch.cat(energies) / partition.norms().clamp(min=torch.finfo(torch.float32).tiny)
 
     def _train(
         self, model: Model, partition: GroupPartition, tokens_NL: Tensor, context: Context
     ) -> tuple[list[HistoryLine], int]:
-        """Return the history, one line per tenth of the steps, and the number alive when frozen."""
+        """Train; return the history, one line per tenth of the steps, and the number of groups.
+
+        The number is that of the groups alive just before the mask is frozen.
+        """
         sparse = self._sparse_steps
         share = self._share_of_routed(model.structure)
-        # Energies of different layers are not comparable here (each is relative to its own mean),
-        # hence a budget per layer.
+        # A budget per layer, because energies are relative to the mean of their layer and cannot be
+        # compared between layers.
         allocation = LayerAllocation(partition, share, floor=0.0)
         solver_context = SolverContext(
             model.network, partition, allocation, sparse, self.steps, tokens_NL[:1]
@@ -177,15 +182,13 @@ class WgsefFinetune(MicroExpertPruning):
         manager = CheckpointManager(context.folder, context.progress)
         saved = manager.latest()
         solver = DebiasedSolver(solver_context)
-        # Measured on the weights before training only; a resumed run restores the units with the
-        # solver.
+        # Measured on the untrained weights; a resumed run restores the units with the solver.
         if saved is None:
             solver.unit_M = self._units(model, partition, tokens_NL, context)
         run = _FineTuning(solver_context, solver, self.rate)
         if saved is not None:
             run.resume(saved)
-        # The order of rows depends only on the seed, so skipping the steps already taken resumes
-        # it.
+        # The order of rows depends only on the seed, so a resumed run skips the batches it has had.
         batches = islice(_row_batches(tokens_NL, self.rows, context.seed), run.step, None)
         for weight in run.trained:
             weight.requires_grad_(True)
@@ -197,7 +200,7 @@ class WgsefFinetune(MicroExpertPruning):
             if run.step % max(1, self.steps // 10) == 0:
                 run.append_history()
             manager.save_if_due(run.checkpoint)
-        # Removal and evaluation follow; a run that is killed there must not train again.
+        # A run that is killed later, in removal or evaluation, must not train again.
         manager.save(run.checkpoint)
         model.network.requires_grad_(False)
         run.optimizer.zero_grad()
@@ -205,7 +208,7 @@ class WgsefFinetune(MicroExpertPruning):
 
 
 class _FineTuning:
-    """State of a training: everything the next steps and the report depend on."""
+    """State of a training: everything that later steps and the report depend on."""
 
     def __init__(self, context: SolverContext, solver: Solver, rate: float) -> None:
         self._context, self._solver = context, solver
@@ -234,7 +237,7 @@ class _FineTuning:
         self._losses = []
 
     def freeze(self) -> None:
-        """Select the groups to keep, zero all others, and hold them at zero from now on."""
+        """Select the groups to keep, zero all others, and keep them at zero in later steps."""
         keep_M, self.alive = select_alive(self._context, self._solver.score())
         self._hold(keep_M)
 
@@ -260,7 +263,7 @@ class _FineTuning:
             self.trained[int(number)].copy_(weight)
         checkpoint.load_optimizer(self.optimizer, saved.tensors_of("optimizer"))
         if frozen := saved.tensors_of("frozen"):
-            # The frozen solver has to be in place before its state is loaded below.
+            # First, because the state loaded below is that of the frozen solver.
             self._hold(frozen["keep"].to(self._context.partition.device))
         self._solver.load(saved.tensors_of("solver"))
         self.step, self.alive = saved.step, saved.state["alive"]
@@ -279,6 +282,5 @@ def _row_batches(tokens_NL: Tensor, rows: int, seed: int) -> Iterator[Tensor]:
 def _next_token_loss(network: nn.Module, token_BL: Tensor) -> Tensor:
     """Return the mean next-token loss."""
     logit_BLV = network(input_ids=token_BL, use_cache=False).logits
-    # Position t predicts token t + 1. fp32, because softmax over a vocabulary loses precision in
-    # bf16.
+    # Position t predicts token t + 1. A softmax over the vocabulary needs fp32.
     return cross_entropy(logit_BLV[:, :-1].flatten(0, 1).float(), token_BL[:, 1:].flatten())

@@ -2,8 +2,9 @@
 
 Shapes: M groups of a family.
 
-transformers builds all layers of a language model with one config, so a model can be exported only
-if its layers keep the same number of neurons or heads (scope `layer`); any other runs.
+transformers builds all layers of a language model from one config. A model can therefore be
+exported only if all layers keep the same number of neurons or heads (scope `layer`); other models
+can only be run in this process.
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ from methods.wgsef.groups.partition import GroupFamily
 
 @dataclass(frozen=True)
 class Removal:
-    """The smaller network, its new weight shapes by layer, and what is left of residual blocks.
+    """The smaller network, and how it differs from the original.
 
-    `kept` is the number of groups left in each family, after rounding.
+    `shapes` are the new weight shapes of the layers that changed, `shortcuts` replace the removed
+    residual blocks, and `kept` is the number of groups left in each family, after rounding.
     """
 
     network: nn.Module
@@ -54,11 +56,11 @@ def remove_groups(
 ) -> Removal:
     """Return a copy of the network without the groups that `dead` marks, one [M] per family.
 
-    Each family keeps at least one group. Kept counts are rounded up to a multiple (8 or 64 suit
-    most kernels) as far as the family has groups; some zero groups then stay.
+    Each family keeps at least one group. The number of groups kept is rounded up to a `multiple` (8
+    or 64 suit most kernels), at most to all groups of the family, by keeping some zero groups.
 
     Raises:
-        UserError: groups of this kind cannot be removed, or a dead one is not zero.
+        UserError: groups of this kind cannot be removed, or a dead group is not zero.
     """
     _refuse_unremovable(network, families, dead)
     return _cut_groups(copy.deepcopy(network), families, dead, multiple)
@@ -68,22 +70,22 @@ def _cut_groups(
     smaller: nn.Module, families: Sequence[GroupFamily], dead: Sequence[Tensor], multiple: int = 1
 ) -> Removal:
     """Cut the groups out of the network itself."""
-    gone: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
+    removed_units: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
     shortcuts: list[Shortcut] = []
     kept = {}
     for family, dead_M in zip(families, dead, strict=True):
         if family.kind == "depth":
-            leaving_M = dead_M
+            removed_M = dead_M
             pairs = zip(family.shortcuts, dead_M.tolist(), strict=True)
-            shortcuts += [shortcut for shortcut, gone_now in pairs if gone_now]
+            shortcuts += [shortcut for shortcut, is_dead in pairs if is_dead]
         else:
-            leaving_M = _round_up_kept(dead_M, multiple)
+            removed_M = _round_up_kept(dead_M, multiple)
             for part in (*family.owned_slices, *family.reader_slices):
-                # Indices are collected first and cut once per tensor and axis: cutting family by
-                # family would shift the units of the next one.
-                gone[part.tensor, part.axes[0]].append(part.units_of(leaving_M))
-        kept[family.name] = int((~leaving_M).sum())
-    layers = _delete_units(smaller, gone)
+                # Indices are collected first and cut once per tensor and axis, because cutting
+                # family by family would shift the units of the next family.
+                removed_units[part.tensor, part.axes[0]].append(part.units_of(removed_M))
+        kept[family.name] = int((~removed_M).sum())
+    layers = _delete_units(smaller, removed_units)
     shapes = {name: _shape_of(smaller.get_submodule(name)) for name in layers}
     for shortcut in shortcuts:
         reduce_to_shortcut(smaller, shortcut)
@@ -113,30 +115,33 @@ def _refuse_unremovable(
 
 
 def _round_up_kept(dead_M: Tensor, multiple: int) -> Tensor:
-    """Return the groups to remove so that the kept count is a multiple; the first dead stay."""
+    """Return the groups to remove so that a multiple is kept; the first dead groups stay."""
     alive = int((~dead_M).sum())
-    wanted = min(len(dead_M), max(1, math.ceil(alive / multiple)) * multiple)
-    place_M = dead_M.int().cumsum(0)
-    return dead_M & (place_M > wanted - alive)
+    target = min(len(dead_M), max(1, math.ceil(alive / multiple)) * multiple)
+    # The number of each dead group among the dead ones, from 1.
+    number_M = dead_M.int().cumsum(0)
+    return dead_M & (number_M > target - alive)
 
 
-def _delete_units(network: nn.Module, gone: dict[tuple[str, int], list[Tensor]]) -> list[str]:
-    """Delete units of tensors axis by axis, and return the names of the layers that shrank."""
+def _delete_units(
+    network: nn.Module, removed_units: dict[tuple[str, int], list[Tensor]]
+) -> list[str]:
+    """Delete units per (tensor, axis), and return the names of the layers that shrank."""
     layers: dict[str, None] = {}
-    for (tensor, axis), parts in gone.items():
+    for (tensor, axis), parts in removed_units.items():
         name, _, key = tensor.rpartition(".")
         layer = network.get_submodule(name)
         old = getattr(layer, key)
-        leave = torch.zeros(old.shape[axis], dtype=torch.bool, device=old.device)
-        leave[torch.cat(parts).to(old.device)] = True
-        if not bool(leave.any()):
+        removed = torch.zeros(old.shape[axis], dtype=torch.bool, device=old.device)
+        removed[torch.cat(parts).to(old.device)] = True
+        if not bool(removed.any()):
             continue
-        left = old.detach().index_select(axis, (~leave).nonzero()[:, 0])
+        new = old.detach().index_select(axis, (~removed).nonzero()[:, 0])
         if isinstance(old, nn.Parameter):
-            setattr(layer, key, nn.Parameter(left, requires_grad=old.requires_grad))
+            setattr(layer, key, nn.Parameter(new, requires_grad=old.requires_grad))
         else:
             # BatchNorm's running statistics shrink with its weights.
-            layer.register_buffer(key, left)
+            layer.register_buffer(key, new)
         layers[name] = None
     for name in layers:
         layer = network.get_submodule(name)
@@ -148,7 +153,7 @@ def _delete_units(network: nn.Module, gone: dict[tuple[str, int], list[Tensor]])
 
 
 def _shape_of(layer: nn.Module) -> tuple[int, ...]:
-    """Return what determines the sizes of a layer: its weight's shape."""
+    """Return the shape of the weight that determines a layer's sizes."""
     key = "in_proj_weight" if isinstance(layer, PrunedAttention) else "weight"
     return tuple(layer.get_parameter(key).shape)
 
@@ -182,11 +187,11 @@ def smaller_classifier(
     smaller = removal.network
     assert isinstance(smaller, Classifier)
     config = network.config
-    # The network may have been pruned before: earlier shapes hold where this removal changed
-    # nothing, and those of branches that are gone now would refer to modules that do not exist.
-    cut = {**config.shapes, **removal.shapes}
-    left = {name for name, _ in smaller.named_modules()}
-    shapes = {name: shape for name, shape in cut.items() if name in left}
+    # The network may have been pruned before. Earlier shapes stay valid where this removal changed
+    # nothing, except for modules that it removed.
+    changed = {**config.shapes, **removal.shapes}
+    modules = {name for name, _ in smaller.named_modules()}
+    shapes = {name: shape for name, shape in changed.items() if name in modules}
     removed = (*config.removed, *removal.shortcuts)
     smaller.config = config.model_copy(update={"shapes": shapes, "removed": removed})
     return smaller
@@ -195,14 +200,14 @@ def smaller_classifier(
 def shrink_language_model(
     network: nn.Module, families: Sequence[GroupFamily], dead: Sequence[Tensor]
 ) -> None:
-    """Cut the dead neurons or heads out of the model itself, so that no second copy is ever held.
+    """Cut the dead neurons or heads out of the model in place, without a second copy in memory.
 
-    If all layers keep the same number, the config states it and `save_pretrained` can write the
-    model; otherwise the config stays as it was, and the model can only be run.
+    If all layers keep the same number, the config is updated and `save_pretrained` can write the
+    model. Otherwise the config stays as it was, and the model can only be run.
 
     Raises:
-        UserError: the groups are of two kinds or of one that cannot be removed, or transformers
-            could not load a model of this size; nothing has been cut then.
+        UserError: the groups are of different kinds or cannot be removed, or transformers could not
+            load a model of this size. Nothing is cut in these cases.
     """
     kinds = {family.kind for family in families}
     if len(kinds) != 1:
@@ -230,8 +235,8 @@ def shrink_language_model(
 def _set_head_counts(config: Any, kv_heads: int) -> None:
     """Set the numbers of KV and query heads, and the head width, in the config."""
     refuse_unstated_heads(config)
-    # Without an explicit head_dim transformers derives it as hidden_size / num_attention_heads,
-    # which is wrong as soon as heads are missing.
+    # Without an explicit head_dim, transformers derives it as hidden_size / num_attention_heads,
+    # which is wrong as soon as heads are removed.
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     queries = config.num_attention_heads // config.num_key_value_heads
     config.head_dim = width
@@ -240,11 +245,11 @@ def _set_head_counts(config: Any, kv_heads: int) -> None:
 
 
 def refuse_unstated_heads(config: Any) -> None:
-    """Raise if a config cannot state that heads are missing."""
+    """Raise if a config cannot describe a model from which heads have been removed."""
     if not hasattr(config, "num_key_value_heads"):
         raise UserError(
             f"a config of {config.model_type} derives the width of a head from the number of "
-            "heads, so it cannot state fewer: use state=zeroed"
+            "heads, so it cannot state fewer heads: use state=zeroed"
         )
 
 

@@ -1,7 +1,7 @@
-"""Methods for image classifiers: sparse training with any solver, and WGSEF.
+"""Training methods for image classifiers: sparse training with any solver, and WGSEF.
 
-A method is its options and its solver; `competitors` has the others. `Train` is the same training
-with nothing removed.
+A method consists of its options and its solver; those of WGSEF's competitors are in `competitors`.
+`Train` is the same training without any removal.
 
 Shapes: M groups of all families.
 """
@@ -60,10 +60,10 @@ if TYPE_CHECKING:
 class ClassifierTraining(Method):
     """Training of an image classifier, with or without sparsity.
 
-    `data` are the images, those of the benchmark. `split: validation` trains without the held-out
-    images and reports accuracy on them. `restart` draws fresh weights; otherwise training starts
-    from the model's own. An interrupted run resumes; `checkpoints` names a folder to use for that
-    instead of the run's own.
+    `data` is the image set, normally that of the benchmark. `split=validation` trains without the
+    held-out images and reports the accuracy on them. With `restart` training starts from fresh
+    weights, otherwise from those of the model. An interrupted run resumes from its checkpoints,
+    which are in the folder `checkpoints` or by default in that of the run.
     """
 
     data: str = "digits"
@@ -79,14 +79,15 @@ class ClassifierTraining(Method):
         return self.restart
 
     def check(self, structure: ModelStructure) -> None:
-        """Refuse other models and mismatched images."""
+        """Refuse models that are not image classifiers, and images that do not fit the model."""
         self._config(structure)
 
     def _config(self, structure: ModelStructure) -> VisionConfig:
         config = structure.vision
         if config is None:
             raise UserError(
-                f"this training needs an image classifier; this model is {structure.architecture}"
+                "this training needs an image classifier, but the model is "
+                f"{structure.architecture}: choose one such as model=micro_resnet"
             )
         known = image_catalogue.image_shape(self.data)
         # An ImageNet folder may hold only a subset of the classes.
@@ -142,26 +143,25 @@ class ClassifierTraining(Method):
             recipe=self.recipe,
             seed=context.seed,
             folder=Path(self.checkpoints) if self.checkpoints else context.folder,
-            # The class name is part of the identity of a checkpoint: renaming a method class
-            # invalidates the checkpoints of interrupted runs. Where they are stored is not.
+            # The class name is part of a checkpoint's identity, so renaming a method class
+            # invalidates the checkpoints of interrupted runs. Their folder is no part of it.
             identity=f"{type(self).__name__} {self.model_dump_json(exclude={'checkpoints'})}",
             progress=context.progress,
         )
 
 
 def _fresh_classifier(config: VisionConfig, seed: int, device: torch.device) -> Classifier:
-    # Initialisation draws from the global CPU generator. Seeding a fork of it makes the weights
-    # independent of methods applied earlier in the same run, and leaves the process's random state
-    # as it was.
+    # Initialisation draws from the global CPU generator. A seeded fork makes the weights
+    # independent of methods applied earlier in the run, and restores the generator's state.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return build_classifier(config).to(device)
 
 
 class Train(ClassifierTraining):
-    """Train a classifier with the recipe of sparse training and keep all of its weights.
+    """Train a classifier with the recipe of sparse training but keep all weights.
 
-    It gives the dense row of a table whose network begins with fresh weights.
+    This is the dense baseline of tables whose networks are trained from fresh weights.
     """
 
     def apply(self, model: Model, context: Context) -> MethodReport:
@@ -179,7 +179,7 @@ class Train(ClassifierTraining):
         return MethodReport("none", details, trained=True)
 
     def _planned(self, network: Classifier, splits: Splits, context: Context) -> TrainingJob:
-        # The trainer selects groups at the end: here it keeps them all.
+        # The trainer selects groups at the end; at sparsity 0 it keeps all of them.
         families = choice.families_of(network, GroupChoice(groups=("filters",)))
         partition = GroupPartition(network, families)
         whole = GlobalAllocation(partition, sparsity=0.0)
@@ -187,20 +187,24 @@ class Train(ClassifierTraining):
 
 
 TRAINING_CURVES = ("epoch", "loss", "rate", "accuracy")
-"""Numbers of an epoch that a training without sparsity has."""
+"""Entries of a history line that have a meaning without sparsity."""
 
 
 class SparseTraining(ClassifierTraining):
-    """Train a classifier with a solver until few groups are left, then remove all others.
+    """Train a classifier with a sparsifying solver, select the groups to keep, remove the others.
 
-    `groups` is one kind of group or several that do not overlap; `layers`, `block` and `masks` are
-    those of `GroupChoice`. `ratio` is the fraction to remove, counted in `unit`: groups,
-    multiply-adds, bytes or seconds. With scope `global` all layers share one budget, with `layer`
-    each loses that fraction of its groups, with `isomorphic` all layers of one form do together. If
-    `k` is given, it is the number of groups to keep in the whole network instead. `floor` is the
-    minimum fraction kept per layer. Kept counts are rounded up to `multiple`. With scope `pattern`,
-    `pattern=[N, M]` keeps N of every M consecutive groups of a layer. With `k` or `pattern`,
-    `ratio` becomes null, since it does not count.
+    `groups` is one kind of group, or several that do not overlap; `layers`, `block` and `masks` are
+    those of `GroupChoice`. `ratio` is the fraction to remove, measured in `unit`: groups,
+    multiply-adds, bytes or seconds.
+
+    `scope` says how the budget is shared: `global` is one budget for all layers, `layer` removes
+    the same fraction of the groups of every layer, and `isomorphic` does so for all layers of the
+    same form together. With `pattern`, `pattern=[N, M]` keeps N of every M consecutive groups of a
+    layer. `k`, if given, is the number of groups to keep in the whole network. `k` and `pattern`
+    replace `ratio`, which is set to null.
+
+    `floor` is the minimum fraction kept per layer, and the number of groups kept is rounded up to a
+    `multiple`.
     """
 
     writes = ("checkpoints",)
@@ -220,15 +224,17 @@ class SparseTraining(ClassifierTraining):
     @model_validator(mode="before")
     @classmethod
     def _ratio_of_use(cls, knobs: Any) -> Any:
-        """Drop a ratio that does not count: a run is called by it, and would be repeated for it."""
+        """Set `ratio` to null if `k` or `pattern` replaces it.
+
+        Otherwise runs would be named after it, and equal runs would be repeated.
+        """
         if isinstance(knobs, dict) and (knobs.get("k"), knobs.get("pattern")) != (None, None):
             return {**knobs, "ratio": None}
         return knobs
 
     @model_validator(mode="after")
     def _check_budget(self) -> Self:
-        # Raises for knobs of groups that contradict each other.
-        self._choice()
+        self._choice()  # Raises if the group options contradict each other.
         if self.unit != "groups" and self.scope != "global":
             raise ValueError(
                 f"scope={self.scope} counts groups, not unit={self.unit}: set scope=global or "
@@ -242,14 +248,16 @@ class SparseTraining(ClassifierTraining):
             )
         if self.scope == "isomorphic" and self.groups not in ("filters", ("filters",)):
             raise ValueError(
-                "scope=isomorphic compares how layers are coupled: it needs groups=filters"
+                "scope=isomorphic compares how filters are coupled, so it needs groups=filters"
             )
         if (self.scope == "pattern") != (self.pattern is not None):
             raise ValueError("scope=pattern and pattern=[N,M] need each other: set both")
         if self.ratio is None and self.k is None and self.pattern is None:
             raise ValueError("ratio=null needs k or pattern: give a ratio between 0 and 1")
         if self.pattern is not None and not 0 < self.pattern[0] < self.pattern[1]:
-            raise ValueError(f"pattern={list(self.pattern)} is [N,M] with 0 < N < M, such as [2,4]")
+            raise ValueError(
+                f"pattern={list(self.pattern)} must be [N,M] with 0 < N < M, such as [2,4]"
+            )
         if self.k is not None and (self.scope, self.unit) != ("global", "groups"):
             raise ValueError(
                 "k is the number of groups in the whole network: it needs scope=global and "
@@ -266,14 +274,14 @@ class SparseTraining(ClassifierTraining):
         """Return the method's solver."""
 
     def check(self, structure: ModelStructure) -> None:
-        """Refuse other models, mismatched images, and budgets that the network cannot keep."""
+        """Also refuse a budget that the network cannot meet with its floors."""
         config = self._config(structure)
         sizes = choice.group_counts(config, self._choice())
         if (self.scope, self.unit) == ("global", "groups"):
             refuse_impossible_sparsity(sizes, self._sparsity(sum(sizes)), self.floor)
 
     def planned_removals(self, structure: ModelStructure) -> list[int] | None:
-        """Return the number of groups, of the network or of each layer; a cost has none."""
+        """Return the groups to remove, in all or per layer; None if the budget is a cost."""
         config = structure.vision
         if config is None or self.unit != "groups":
             return None
@@ -286,7 +294,7 @@ class SparseTraining(ClassifierTraining):
         if self.pattern is not None:
             return 1 - self.pattern[0] / self.pattern[1]
         if self.k is None:
-            assert self.ratio is not None  # `_ratio_of_use`
+            assert self.ratio is not None  # `_check_budget` refuses null.
             return self.ratio
         if self.k > groups:
             raise UserError(f"k={self.k} is too large: the network has {groups} {self.groups}")
@@ -300,20 +308,19 @@ class SparseTraining(ClassifierTraining):
         job = self._planned(network, splits, context)
         partition, families = job.partition, job.partition.families
         outcome = Trainer(job).run()
-        # What cannot be removed stays zeroed.
-        cut = [
-            (family, dead_M)
-            for family, dead_M in zip(families, partition.split(~outcome.keep), strict=True)
-            if family.unremovable_reason is None
-        ]
-        if cut:
-            removable, dead = [family for family, _ in cut], [dead_M for _, dead_M in cut]
+        # Groups that cannot be removed stay zeroed.
+        removable, dead = [], []
+        for family, dead_M in zip(families, partition.split(~outcome.keep), strict=True):
+            if family.unremovable_reason is None:
+                removable.append(family)
+                dead.append(dead_M)
+        if removable:
             network = smaller_classifier(network, removable, dead, self.multiple)
         model.network = network
         model.invalidate_structure()
         details = self._details(partition, outcome, splits)
         details["budget"] = job.allocation.used(outcome.keep)
-        removed = any(bool(dead_M.any()) for _, dead_M in cut)
+        removed = any(bool(dead_M.any()) for dead_M in dead)
         effect: Effect = "removed" if removed else "zeroed"
         return MethodReport(effect, details, trained=True)
 
@@ -329,8 +336,8 @@ class SparseTraining(ClassifierTraining):
             return PatternAllocation(partition, *self.pattern)
         sparsity = self._sparsity(partition.groups)
         if self.unit == "groups":
-            kind = {"layer": LayerAllocation, "isomorphic": IsomorphicAllocation}
-            return kind.get(self.scope, GlobalAllocation)(partition, sparsity, self.floor)
+            allocations = {"layer": LayerAllocation, "isomorphic": IsomorphicAllocation}
+            return allocations.get(self.scope, GlobalAllocation)(partition, sparsity, self.floor)
         # Multiply-adds depend on the image size, so costs are counted on a real example.
         image, _ = splits.test.fetch(torch.zeros(1, dtype=torch.long), None)
         costs = GroupCosts(network, partition.families, image.to(partition.device), self.unit)
@@ -363,13 +370,14 @@ class SparseTraining(ClassifierTraining):
 
 
 class Wgsef(SparseTraining):
-    """WGSEF with one of three algorithms; `debiased` ends with at most k groups by design.
+    """WGSEF with one of three algorithms.
 
-    `envelope` is the paper's Algorithm 2, `hspg` adds half-space steps, `debiased` is the homotopy.
-    `strength`, `metric`, `ridge` and `every` belong to the first two: see `EnvelopeForm`;
-    `strength=0.3 metric=euclidean ridge=true` is the letter of the paper. `reach` is where the
-    homotopy of lambda d ends: 1, the most, is the hard selection; a smaller value leaves more to
-    the final selection.
+    `envelope` is the paper's Algorithm 2, `hspg` adds half-space steps to it, and `debiased` is the
+    homotopy, which by construction ends with at most k groups. `strength`, `metric`, `ridge` and
+    `every` are options of the first two (see `EnvelopeForm`); `strength=0.3 metric=euclidean
+    ridge=true` follows the paper to the letter. `reach` is the value of lambda d at which the
+    homotopy ends: 1, the maximum, is hard selection, and a smaller value leaves more to the final
+    selection.
     """
 
     algorithm: Literal["envelope", "hspg", "debiased"] = "debiased"

@@ -1,4 +1,4 @@
-"""Sparse training of a classifier: steps with a solver, a selection, fine-tuning under its mask.
+"""Sparse training of a classifier: steps with a solver, a selection, then masked fine-tuning.
 
 Shapes: B images, C channels, H height and width, K classes; M groups.
 """
@@ -34,8 +34,8 @@ HistoryLine = dict[str, float]
 class TrainingJob:
     """Network, data, settings and budget of one training.
 
-    `identity` names everything else that the training depends on; a checkpoint with a different
-    identity is refused. `on_epoch` receives each line of the history as it is written.
+    `identity` describes everything else that the training depends on; a checkpoint with a different
+    identity is refused. `on_epoch` is called with each line of the history.
     """
 
     network: nn.Module
@@ -53,9 +53,10 @@ class TrainingJob:
 
 @dataclass
 class TrainingOutcome:
-    """The mask [M] of kept groups, what was there before the selection, and the history.
+    """Result of a training: `keep` [M] marks the groups kept by the selection.
 
-    `alive` and `fractional` are numbers of groups, `total_strength` is the solver's sum of lambda.
+    `alive` and `fractional` are the numbers of groups that were non-zero, and neither whole nor
+    zero, before the selection. `total_strength` is the solver's sum of lambda over all steps.
     """
 
     keep: Tensor
@@ -74,7 +75,10 @@ class Trainer:
         self._device = job.partition.device
         self._epoch_steps = len(job.splits.train) // job.recipe.batch
         if self._epoch_steps == 0:
-            raise UserError(f"a batch of {job.recipe.batch} is larger than the training set")
+            raise UserError(
+                f"recipe.batch={job.recipe.batch} is larger than the training set of "
+                f"{len(job.splits.train)} images: use a smaller batch"
+            )
         self._total = self._epoch_steps * job.recipe.epochs
         self._sparse = max(1, round(job.recipe.sparse_share * self._total))
         self._context = self._solver_context()
@@ -93,8 +97,7 @@ class Trainer:
             while self._step < self._total:
                 self._train_epoch()
                 job.progress.step()
-        # With sparse_share=1 the solver acts until the last step, so the selection is still to be
-        # made.
+        # With sparse_share=1 the solver acts until the last step, so no selection was made yet.
         outcome = self._outcome or self._freeze()
         outcome.history = self._history
         job.network.eval()
@@ -136,9 +139,9 @@ class Trainer:
         )
 
     def _make_optimizer(self) -> ProximalSGD | ProximalAdam:
-        """Return the optimizer; if the solver decays groups itself, they get no weight decay."""
+        """Return the optimizer, without weight decay for groups that the solver decays itself."""
         recipe, owned = self._job.recipe, self._job.partition.owned_parameters()
-        # The envelope already contains 1/2 sum d_j ||v_j||^2, so weight decay would count it twice.
+        # The envelope contains 1/2 sum d_j ||v_j||^2, so weight decay would count it twice.
         exempt = set(owned) if self._solver.decays_groups else set()
         named = dict(self._job.network.named_parameters())
         decayed = [weight for name, weight in named.items() if name not in exempt]
@@ -152,10 +155,10 @@ class Trainer:
     def _train_epoch(self) -> None:
         """Train one epoch, or what remains of it after a resume."""
         job, recipe = self._job, self._job.recipe
-        # Batches are a function of seed, epoch and position, so a resumed epoch sees exactly the
-        # batches that the interrupted one still had to see.
+        # Batches are a function of seed, epoch and position, so a resumed epoch gets exactly the
+        # batches that the interrupted one had left.
         epoch, start = divmod(self._step, self._epoch_steps)
-        # Loaded networks are in eval mode with gradients off, and a resumed one is as well.
+        # Networks are loaded in eval mode and without gradients.
         job.network.requires_grad_(True).train()
         batches = training_batches(
             job.splits.train, recipe.batch, seed=job.seed, epoch=epoch, start=start
@@ -165,7 +168,7 @@ class Trainer:
                 self._freeze()
             self._train_step(image_BCHH.to(self._device), label_B.to(self._device))
             due = recipe.save_every and self._step % recipe.save_every == 0
-            # The end of an epoch saves anyway, after its line of history is written.
+            # The end of an epoch is saved below, with its line of the history.
             if due and self._step % self._epoch_steps:
                 self._save()
         self._close_epoch(epoch)
@@ -175,8 +178,8 @@ class Trainer:
         rate = recipe.rate * learning_rate_factor(
             (self._step + 1) / self._total, recipe.sparse_share
         )
-        # Set by step and not by a torch scheduler, whose state would have to be part of the
-        # checkpoint.
+        # A function of the step, because the state of a torch scheduler would have to be part of
+        # the checkpoint.
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.zero_grad()
@@ -188,7 +191,7 @@ class Trainer:
 
     def _close_epoch(self, epoch: int) -> None:
         """Append a line of history and save a checkpoint."""
-        job = self._job
+        job, outcome = self._job, self._outcome
         line: HistoryLine = {
             "epoch": epoch + 1,
             "loss": self._loss / self._epoch_steps,
@@ -196,9 +199,7 @@ class Trainer:
             "k": job.allocation.k(min(1.0, self._step / self._sparse)),
             "alive": int(job.partition.alive().sum()),
             "fractional": self._solver.fractional,
-            "total_strength": self._outcome.total_strength
-            if self._outcome
-            else self._solver.total_strength,
+            "total_strength": (outcome or self._solver).total_strength,
             "accuracy": accuracy(job.network, job.splits.test),
         }
         self._loss = 0.0
@@ -208,8 +209,8 @@ class Trainer:
             job.on_epoch(line)
 
     def _freeze(self) -> TrainingOutcome:
-        """Select the groups to keep, zero all others and hold them at zero from now on."""
-        # Read first: the selection zeroes groups.
+        """Select the groups to keep, zero all others, and keep them at zero in later steps."""
+        # Read first, because the selection zeroes groups.
         fractional, total = self._solver.fractional, self._solver.total_strength
         keep_M, alive = select_alive(self._context, self._solver.score())
         self._outcome = TrainingOutcome(keep_M, alive, fractional, total)
@@ -248,14 +249,14 @@ class Trainer:
             return
         if saved.state["identity"] != self._identity():
             raise UserError(
-                f"{self._job.folder} holds a checkpoint of a different run: remove it or set "
-                "checkpoints= to another folder"
+                f"checkpoints={self._job.folder} holds a checkpoint of a different run: remove it "
+                "or choose another folder"
             )
         self._job.network.load_state_dict(saved.tensors_of("network"))
         checkpoint.load_optimizer(self._optimizer, saved.tensors_of("optimizer"))
         if kept := saved.tensors_of("outcome"):
             keep_M = kept["keep"].to(self._device)
-            # The frozen solver has to be in place before its state is loaded below.
+            # First, because the state loaded below is that of the frozen solver.
             self._outcome = TrainingOutcome(keep_M, *saved.state["before"])
             self._hold()
         self._solver.load(saved.tensors_of("solver"))
@@ -275,13 +276,12 @@ _EVALUATION_BATCH = 256
 def accuracy(network: nn.Module, images: ImageSet) -> float:
     """Return the fraction of images whose highest logit is that of their label."""
     device = next(network.parameters()).device
-    # Called between epochs of a training: the mode must be as it was, or BatchNorm would stop
-    # updating.
+    # The mode is restored below: between epochs, BatchNorm would otherwise stop updating.
     training = network.training
     network.eval()
-    right = 0
+    correct = 0
     for image_BCHH, label_B in sequential_batches(images, _EVALUATION_BATCH):
         logit_BK = network(image_BCHH.to(device))
-        right += int((logit_BK.argmax(-1).cpu() == label_B).sum())
+        correct += int((logit_BK.argmax(-1).cpu() == label_B).sum())
     network.train(training)
-    return right / len(images)
+    return correct / len(images)

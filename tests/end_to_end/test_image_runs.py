@@ -94,7 +94,7 @@ def test_a_run_is_recorded_exported_and_loaded_again(bench, tmp_path, monkeypatc
         (["method.wgsef.reach=1.5"], "less than or equal to 1"),
         (["method.wgsef.data=mnist"], "built for 1 channels, size 8 and 10 classes; mnist has"),
         (["benchmark.images.data=cifar11"], "did you mean 'cifar10'?"),
-        (["model=micro_moe"], "training needs an image classifier; this model is Qwen2Moe"),
+        (["model=micro_moe"], "training needs an image classifier, but the model is Qwen2Moe"),
         (["benchmark=camera_micro"], "model=micro_lenet is image_classifier"),
     ],
 )

@@ -1,1 +1,1 @@
-"""Groups of weights that live and die together, in convolutional networks and transformers."""
+"""Groups of weights that are kept or removed together, in convnets and transformers."""

@@ -1,8 +1,8 @@
-"""Groups of an image classifier as a config chooses them: of one kind or several, in chosen layers.
+"""Build the groups of an image classifier that a config asks for, by kind and layer.
 
-`filters`, `channels`, `depth` and `heads` can be removed, where a trial removal agrees
-(`verification`). All other kinds are patterns of a weight without its bias, which a dense kernel
-cannot skip: they stay zeroed.
+`filters`, `channels`, `depth` and `heads` can be removed if a trial removal succeeds
+(`verification`). All other kinds are patterns within a weight, without its bias, which a dense
+kernel cannot skip: they are only zeroed.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ ConvolutionGroups = Literal[
 
 
 class GroupChoice(BaseModel):
-    """Kinds of group, and the layers in which each is formed.
+    """Kinds of groups, and the layers in which each kind is used.
 
-    `layers` maps a kind to a pattern of layer names, such as `features.*`; a kind without one is
-    formed everywhere. `rows` and `columns` are those of a weight as a matrix [outputs, inputs],
-    `blocks` its tiles of `block` rows and columns, with the taps of a convolution side by side.
-    `masks` is a safetensors file with an integer tensor per parameter, in its shape: the number of
-    the group to which each weight belongs, -1 for none; equal numbers are one group.
+    `layers` maps a kind to a pattern of layer names, such as `features.*`; a kind without a pattern
+    is used in all layers. `rows` and `columns` are those of a weight as a matrix [outputs, inputs].
+    `blocks` are tiles of `block` rows and columns of the weight as a matrix [outputs, inputs x
+    kernel positions]. `masks` is a safetensors file with an integer tensor per parameter and of its
+    shape, which holds the number of each weight's group, or -1 for none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -58,7 +58,7 @@ class GroupChoice(BaseModel):
     @classmethod
     def _positive(cls, block: tuple[int, int]) -> tuple[int, int]:
         if min(block) < 1:
-            raise ValueError(f"block={list(block)}: a tile has at least one row and one column")
+            raise ValueError(f"block={list(block)} must have at least one row and one column")
         return block
 
     @model_validator(mode="after")
@@ -71,17 +71,19 @@ class GroupChoice(BaseModel):
 
 
 def families_of(network: Classifier, choice: GroupChoice) -> list[GroupFamily]:
-    """Return the chosen groups, those that only stay zeroed marked with the reason.
+    """Return the chosen groups; those that can only be zeroed have an `unremovable_reason`.
 
     Raises:
-        UserError: the network has none of a kind, cannot be traced, or two groups overlap.
+        UserError: the network has no groups of a kind, cannot be traced, or two groups overlap.
     """
     config = network.config
     weight = next(network.parameters())
     example = weight.new_zeros(1, config.channels, config.size, config.size)
-    found = [f for kind in choice.groups for f in _of_kind(network, example, kind, choice)]
-    refuse_overlap(dict(network.named_parameters()), found)
-    return mark_unremovable(network, found, example)
+    families: list[GroupFamily] = []
+    for kind in choice.groups:
+        families += _of_kind(network, example, kind, choice)
+    refuse_overlap(dict(network.named_parameters()), families)
+    return mark_unremovable(network, families, example)
 
 
 def _of_kind(
@@ -92,7 +94,7 @@ def _of_kind(
         return [masks(network, Path(choice.masks))]
     pattern = choice.layers.get(kind, "*")
     if kind == "depth":
-        # Its blocks are one family, whose name matches nothing.
+        # Returned here: its single family has no layer name that the filter below could match.
         return residual.depth(network, example, pattern)
     if kind == "heads":
         found = transformer.attention_heads(network)
@@ -122,17 +124,17 @@ def patterns(
 ) -> list[GroupFamily]:
     """Return rows, columns or tiles of the weights of the layers whose names match a pattern.
 
-    The layer that computes the logits has none.
+    The layer that computes the logits is left out.
 
     Raises:
-        UserError: a tile does not fit a layer a whole number of times.
+        UserError: the size of a weight is not a multiple of the tile size.
     """
     found = []
     logits = convolution.last_layer(network, example)
     for name, module in network.named_modules():
         if not isinstance(module, convolution.PRUNABLE_LAYERS) or module is logits:
             continue
-        # Before tiles are cut: those of another layer may not fit.
+        # Filtered here, because tiles may not fit the layers that the pattern leaves out.
         if not fnmatchcase(name, layers):
             continue
         weight = module.get_parameter("weight")
@@ -187,14 +189,13 @@ def masks(network: nn.Module, file: Path) -> GroupFamily:
             )
         if mask.dtype.is_floating_point or mask.dtype.is_complex or mask.dtype == torch.bool:
             raise UserError(f"masks={file}: the mask of {name} is {mask.dtype}; give integers")
-        # A tensor without axes is one unit.
         flat = mask.flatten().long()
         units = (flat >= 0).nonzero().flatten()
         owned.append(Slice(name, tuple(range(weight.ndim)), units, flat[units]))
     numbers = torch.cat([part.groups for part in owned]) if owned else torch.empty(0)
     if not len(numbers):
         raise UserError(f"masks={file} has no weight in a group: all numbers are negative")
-    # Numbers may have gaps; groups are numbered without.
+    # The file's numbers may have gaps; groups are numbered without gaps.
     known = numbers.unique()
     parts = tuple(
         Slice(p.tensor, p.axes, p.units, torch.searchsorted(known, p.groups))
@@ -209,9 +210,9 @@ def group_counts(config: VisionConfig, choice: GroupChoice) -> list[int]:
     """Return the number of groups of each family of a network with this config.
 
     Raises:
-        UserError: as of `families_of`.
+        UserError: see `families_of`.
     """
-    # Pydantic configs are not hashable, JSON text is: it is the cache key.
+    # JSON is the cache key, because the configs are not hashable.
     return _cached_group_counts(config.model_dump_json(), choice.model_dump_json())
 
 

@@ -4,9 +4,9 @@ The kinds are those of arXiv 2212.12921 (abstract). Coupled filters come from to
 dependency graph.
 
 A filter can be removed only together with everything that depends on it: its BatchNorm scale and
-shift, the depthwise filter that it feeds, the filters added to it over a residual branch. They form
-one group, which is zero-invariant (Chen et al., Only Train Once, 2021): with all of its weights
-zero its output is exactly zero, whatever its readers do (WGSEF specification section 2).
+shift, the depthwise filter that it feeds, and the filters added to it over a residual branch. These
+form one group, which is zero-invariant (Chen et al., Only Train Once, 2021): if all of its weights
+are zero, its output is exactly zero (WGSEF specification section 2).
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def filters(network: nn.Module, example: Tensor) -> list[GroupFamily]:
 def channels(network: nn.Module, example: Tensor) -> list[GroupFamily]:
     """Return input channels: for each hidden feature map, the slices of all layers that read it.
 
-    The mirror image of `filters`: the group owns the readers' slices, and the filter that produces
-    the feature map is removed with them once they are zero.
+    This mirrors `filters`: a group owns the slices of the readers, and once these are zero, the
+    filter that produces the feature map is removed with them.
     """
     mirrored = []
     for family in coupled_filters(network, example):
@@ -94,7 +94,7 @@ TRACING_ERRORS = (
     ArithmeticError,
     AssertionError,
 )
-"""What torch-pruning raises at a forward that it cannot follow; it has no class of its own."""
+"""What torch-pruning raises if it cannot follow a forward; it has no exception class of its own."""
 
 
 def coupled_filters(network: nn.Module, example: Tensor) -> list[GroupFamily]:
@@ -114,8 +114,9 @@ def coupled_filters(network: nn.Module, example: Tensor) -> list[GroupFamily]:
         groups = _dependency_groups(traced, example, last)
     except _TracingGivenUp:
         raise UserError(
-            f"{type(network).__name__} cannot be traced: torch-pruning does not find out which of "
-            "its layers depend on each other; groups=heads and groups=depth do without that"
+            f"{type(network).__name__} cannot be traced: torch-pruning cannot determine which of "
+            "its layers depend on each other; choose groups=heads or groups=depth, which need no "
+            "trace"
         ) from None
     except TRACING_ERRORS as error:
         raise UserError(
@@ -126,17 +127,16 @@ def coupled_filters(network: nn.Module, example: Tensor) -> list[GroupFamily]:
 
 
 class _TracingGivenUp(UserWarning):
-    """The tracer has followed a network to its greatest depth."""
+    """The tracer has reached its maximum recursion depth."""
 
 
 def _dependency_groups(network: nn.Module, example: Tensor, last: nn.Module) -> list[Any]:
     import torch_pruning
 
     with warnings.catch_warnings():
-        # The graph builder warns about parameters that it does not wrap; those are in no group and
-        # stay.
+        # The graph builder warns about parameters that it does not wrap. They are in no group.
         warnings.simplefilter("ignore")
-        # It goes on from here for hours, with sizes that it does not know.
+        # After this warning it would continue for hours with sizes that it does not know.
         warnings.filterwarnings("error", message="Maximum recursive depth reached")
         try:
             graph = torch_pruning.DependencyGraph().build_dependency(network, example)
@@ -150,7 +150,7 @@ def _dependency_groups(network: nn.Module, example: Tensor, last: nn.Module) -> 
 def last_layer(network: nn.Module, example: Tensor) -> nn.Module:
     """Return the convolution or dense layer that runs last, which computes the logits."""
     order: list[nn.Module] = []
-    # Registration order need not be execution order, so the forward decides which layer is last.
+    # Found by a forward, because layers need not be registered in the order of execution.
     run_with_hooks(network, example, lambda layer, _: order.append(layer))
     return order[-1]
 
@@ -160,7 +160,7 @@ def run_with_hooks(
 ) -> None:
     """Run a network on one example and pass each prunable layer with its output to `hook`.
 
-    The network is left as it was, also if the forward raises.
+    Hooks and mode of the network are restored, even if the forward raises.
     """
     layers = [module for module in network.modules() if isinstance(module, PRUNABLE_LAYERS)]
     training = network.training
@@ -187,9 +187,9 @@ def _family_of(group: Any, names: dict[nn.Module, str]) -> GroupFamily | None:
         if module not in names:
             continue
         units, groups = torch.tensor(item.idxs), torch.tensor(item.root_idxs)
-        # The pruning function torch-pruning would call tells which side of the layer is cut. A
-        # depthwise convolution counts as outgoing: its filters are one per channel and go with the
-        # producer.
+        # The name of torch-pruning's pruning function tells which side of the layer is cut. A
+        # depthwise convolution counts as outgoing: it has one filter per channel, which is removed
+        # with the filter that produces the channel.
         outgoing = "out_channels" in item.dep.handler.__name__
         if isinstance(module, PRUNABLE_LAYERS) and not outgoing:
             readers.append(Slice(f"{names[module]}.weight", (1,), units, groups))
@@ -198,8 +198,7 @@ def _family_of(group: Any, names: dict[nn.Module, str]) -> GroupFamily | None:
         if isinstance(module, PRUNABLE_LAYERS):
             producers.append(names[module])
         elif isinstance(module, nn.BatchNorm2d):
-            # Running statistics are buffers: they must shrink with the layer but have no gradient
-            # to prune by.
+            # Running statistics must shrink with the layer, but as buffers they cannot be owned.
             statistics = (f"{names[module]}.{name}" for name in ("running_mean", "running_var"))
             readers += [Slice(name, (0,), units, groups) for name in statistics]
     if not readers or not producers:
@@ -211,9 +210,10 @@ def _family_of(group: Any, names: dict[nn.Module, str]) -> GroupFamily | None:
 
 
 def _form_of(group: Any) -> str:
-    """Return the kinds of layers that are cut together and on which side, in the order of tracing.
+    """Return the types of the layers cut together and the side of each, in the order of the trace.
 
-    Isomorphic Pruning (arXiv 2407.04616) compares groups of equal form, as torch-pruning tags them.
+    Isomorphic Pruning (arXiv 2407.04616) compares groups of equal form, which torch-pruning tags in
+    the same way.
     """
     parts = []
     for item in group:

@@ -1,11 +1,12 @@
 """Cost of the groups of a network, in multiply-adds, bytes or seconds: in total and per group.
 
-Shapes: F families, C columns, Y weights, M groups of all families, P selections compared at once.
+Shapes: C columns, Y weights, M groups of all families, P selections compared at once.
 
-The cost of a layer is proportional to the fraction of its inputs it keeps times the fraction of its
-outputs, so the cost of a network depends only on how many groups each family keeps. Residual blocks
-are unlike each other: each of them is a column of its own, every other family is one. Multiply-adds
-and bytes are computed; seconds are measured on the whole network and assumed to fall alike.
+The cost of a layer is proportional to the fraction of its inputs that it keeps times the fraction
+of its outputs, so the cost of a network depends only on how many groups each family keeps. The
+groups of a family cost the same and share a column of the cost table, except for residual blocks,
+each of which has its own column. Multiply-adds and bytes are computed. Seconds are measured on the
+dense network and assumed to fall in proportion.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from methods.wgsef.groups.partition import GroupFamily
 CostUnit = Literal["macs", "bytes", "seconds"]
 REMOVABLE_KINDS = ("filters", "channels", "depth", "heads")
 TIMED_RUNS = 5
-"""Forwards of which a layer's shortest time counts."""
+"""Number of forwards; the shortest time of a layer counts."""
 
 
 class GroupCosts:
     """Cost of a network's convolutions, dense layers and attention by the number of groups kept.
 
-    `column_M` is the column of every group.
+    `column_M` is the column of every group, `size_C` the number of groups of every column.
 
     Raises:
         UserError: removing groups of these kinds makes no layer smaller.
@@ -46,18 +47,7 @@ class GroupCosts:
         example: Tensor,
         unit: CostUnit,
     ) -> None:
-        kinds = {family.kind for family in families} - set(REMOVABLE_KINDS)
-        if kinds:
-            raise UserError(
-                f"unit={unit} needs groups whose removal makes layers smaller "
-                f"({' or '.join(REMOVABLE_KINDS)}), got {', '.join(sorted(kinds))}"
-            )
-        fixed = [family for family in families if family.unremovable_reason is not None]
-        if fixed:
-            raise UserError(
-                f"unit={unit} needs groups that can be removed, but the {fixed[0].kind} of "
-                f"{fixed[0].name} stay zeroed ({fixed[0].unremovable_reason}): use unit=groups"
-            )
+        _refuse_uncosted(families, unit)
         self.unit = unit
         amounts = _costs_of_weights(network, example, unit)
         self._amount_Y = torch.tensor(list(amounts.values()), dtype=torch.float64)
@@ -76,26 +66,32 @@ class GroupCosts:
         self._in_YC = torch.zeros_like(self._out_YC)
         rows = {name: row for row, name in enumerate(amounts)}
         for family, column_C in zip(families, self._columns, strict=True):
-            for part in (*family.owned_slices, *family.reader_slices):
-                if part.tensor not in rows:
-                    continue
-                row = rows[part.tensor]
-                if not part.axes:
-                    # A whole weight goes with its block.
-                    self._out_YC[row, column_C[part.groups]] = 1
-                    continue
-                shape = network.get_parameter(part.tensor).shape
-                # Axis 0 of a weight counts outputs, axis 1 inputs, in all layers alike.
-                share_YC = self._in_YC if part.axes == (1,) else self._out_YC
-                share_YC[row, column_C] += len(part.units) / family.groups / shape[part.axes[0]]
+            self._add_shares(network, family, column_C, rows)
+
+    def _add_shares(
+        self, network: nn.Module, family: GroupFamily, column_C: Tensor, rows: dict[str, int]
+    ) -> None:
+        """Add the fractions of weights that the groups of one family account for."""
+        for part in (*family.owned_slices, *family.reader_slices):
+            if part.tensor not in rows:
+                continue
+            row = rows[part.tensor]
+            if not part.axes:
+                # The whole weight is removed with its residual block.
+                self._out_YC[row, column_C[part.groups]] = 1
+                continue
+            shape = network.get_parameter(part.tensor).shape
+            # In all layers axis 0 of a weight counts outputs and axis 1 inputs.
+            share_YC = self._in_YC if part.axes == (1,) else self._out_YC
+            share_YC[row, column_C] += len(part.units) / family.groups / shape[part.axes[0]]
 
     def total(self, kept_PC: Tensor) -> Tensor:
         """Return the cost [P] of networks that keep these numbers of groups of each column."""
-        gone_PC = (self.size_C - kept_PC).double()
-        # Several families can feed one layer (a concatenation), so their fractions add up within
-        # inputs and within outputs; the two factors then multiply.
-        outputs_PY = 1 - gone_PC @ self._out_YC.T
-        inputs_PY = 1 - gone_PC @ self._in_YC.T
+        removed_PC = (self.size_C - kept_PC).double()
+        # Several families can feed one layer (a concatenation), so fractions are summed over
+        # families, for inputs and outputs separately, before the two factors are multiplied.
+        outputs_PY = 1 - removed_PC @ self._out_YC.T
+        inputs_PY = 1 - removed_PC @ self._in_YC.T
         return (outputs_PY * inputs_PY) @ self._amount_Y
 
     def dense(self) -> float:
@@ -103,7 +99,7 @@ class GroupCosts:
         return float(self._amount_Y.sum())
 
     def least(self, floors: Sequence[int]) -> float:
-        """Return the least cost of a network that keeps so many groups of each family."""
+        """Return the least cost of a network that keeps `floors` groups of each family."""
         per_group_C, kept_C = self.per_group(), torch.zeros_like(self.size_C)
         for column_C, floor in zip(self._columns, floors, strict=True):
             if len(column_C) == 1:
@@ -114,11 +110,26 @@ class GroupCosts:
 
     def per_group(self) -> Tensor:
         """Return the cost saved by removing one group of a column from the dense network, [C]."""
-        # The total is bilinear in inputs and outputs, so this is exact for the first removal only.
-        # Later ones save less, which is why a budget is checked with `total` and not with the sum
-        # of these.
+        # The total is bilinear in inputs and outputs, so this is exact for the first removal only
+        # and later ones save less. Budgets are therefore checked with `total`.
         without_one_CC = self.size_C - torch.eye(len(self.size_C))
         return self.dense() - self.total(without_one_CC)
+
+
+def _refuse_uncosted(families: Sequence[GroupFamily], unit: CostUnit) -> None:
+    """Raise for groups whose removal makes no layer smaller."""
+    kinds = {family.kind for family in families} - set(REMOVABLE_KINDS)
+    if kinds:
+        raise UserError(
+            f"unit={unit} needs groups whose removal makes layers smaller "
+            f"({' or '.join(REMOVABLE_KINDS)}), got {', '.join(sorted(kinds))}"
+        )
+    for family in families:
+        if family.unremovable_reason is not None:
+            raise UserError(
+                f"unit={unit} needs groups that can be removed, but the {family.kind} of "
+                f"{family.name} stay zeroed ({family.unremovable_reason}): use unit=groups"
+            )
 
 
 def _costs_of_weights(network: nn.Module, example: Tensor, unit: CostUnit) -> dict[str, float]:
@@ -127,7 +138,8 @@ def _costs_of_weights(network: nn.Module, example: Tensor, unit: CostUnit) -> di
     attention = {
         name: module
         for name, module in network.named_modules()
-        # Keys or values of widths of their own have no stacked projection, and no groups either.
+        # Attention whose keys or values have a different width has no stacked projection, and no
+        # groups either.
         if isinstance(module, ATTENTION) and module.in_proj_weight is not None
     }
     weights = {f"{name}.weight": layer.get_parameter("weight") for name, layer in layers.items()}
@@ -137,26 +149,25 @@ def _costs_of_weights(network: nn.Module, example: Tensor, unit: CostUnit) -> di
     if unit == "bytes":
         return {name: float(w.numel() * w.element_size()) for name, w in weights.items()}
     runs = TIMED_RUNS if unit == "seconds" else 1
-    places, pairs, seconds = _observed(
+    positions, pairs, seconds = _observed(
         network, example, [*layers.values(), *attention.values()], runs
     )
     costs = dict.fromkeys(weights, 0.0)
     if unit == "seconds":
         costs |= {f"{name}.weight": seconds.get(layer, 0.0) for name, layer in layers.items()}
         for name, module in attention.items():
-            # torch's module calls no submodule and ours does: the time of both is that of the
-            # whole, which falls with its heads.
+            # torch's attention calls no submodule and ours does. In both cases the time is that of
+            # the whole module, which falls with the number of heads.
             costs[f"{name}.in_proj_weight"] = seconds.get(module, 0.0)
             costs[f"{name}.out_proj.weight"] = 0.0
         return costs
     for name, layer in layers.items():
         costs[f"{name}.weight"] = float(
-            layer.get_parameter("weight").numel() * places.get(layer, 0)
+            layer.get_parameter("weight").numel() * positions.get(layer, 0)
         )
     for name, module in attention.items():
-        stacked, tokens = weights[f"{name}.in_proj_weight"], places.get(module, 0)
-        # Each position is compared with those of its sequence, which may be a window of an image,
-        # and mixes them, over the width of all heads.
+        stacked, tokens = weights[f"{name}.in_proj_weight"], positions.get(module, 0)
+        # Scores and weighted sums: one multiply-add each per pair of positions and channel.
         mixing = 2 * pairs.get(module, 0) * (len(stacked) // 3)
         costs[f"{name}.in_proj_weight"] = float(stacked.numel() * tokens + mixing)
         costs[f"{name}.out_proj.weight"] = float(
@@ -168,34 +179,37 @@ def _costs_of_weights(network: nn.Module, example: Tensor, unit: CostUnit) -> di
 def _observed(
     network: nn.Module, example: Tensor, modules: Sequence[nn.Module], runs: int
 ) -> tuple[dict[nn.Module, int], dict[nn.Module, int], dict[nn.Module, float]]:
-    """Return for each module its positions in an example, pairs attended to, and least seconds."""
-    places: dict[nn.Module, int] = {}
+    """Return the number of positions, of attended pairs, and the least seconds of each module.
+
+    Positions and pairs are per example; a sequence may be a window of an image.
+    """
+    positions: dict[nn.Module, int] = {}
     pairs: dict[nn.Module, int] = {}
     seconds: dict[nn.Module, float] = {}
-    began: dict[nn.Module, float] = {}
+    started: dict[nn.Module, float] = {}
 
     def before(module: nn.Module, _: object) -> None:
         synchronize(example.device)
-        began[module] = time.perf_counter()
+        started[module] = time.perf_counter()
 
     def after(
-        module: nn.Module, args: tuple[Tensor, ...], given: dict[str, Tensor], output: Tensor
+        module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
     ) -> None:
         synchronize(example.device)
-        took = time.perf_counter() - began[module]
-        seconds[module] = min(took, seconds.get(module, took))
+        elapsed = time.perf_counter() - started[module]
+        seconds[module] = min(elapsed, seconds.get(module, elapsed))
         if isinstance(module, nn.Conv2d):
-            places[module] = output.shape[2:].numel()
+            positions[module] = output.shape[2:].numel()
         else:
-            # All axes but the last are positions: tokens of transformers, none of a classifier.
-            query = args[0] if args else given.get("query", output)
+            # All axes but the last are positions: tokens in a transformer, none in a classifier.
+            query = args[0] if args else kwargs.get("query", output)
             x = query if isinstance(module, ATTENTION) else output
-            places[module] = x.numel() // x.shape[-1] // len(example)
+            positions[module] = x.numel() // x.shape[-1] // len(example)
             if isinstance(module, ATTENTION):
-                key = args[1] if len(args) > 1 else given.get("key", query)
-                # Without a batch, [positions, width].
+                key = args[1] if len(args) > 1 else kwargs.get("key", query)
+                # Without a batch the shape is [positions, width].
                 axis = -2 if key.ndim == 2 or module.batch_first else 0
-                pairs[module] = places[module] * key.shape[axis]
+                pairs[module] = positions[module] * key.shape[axis]
 
     training = network.training
     with ExitStack() as stack, torch.no_grad():
@@ -207,4 +221,4 @@ def _observed(
         network.eval()
         for _ in range(runs):
             network(example)
-    return places, pairs, seconds
+    return positions, pairs, seconds

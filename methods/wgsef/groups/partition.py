@@ -4,10 +4,10 @@ Shapes: M groups of all families (or of one), family by family; L families, N gr
 family (families are padded to N with empty groups); R listed units of all slices; U units of a
 tensor.
 
-A family holds the groups of one kind in one place, such as the filters of one convolution with
-everything coupled to them. Its groups own slices, which are measured, shrunk and zeroed; an element
-belongs to at most one group. They also have readers: slices that have no effect once the group is
-zero and that are removed with it, such as the input channels of the next layer.
+A family holds the groups of one kind and layer, such as the filters of one convolution with
+everything coupled to them. Its groups own slices of parameters, which are measured, shrunk and
+zeroed; an element belongs to at most one group. Groups also have reader slices, such as the input
+channels of the next layer, which have no effect once the group is zero and are removed with it.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ ElementFunction = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class _BoundSlice:
-    """A slice with what every step needs to know of its parameter's shape.
+    """A slice with values precomputed from the shape of its parameter.
 
-    `inner` are the axes inside a unit, `outline` is the shape of one value per unit that broadcasts
-    over the parameter. `units` is None if the slice lists all `count` units in order.
+    `inner` are the axes inside a unit, `outline` is the shape in which one value per unit
+    broadcasts over the parameter. `units` is None if the slice lists all `count` units in order.
     """
 
     tensor: str
@@ -42,7 +42,7 @@ class _BoundSlice:
 
 
 class GroupPartition:
-    """The groups of `families` in a network whose tensors may change but are not replaced.
+    """The groups of `families` in a network, whose parameters must not be replaced afterwards.
 
     Raises:
         UserError: there are no groups, or two groups own the same weight.
@@ -58,8 +58,7 @@ class GroupPartition:
         self.groups = sum(self.sizes)
         self.device = next(iter(self.parameters.values())).device
         self._index()
-        # The group sizes |s_j|, which group lasso weights by; counted once, since shapes do not
-        # change.
+        # The group sizes |s_j|, which group lasso uses as weights.
         self.elements_M = self.sum(torch.ones_like)
 
     def sum(self, element: ElementFunction) -> Tensor:
@@ -74,7 +73,7 @@ class GroupPartition:
         parts = []
         for part in self._parts:
             value = element(part.tensor).detach()
-            # A sum over no axes would be a sum over all of them.
+            # With no axes, `sum` would sum over all of them.
             parts.append((value.sum(part.inner) if part.inner else value).flatten())
         return self._gather(parts)
 
@@ -87,7 +86,7 @@ class GroupPartition:
             if part.inner:
                 # Accumulates bf16 weights in fp32 without a cast of the whole tensor.
                 weight = torch.linalg.vector_norm(weight, dim=part.inner, dtype=torch.float32)
-            # In a small network kernel launches are the whole cost, so a needless reshape counts.
+            # In a small network kernel launches dominate, so a needless reshape costs time.
             parts.append(weight if weight.ndim == 1 else weight.reshape(-1))
         return self._gather(parts, square=True).sqrt_()
 
@@ -99,9 +98,9 @@ class GroupPartition:
         for name, scale in self._per_slice(scale_M, fill=1.0):
             weights.append(self.parameters[name])
             scales.append(scale)
-        # One call spares the Python overhead of a loop over slices. A parameter owned by several
-        # families is listed several times: the factors broadcast, so torch multiplies the tensors
-        # one after the other and no update is lost.
+        # One call instead of a Python loop over slices. A parameter owned by several families is
+        # listed several times; because the factors broadcast, torch multiplies one after the other
+        # and no update is lost.
         torch._foreach_mul_(weights, scales)
 
     @torch.no_grad()
@@ -131,6 +130,10 @@ class GroupPartition:
         """Return the parameters that have groups, by name."""
         return {part.tensor: self.parameters[part.tensor] for part in self._parts}
 
+    def copy_weights(self) -> dict[str, Tensor]:
+        """Return copies of the parameters that have groups, by name."""
+        return {name: p.detach().clone() for name, p in self.owned_parameters().items()}
+
     def alive(self) -> Tensor:
         """Return a mask [M] of the groups with at least one non-zero weight."""
         return self.sum(lambda weight: (weight.detach() != 0).float()) > 0
@@ -142,19 +145,18 @@ class GroupPartition:
     def pad_by_family(self, values_M: Tensor) -> Tensor:
         """Return the values as [L, N], one row per family, padded with zeros."""
         flat = values_M.new_zeros(len(self.sizes) * max(self.sizes))
-        return flat.index_copy_(0, self._place_M, values_M).reshape(len(self.sizes), -1)
+        return flat.index_copy_(0, self._padded_M, values_M).reshape(len(self.sizes), -1)
 
     def unpad(self, values_LN: Tensor) -> Tensor:
-        """Return values in the layout of `pad_by_family` as [M] again."""
-        return values_LN.flatten()[self._place_M]
+        """Return values in the layout of `pad_by_family` as [M]."""
+        return values_LN.flatten()[self._padded_M]
 
     def _index(self) -> None:
         """Precompute the positions of units, groups and rows in the flat vectors."""
         # All units of all slices form one vector [R], and `_group_R` holds the global number of
-        # each unit's group. A reduction is then one `cat` and one `index_add_`, a broadcast one
-        # gather and one `split`, however many groups there are; the only loop left is over slices.
-        # `_place_M` is the position of each group in the padded [L, N] matrix, flattened, which
-        # converts between both layouts with one index.
+        # each unit's group. A reduction is then one `cat` and one `index_add_`, and a broadcast one
+        # gather and one `split`, however many groups there are. `_padded_M` is the index of each
+        # group in the flattened [L, N] matrix of `pad_by_family`.
         starts = [0, *accumulate(self.sizes[:-1])]
         owned = [
             (part, start)
@@ -165,15 +167,14 @@ class GroupPartition:
         self._counts = [len(part.units) for part, _ in owned]
         self._group_R = torch.cat([part.groups + start for part, start in owned]).to(self.device)
         width = max(self.sizes)
-        places = [torch.arange(size) + row * width for row, size in enumerate(self.sizes)]
-        self._place_M = torch.cat(places).to(self.device)
+        indices = [torch.arange(size) + row * width for row, size in enumerate(self.sizes)]
+        self._padded_M = torch.cat(indices).to(self.device)
 
     def _bind(self, owned: Slice) -> _BoundSlice:
-        """Precompute what every step needs to know about a slice."""
+        """Precompute the values of a slice that depend on the shape of its parameter only."""
         shape = self.parameters[owned.tensor].shape
         count = unit_count(shape, owned.axes)
-        # Most slices list all units in order; for those the gather and scatter by unit can be
-        # skipped.
+        # Most slices list all units in order, and need no gather or scatter by unit.
         complete = torch.equal(owned.units, torch.arange(count))
         units = None if complete else owned.units.to(self.device)
         outline = [size if axis in owned.axes else 1 for axis, size in enumerate(shape)]
@@ -195,13 +196,13 @@ class GroupPartition:
             yield part.tensor, value_U if len(part.outline) == 1 else value_U.view(part.outline)
 
     def _gather(self, parts: list[Tensor], square: bool = False) -> Tensor:
-        """Sum values per unit (or their squares), one tensor per slice, into values per group."""
+        """Sum values per unit (one tensor per slice), or their squares, into values per group."""
         listed = [
             value if part.units is None else value[part.units]
             for value, part in zip(parts, self._parts, strict=True)
         ]
-        # fp64 before squaring: a sum over the slices of a group in fp32 would lose small groups
-        # next to large ones, and the budget equation compares all of them.
+        # fp64 before squaring: the budget equation compares all groups, and fp32 sums over slices
+        # would be too coarse for small ones.
         value_R = torch.cat(listed).double()
         if square:
             value_R.square_()
@@ -232,7 +233,7 @@ def refuse_overlap(parameters: dict[str, nn.Parameter], families: Sequence[Group
             owners = [f.name for f in families if any(s.tensor == tensor for s in f.owned_slices)]
             raise UserError(
                 f"groups overlap in {tensor}: {' and '.join(dict.fromkeys(owners))} own the same "
-                "weights of it; choose one kind of group per layer"
+                "weights; choose one kind of group per layer"
             )
 
 
@@ -257,10 +258,10 @@ GroupKind = Literal[
 class Slice:
     """Units of one tensor and the groups to which they belong.
 
-    The tensor's `axes`, in ascending order and flattened together, number its units; all remaining
-    axes lie inside a unit. A filter of a convolution is a unit of axes (0,), a channel of (1,), a
-    filter shape of (1, 2, 3), a single weight of all axes, and the whole tensor of none. Unit
-    `units[r]` belongs to group `groups[r]`; both are [R] int64.
+    A unit is everything at one index of the tensor's `axes`, which are in ascending order; units
+    are numbered as if these axes were flattened. In the weight of a convolution, axes (0,) make a
+    filter a unit, (1,) an input channel, (1, 2, 3) a filter shape, all axes a single weight, and no
+    axes the whole tensor. Unit `units[r]` belongs to group `groups[r]`; both are [R] int64.
     """
 
     tensor: str
@@ -281,12 +282,12 @@ class Slice:
 
 @dataclass(frozen=True, eq=False)
 class GroupFamily:
-    """M groups of one kind in one place.
+    """M groups of one kind and layer.
 
     `owned_slices` are measured and shrunk; `reader_slices` are only cut when groups are removed.
-    `unremovable_reason` is None if the groups can be removed from the network. `form` says how the
-    layers of coupled filters depend on each other: families of equal form are isomorphic.
-    `shortcuts` says what stays of each group that is a residual block.
+    `unremovable_reason` is None if the groups can be removed from the network. `form` describes how
+    the layers of coupled filters depend on each other: families of equal form are isomorphic.
+    `shortcuts` are what replaces each group that is a residual block.
     """
 
     name: str

@@ -1,9 +1,9 @@
-"""Residual blocks as groups: any module that adds a branch to a shortcut, found by trying.
+"""Residual blocks as groups: modules that add a branch to a shortcut, found by trial.
 
-With all weights of its branch zero, such a module returns its input, or what one of its children
-makes of it, perhaps through a ReLU. That is what it is replaced by once its group is zero, and
-nothing else is called a block: where the shapes of input and output differ, a child has to lead
-from one to the other.
+If all weights of its branch are zero, a residual block returns its input or the output of one of
+its children for that input, possibly through a ReLU. This shortcut replaces the block once its
+group is zero. Only modules that behave like this count as residual blocks; if the shapes of input
+and output differ, the shortcut must be a child.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from methods.wgsef.groups.verification import FORWARD_ERRORS, TOLERANCE, with_ra
 def depth(network: nn.Module, example: Tensor, layers: str = "*") -> list[GroupFamily]:
     """Return the residual blocks whose names match a pattern as the groups of one family.
 
-    `example` is one input of the network, [1, channels, height, width]. A group owns the weights
-    of a block except those of its shortcut. Of nested blocks, such as a stage and what it is made
-    of, only the innermost count.
+    `example` is one input of the network, [1, channels, height, width]. A group owns the weights of
+    a block except those of its shortcut. If blocks are nested, such as a stage and its blocks, only
+    the innermost ones count.
 
     Raises:
         UserError: the network has no such block.
@@ -36,7 +36,8 @@ def depth(network: nn.Module, example: Tensor, layers: str = "*") -> list[GroupF
         where = "" if layers == "*" else f" in layers.depth={layers}"
         raise UserError(
             f"{type(network).__name__} has no residual branches to remove{where}: no module "
-            "returns its input, or what one child makes of it, when its other weights are zero"
+            "returns its input, or one child's output for it, when its other weights are zero; "
+            "choose another kind of groups"
         )
     # Axes () make a whole tensor one unit, with number 0.
     first = torch.zeros(1, dtype=torch.long)
@@ -55,18 +56,19 @@ def depth(network: nn.Module, example: Tensor, layers: str = "*") -> list[GroupF
 def _shortcuts(network: nn.Module, example: Tensor) -> list[Shortcut]:
     """Return the shortcut of every innermost residual block, in the order of the network."""
     trial, image = with_random_weights(network, example)
-    calls, unlike = _calls(trial, image)
+    calls, untestable = _record_calls(trial, image)
     generator = torch.Generator().manual_seed(0)
     found: dict[str, Shortcut] = {}
-    # Children come before the modules that hold them.
+    # Reversed, so that children come before their parents.
     for name, module in reversed(list(trial.named_modules())):
         if name not in calls or any(inner.startswith(f"{name}.") for inner in found):
             continue
-        # Inside of it may be blocks that could not be tried.
-        if any(inner.startswith(f"{name}.") for inner in unlike):
+        # A module that could not be tested may be or contain an inner block.
+        if any(inner.startswith(f"{name}.") for inner in untestable):
             continue
         call = calls[name]
-        # Of both signs, whatever the network sends: a ReLU would else pass for an identity.
+        # Random inputs have both signs. With the network's own inputs, which may all be positive, a
+        # ReLU would look like an identity.
         x = torch.randn(call.shape, generator=generator, dtype=torch.float64)
         shortcut = _shortcut_of(name, module, x, call.keywords)
         if shortcut is not None:
@@ -76,20 +78,21 @@ def _shortcuts(network: nn.Module, example: Tensor) -> list[Shortcut]:
 
 @dataclass(frozen=True)
 class _Call:
-    """Shape of a module's one input, and what it is given by name."""
+    """Shape of a module's only positional input, and its keyword arguments."""
 
     shape: torch.Size
     keywords: dict[str, object]
 
 
 @torch.no_grad()
-def _calls(network: nn.Module, image: Tensor) -> tuple[dict[str, _Call], set[str]]:
-    """Return how modules with children are called with one tensor, and which are called otherwise.
+def _record_calls(network: nn.Module, image: Tensor) -> tuple[dict[str, _Call], set[str]]:
+    """Return the calls of modules with children, and the names of modules that cannot be tested.
 
-    Attention is no block and holds none.
+    Modules can be tested if their only positional argument is a tensor. Attention is not listed
+    among the others, because it neither is nor contains a residual block.
     """
     calls: dict[str, _Call] = {}
-    unlike: set[str] = set()
+    untestable: set[str] = set()
     handles = []
     for name, module in network.named_modules():
         if not name or not any(True for _ in module.children()):
@@ -98,13 +101,13 @@ def _calls(network: nn.Module, image: Tensor) -> tuple[dict[str, _Call], set[str
         def note(
             module: nn.Module,
             args: tuple[object, ...],
-            given: dict[str, object],
+            kwargs: dict[str, object],
             name: str = name,
         ) -> None:
             if len(args) == 1 and isinstance(args[0], Tensor):
-                calls[name] = _Call(args[0].shape, dict(given))
+                calls[name] = _Call(args[0].shape, dict(kwargs))
             elif not isinstance(module, ATTENTION):
-                unlike.add(name)
+                untestable.add(name)
 
         handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
     try:
@@ -112,16 +115,17 @@ def _calls(network: nn.Module, image: Tensor) -> tuple[dict[str, _Call], set[str
     finally:
         for handle in handles:
             handle.remove()
-    return calls, unlike
+    return calls, untestable
 
 
 @torch.no_grad()
 def _shortcut_of(
     name: str, block: nn.Module, x: Tensor, keywords: dict[str, object]
 ) -> Shortcut | None:
-    """Return what a module does when all but a shortcut is zero, None if that is no shortcut."""
+    """Return the shortcut of a module, or None if the module is no residual block."""
     sizes = {child: _weights(part) for child, part in block.named_children()}
-    # A branch that is one child could pass for the shortcut of its shortcut: the lighter one is it.
+    # If the branch is a single child, branch and shortcut are indistinguishable: the child with
+    # fewer weights is taken as the shortcut.
     for child in ("", *sorted((c for c, size in sizes.items() if size), key=sizes.__getitem__)):
         weights = _branch_weights(block, child)
         if not weights:
@@ -140,7 +144,7 @@ def _shortcut_of(
 
 
 def _branch_weights(block: nn.Module, shortcut: str) -> list[str]:
-    """Return the names of a block's parameters outside of its shortcut."""
+    """Return the names of a block's parameters that are not in its shortcut."""
     names = (name for name, _ in block.named_parameters())
     return [name for name in names if not (shortcut and name.startswith(f"{shortcut}."))]
 

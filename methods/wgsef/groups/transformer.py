@@ -2,7 +2,7 @@
 
 Shapes: E experts of a layer, I hidden neurons of an FFN.
 
-Layouts are those of transformers: dense feed-forwards and attention as `dense_layer` finds them,
+The layouts are those of transformers: dense feed-forwards and attention as found by `dense_layer`,
 and experts fused into `gate_up_proj` [E, 2 I, D] and `down_proj` [E, D, I].
 """
 
@@ -27,8 +27,8 @@ from methods.wgsef.groups.partition import GroupFamily, Slice
 def neurons(network: nn.Module) -> list[GroupFamily]:
     """Return the hidden neurons of every dense FFN: rows of gate and up, columns of down.
 
-    A network with gated FFNs has its plain ones in other parts, such as a vision tower: these are
-    left out.
+    In a network that also has gated FFNs, plain ones belong to other parts, such as a vision tower,
+    and are left out.
 
     Raises:
         UserError: the network has no FFN of a known form.
@@ -41,12 +41,12 @@ def neurons(network: nn.Module) -> list[GroupFamily]:
 
 
 def heads(network: nn.Module) -> list[GroupFamily]:
-    """Return attention heads; with grouped queries a KV head and its query heads are one group.
+    """Return attention heads; in grouped-query attention a group is a KV head with its queries.
 
     A group owns rows of q, k and v, their biases, and columns of o.
 
     Raises:
-        UserError: the network has no attention of a known layout, or one whose heads cannot go.
+        UserError: the network has no attention of a known layout, or heads that cannot be removed.
     """
     names = {module: name for name, module in network.named_modules()}
     families = [_head_family(names[part.owner], part) for part in find_heads(network)]
@@ -54,13 +54,13 @@ def heads(network: nn.Module) -> list[GroupFamily]:
 
 
 def attention_heads(network: nn.Module) -> list[GroupFamily]:
-    """Return the heads of every `torch.nn.MultiheadAttention`, as vision transformers have them.
+    """Return the heads of every `torch.nn.MultiheadAttention`, as in vision transformers.
 
     A group owns a head's rows of the stacked q, k and v, their biases, and its columns of the
     output projection.
 
     Raises:
-        UserError: the network has no such attention, or one whose heads are not understood.
+        UserError: the network has no such attention, or one of an unsupported layout.
     """
     families = []
     for name, attention in network.named_modules():
@@ -68,8 +68,8 @@ def attention_heads(network: nn.Module) -> list[GroupFamily]:
             continue
         if attention.in_proj_weight is None or getattr(attention, "bias_k", None) is not None:
             raise UserError(
-                f"the heads of {name} are not understood: its keys or values have widths or biases "
-                "of their own; leave groups=heads out"
+                f"the heads of {name} are not understood: its keys or values have their own widths "
+                "or biases; choose groups other than heads"
             )
         count, width = attention.num_heads, attention.head_dim
         # The rows of all queries come first, then those of all keys and of all values.
@@ -110,9 +110,9 @@ def micro_experts(network: nn.Module) -> list[GroupFamily]:
     reason = "the experts of a layer are one tensor; use a micro-expert pruning method to cut them"
     families = []
     for name, count, hidden in _fused_experts(network):
-        # Units number (expert, row) pairs flattened over axes (0, 1). `gate_up_proj` stacks I gate
-        # rows and I up rows per expert, so neuron i of expert e has the units 2 I e + i and 2 I e +
-        # I + i; in `down_proj` it is the column I e + i over axes (0, 2).
+        # In `gate_up_proj`, units are (expert, row) pairs flattened over axes (0, 1), with I gate
+        # rows and then I up rows per expert, so neuron i of expert e has the units 2 I e + i and
+        # 2 I e + I + i. In `down_proj` it is unit I e + i over axes (0, 2).
         expert_R = torch.arange(count).repeat_interleave(hidden)
         neuron_R = torch.arange(hidden).repeat(count)
         group_R = expert_R * hidden + neuron_R

@@ -1,9 +1,9 @@
-"""Trial removal of groups: which of them a network can do without, found by trying.
+"""Trial removal of groups: find out which families of groups can really be removed.
 
-A tracer can misread a network: channels that are shuffled, split over groups, normalised together
-or mixed by attention. What it says is therefore not believed but tried, on a copy with random
-weights: one group of every family is zeroed, and removed; both networks must agree. A family that
-fails stays in training, where its groups are zeroed, and is never cut.
+A tracer can misread a network whose channels are shuffled, split over groups, normalised together
+or mixed by attention. Its result is therefore tested on a copy with random weights: one group of
+every family is zeroed in one network and removed from another, and their outputs must agree. A
+family that fails is still trained and zeroed but never removed.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from bench.errors import UserError, error_sentence
-from methods.wgsef.groups.partition import GroupFamily, Slice, unit_count
+from methods.wgsef.groups.partition import GroupFamily, Slice, reshape_units, unit_count
 from methods.wgsef.removal import remove_groups
 
 TOLERANCE = 1e-8
-"""Largest difference of the two networks' outputs, relative to the largest output, in fp64."""
+"""Largest allowed difference of the outputs, relative to the largest output, in fp64."""
 
 FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, AssertionError)
-"""What a forward raises whose layers no longer fit each other."""
+"""What a forward raises if the shapes of its layers do not match."""
 
 
 def mark_unremovable(
     network: nn.Module, families: Sequence[GroupFamily], example: Tensor
 ) -> list[GroupFamily]:
-    """Return the families, those whose removal changes the network marked with the reason.
+    """Return the families, with the reason filled in for those that cannot be removed.
 
     Raises:
         UserError: a family names weights that the network does not have.
@@ -37,7 +37,7 @@ def mark_unremovable(
     _refuse_unfit_slices(network, families)
     trial, image = with_random_weights(network, example)
     candidates = [family for family in families if family.unremovable_reason is None]
-    # Nearly every network passes as a whole, which costs two forwards; only then one by one.
+    # Nearly every network passes with all families at once, which takes two forwards.
     if _reason(trial, candidates, image) is None:
         return list(families)
     marked = []
@@ -58,8 +58,8 @@ def _reason(network: nn.Module, families: Sequence[GroupFamily], image: Tensor) 
     zeroed = copy.deepcopy(network)
     dead = []
     for family in tried:
-        # The last one: an error by an offset shows there, while group 0 often lands on itself.
-        # Blocks are unlike each other, so all of them.
+        # The last group reveals wrong offsets, under which group 0 often still maps to itself. Each
+        # residual block is different, so all of them are tried.
         dead_M = torch.full((family.groups,), family.kind == "depth")
         dead_M[-1] = True
         dead.append(dead_M)
@@ -68,12 +68,12 @@ def _reason(network: nn.Module, families: Sequence[GroupFamily], image: Tensor) 
     try:
         smaller = remove_groups(zeroed, tried, dead).network
         with torch.no_grad():
-            expected, found = zeroed(image), smaller(image)
+            expected, actual = zeroed(image), smaller(image)
     except (*FORWARD_ERRORS, UserError) as error:
         return f"without them its forward fails ({error_sentence(error)})"
-    wrong = float((expected - found).abs().max() / expected.abs().max().clamp(min=1e-300))
-    # NaN compares as false, and is no agreement either.
-    return None if wrong <= TOLERANCE else "without them its outputs change"
+    difference = float((expected - actual).abs().max() / expected.abs().max().clamp(min=1e-300))
+    # Written so that NaN counts as a disagreement.
+    return None if difference <= TOLERANCE else "without them its outputs change"
 
 
 def _zero(weight: Tensor, part: Slice, dead_M: Tensor) -> None:
@@ -82,15 +82,14 @@ def _zero(weight: Tensor, part: Slice, dead_M: Tensor) -> None:
         if not part.axes:
             weight.mul_(0.0 if len(units) else 1.0)
             return
-        gone_U = torch.zeros(unit_count(weight.shape, part.axes), dtype=torch.bool)
-        gone_U[units] = True
-        shape = [size if axis in part.axes else 1 for axis, size in enumerate(weight.shape)]
-        weight.masked_fill_(gone_U.reshape(shape), 0.0)
+        dead_U = torch.zeros(unit_count(weight.shape, part.axes), dtype=torch.bool)
+        dead_U[units] = True
+        weight.masked_fill_(reshape_units(dead_U, weight.shape, part.axes), 0.0)
 
 
 def with_random_weights(network: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor]:
-    """Return a copy in fp64 on the CPU without any weight or statistic at 0 or 1, and an input."""
-    # Fresh BatchNorms shift by 0 and scale by 1, under which many a wrong coupling changes nothing.
+    """Return a fp64 copy on the CPU without constant weights or statistics, and a random input."""
+    # Fresh BatchNorms shift by 0 and scale by 1, which would hide many wrong couplings.
     trial = copy.deepcopy(network).cpu().double().eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
 
@@ -98,9 +97,9 @@ def with_random_weights(network: nn.Module, example: Tensor) -> tuple[nn.Module,
         return torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
 
     for weight in trial.parameters():
-        # Drawn weights are random already. Others are constant: the shifts and scales of norms, a
-        # vision transformer's head of zeros, ConvNeXt's layer scales of 1e-6. Under a head of zeros
-        # every trial would pass.
+        # Most weights are random already. Constant are the shifts and scales of norms, a vision
+        # transformer's head of zeros (with which every trial would pass), and ConvNeXt's layer
+        # scales of 1e-6.
         if weight.ndim == 1 or bool((weight == weight.flatten()[0]).all()):
             weight.add_(0.1 * noise(weight))
     for module in trial.modules():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any, ClassVar, Literal, cast
 
@@ -55,12 +56,13 @@ from methods.wgsef.removal import refuse_unstated_heads, shrink_language_model
 class WgsefDecoder(Method):
     """Keep the neurons, or heads, of each layer that reconstruct its output best.
 
-    With grouped queries a head is a KV head with its query heads. With `scope: layer` each layer
-    loses the fraction `ratio`, so that one config describes all of them; with `global` backward
-    elimination on the unpruned model, in errors relative to each layer's output, shares the budget
-    among the layers, and what is left can be run but not exported. One atom stays in each layer.
-    `selector` is that of `wgsef_layerwise`. `refit` fits the remaining columns by least squares.
-    With `sequential`, layers are measured on what the pruned layers before them produce.
+    In grouped-query attention a head is a KV head with its query heads. With `scope=layer` each
+    layer loses the fraction `ratio`, so that one config describes all layers. With `global`, the
+    budget is divided among the layers by backward elimination on the unpruned model, with errors
+    relative to each layer's output; such a model can be run but not exported. Every layer keeps at
+    least one atom. `selector` is that of `wgsef_layerwise`. `refit` fits the remaining columns by
+    least squares. With `sequential`, layers are measured on the outputs of the pruned layers before
+    them.
     """
 
     accepts: ClassVar[frozenset[WeightForm]] = ALL_FORMS - {"packed"}
@@ -75,16 +77,16 @@ class WgsefDecoder(Method):
     state: Literal["zeroed", "removed"] = "removed"
 
     def check(self, structure: ModelStructure) -> None:
-        """Refuse networks whose layers have no such atoms."""
+        """Refuse networks whose layers do not have exactly one module with such atoms."""
         if not structure.layers:
             raise UserError(
                 f"{structure.architecture} has no decoder layers to prune {self.atoms} in"
             )
-        # A fused mixture of experts would pass below with its shared expert as the only FFN.
+        # A MoE layer would pass the check below with its shared expert as the only FFN.
         if self.atoms == "neurons" and structure.moe:
             raise UserError(
                 f"{structure.architecture} has experts in its layers, but this method needs one "
-                "dense FFN per layer: use wgsef_layerwise for mixtures of experts"
+                "dense FFN per layer: use wgsef_layerwise for MoE models"
             )
         for layer in structure.layers:
             self._family(layer, structure.architecture)
@@ -98,11 +100,11 @@ class WgsefDecoder(Method):
         """
         flops, dropped, widest = 0.0, 0, 0
         removed = self.planned_removals(structure)
-        for place, layer in enumerate(structure.layers):
+        for index, layer in enumerate(structure.layers):
             family = self._family(layer, structure.architecture)
             width, d_model = _readout_size(layer, family)
             each = width // family.groups
-            gone = removed[place] if self.scope == "layer" else removed[0] // len(structure.layers)
+            gone = removed[index] if self.scope == "layer" else removed[0] // len(structure.layers)
             observed = 1 + (self.scope == "global")
             flops += observed * 2 * 9 / 16 * inputs.tokens * width**2
             flops += selection_flops(self.selector, width, d_model, gone * each)
@@ -121,12 +123,12 @@ class WgsefDecoder(Method):
 
     @abstractmethod
     def _passes(self, structure: ModelStructure) -> float:
-        """Return how often the calibration inputs pass the layers."""
+        """Return the number of passes of the calibration inputs through the layers."""
 
     @torch.no_grad()
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Measure, select and refit layer by layer, then remove all dead atoms at once."""
-        # Atoms are zeroed in memory; offloaded weights would be fetched again as they were.
+        # Atoms are zeroed in memory; offloaded weights would be loaded again unchanged.
         if is_offloaded(model.network):
             raise UserError(
                 "this method needs the weights of the whole model in memory: "
@@ -141,14 +143,14 @@ class WgsefDecoder(Method):
         counts = self._counts(model, context, families, readouts)
         observed = self._observe(model, context, readouts, sequential=self.sequential)
         layers, dead = list[LayerEntry](), list[Tensor]()
-        for place in context.progress.track(range(len(families)), f"choosing {self.atoms}"):
-            family, readout = families[place], readouts[place]
-            gone_A, entry = self._choose(family, readout, next(observed), counts[place])
-            # Zeroed now, so that the next layers are measured behind a pruned one; cut at the end,
-            # since shapes must agree with the config as long as the network runs.
+        for index in context.progress.track(range(len(families)), f"choosing {self.atoms}"):
+            family, readout = families[index], readouts[index]
+            gone_A, entry = self._choose(family, readout, next(observed), counts[index])
+            # Zeroed here, so that later layers are measured behind a pruned one. Removed at the
+            # end, since shapes must agree with the config as long as the network runs.
             _zero_atoms(model.network, family, gone_A)
             dead.append(gone_A)
-            layers.append({"layer": place, **entry})
+            layers.append({"layer": index, **entry})
         observed.close()
         removed = sum(int(gone_A.sum()) for gone_A in dead)
         if removed and self.state == "removed":
@@ -179,26 +181,26 @@ class WgsefDecoder(Method):
             self._problem(family, readout, gram.mean()).of_unit_output()
             for family, readout, gram in zip(families, readouts, observed, strict=True)
         ]
-        # Whatever the selector: only elimination has a price for each atom by which layers can be
-        # compared, and it can be told to leave one in every layer.
+        # Elimination is used whatever the selector: only it assigns each atom an error that can be
+        # compared between layers, and it can keep at least one atom in every layer.
         masks = select_by_elimination(problems, sum(sizes) - self._removed_of_all(sizes), floor=1)
         return [int(kept_A.sum()) for kept_A in masks]
 
     def planned_removals(self, structure: ModelStructure) -> list[int]:
-        """Return the number of atoms to remove: of every layer, or of all layers together."""
+        """Return the number of atoms to remove, per layer or, with scope `global`, in total."""
         sizes = [self._family(layer, structure.architecture).groups for layer in structure.layers]
         if self.scope == "global":
             return [self._removed_of_all(sizes)]
         return [self._removed(size) for size in sizes]
 
     def _removed_of_all(self, sizes: Sequence[int]) -> int:
-        """Return how many atoms of all layers go; one stays in each."""
+        """Return the number of atoms to remove from all layers, each of which keeps one."""
         share = math.floor(Fraction(repr(self.ratio)) * sum(sizes))
         return min(sum(sizes) - len(sizes), share)
 
     def _removed(self, atoms: int) -> int:
-        """Return how many of a layer's atoms go; one stays."""
-        # Rounded down, so that no layer loses more than `ratio`; as a fraction of the decimal as
+        """Return the number of atoms to remove from a layer, which keeps at least one."""
+        # Rounded down, so that no layer loses more than `ratio`. Computed from the decimal as
         # typed, since in floating point 0.29 * 100 is 28.999...
         return min(atoms - 1, math.floor(Fraction(repr(self.ratio)) * atoms))
 
@@ -206,28 +208,28 @@ class WgsefDecoder(Method):
     def _observe(
         self, model: Model, context: Context, readouts: Sequence[nn.Module], *, sequential: bool
     ) -> Generator[LayerGram, None, None]:
-        """Yield the statistics of each layer's readout; see `observe_text`."""
+        """Yield the statistics of each layer's output projection; see `observe_text`."""
 
     @abstractmethod
     def _fingerprint(self, context: Context) -> str:
-        """Return the fingerprint of what activations are measured on."""
+        """Return the fingerprint of the calibration inputs."""
 
     def _family(self, layer: nn.Module, architecture: str) -> GroupFamily:
-        """Return the atoms of one layer; names are relative to it."""
+        """Return the atoms of one layer, with names relative to it."""
         make = transformer.neurons if self.atoms == "neurons" else transformer.heads
         try:
-            found = make(layer)
+            families = make(layer)
         except UserError as missing:
             raise UserError(f"{architecture} has no {self.atoms} to remove: {missing}") from None
-        if len(found) != 1:
+        if len(families) != 1:
             raise UserError(
-                f"{architecture} has {len(found)} modules with {self.atoms} in a layer, but this "
-                "method needs one"
+                f"{architecture} has {len(families)} modules with {self.atoms} in a layer, but "
+                "this method needs exactly one"
             )
-        return found[0]
+        return families[0]
 
     def _readout(self, network: nn.Module, family: GroupFamily) -> nn.Module:
-        # The weight of the output projection is the last slice of neurons and of heads alike.
+        # The last slice, of neurons as of heads, is the weight of the output projection.
         return network.get_submodule(family.owned_slices[-1].tensor.removesuffix(".weight"))
 
     def _problem(self, family: GroupFamily, readout: nn.Module, gram_MM: Tensor) -> Reconstruction:
@@ -244,15 +246,14 @@ class WgsefDecoder(Method):
     def _choose(
         self, family: GroupFamily, readout: nn.Module, gram: LayerGram, count: int
     ) -> tuple[Tensor, LayerEntry]:
-        """Return a mask [A] of the atoms to remove from a layer, after refitting all others."""
+        """Return a mask [A] of the atoms to remove, and the report; the others are refitted."""
         gram_MM, weight_DM = gram.mean(), weight_of(readout)
         problem = self._problem(family, readout, gram_MM)
         (kept_A,) = SELECTORS[self.selector]([problem], count)
         entry: LayerEntry = {"kept": kept_A.nonzero().flatten().tolist()}
         kept_K = kept_A.repeat_interleave(problem.width).nonzero().flatten()
         if self.refit and len(kept_K) < weight_DM.shape[1]:
-            # The selection works on zeroed atoms; the columns that stay can take over part of the
-            # lost output.
+            # The remaining columns can make up for part of the lost output.
             gram_MM *= gram.tokens
             columns_DK = refit_columns(gram_MM, weight_DM, kept_K, self.refit_damping).to(weight_DM)
             entry["refit"] = {
@@ -264,7 +265,7 @@ class WgsefDecoder(Method):
 
 
 class OnText(WgsefDecoder):
-    """Calibrated on the run's calibration text."""
+    """Variant that is calibrated on the run's calibration text."""
 
     uses_calibration: ClassVar[bool] = True
     batch: int = Field(default=8, ge=1)
@@ -273,8 +274,8 @@ class OnText(WgsefDecoder):
         unpruned = float(self.scope == "global")
         if not self.sequential:
             return unpruned + 1
-        # A layer runs up to its readout and, once that is pruned, from there on: `LayerReplay`.
-        # That of heads runs again from its beginning, so that attention is computed twice.
+        # A layer runs up to its readout and, once that is pruned, from there on (`LayerReplay`).
+        # For heads it runs again from its beginning, so attention is computed twice.
         again = [
             1 - sum(_size(p) for f in feed_forwards(layer) for p in f.projections) / _size(layer)
             for layer in structure.layers
@@ -292,7 +293,7 @@ class OnText(WgsefDecoder):
 
 
 class OnPrompts(WgsefDecoder):
-    """Calibrated on the run's prompts with images, on text and visual tokens alike."""
+    """Variant that is calibrated on the run's prompts with images, text and visual tokens alike."""
 
     @property
     def uses_prompts(self) -> bool:
@@ -324,7 +325,7 @@ def _size(module: nn.Module) -> int:
 
 
 def _readout_size(layer: nn.Module, family: GroupFamily) -> tuple[int, int]:
-    """Return the activations that a layer's readout reads and the outputs that it makes."""
+    """Return the input and output widths of a layer's readout."""
     outputs, width = shape_of(
         layer.get_submodule(family.owned_slices[-1].tensor.removesuffix(".weight"))
     )
@@ -339,10 +340,7 @@ def _zero_atoms(network: nn.Module, family: GroupFamily, gone_A: Tensor) -> None
 
 def _qualified(family: GroupFamily, layer: str) -> GroupFamily:
     """Return a layer's atoms with names relative to the whole network."""
-    owned = tuple(
-        type(part)(f"{layer}.{part.tensor}", part.axes, part.units, part.groups)
-        for part in family.owned_slices
-    )
-    # OPT's feed-forward is the layer itself.
+    owned = tuple(replace(part, tensor=f"{layer}.{part.tensor}") for part in family.owned_slices)
+    # The name is empty if the feed-forward is the layer itself, as in OPT.
     name = f"{layer}.{family.name}" if family.name else layer
     return GroupFamily(name, family.kind, family.groups, owned)

@@ -6,7 +6,6 @@ Shapes: T tokens, F an expert's width, D d_model, N micro-experts of a layer (sh
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import chain
 from typing import Literal
 
 import torch
@@ -42,15 +41,15 @@ SELECTORS: dict[str, reconstruction.Selector] = {
 
 
 class WgsefLayerwise(MicroExpertPruning, SequentialPruning):
-    """Select micro-experts by how well those that stay reconstruct the outputs of their experts.
+    """Keep the micro-experts that best reconstruct the outputs of their experts.
 
-    Atoms are micro-experts, with the routing weight included in their activations; calibration text
-    gives each expert's Gram matrix in one pass. `selector`: `debiased` follows the homotopy of the
-    debiased WGSEF, `greedy` eliminates backwards, `energy` keeps the largest RMS(phi) ||w||.
-    `scope: layer` lets all experts of a layer compete, `expert` removes the same fraction from
-    each. `refit` fits the remaining down columns by least squares; without it they are unchanged,
-    so that selectors can be compared on their own. `ratio` and `base` have the meaning they have in
-    camera_p.
+    Atoms are micro-experts, with the routing weight included in their activations. The Gram matrix
+    of each expert is measured in one pass over calibration text. Of the values of `selector`,
+    `debiased` follows the homotopy of the debiased WGSEF, `greedy` is backward elimination, and
+    `energy` keeps the largest RMS(phi) ||w||. With `scope=layer` all experts of a layer compete,
+    with `expert` each loses the same fraction. `refit` fits the remaining down columns by least
+    squares; without it they are unchanged, so that selectors can be compared on their own. `ratio`
+    and `base` are as in camera_p.
     """
 
     selector: Literal["debiased", "greedy", "energy"] = "debiased"
@@ -96,30 +95,32 @@ class WgsefLayerwise(MicroExpertPruning, SequentialPruning):
         return self.build_report(model, structure, layers, **more)
 
     def _prune(self, block: MoEBlock, grams: ExpertGrams, tokens: int, budget: int) -> LayerEntry:
-        """Prune one block and report what stays of each expert, shared ones first."""
+        """Prune one block; the report lists what each expert keeps, shared ones first."""
         problems = [
-            # All tokens of the text, not those routed to the expert: errors of different experts
-            # are then in one unit, and a rarely used expert weighs little.
+            # Divided by all tokens, not by those routed to the expert: errors of different experts
+            # are then in the same unit, and a rarely used expert has little weight.
             Reconstruction.from_gram(
                 grams.grams[expert].total / tokens, expert_view(block, expert).down.T
             )
             for expert, _ in expert_spans(block)
         ]
-        kept = self._selected(problems, budget)
-        gone = (~torch.cat(kept)).nonzero().flatten()
+        kept = self._select(problems, budget)
+        removed = (~torch.cat(kept)).nonzero().flatten()
         report: LayerEntry = {"kept_per_expert": [int(mask.sum()) for mask in kept]}
-        if self.refit and len(gone):
+        if self.refit and len(removed):
             report["refit"] = refit_experts(
-                grams, dict(channels_per_expert(block, gone)), self.refit_damping
+                grams, dict(channels_per_expert(block, removed)), self.refit_damping
             )
-        return self.remove_micro_experts(block, gone) | report
+        return self.remove_micro_experts(block, removed) | report
 
-    def _selected(self, problems: list[Reconstruction], budget: int) -> list[Tensor]:
-        """Return masks of the atoms that stay, one per expert."""
+    def _select(self, problems: list[Reconstruction], budget: int) -> list[Tensor]:
+        """Return masks of the kept atoms, one per expert."""
         select = SELECTORS[self.selector]
         sizes = [problem.atoms for problem in problems]
         if self.scope == "layer":
             return select(problems, sum(sizes) - budget)
-        # `apportion` rounds the shares so that they add up to the budget exactly.
-        counts = zip(problems, sizes, apportion(sizes, budget), strict=True)
-        return list(chain.from_iterable(select([p], size - gone) for p, size, gone in counts))
+        masks = []
+        losses = apportion(sizes, budget)
+        for problem, size, loss in zip(problems, sizes, losses, strict=True):
+            masks += select([problem], size - loss)
+        return masks

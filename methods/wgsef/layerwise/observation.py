@@ -1,4 +1,4 @@
-"""Gram matrices of what the projections of a decoder's layers read, layer by layer.
+"""Gram matrices of the inputs of a decoder's projections, layer by layer.
 
 Shapes: B rows, S tokens of a row, T tokens of a call, M activations that a projection reads.
 """
@@ -23,15 +23,15 @@ ModelInputs = Mapping[str, Tensor]
 LAYERS_AT_ONCE = 4
 """Layers measured per pass over prompts; their [M, M] Gram matrices are in memory together."""
 REPLAY_BYTES = 1 << 30
-"""Most that may be kept of one layer so that what comes before its projection runs only once."""
+"""Maximum size of the activations of one layer that `LayerReplay` stores."""
 _BANDS = 8
 
 
 class LayerGram:
     """Σ_t φ_t φ_tᵀ of the inputs of a projection, [M, M] in float64, and the number of tokens.
 
-    The product of a call is float32, in which the network computes φ as well; calls add up in
-    float64. Only the upper triangle is computed, in bands, at 9/16 of the work.
+    The product of each call is computed in float32, like φ itself, and summed in float64. Only the
+    upper triangle is computed, in bands, which takes 9/16 of the work.
     """
 
     def __init__(self, projection: nn.Module) -> None:
@@ -60,10 +60,10 @@ class LayerGram:
 def observe_text(
     model: Model, readouts: Sequence[nn.Module], tokens_BS: Tensor, batch: int, *, sequential: bool
 ) -> Generator[LayerGram, None, None]:
-    """Yield the Gram matrix of each layer's readout, one per layer, in order.
+    """Yield the Gram matrix of each layer's readout (its output projection), in order.
 
-    With `sequential` the caller may change a layer between two yields, and the next layer is
-    observed behind the changed one.
+    With `sequential`, the caller may change a layer after its matrix is yielded, and the next layer
+    is observed on the outputs of the changed one.
     """
     layers = model.structure.layers
     with LayerStream(model.network, layers, tokens_BS, batch) as stream:
@@ -87,9 +87,10 @@ def observe_text(
 def observe_calls(
     model: Model, readouts: Sequence[nn.Module], calls: Sequence[ModelInputs], *, sequential: bool
 ) -> Generator[LayerGram, None, None]:
-    """Yield the same on calls of the whole network, such as prompts with images.
+    """Yield the same as `observe_text` for calls of the whole network, such as image prompts.
 
-    With `sequential`, `LAYERS_AT_ONCE` layers are observed together behind the changed ones.
+    With `sequential`, each `LAYERS_AT_ONCE` layers are observed together, on the outputs of the
+    changed layers before them.
     """
     step = LAYERS_AT_ONCE if sequential else len(readouts)
     for start in range(0, len(readouts), step):
@@ -98,19 +99,19 @@ def observe_calls(
             mask = call.get("attention_mask")
             real_BS = torch.ones_like(call["input_ids"]) if mask is None else mask
             with observe_inputs(grams, real_BS.bool()):
-                # Only activations inside the layers are needed: logits of the last position are
-                # the least the forward can compute.
+                # Only activations inside the layers are needed; logits_to_keep=1 computes the
+                # fewest logits.
                 cast(Any, model.network)(**call, use_cache=False, logits_to_keep=1)
         yield from grams.values()
 
 
 class LayerReplay:
-    """What a layer computed before its readout, so that the rest runs again without it.
+    """Records what a layer computes before its readout, so that only the rest has to run again.
 
-    Only the readout changes between the two runs. Its inputs are kept, and the outputs of all
-    children with matrices that ran before it; the projections that feed it then answer with zeros,
-    which nobody reads. Where these are too large, or the readout is not that of a feed-forward, the
-    layer simply runs again.
+    Between the two runs only the readout changes. The recording holds the inputs of the readout and
+    the outputs of all children with matrices that run before it. In the replay, the projections
+    that feed the readout return zeros, which are not used. If the recording would exceed
+    `REPLAY_BYTES`, or the readout is not that of a feed-forward, the whole layer runs again.
     """
 
     def __init__(self, layer: nn.Module, readout: nn.Module, tokens: int) -> None:
@@ -119,34 +120,34 @@ class LayerReplay:
         self._sources = found[0].sources if found and kept <= REPLAY_BYTES else ()
         self._readout = readout
         used = {readout, *self._sources}
-        self._outputs: dict[nn.Module, list[object]] = {
-            child: []
-            for child in (layer.children() if self._sources else ())
-            if any(weight.ndim > 1 for weight in child.parameters())
-            and not any(part in used for part in child.modules())
-        }
+        self._outputs: dict[nn.Module, list[object]] = {}
+        if self._sources:
+            for child in layer.children():
+                has_matrices = any(weight.ndim > 1 for weight in child.parameters())
+                if has_matrices and used.isdisjoint(child.modules()):
+                    self._outputs[child] = []
         self._inputs: list[Tensor] = []
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        """Keep what a run computes inside the block."""
+        """Record the run inside the `with` block."""
 
-        def keep(module: nn.Module, _: object, output: object) -> None:
+        def record_output(module: nn.Module, _: object, output: object) -> None:
             self._outputs[module].append(output)
 
-        def keep_input(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def record_input(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             self._inputs.append(args[0])
 
         with ExitStack() as stack:
             if self._sources:
-                stack.callback(self._readout.register_forward_pre_hook(keep_input).remove)
+                stack.callback(self._readout.register_forward_pre_hook(record_input).remove)
             for child in self._outputs:
-                stack.callback(child.register_forward_hook(keep).remove)
+                stack.callback(child.register_forward_hook(record_output).remove)
             yield
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """Answer with what was kept inside the block, in the order of the recorded run."""
+        """Replay the recording inside the `with` block, call by call in the recorded order."""
         with ExitStack() as stack:
             if self._sources:
                 inputs, project = iter(self._inputs), self._readout.forward
@@ -156,7 +157,8 @@ class LayerReplay:
             for source in self._sources:
                 rows = shape_of(source)[0]
                 stack.enter_context(replaced_forward(source, partial(_zeros, rows=rows)))
-            # What ran after the readout has kept nothing, and runs.
+            # Children that run after the readout have recorded nothing, since the run stopped
+            # there, and run normally.
             for child, outputs in self._outputs.items():
                 if outputs:
                     stack.enter_context(replaced_forward(child, partial(_next, iter(outputs))))

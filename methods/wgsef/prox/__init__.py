@@ -1,5 +1,5 @@
 """The envelope: pure maths on tensors, independent of models.
 
-`operators` holds the function and its proximal operators on group norms, and `root` the scalar
-equation behind them with two ways to solve it.
+`operators` has the function and its proximal operators as functions of group norms; `root` has the
+scalar equation behind them and two ways to solve it.
 """

@@ -3,14 +3,15 @@
 Shapes: L rows (layers), M groups in a row, G elements in a group; weight and metric arguments are
 numbers, or tensors of [L, M] or [L, 1] in the norms' dtype.
 
-With C_k the vectors of at most k non-zero groups and d_j > 0 the weights, the WGSEF is
+With C_k the set of vectors with at most k non-zero groups and d_j > 0 the weights, the WGSEF is
 
     F = f_k**,   f_k(v) = 1/2 sum_j d_j ||v_j||^2 on C_k and +inf elsewhere.
 
-All functions see the groups only through their norms. An operator returns factors: the proximal
-point of t is v_j = scale_j t_j. `lam` is step size times regularisation weight; a metric h_j
-replaces 1/2 ||v - t||^2 by 1/2 sum_j h_j ||v_j - t_j||^2. Formulas: WGSEF specification 1 to 1.3
-(derived; arXiv 2212.12921 proves the linear time of the first operator).
+All functions depend on the groups only through their norms. An operator returns factors: the
+proximal point of t is v_j = scale_j t_j. `lam` is step size times regularisation weight; a metric
+h_j replaces 1/2 ||v - t||^2 by 1/2 sum_j h_j ||v_j - t_j||^2. The formulas are in the WGSEF
+specification, sections 1 to 1.3, where they are derived; arXiv 2212.12921 proves that the first
+operator takes linear time.
 """
 
 from __future__ import annotations
@@ -47,8 +48,7 @@ class Shrinkage:
     @property
     def fractional(self) -> Tensor:
         """Number of groups per row that are neither whole nor zero."""
-        # Mirrors the guard of `BudgetEquation.gates` at the upper end, where rounding does the
-        # same.
+        # The tolerance is that of `BudgetEquation.gates` at the lower end.
         nearly_one = 1 - (1e-9 if self.gate.dtype == torch.float64 else 1e-5)
         return ((self.gate > 0) & (self.gate < nearly_one)).sum(-1)
 
@@ -64,9 +64,10 @@ def prox_envelope(
 ) -> Shrinkage:
     """Return prox_{lam F}: scale_j = u_j / (u_j + b_j) with u_j = clip(eta a_j - b_j, 0, 1).
 
-    Here a_j = sqrt(lam d_j) ||t_j||, b_j = lam d_j / h_j and eta makes sum_j u_j = k. The strongest
-    groups see only weight decay, those in the middle group lasso, and the rest are zero. With costs
-    the budget is sum_j c_j u_j = k, in units of the costs, and a_j is divided by sqrt(c_j).
+    Here a_j = sqrt(lam d_j) ||t_j||, b_j = lam d_j / h_j, and eta is chosen so that sum_j u_j = k.
+    The strongest groups only get weight decay, those in between are shrunk as by group lasso, and
+    the rest are zero. With costs, k is a budget in their unit: sum_j c_j u_j = k, and a_j is
+    divided by sqrt(c_j).
 
     Raises:
         UserError: k is 0 or less, or above the number (or the total cost) of groups; lam is not
@@ -90,9 +91,9 @@ def prox_debiased(
 ) -> Shrinkage:
     """Return prox_{lam h_k} of h_k = F - 1/2 sum_j d_j ||v_j||^2; kept groups are not shrunk.
 
-    With r_j = lam d_j / h_j < 1 it is `prox_envelope` at t / (1 - r) in the metric h (1 - r): a_j =
-    sqrt(lam d_j) ||t_j|| / (1 - r_j), b_j = r_j / (1 - r_j). As r approaches 1 the operator becomes
-    hard top-k selection (specification 1.2).
+    With r_j = lam d_j / h_j < 1, this is `prox_envelope` at t / (1 - r) in the metric h (1 - r):
+    a_j = sqrt(lam d_j) ||t_j|| / (1 - r_j), b_j = r_j / (1 - r_j). As r approaches 1, the operator
+    becomes hard top-k selection (specification 1.2).
 
     Raises:
         UserError: some r_j is 1 or more, lam is not positive, or k is impossible.
@@ -104,27 +105,27 @@ def prox_debiased(
     rest = 1 - ratio
     offset = ratio / rest
     gate_LM = _solve_gates(_slopes(strength**0.5 / rest, norm_LM), offset, k, cost_LM, root)
-    # For a whole group u = 1: (1 / (1 + b)) / (1 - r) = 1 exactly, since 1 + b = 1 / (1 - r). That
-    # is what makes the operator unbiased.
+    # For a whole group, u = 1 and the factor is (1 / (1 + b)) / (1 - r) = 1 exactly, since
+    # 1 + b = 1 / (1 - r). That makes the operator unbiased.
     return Shrinkage(_shrink_factor(gate_LM, offset).div_(rest), gate_LM)
 
 
 def select_top_k(score_LM: Tensor, k: int) -> Shrinkage:
-    """Return the limit of `prox_debiased` at ratio 1: keep the k groups of highest score.
+    """Keep the k groups of highest score, which is the limit of `prox_debiased` at ratio 1.
 
     Raises:
-        UserError: k is impossible.
+        UserError: k is not in (0, number of groups].
     """
     _refuse_impossible_arguments(score_LM, k, 1.0, None)
     kept_LM = torch.zeros_like(score_LM)
-    # topk returns exactly k groups even with ties, which a threshold on the k-th score would not.
+    # Unlike a threshold at the k-th score, topk returns exactly k groups even if scores are equal.
     kept_LM.scatter_(-1, score_LM.topk(k, -1).indices, 1.0)
     return Shrinkage(kept_LM, kept_LM)
 
 
 def _slopes(factor: FloatOrTensor, norm_LM: Tensor) -> Tensor:
-    """Return factor times norm, or just the norm if one factor holds for all groups."""
-    # A common factor only changes the unit of eta; leaving it out saves a pass.
+    """Return factor times norm, or just the norm if all groups have the same factor."""
+    # A common factor only changes the unit of eta, so omitting it saves a pass.
     return factor * norm_LM if isinstance(factor, Tensor) else norm_LM
 
 
@@ -158,8 +159,7 @@ def _as_column(number: FloatOrTensor, like_LM: Tensor) -> Tensor:
 
 
 def _refuse_ratios_from_one(ratio: FloatOrTensor) -> None:
-    # Reading the maximum from a GPU would synchronise in each training step, so there it is
-    # trusted.
+    # Not checked on a GPU, where reading the maximum would synchronise in each training step.
     if isinstance(ratio, Tensor) and ratio.device.type != "cpu":
         return
     largest = float(ratio.max()) if isinstance(ratio, Tensor) else ratio
@@ -173,7 +173,7 @@ def _refuse_ratios_from_one(ratio: FloatOrTensor) -> None:
 def _refuse_impossible_arguments(
     norm_LM: Tensor, k: FloatOrTensor, lam: float, cost_LM: Tensor | None
 ) -> None:
-    """Raise unless lam > 0 and 0 < k <= what the row has; a tensor k is not checked."""
+    """Raise unless lam > 0 and 0 < k <= groups (or cost) per row; a tensor k is not checked."""
     if not lam > 0:
         raise UserError(f"lam must be above 0, got {lam:g}")
     if isinstance(k, Tensor):
@@ -203,14 +203,14 @@ def envelope_conjugate(norm_LM: Tensor, weight_LM: Tensor, k: int) -> Tensor:
 def gradient_factor(norm_LM: Tensor, weight_LM: Tensor, k_L: Tensor) -> Tensor:
     """Return the factors d_j / u_j that turn v into the gradient of F; 0 for empty groups.
 
-    At v_j = 0 zero is one of the subgradients, which fill a ball of radius sqrt(d_j) / eta.
+    At v_j = 0 the subgradients form a ball of radius sqrt(d_j) / eta, which contains zero.
     """
     u_LM = _gates(weight_LM.sqrt() * norm_LM, k_L)
     return torch.where(norm_LM > 0, weight_LM / u_LM, 0.0)
 
 
 def _gates(z_LM: Tensor, k_L: Tensor) -> Tensor:
-    """Return u_LM = min(1, eta z_j) with sum u = k, or 1 for all live groups if they fit."""
+    """Return u_LM = min(1, eta z_j) with sum u = k, or 1 for all non-empty groups if they fit."""
     budget = BudgetEquation(z_LM, torch.zeros_like(z_LM[:, :1]), k_L.to(z_LM))
-    # No guard: the value divides by the gates, so a small gate set to zero would give infinity.
+    # No guard: callers divide by the gates, so a small gate set to zero would give infinity.
     return budget.gates(newton_root(budget), guard=0.0)

@@ -1,1 +1,1 @@
-"""Solvers: the steps of a training, besides minimising its loss, that leave few groups."""
+"""Solvers: what a training does in each step, besides minimising its loss, to sparsify groups."""

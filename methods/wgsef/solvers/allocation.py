@@ -1,7 +1,7 @@
-"""Number of groups that may stay: a budget for the network, per layer or form, or of a cost.
+"""Budgets of groups: how many may be kept in the network, per layer, per form, or at what cost.
 
-Shapes: M groups of all families, L families, N groups of the largest, F places within
-the largest floor.
+Shapes: M groups of all families, L families, R forms, N groups of the largest family (or row), F
+groups that the largest floor protects, C columns of the cost table.
 """
 
 from __future__ import annotations
@@ -36,21 +36,26 @@ class ProxParameters:
 
     @property
     def ridge(self) -> Tensor | float:
-        """The ridge lam d_j / h_j by which the envelope decays a whole group."""
+        """The ridge lam d_j / h_j with which the envelope decays a whole group."""
         weight = 1.0 if self.weight is None else self.weight
         return self.lam * weight / (1.0 if self.metric is None else self.metric)
 
-    def as_keywords(self, shape: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """Return the tensors as the operator's keyword arguments, in the shape of its rows."""
+    def ranking(self, norm_M: Tensor) -> Tensor:
+        """Return sqrt(d_j) ||t_j|| [M], by which the operators rank groups."""
+        return norm_M if self.weight is None else self.weight.sqrt() * norm_M
+
+    def as_keywords(self, to_rows: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """Return the tensors as keyword arguments of an operator, brought into its layout."""
         both = {"weight": self.weight, "metric": self.metric}
-        return {name: shape(value_M) for name, value_M in both.items() if value_M is not None}
+        return {name: to_rows(value_M) for name, value_M in both.items() if value_M is not None}
 
 
 class Allocation(ABC):
-    """The budget: the fraction `sparsity` of all groups, or of their cost, that has to be removed.
+    """A budget: the fraction `sparsity` of all groups, or of their cost, must be removed.
 
-    Each family keeps at least a fraction `floor` of its groups and at least one, since an empty
-    layer would block the network.
+    Each family keeps at least the fraction `floor` of its groups and at least one group, since an
+    empty layer would block the network. Methods take the `progress` of the sparse training, 0 to 1,
+    because the budget tightens gradually (`schedules.cubic_sparsity`).
     """
 
     def __init__(self, partition: GroupPartition, sparsity: float, floor: float = 0.05) -> None:
@@ -58,63 +63,63 @@ class Allocation(ABC):
         floors = self._floors_of(partition, floor)
         self._floors = torch.tensor(floors, device=partition.device)
         self._size_L = torch.tensor(partition.sizes, dtype=torch.float64, device=partition.device)
-        places_F = torch.arange(int(self._floors.max()), device=partition.device)
-        self._within_LF = places_F < self._floors[:, None]
+        ranks_F = torch.arange(int(self._floors.max()), device=partition.device)
+        self._within_LF = ranks_F < self._floors[:, None]
 
     def _floors_of(self, partition: GroupPartition, floor: float) -> list[int]:
-        """Return how many groups each family keeps at least."""
+        """Return the minimum number of groups that each family keeps."""
         return _floor_counts(partition.sizes, floor)
 
     def k(self, progress: float) -> int:
-        """Return the number of groups of the whole network that may stay at this point."""
+        """Return the number of groups of the whole network that may be kept at this progress."""
         return _kept_count(self._partition.groups, self._sparsity * cubic_sparsity(progress))
 
     def used(self, kept_M: Tensor) -> dict[str, str | float]:
-        """Return what the budget counts, of the dense network and of these groups."""
+        """Return the budget's unit and its amount in the dense network and for the kept groups."""
         return {"unit": "groups", "dense": self._partition.groups, "kept": int(kept_M.sum())}
 
     @abstractmethod
     def shrink(
         self, operator: ProxOperator, norm_M: Tensor, strength: ProxParameters, progress: float
     ) -> tuple[Tensor, Tensor]:
-        """Return factors and gates [M] of a proximal operator under the budget of this point."""
+        """Return factors and gates [M] of a proximal operator under the budget at `progress`."""
 
     @abstractmethod
     def select(self, score_M: Tensor, progress: float = 1.0) -> Tensor:
-        """Return a mask [M] of the groups of highest score that the budget of this point allows."""
+        """Return a mask [M] of the groups of highest score that the budget at `progress` allows."""
 
     def _strongest(self, score_M: Tensor) -> Tensor:
         """Return a mask [M] of the groups that the floors protect."""
         score_LN = self._partition.pad_by_family(score_M)
-        # All families take as many as the largest floor needs; `_within_LF` masks the surplus of
-        # the others.
-        place_LF = score_LN.topk(self._within_LF.shape[1], -1).indices
+        # `topk` takes as many groups of each family as the largest floor; `_within_LF` masks the
+        # surplus of families with a smaller floor.
+        index_LF = score_LN.topk(self._within_LF.shape[1], -1).indices
         protected_LN = torch.zeros_like(score_LN, dtype=torch.bool)
-        return self._partition.unpad(protected_LN.scatter_(-1, place_LF, self._within_LF))
+        return self._partition.unpad(protected_LN.scatter_(-1, index_LF, self._within_LF))
 
     @abstractmethod
     def constraint_rows(self, values_M: Tensor) -> Tensor:
-        """Return the values in rows, each with its own number of groups to keep."""
+        """Return the values as rows, each of which has its own number of groups to keep."""
 
     @abstractmethod
     def from_constraint_rows(self, values_LN: Tensor) -> Tensor:
-        """Return values in the layout of `constraint_rows` as [M] again."""
+        """Return values in the layout of `constraint_rows` as [M]."""
 
     @abstractmethod
     def k_rows(self, progress: float) -> Tensor:
-        """Return the number of groups that each of the `constraint_rows` may keep at this point."""
+        """Return the number of groups that each of the `constraint_rows` may keep."""
 
 
 class _RowAllocation(Allocation):
-    """A budget for each of the `constraint_rows`."""
+    """A separate budget for each of the `constraint_rows`."""
 
     def shrink(
         self, operator: ProxOperator, norm_M: Tensor, strength: ProxParameters, progress: float
     ) -> tuple[Tensor, Tensor]:
         """Solve one equation per row, all at once."""
         pad, unpad = self.constraint_rows, self.from_constraint_rows
-        # Padding has norm 0 and is never kept, but weight and metric are divided by: it must not be
-        # 0 there.
+        # Padding has norm 0 and is never kept. In weight and metric, which are divided by, it must
+        # not be 0.
         padding_LN = 1 - pad(torch.ones_like(norm_M))
         keywords = strength.as_keywords(lambda value_M: pad(value_M) + padding_LN)
         shrunk = operator(pad(norm_M), self.k_rows(progress), strength.lam, **keywords)
@@ -134,22 +139,23 @@ class LayerAllocation(_RowAllocation):
         return self._partition.pad_by_family(values_M)
 
     def from_constraint_rows(self, values_LN: Tensor) -> Tensor:
-        """Return values with one row per family as [M] again."""
+        """Return values with one row per family as [M]."""
         return self._partition.unpad(values_LN)
 
     def k_rows(self, progress: float) -> Tensor:
         """Return the number of groups that each family may keep."""
         # 1e-9 before the floor: 0.29 * 100 is 28.999... in floating point and must remove 29.
-        gone_L = (self._sparsity * cubic_sparsity(progress) * self._size_L + 1e-9).floor()
-        return (self._size_L - gone_L).maximum(self._floors.double())
+        removed_L = (self._sparsity * cubic_sparsity(progress) * self._size_L + 1e-9).floor()
+        return (self._size_L - removed_L).maximum(self._floors.double())
 
 
 class IsomorphicAllocation(_RowAllocation):
-    """A budget for all families of one form: together they lose the fraction (Isomorphic Pruning).
+    """A budget per form: all families of one form together lose the fraction `sparsity`.
 
-    Groups of layers that are coupled in the same way compete, others never do (Fang et al., ECCV
-    2024). Every family keeps its floor, where torch-pruning leaves a layer whole that would lose
-    everything; of equal scores the first stay, where it removes all.
+    This is Isomorphic Pruning (Fang et al., ECCV 2024): groups compete only with groups of layers
+    that are coupled in the same way. It differs from torch-pruning in two cases. Every family keeps
+    its floor, while torch-pruning does not prune a layer that would lose everything. Among equal
+    scores the first groups are kept, while torch-pruning removes all of them.
     """
 
     def __init__(self, partition: GroupPartition, sparsity: float, floor: float = 0.05) -> None:
@@ -165,38 +171,37 @@ class IsomorphicAllocation(_RowAllocation):
         self._floor_R = self._floor_R.to(partition.device)
         width = int(self._size_R.max())
         within_M = self._member_RM.cumsum(1).masked_fill(~self._member_RM, 0).sum(0) - 1
-        self._place_M = row_M.to(partition.device) * width + within_M
+        self._padded_M = row_M.to(partition.device) * width + within_M
         self._shape = (len(rows), width)
 
     def k(self, progress: float) -> int:
-        """Return the number of groups of the whole network that may stay at this point."""
+        """Return the number of groups of the whole network that may be kept at this progress."""
         return int(self.k_rows(progress).sum())
 
     def constraint_rows(self, values_M: Tensor) -> Tensor:
         """Return the values with one row per form."""
         rows, width = self._shape
         flat = values_M.new_zeros(rows * width)
-        return flat.index_copy_(0, self._place_M, values_M).view(rows, width)
+        return flat.index_copy_(0, self._padded_M, values_M).view(rows, width)
 
     def from_constraint_rows(self, values_LN: Tensor) -> Tensor:
-        """Return values with one row per form as [M] again."""
-        return values_LN.flatten()[self._place_M]
+        """Return values with one row per form as [M]."""
+        return values_LN.flatten()[self._padded_M]
 
     def k_rows(self, progress: float) -> Tensor:
         """Return the number of groups that each form may keep."""
-        gone_R = (self._sparsity * cubic_sparsity(progress) * self._size_R + 1e-9).floor()
-        return (self._size_R - gone_R).maximum(self._floor_R)
+        removed_R = (self._sparsity * cubic_sparsity(progress) * self._size_R + 1e-9).floor()
+        return (self._size_R - removed_R).maximum(self._floor_R)
 
     def shrink(
         self, operator: ProxOperator, norm_M: Tensor, strength: ProxParameters, progress: float
     ) -> tuple[Tensor, Tensor]:
         """Solve one equation per form for the groups outside the floors."""
-        score_M = norm_M if strength.weight is None else strength.weight.sqrt() * norm_M
-        held_M = self._strongest(score_M)
+        held_M = self._strongest(strength.ranking(norm_M))
         padding_LN = 1 - self.constraint_rows(torch.ones_like(norm_M))
         keywords = strength.as_keywords(lambda value_M: self.constraint_rows(value_M) + padding_LN)
         left_R = self.k_rows(progress) - self._floor_R
-        # The operators need k > 0; what they return of a form without any is not used.
+        # The operators need k > 0. Rows whose floors use up the budget get k = 1 and are discarded.
         free_LN = self.constraint_rows(norm_M.masked_fill(held_M, 0))
         shrunk = operator(free_LN, left_R.clamp_min(1), strength.lam, **keywords)
         used_LN = (left_R > 0)[:, None]
@@ -210,12 +215,12 @@ class IsomorphicAllocation(_RowAllocation):
 
 
 class PatternAllocation(_RowAllocation):
-    """N of every M consecutive groups of a family stay: N:M sparsity where groups are weights.
+    """Keep N of every M consecutive groups of a family: N:M sparsity if groups are single weights.
 
-    Each run of M is a row with a budget of its own, so there is no floor.
+    Each run of M groups is a row with its own budget, so there is no floor.
 
     Raises:
-        UserError: the number of a family's groups is no multiple of M.
+        UserError: the number of groups of a family is not a multiple of M.
     """
 
     def __init__(self, partition: GroupPartition, kept: int, of: int) -> None:
@@ -229,31 +234,33 @@ class PatternAllocation(_RowAllocation):
         self._kept, self._of = kept, of
 
     def k(self, progress: float) -> int:
-        """Return the number of groups of the whole network that may stay at this point."""
-        return self._partition.groups // self._of * self._kept_now(progress)
+        """Return the number of groups of the whole network that may be kept at this progress."""
+        return self._partition.groups // self._of * self._kept_per_run(progress)
 
     def constraint_rows(self, values_M: Tensor) -> Tensor:
         """Return the values with one row per run."""
         return values_M.reshape(-1, self._of)
 
     def from_constraint_rows(self, values_LN: Tensor) -> Tensor:
-        """Return values with one row per run as [M] again."""
+        """Return values with one row per run as [M]."""
         return values_LN.flatten()
 
     def k_rows(self, progress: float) -> Tensor:
         """Return the number of groups that each run may keep."""
         rows = self._partition.groups // self._of
-        return torch.full((rows,), float(self._kept_now(progress)), device=self._partition.device)
+        kept = float(self._kept_per_run(progress))
+        return torch.full((rows,), kept, device=self._partition.device)
 
-    def _kept_now(self, progress: float) -> int:
-        gone = (self._of - self._kept) * cubic_sparsity(progress)
-        return self._of - int(gone + 1e-9)
+    def _kept_per_run(self, progress: float) -> int:
+        removed = (self._of - self._kept) * cubic_sparsity(progress)
+        return self._of - int(removed + 1e-9)
 
 
 class _NetworkAllocation(Allocation):
-    """One budget for the whole network, outside of which every family keeps its floor.
+    """One budget for the whole network.
 
-    The strongest groups of each family, as many as its floor, do not compete for the budget.
+    The strongest groups of each family, as many as its floor, are always kept; only the others
+    compete for the rest of the budget.
     """
 
     def __init__(self, partition: GroupPartition, sparsity: float, floor: float = 0.05) -> None:
@@ -264,19 +271,18 @@ class _NetworkAllocation(Allocation):
         self, operator: ProxOperator, norm_M: Tensor, strength: ProxParameters, progress: float
     ) -> tuple[Tensor, Tensor]:
         """Solve one equation for all groups outside the floors."""
-        # The operator ranks groups by sqrt(d_j) ||t_j||; the floors must protect the top of the
-        # same ranking.
-        score_M = norm_M if strength.weight is None else strength.weight.sqrt() * norm_M
+        # The floors must protect the top of the ranking that the operator uses.
+        score_M = strength.ranking(norm_M)
         held_M = self._strongest(score_M)
         k, costs = self._joint_budget(score_M, held_M, progress)
-        # The protected groups use up the whole budget, and the operators need k > 0.
+        # The floors use up the whole budget; the operators need k > 0.
         if k <= 0:
             return held_M.double(), held_M.double()
         keywords = strength.as_keywords(lambda value_M: value_M[None])
         free_M = norm_M.masked_fill(held_M, 0)
         shrunk = operator(free_M[None], k, strength.lam, **keywords, **costs)
-        # Protected groups were passed as empty ones, which an operator returns as zero, so that
-        # they neither use the budget nor get shrunk.
+        # Protected groups were passed as empty groups so that they use no budget. They are kept
+        # whole here.
         return shrunk.scale[0].masked_fill_(held_M, 1), shrunk.gate[0].masked_fill(held_M, 1)
 
     @abstractmethod
@@ -287,7 +293,7 @@ class _NetworkAllocation(Allocation):
 
 
 class GlobalAllocation(_NetworkAllocation):
-    """A number of groups of the whole network.
+    """A budget in groups of the whole network.
 
     Raises:
         UserError: the floors alone exceed the budget.
@@ -307,7 +313,7 @@ class GlobalAllocation(_NetworkAllocation):
         return values_M[None]
 
     def from_constraint_rows(self, values_LN: Tensor) -> Tensor:
-        """Return a single row as [M] again."""
+        """Return a single row as [M]."""
         return values_LN[0]
 
     def k_rows(self, progress: float) -> Tensor:
@@ -321,7 +327,7 @@ class GlobalAllocation(_NetworkAllocation):
 
 
 class CostAllocation(_NetworkAllocation):
-    """A cost of the whole network, in multiply-adds, bytes or seconds.
+    """A budget in the cost of the whole network: multiply-adds, bytes or seconds.
 
     Raises:
         UserError: the floors alone exceed the budget.
@@ -341,9 +347,9 @@ class CostAllocation(_NetworkAllocation):
             )
 
     def _floors_of(self, partition: GroupPartition, floor: float) -> list[int]:
-        """Return how many groups each family keeps at least; of residual blocks all may go."""
-        # Shortcuts block nothing, and blocks are unlike each other: the strongest one alone may
-        # cost more than the budget.
+        """Return the minimum number of groups that each family keeps; 0 for residual blocks."""
+        # Without its blocks a network still works, and blocks differ in cost: the strongest one
+        # alone may exceed the budget.
         floors = super()._floors_of(partition, floor)
         pairs = zip(partition.families, floors, strict=True)
         return [0 if family.kind == "depth" else count for family, count in pairs]
@@ -357,9 +363,8 @@ class CostAllocation(_NetworkAllocation):
 
     def select(self, score_M: Tensor, progress: float = 1.0) -> Tensor:
         """Return a mask [M] of the longest prefix of a ranking whose true cost is in budget."""
-        # Score over root of cost is the order in which the relaxed budget sum c u = K admits groups
-        # (specification 1.3). Each prefix's cost is exact, since it depends only on counts per
-        # column.
+        # The relaxed budget sum c u = K admits groups in order of score / sqrt(cost) (specification
+        # 1.3). The cost of each prefix is exact, since it depends only on counts per column.
         worth_M = score_M / self._group_costs().sqrt()
         worth_M = torch.where(self._strongest(score_M), torch.inf, worth_M)
         order_M = worth_M.argsort(stable=True, descending=True)
@@ -367,8 +372,8 @@ class CostAllocation(_NetworkAllocation):
         columns = len(self._costs.size_C)
         admitted_MC = torch.nn.functional.one_hot(column_M, columns).cumsum(0)
         budget = (1 - self._sparsity * cubic_sparsity(progress)) * self._costs.dense()
-        # Removing more groups never costs more, so the prefixes that fit are the first ones and
-        # their number is the length of the longest.
+        # The cost grows with the prefix, so the number of prefixes that fit is the length of the
+        # longest one.
         fits_M = self._costs.total(admitted_MC) <= budget
         count = max(self._protected, int(fits_M.sum()))
         kept_M = torch.zeros_like(score_M, dtype=torch.bool)
@@ -397,8 +402,8 @@ class CostAllocation(_NetworkAllocation):
         self, score_M: Tensor, held_M: Tensor, progress: float
     ) -> tuple[float, dict[str, Tensor]]:
         cost_M = self._group_costs()
-        # The true cost is bilinear and no sum over groups, but the operators need a linear budget:
-        # the linear cost of a selection that meets the true budget stands in for it.
+        # The operators need a linear budget, but the true cost is bilinear and not a sum over
+        # groups. The linear cost of a selection that meets the true budget is used instead.
         afforded_M = self.select(score_M, progress) & ~held_M
         return float((cost_M * afforded_M).sum()), {"cost_LM": cost_M[None]}
 
@@ -428,5 +433,5 @@ def _ranks(score_LN: Tensor) -> Tensor:
     """Return the rank of each score in its row, 0 for the highest; ties by position."""
     # Stable, so that equal scores give the same selection on each device and after a resume.
     order_LN = score_LN.argsort(stable=True, dim=-1, descending=True)
-    place_LN = torch.arange(score_LN.shape[-1], device=score_LN.device).expand_as(order_LN)
-    return torch.empty_like(order_LN).scatter_(-1, order_LN, place_LN)
+    rank_LN = torch.arange(score_LN.shape[-1], device=score_LN.device).expand_as(order_LN)
+    return torch.empty_like(order_LN).scatter_(-1, order_LN, rank_LN)

@@ -1,4 +1,4 @@
-"""Solvers of the paper: the envelope's prox, the same with half-space steps, and the debiased one.
+"""WGSEF's solvers: the proximal operator of the envelope, with half-space steps, and debiased.
 
 Shapes: M groups of all families.
 """
@@ -19,11 +19,11 @@ from methods.wgsef.solvers.schedules import homotopy_ratio
 from methods.wgsef.solvers.solver import Solver, SolverContext
 
 AUTO_TOTAL = 19.0
-"""Sum of lambda over a training with `strength: auto`.
+"""Sum of lambda over a training with `strength=auto`.
 
-Without a gradient of the loss, groups k and k + 1 part if their norms differ by the factor
-1 + 1 / (exp(total) - 1): 7 suffices for a gap of 1e-3. 19 is what sufficed on networks that ship,
-where the loss pulls too (docs/wgsef.md).
+Without a gradient of the loss, groups k and k + 1 are separated if their norms differ by the factor
+1 + 1 / (exp(total) - 1): a total of 7 suffices for a relative gap of 1e-3. The gradient of the loss
+counteracts the operator; 19 sufficed on the networks that ship with the suite (docs/wgsef.md).
 """
 
 EnvelopeMetric = Literal["unit", "euclidean"]
@@ -31,18 +31,23 @@ EnvelopeMetric = Literal["unit", "euclidean"]
 
 @dataclass(frozen=True)
 class EnvelopeForm:
-    """Which envelope is applied: how strongly, in what metric, with or without its ridge.
+    """Variant of the envelope: its strength, its metric, and whether it has the ridge term.
 
-    `strength` is the paper's lambda, times the learning rate in each step. `auto` makes it
-    independent of the rate: it rises in proportion to progress, to a total of `AUTO_TOTAL`, since
-    how many groups are left depends on the sum alone, and a strength that falls with the rate is
-    gone when it is needed. `metric: unit` measures steps in units of each layer's mean norm
-    (h_j = d_j), so that all layers shrink at the same relative rate; `euclidean` is the paper's.
-    `ridge: true` is the whole envelope F, which shrinks groups with u_j = 1 by
+    `strength` is the paper's lambda, which each step multiplies by the learning rate. The number of
+    groups left depends only on the sum of these products. `auto` makes them independent of the
+    learning rate, which is lowest when the operator is needed most: they rise in proportion to
+    progress, to a total of `AUTO_TOTAL`.
+
+    `metric=euclidean` is that of the paper. `unit` measures steps in units of the mean norm of each
+    layer (h_j = d_j), so that all layers shrink at the same relative rate.
+
+    `ridge=true` is the whole envelope F, which also shrinks the groups with u_j = 1, by
     1 / (1 + lam d_j / h_j). `false` penalises F - 1/2 sum d_j ||v_j||^2 instead, which is 0 as soon
-    as k groups are left. Its second term is concave and taken at t, as in proximal steps on a
-    difference of convex functions: v = prox_{lam F}((1 + lam d_j / h_j) t_j), which returns whole
-    groups as they were. `every` applies the operator every n steps, n times as strongly.
+    as at most k groups are left. Its second term is concave and linearised at t, as in proximal
+    steps on a difference of convex functions: v = prox_{lam F}((1 + lam d_j / h_j) t_j), which
+    leaves whole groups unchanged.
+
+    `every` applies the operator only every n-th step, n times as strongly.
     """
 
     strength: float | Literal["auto"] = "auto"
@@ -57,8 +62,8 @@ class EnvelopeForm:
         if self.strength == "auto":
             return self.every * 2 * AUTO_TOTAL * solver.progress / solver.context.steps
         lam = self.every * self.strength * optimizer.rate
-        # After Adam a step is rate / h times the gradient. The unit metric below is relative within
-        # a layer, so the size of h over the whole network is taken out of lambda instead.
+        # A step of Adam is rate / h times the gradient. The unit metric is relative within a layer
+        # and loses the overall size of h, so lambda is divided by its mean here.
         adam_M = group_metric(solver, optimizer) if self.metric == "unit" else None
         return lam if adam_M is None else lam / float(adam_M.mean())
 
@@ -72,17 +77,18 @@ class EnvelopeForm:
             return ProxParameters(lam, weight_M, adam_M)
         if adam_M is None:
             return ProxParameters(lam, weight_M, weight_M)
-        # Adam's metric of a whole layer is small where its gradients are, and would starve it; its
-        # ranking of groups inside the layer is kept.
+        # Only the variation of Adam's metric within a layer is used. Its level is low in layers
+        # with small gradients, and would remove their groups first.
         means = [part.mean().expand(len(part)) for part in solver.partition.split(adam_M)]
         return ProxParameters(lam, weight_M, weight_M * adam_M / torch.cat(means))
 
 
 class EnvelopeSolver(Solver):
-    """Algorithm 2 of arXiv 2212.12921: Prox-SGD with the WGSEF, at the final k from the start.
+    """Algorithm 2 of arXiv 2212.12921: Prox-SGD with the WGSEF, with the final k from the start.
 
-    The weights d_j = 1 / (mean norm of the layer)^2 make layers comparable under one network-wide
-    k. How close it gets to k depends on the sum of lambda over all steps.
+    The weights d_j = 1 / (mean norm of the layer)^2 make layers comparable under one k for the
+    whole network. How close the number of groups gets to k depends on the sum of lambda over all
+    steps.
     """
 
     def __init__(self, context: SolverContext, form: EnvelopeForm = EnvelopeForm()) -> None:
@@ -105,12 +111,12 @@ def apply_envelope(solver: Solver, form: EnvelopeForm, optimizer: ProximalOptimi
     """Shrink the solver's groups by the envelope's proximal operator, and store its gates."""
     strength = form.prox_parameters(solver, optimizer, solver.lam)
     lift_M = 1.0 if form.ridge else 1 + strength.ridge
-    # Progress 1: the budget is the final k in each step, as in the paper; no schedule.
+    # Progress 1: as in the paper, the budget is the final k in every step.
     scale_M, solver.gate_M = solver.context.allocation.shrink(
         operators.prox_envelope, lift_M * solver.partition.norms(), strength, 1.0
     )
     if not form.ridge:
-        # A whole group comes back as it was, and so does one that a floor protects.
+        # Whole groups, including those that a floor protects, stay exactly as they were.
         scale_M = (scale_M * lift_M).masked_fill(solver.whole, 1.0)
     solver.partition.scale_(scale_M)
 
@@ -118,8 +124,9 @@ def apply_envelope(solver: Solver, form: EnvelopeForm, optimizer: ProximalOptimi
 class EnvelopeHalfSpaceSolver(HalfSpaceSolver):
     """Algorithm 2 first, then half-space steps on the same objective: "WGSEF + HSPG".
 
-    According to the paper's reviewers its experiments report this pair. No details were found, so
-    it is implemented as HSPG (see `group_lasso`) with the envelope in place of group lasso.
+    According to the paper's reviewers, its experiments used this combination. No details are
+    published, so it is implemented as HSPG (see `group_lasso`) with the envelope instead of group
+    lasso.
     """
 
     def __init__(
@@ -143,7 +150,7 @@ class EnvelopeHalfSpaceSolver(HalfSpaceSolver):
             apply_envelope(self, self._form, optimizer)
 
     def gradient_factor(self, norm_M: Tensor, optimizer: ProximalOptimizer) -> Tensor:
-        """Return the factor of x in the gradient: d_j / (h_j u_j), less d_j / h_j without ridge."""
+        """Return the factor of x: d_j / (h_j u_j) with ridge, (1 / u_j - 1) d_j / h_j without."""
         allocation = self.context.allocation
         strength = self._form.prox_parameters(self, optimizer, self.lam)
         assert strength.weight is not None
@@ -160,9 +167,9 @@ class EnvelopeHalfSpaceSolver(HalfSpaceSolver):
 class DebiasedSolver(Solver):
     """Homotopy of the debiased operator: ends with at most k groups, by construction.
 
-    The ratio lam d goes from 0 to 1 and k from all groups to the target, so groups fade out
-    gradually; kept groups are never shrunk (specification 1.2). It acts in the metric in which each
-    layer has mean norm 1, so at ratio 1 it is the top k of `score`.
+    The ratio lam d rises from 0 to `reach` while k falls from all groups to the target, so that
+    groups fade out gradually; kept groups are never shrunk (specification 1.2). The operator acts
+    in the metric in which each layer has mean norm 1, so at ratio 1 it keeps the top k of `score`.
     """
 
     def __init__(self, context: SolverContext, reach: float = 1.0) -> None:
@@ -170,16 +177,15 @@ class DebiasedSolver(Solver):
         self._reach = reach
 
     def shrink(self, optimizer: ProximalOptimizer) -> None:
-        """Apply the operator at this point of the homotopy; at its end, select the top k."""
+        """Apply the operator at the current ratio; at ratio 1, select the top k."""
         ratio = self._reach * homotopy_ratio(self.progress)
         allocation, score_M = self.context.allocation, self.score()
         # The operator divides by 1 - ratio; its limit is hard selection.
         if ratio >= 1:
             scale_M = self.gate_M = allocation.select(score_M).double()
         else:
-            # Scores instead of norms, with weight 1: the operator is applied in the normalised
-            # metric, where one ratio holds for all layers. Factors do not depend on the unit, so
-            # they apply to the weights as is.
+            # With scores instead of norms, the operator acts in the normalised metric, in which all
+            # layers have the same ratio. The factors do not depend on the unit.
             scale_M, self.gate_M = allocation.shrink(
                 operators.prox_debiased, score_M, ProxParameters(ratio), self.progress
             )
@@ -188,8 +194,8 @@ class DebiasedSolver(Solver):
 
 def group_metric(solver: Solver, optimizer: ProximalOptimizer) -> Tensor | None:
     """Return the mean of the optimizer's metric over each group, [M]; None for a Euclidean step."""
-    # A metric that varies inside a group has no closed-form operator and costs tens of passes
-    # (specification 1.3); its mean over the group keeps one pass.
+    # For a metric that varies within a group, the operator has no closed form and takes tens of
+    # passes (specification 1.3). With the mean over the group it takes one.
     if not optimizer.adaptive:
         return None
     return solver.partition.sum(optimizer.metric) / solver.partition.elements_M

@@ -23,7 +23,7 @@ _NEWTON_PASSES = 10
 
 
 class GroupLassoSolver(Solver):
-    """Prox-SG with the block soft threshold; `strength` decides the number of groups it leaves."""
+    """Prox-SG with the block soft threshold; `strength` determines how many groups are left."""
 
     def shrink(self, optimizer: ProximalOptimizer) -> None:
         """Apply v_j = max(0, 1 - lam sqrt|s_j| / ||t_j||) t_j."""
@@ -58,9 +58,8 @@ class AdaptiveGroupLassoSolver(Solver):
 
         q(r) = (sum_i (H_i t_i / (H_i r + lam w))^2)^(-1/2) equals 1 at the root.
         """
-        # q is concave and increasing (specification 1.3), so Newton from r = 0 stays
-        # below the root. Where q(0) >= 1, i.e. ||H t|| <= lam w, the clamped step is 0 and the
-        # group stays zero.
+        # q is concave and increasing (specification 1.3), so Newton's iteration from r = 0 stays
+        # below the root. If q(0) >= 1, i.e. ||H t|| <= lam w, the clamped step is 0 and so is r.
         radius_M = torch.zeros_like(lam_M)
         lam = self.partition.expand_to_weights(lam_M)
         parameters = self.partition.parameters
@@ -69,8 +68,7 @@ class AdaptiveGroupLassoSolver(Solver):
             total = {name: metric[name] * radius[name] + lam[name] for name in metric}
             power = {n: (metric[n] * parameters[n] / total[n]).square() for n in metric}
             power_M = self.partition.sum_named(power.__getitem__)
-            # The lambda is called within the iteration, so binding the loop variables late is safe
-            # (B023).
+            # B023 does not apply: the lambda is called within this iteration.
             bend_M = self.partition.sum_named(lambda n: power[n] * metric[n] / total[n])  # noqa: B023
             q_M = power_M.rsqrt()
             step_M = (1 - q_M).clamp(min=0) * power_M / (q_M * bend_M)
@@ -122,15 +120,11 @@ class HalfSpaceSolver(Solver):
     def before_step(self, optimizer: ProximalOptimizer) -> None:
         """Store the weights from which a half-space step starts."""
         if self.in_half_space_phase():
-            weights = self.partition.owned_parameters()
-            self._start_weights = {
-                name: weight.detach().clone() for name, weight in weights.items()
-            }
+            self._start_weights = self.partition.copy_weights()
 
     def shrink(self, optimizer: ProximalOptimizer) -> None:
         """Apply the proximal operator, or complete the half-space step that the optimizer began."""
-        # The phase is decided once, in `before_step`: `progress` has moved on since, and a step
-        # that began as a proximal one has no stored weights.
+        # `before_step` decided the phase; `progress` has changed since.
         if self._start_weights:
             self._half_space_step(optimizer)
             self._start_weights = {}
@@ -139,17 +133,17 @@ class HalfSpaceSolver(Solver):
 
     def _half_space_step(self, optimizer: ProximalOptimizer) -> None:
         square_M = self.partition.sum_named(lambda name: self._start_weights[name].square())
-        # The optimizer's step already contains the gradient of the loss. The regulariser's is added
-        # at x and outside the optimizer, so that momentum and Adam's metric do not distort it.
+        # The optimizer has taken the step along the gradient of the loss. That of the regulariser,
+        # at x, is added here, so that momentum and Adam's metric do not distort it.
         factor_M = -self.lam * self.gradient_factor(square_M.sqrt(), optimizer)
         self.partition.add_(factor_M, self._start_weights)
         parameters = self.partition.parameters
         inner_M = self.partition.sum_named(
             lambda name: parameters[name] * self._start_weights[name]
         )
-        # An empty group has 0 >= 0, so the second condition is needed to keep it empty.
-        stays_M = (inner_M >= self._epsilon * square_M) & (square_M > 0)
-        self.partition.scale_(stays_M.double())
+        # For an empty group the first condition is 0 >= 0; the second one keeps it empty.
+        kept_M = (inner_M >= self._epsilon * square_M) & (square_M > 0)
+        self.partition.scale_(kept_M.double())
 
 
 class HspgSolver(HalfSpaceSolver):
@@ -166,17 +160,19 @@ class HspgSolver(HalfSpaceSolver):
 
 
 class ReleasedHspgSolver(Solver):
-    """HSPG as its authors' code has it (forsubmissionanonymity/nips_2021_2271, hspg.py).
+    """HSPG as in its authors' code (forsubmissionanonymity/nips_2021_2271, hspg.py).
 
-    It differs from `HspgSolver` in three ways: there is no proximal step, the gradient of
-    lambda sum_j ||v_j|| is added to that of the loss before the momentum's buffer, and all groups
-    weigh the same. In the half-space phase y = x - alpha buffer is tested against x. No test is
-    made in a family of which the share `cap` of the groups is zero; where a test would pass it,
-    only int(M (share - cap)) of the groups it found, drawn at random, are zeroed (the code's own
-    count; the released settings for convolutional networks have 1, which never acts).
+    It differs from `HspgSolver` in three ways: there is no proximal step; the gradient of
+    lambda sum_j ||v_j|| is added to that of the loss before momentum; and all groups have the same
+    weight. In the half-space phase, y = x - alpha (momentum buffer) is tested against x.
 
-    Its groups hold a filter with its bias and leave BatchNorm out; those here hold both, without
-    which a zero group could not be removed.
+    `cap` limits the fraction of a family's groups that is zero. A family that has reached it is no
+    longer tested. If a test would exceed it, only int(M (fraction - cap)) of the groups that fail
+    it, drawn at random, are zeroed; that count is the code's own. The released settings for
+    convolutional networks have a cap of 1, which has no effect.
+
+    In the released code a group is a filter with its bias, without BatchNorm. Here it includes
+    BatchNorm, without which a zero group could not be removed.
     """
 
     _OFFSET = 1e-6
@@ -195,16 +191,16 @@ class ReleasedHspgSolver(Solver):
 
     @torch.no_grad()
     def before_step(self, optimizer: ProximalOptimizer) -> None:
-        """Add lambda v / ||v|| to the gradient; in a half-space step, keep what it starts from."""
+        """Add lambda v / ||v|| to the gradient; before a half-space step, store the weights."""
         half_space = self.progress >= self._warmup
         norm_M = self.partition.norms()
-        # The released sub-gradient is exact and 0 at 0; the half-space phase adds 1e-6 instead.
+        # The released code uses the exact subgradient (0 at 0) in the first phase, and adds 1e-6 to
+        # the norm in the half-space phase.
         divisor_M = norm_M + self._OFFSET if half_space else norm_M
         factor_M = torch.where(norm_M > 0, self._weight / divisor_M, 0.0)
         self.partition.add_to_gradients_(factor_M)
         if half_space:
-            weights = self.partition.owned_parameters()
-            self._start_weights = {name: w.detach().clone() for name, w in weights.items()}
+            self._start_weights = self.partition.copy_weights()
 
     def shrink(self, optimizer: ProximalOptimizer) -> None:
         """Zero the groups that left their half-space, and those that were zero before."""
@@ -216,12 +212,12 @@ class ReleasedHspgSolver(Solver):
         inner_M = self.partition.sum_named(lambda name: parameters[name] * start[name])
         empty_M = square_M == 0
         left_M = (inner_M < self._epsilon * square_M) & ~empty_M
-        gone_M = empty_M | self._capped(left_M, empty_M)
-        self.partition.scale_((~gone_M).double())
+        zeroed_M = empty_M | self._capped(left_M, empty_M)
+        self.partition.scale_((~zeroed_M).double())
 
     def _capped(self, left_M: Tensor, empty_M: Tensor) -> Tensor:
-        """Return which of the groups that left their half-space are zeroed."""
-        # From the step alone, so that a resumed training draws the same.
+        """Return a mask of the groups to zero among those that left their half-space."""
+        # Seeded by the step, so that a resumed training draws the same groups.
         generator = torch.Generator().manual_seed(self.step)
         parts = []
         for left, empty in zip(
@@ -232,23 +228,24 @@ class ReleasedHspgSolver(Solver):
             if int(empty.sum()) / groups >= self._cap:
                 chosen = torch.zeros_like(left)
             elif share > self._cap:
-                place = left.nonzero()[:, 0]
+                candidates = left.nonzero()[:, 0]
                 count = int(groups * (share - self._cap))
-                order = torch.randperm(len(place), generator=generator)[:count]
+                order = torch.randperm(len(candidates), generator=generator)[:count]
                 chosen = torch.zeros_like(left)
-                chosen[place[order.to(place.device)]] = True
+                chosen[candidates[order.to(candidates.device)]] = True
             parts.append(chosen)
         return torch.cat(parts)
 
 
 class AdaHspgSolver(HspgSolver):
-    """HSPG that chooses between its two steps after each epoch.
+    """HSPG that chooses between its two kinds of step after each epoch.
 
-    Of AdaHSPG+ only the settings in its rebuttal could be read: both steps have equal preference
-    (mu = 1), phases last an epoch, and on networks the half-space step has no variance reduction.
-    The choice here follows the two optimality measures of that family of methods: how far a
-    proximal step moves groups into or out of zero, against how far a gradient step moves all
-    others. The paper's variance-reduced proximal step is replaced by Prox-SG, and epsilon is fixed.
+    Of AdaHSPG+ only the settings in its rebuttal are known: both kinds of step have equal
+    preference (mu = 1), a phase lasts one epoch, and for networks the half-space step has no
+    variance reduction. The choice here compares the two optimality measures of that family of
+    methods: how far a proximal step moves groups into or out of zero, and how far a gradient step
+    moves all other groups. Prox-SG replaces the paper's variance-reduced proximal step, and epsilon
+    is fixed.
     """
 
     def __init__(self, context: SolverContext, strength: float, mu: float = 1.0) -> None:
@@ -262,7 +259,7 @@ class AdaHspgSolver(HspgSolver):
         return self._half_space
 
     def before_step(self, optimizer: ProximalOptimizer) -> None:
-        """Add this step to the two measures; at the end of an epoch choose the next step."""
+        """Add to the two measures; at the end of an epoch choose the kind of the next steps."""
         self._moves += self._measure(optimizer)
         if (self.step + 1) % self.context.epoch == 0:
             self._half_space = bool(self._moves[1] >= self._mu * self._moves[0])
@@ -282,15 +279,14 @@ class AdaHspgSolver(HspgSolver):
 
     @torch.no_grad()
     def _measure(self, optimizer: ProximalOptimizer) -> Tensor:
-        """Return how far a step moves groups at the border of zero, and how far all others."""
+        """Return how far a step moves the groups that are or become zero, and all others, [2]."""
         rate, norm_M = optimizer.rate, self.partition.norms()
         gradient_M = self.partition.sum(_squared_gradient)
         trial_M = self.partition.sum(lambda w: (w - rate * _gradient(w)).square()).sqrt()
         lam = self.step_strength(optimizer)
         shrunk_M = lasso_scale(trial_M, lam * lasso_weights(self.partition))
         border_M = (norm_M == 0) | (shrunk_M == 0)
-        # A group that the proximal step zeroes moves by its whole norm; any other by a gradient
-        # step.
+        # A group that the proximal step zeroes moves by its norm, any other by a gradient step.
         moved_M = torch.where(shrunk_M == 0, norm_M, rate * gradient_M.sqrt())
         zero_M = torch.zeros_like(moved_M)
         parts = [torch.where(border_M, moved_M, zero_M), torch.where(border_M, zero_M, moved_M)]

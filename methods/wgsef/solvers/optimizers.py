@@ -1,9 +1,9 @@
 """SGD and Adam whose step ends with a proximal operator.
 
-A solver may act twice per step: `before_step`, to add to gradients or read the weights, and
-`after_step`, to shrink or zero groups. Prox-SGD is Algorithm 2 of arXiv 2212.12921. After Adam the
-operator has to act in Adam's own metric, otherwise it is no proximal step of the objective (WGSEF
-specification section 7).
+A solver may act twice per step: in `before_step`, to add to gradients or read the weights, and in
+`after_step`, to shrink or zero groups. Prox-SGD is Algorithm 2 of arXiv 2212.12921. With Adam the
+operator has to act in Adam's metric, otherwise the step is not a proximal step of the objective
+(WGSEF specification section 7).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class ProximalOptimizer(Protocol):
-    """Interface of an optimizer towards its solver."""
+    """What a solver needs to know about the optimizer."""
 
     adaptive: bool
 
@@ -32,7 +32,7 @@ class ProximalOptimizer(Protocol):
 
 
 class StepHooks(Protocol):
-    """Interface of a solver towards its optimizer."""
+    """The methods of a solver that the optimizer calls."""
 
     def before_step(self, optimizer: ProximalOptimizer) -> None:
         """Change gradients, before the step."""
@@ -44,7 +44,7 @@ class StepHooks(Protocol):
 class _SolverSteps(torch.optim.Optimizer):
     """Base of both optimizers: the solver acts before and after the step of the base class."""
 
-    # Both are set by the subclasses: torch's constructors take no further arguments.
+    # Set by the subclasses, because torch's constructors take no further arguments.
     adaptive: bool
     solver: StepHooks
 

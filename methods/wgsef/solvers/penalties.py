@@ -1,8 +1,8 @@
 """Solvers that add the gradient of a penalty to the loss.
 
-Group DeepHoyer and network slimming are written here. GroupNorm and GrowingReg are torch-pruning's
-own penalties and rankings (DepGraph: Fang et al., 2023; Growing Reg: Wang et al., 2021) in the
-training loop, budget and fine-tuning of all solvers.
+Group DeepHoyer and network slimming are implemented here. GroupNorm and GrowingReg use the
+penalties and rankings of torch-pruning (DepGraph: Fang et al., 2023; Growing Reg: Wang et al.,
+2021), with the training loop, budget and fine-tuning of all other solvers.
 
 Shapes: M groups of all families, L families, N groups of the largest.
 """
@@ -40,19 +40,19 @@ class DeepHoyerSolver(Solver):
         sum_L1 = norm_LN.sum(-1, keepdim=True)
         square_L1 = norm_LN.square().sum(-1, keepdim=True)
         factor_LN = 2 * sum_L1 / square_L1 * (1 / norm_LN - sum_L1 / square_L1)
-        # At a zero group the penalty has a kink; 0 is a subgradient there. This also clears the
-        # padding.
+        # At a zero group the penalty is not differentiable, and 0 is a subgradient. This also
+        # clears the padding.
         factor_LN = torch.where(norm_LN > 0, factor_LN, 0.0)
         self.partition.add_to_gradients_(self._weight * self.partition.unpad(factor_LN))
 
 
 class ReleasedDeepHoyerSolver(Solver):
-    """Group Hoyer-square as its authors' code has it (yanghr/DeepHoyer, structured form).
+    """Group Hoyer-square as in its authors' code (yanghr/DeepHoyer, structured form).
 
-    Per weight W of a convolution or linear layer, the last one included,
-    [(sum_c ||W[:, c]||)^2 + (sum_f ||W[f]||)^2] / ||W||_F^2: filters and input channels of each
-    layer on its own, where `DeepHoyerSolver` has one norm for all that leaves together. BatchNorm
-    and biases are free.
+    The penalty is a sum over the weights W of all convolutions and linear layers, including the
+    last one, of [(sum_c ||W[:, c]||)^2 + (sum_f ||W[f]||)^2] / ||W||_F^2. Filters and input
+    channels of each layer are penalised separately, while `DeepHoyerSolver` has one norm for
+    everything that is removed together. BatchNorm and biases are not penalised.
     """
 
     def __init__(self, context: SolverContext, strength: float) -> None:
@@ -66,7 +66,7 @@ class ReleasedDeepHoyerSolver(Solver):
 
     def before_step(self, optimizer: ProximalOptimizer) -> None:
         """Add the penalty's gradient; a row or channel of zeros gets the subgradient 0."""
-        # A weight of zeros has no Hoyer-square, and nothing to push further.
+        # The Hoyer-square of an all-zero weight is undefined (0 / 0).
         tensors = [weight for weight in self._tensors if bool(weight.detach().any())]
         if not tensors:
             return
@@ -114,8 +114,8 @@ class SlimmingSolver(Solver):
 
     def score(self) -> Tensor:
         """Return the mean |gamma| of each group, [M], not normalised by layer."""
-        # As in the paper: one global threshold on |gamma|, which BatchNorm makes comparable across
-        # layers. A coupled group has several BatchNorms, so it is their mean.
+        # As in the paper, there is one global threshold on |gamma|, which BatchNorm makes
+        # comparable between layers. A coupled group may have several BatchNorms, hence the mean.
         chosen = self._scales
         parameters = self.partition.parameters
         total_M = self.partition.sum_named(
@@ -128,10 +128,10 @@ class SlimmingSolver(Solver):
 
 
 class _TorchPruningSolver(Solver):
-    """Lets a pruner of torch-pruning add to the gradients and rank the groups.
+    """Adapter of a pruner of torch-pruning, which adds to the gradients and ranks the groups.
 
     Raises:
-        UserError: the groups are not coupled filters, the only kind that torch-pruning knows.
+        UserError: the groups are not coupled filters, the only kind that torch-pruning supports.
     """
 
     def __init__(self, context: SolverContext, maker: str, importance: Any, **knobs: float) -> None:
@@ -168,9 +168,9 @@ class _TorchPruningSolver(Solver):
         return torch.cat(parts).double()
 
     def _in_order(self, context: SolverContext) -> list[Any]:
-        """Return the pruner's groups in the order of our families."""
-        # Both graphs come from the same tracer, but on different copies of the network, so groups
-        # are matched by name: a family is called after the first layer that produces its filters.
+        """Return the pruner's groups in the order of the partition's families."""
+        # Both graphs come from the same tracer but from different copies of the network, so groups
+        # are matched by name: a family is named after the first layer that produces its filters.
         by_layer: dict[str, Any] = {}
         names = {module: name for name, module in context.network.named_modules()}
         for group in self._pruner.DG.get_all_groups(
@@ -185,9 +185,9 @@ class _TorchPruningSolver(Solver):
 class GroupNormSolver(_TorchPruningSolver):
     """DepGraph's sparse training: weight decay that grows as a group's norm falls.
 
-    Norms of a layer are divided by their mean, the library's default, or by their maximum
-    (`normalizer="max"`), as its script for CIFAR does. The decay depends on neither, only the
-    ranking across layers does.
+    For the ranking across layers, the norms of a layer are divided by their mean, the library's
+    default, or by their maximum (`normalizer="max"`), as in its script for CIFAR. The decay does
+    not depend on this.
     """
 
     def __init__(
@@ -220,8 +220,8 @@ class GrowingRegSolver(_TorchPruningSolver):
 
     def state(self) -> dict[str, Tensor]:
         """Return the grown penalties in addition to the base state."""
-        # The pruner keeps penalties by group object, which no file can hold; the order of groups is
-        # that of the graph and the same after a resume.
+        # The pruner stores penalties by group object, which cannot be saved. Groups are numbered
+        # instead: their order is that of the graph and the same after a resume.
         grown = {f"reg.{i}": reg for i, reg in enumerate(self._pruner.group_reg.values())}
         return {**super().state(), **grown}
 
@@ -234,6 +234,6 @@ class GrowingRegSolver(_TorchPruningSolver):
 
 def _without_warnings(make: Any, *args: Any, **kwargs: Any) -> Any:
     with warnings.catch_warnings():
-        # Its warnings concern parameters outside all groups; the user can do nothing about them.
+        # torch-pruning warns about parameters outside all groups, which the user cannot change.
         warnings.simplefilter("ignore")
         return make(*args, **kwargs)

@@ -9,9 +9,9 @@ import math
 
 
 def cubic_sparsity(progress: float) -> float:
-    """Return the fraction of the pruning due by now: 1 - (1 - p)^3 (Zhu and Gupta, 2018).
+    """Return the fraction of the pruning due at a progress p: 1 - (1 - p)^3 (Zhu and Gupta, 2018).
 
-    Fast at first, when many groups are redundant, slow towards the end.
+    Pruning is fast at first, when many groups are redundant, and slow towards the end.
     """
     return 1 - (1 - min(1.0, max(0.0, progress))) ** 3
 
@@ -22,17 +22,17 @@ def homotopy_ratio(progress: float) -> float:
 
 
 def learning_rate_factor(progress: float, share: float, warmup: float = 0.05) -> float:
-    """Return the factor of the learning rate.
+    """Return the factor of the learning rate at a progress.
 
-    Linear warm-up over `warmup` of the training, then half a cosine to 0 at the selection
-    (`share`), then another half cosine from half the rate for the fine-tuning.
+    The factor rises linearly during the fraction `warmup`, falls to 0 on a half cosine until the
+    selection at `share`, and restarts at one half for the fine-tuning, again on a half cosine.
     """
     if progress < warmup:
         return progress / warmup
     if progress <= share:
         return _half_cosine((progress - warmup) / (share - warmup))
-    # A restart as in SGDR: at the rate near 0 of a single schedule's end, the damage done by the
-    # selection could not be repaired.
+    # A restart as in SGDR: with a single schedule the rate would be near 0 after the selection, too
+    # low to repair its damage.
     return 0.5 * _half_cosine((progress - share) / (1 - share))
 
 

@@ -1,4 +1,4 @@
-"""Base class of all solvers, and the simple ones: none, frozen, iterative hard thresholding.
+"""Base class of all solvers, and the simple ones: none, frozen, magnitude, hard thresholding.
 
 Shapes: M groups of all families.
 """
@@ -21,8 +21,8 @@ _WHOLE_GATE = 1 - 1e-9
 class SolverContext:
     """Inputs of a solver: the network, its groups, the budget and the length of the training.
 
-    `steps` is the number of steps until the mask is frozen, `epoch` that of one epoch; `example` is
-    one input of the network.
+    `steps` is the number of steps before the mask is frozen, `epoch` the number of steps per epoch,
+    and `example` one input of the network.
     """
 
     network: nn.Module
@@ -36,10 +36,10 @@ class SolverContext:
 class Solver:
     """Acts before and after each optimizer step; the base class changes nothing.
 
-    `strength` is that of the solver's regulariser, None without one; `lam` is strength times step
-    size of the last step, and `total_strength` its sum over all steps, on which the number of
-    groups left depends. `decays_groups` means that the solver decays the weights of groups itself,
-    so the optimizer must not.
+    `strength` is that of the solver's regulariser, or None if it has none. `lam` is strength times
+    step size in the last step; `total_strength` is its sum over all steps, which determines how
+    many groups are left. If `decays_groups` is set, the solver decays the weights of groups itself
+    and the optimizer must not.
     """
 
     decays_groups = False
@@ -50,21 +50,21 @@ class Solver:
         self.strength = strength
         self.step = 0
         self.lam = self.total_strength = 0.0
-        # Norms are normalised by their layer's mean at the start and not by the current mean: a
-        # moving unit would hide that a layer shrinks as a whole.
+        # Norms are divided by the mean of their layer at the start. The current mean would hide
+        # that a layer shrinks as a whole.
         self.unit_M = layer_units(context.partition)
         self.gate_M = torch.ones_like(self.unit_M)
 
     @property
     def progress(self) -> float:
-        """Fraction of the time until the mask is frozen that has passed, 0 to 1."""
+        """Fraction of the steps before the mask is frozen that have been taken, 0 to 1."""
         return min(1.0, self.step / self.context.steps)
 
     @property
     def fractional(self) -> int:
         """Number of groups that the last operator left neither whole nor zero."""
         between_M = (self.gate_M > 0) & ~self.whole
-        # A half-space step may have zeroed a group since the last proximal step.
+        # A half-space step may have zeroed groups since the last proximal step.
         return int((between_M & self.partition.alive()).sum())
 
     @property
@@ -73,7 +73,7 @@ class Solver:
         return self.gate_M >= _WHOLE_GATE
 
     def step_strength(self, optimizer: ProximalOptimizer) -> float:
-        """Return strength times step size of this step."""
+        """Return strength times the size of this step."""
         return 0.0 if self.strength is None else self.strength * optimizer.rate
 
     def before_step(self, optimizer: ProximalOptimizer) -> None:
@@ -89,7 +89,7 @@ class Solver:
             self.shrink(optimizer)
 
     def shrink(self, optimizer: ProximalOptimizer) -> None:
-        """Change the weights of groups; the part of `after_step` in which solvers differ."""
+        """Change the weights of groups; the part of `after_step` that subclasses override."""
 
     def score(self) -> Tensor:
         """Return the score by which the final selection ranks groups, [M].
@@ -122,19 +122,17 @@ class FrozenSolver(Solver):
 
     def shrink(self, optimizer: ProximalOptimizer) -> None:
         """Zero what momentum or weight decay has moved."""
-        # Masking gradients would not do: momentum from before the selection still moves the
-        # weights.
+        # Masking gradients would not suffice: momentum from before the selection moves weights too.
         self.partition.scale_(self.keep_M.double())
 
 
 def select_alive(context: SolverContext, score_M: Tensor) -> tuple[Tensor, int]:
-    """Make the final selection and zero all other groups; return its mask and the number alive.
+    """Make the final selection and zero all other groups.
 
-    The number is that of the groups that were not zero before the selection.
+    Return the mask [M] of the kept groups, and the number of groups that were not zero before.
     """
     alive_M = context.partition.alive()
-    # The selection always fills the budget; groups that are already zero must not be counted as
-    # kept.
+    # The selection always fills the budget, if necessary with groups that are already zero.
     keep_M = context.allocation.select(score_M) & alive_M
     context.partition.scale_(keep_M.double())
     return keep_M, int(alive_M.sum())
@@ -148,16 +146,17 @@ class MagnitudeSolver(Solver):
 
 
 def layer_units(partition: GroupPartition) -> Tensor:
-    """Return one over the mean norm of each group's family, [M]; 1 if that mean is 0."""
+    """Return the reciprocal of the mean norm of each group's family, [M]; 1 if that mean is 0."""
     means = [norms.mean().expand(len(norms)) for norms in partition.split(partition.norms())]
     mean_M = torch.cat(means)
     return torch.where(mean_M > 0, 1 / mean_M, torch.ones_like(mean_M))
 
 
 class HardThresholdSolver(Solver):
-    """Gradient step, then projection onto k groups; k follows the cubic schedule.
+    """Iterative hard thresholding: a gradient step, then projection onto the k strongest groups.
 
-    Dropped groups may come back, since their gradients are still applied.
+    k follows the cubic schedule. Dropped groups can return, since their gradients are still
+    applied.
     """
 
     def shrink(self, optimizer: ProximalOptimizer) -> None:
