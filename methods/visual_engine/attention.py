@@ -4,9 +4,9 @@ Shapes: B samples, T text rows, N visual rows and S tokens of the call, P and M 
 tokens of earlier calls, D d_model, H query heads, h kept, G key-value heads, V read by kept heads,
 d a head's width, R rows of any stream.
 
-Text queries of dropped heads attend to text only; those of kept heads attend to visual and text
-keys. Visual queries exist for kept heads only. Each softmax runs over attended keys only; masked
-keys are never computed.
+Text queries of dropped heads attend to text only, those of kept heads to visual and text keys.
+Visual queries exist for kept heads only. Each softmax runs over the attended keys only; products
+with dropped keys are not computed.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class StreamQKV:
 def angles_of_kinds(
     rotary: nn.Module, x_BSD: Tensor, kinds: Sequence[str], positions: Tensor
 ) -> Rotary:
-    """Return cos and sin of the rotations by some positions, of all kinds of layers in a row."""
+    """Return cos and sin at the given positions, concatenated over all kinds of layers."""
     if "layer_type" in inspect.signature(rotary.forward).parameters:
         found = [rotary(x_BSD, positions, kind) for kind in kinds]
     else:
-        # Cohere 2 rotates in layers with a window only; a turn by nothing stands for none.
+        # Cohere 2 rotates only in layers with a window; for other layers the angle is zero.
         turn: Rotary = rotary(x_BSD, positions)
         none = torch.ones_like(turn[0]), torch.zeros_like(turn[1])
         found = [turn if kind == "sliding_attention" else none for kind in kinds]
@@ -58,13 +58,12 @@ def split_heads(x_BRE: Tensor, width: int) -> Tensor:
 
 
 def apply_rotary(x_BHRd: Tensor, rotary: Rotary, *, interleaved: bool = False) -> Tensor:
-    """Apply rotary embeddings to the two halves of each head, or to neighbouring components.
+    """Apply rotary embeddings to the two halves of each head, or to adjacent pairs.
 
     Components beyond the width of the angles are not rotated.
     """
     cos, sin = (part[:, None] for part in rotary)
-    # Partial rotary embeddings (Phi-3 family) give angles narrower than a head; the remaining
-    # components carry no position.
+    # With partial rotary embeddings (Phi-3 family) the angles are narrower than a head.
     turned, kept = x_BHRd.split([cos.shape[-1], x_BHRd.shape[-1] - cos.shape[-1]], dim=-1)
     if interleaved:
         first, second = turned[..., ::2], turned[..., 1::2]
@@ -79,7 +78,7 @@ def apply_rotary(x_BHRd: Tensor, rotary: Rotary, *, interleaved: bool = False) -
 def norm_and_rotate(
     x_BRE: Tensor, view: AttentionView, norm: torch.nn.Module | None, rotary: Rotary
 ) -> Tensor:
-    """Prepare projected queries or keys for their product: norm and rotate, [B, heads, R, d]."""
+    """Split projected queries or keys into heads, normalise and rotate them, [B, heads, R, d]."""
     x_BRHd = x_BRE.unflatten(-1, (-1, view.head_dim))
     if norm is not None:
         x_BRHd = norm(x_BRHd)
@@ -124,8 +123,8 @@ def text_attention(
             2,
         )
         parts.append(attend(select_heads(q_BHTd, heads.kept), k, v, masks.mixed_BTK, scaling))
-    # If there are no visual keys, or no head is kept, all heads attend to text only. (kept,
-    # dropped) is the order that `restore_head_order` expects.
+    # Without visual keys, or without kept heads, all heads attend to text only.
+    # `restore_head_order` expects the order (kept, dropped).
     alone = heads.dropped if parts else (*heads.kept, *heads.dropped)
     if alone:
         k = kv_heads_for(text.k, alone, heads.per_group)
@@ -154,7 +153,7 @@ def visual_attention(
         k = torch.cat([k_visual[samples, :, block.keys], k_text[samples, :, :n_text]], dim=2)
         v = torch.cat([v_visual[samples, :, block.keys], v_text[samples, :, :n_text]], dim=2)
         outputs.append(attend(q_BhNd[samples, :, block.queries], k, v, block.mask, scaling))
-    # The usual case without a window or with few rows: one block covers everything, so no copy.
+    # Without a window or with few rows, one block covers everything and needs no copy.
     if len(outputs) == 1 and outputs[0].shape == q_BhNd.shape:
         return outputs[0]
     out_BhNd = torch.zeros_like(q_BhNd)
@@ -166,9 +165,9 @@ def visual_attention(
 def joint_attention(
     text: StreamQKV, visual: StreamQKV, weights: VisualWeights, masks: AttentionMasks
 ) -> tuple[Tensor, Tensor]:
-    """Compute both streams' attention where kept heads attend in plain causal order.
+    """Compute the attention of both streams in kept heads, in plain causal order.
 
-    One causal product over [text | visual] rows in the call's order, which needs no mask.
+    This is one causal attention over the [text | visual] rows in the call's order, without a mask.
     """
     heads, scaling = weights.heads, weights.view.scaling
     order = cast(Tensor, masks.order)
@@ -178,8 +177,8 @@ def joint_attention(
         (kv_heads_for(text.k, heads.kept, heads.per_group), select_heads(visual.k, heads.reads)),
         (kv_heads_for(text.v, heads.kept, heads.per_group), select_heads(visual.v, heads.reads)),
     )
-    # Sorting copies the rows once, which is cheaper than a mask: with a mask, SDPA computes the
-    # pairs above the diagonal as well and on a GPU cannot use its flash kernel.
+    # Sorting copies the rows once, which is cheaper than a mask: with a mask, SDPA also computes
+    # the pairs above the diagonal, and cannot use its flash kernel on a GPU.
     q, k, v = (torch.cat(pair, dim=2).index_select(2, order) for pair in streams)
     joint = attend(q, k, v, None, scaling, causal=True).index_select(2, order.argsort())
     rows = q_text.shape[2]
@@ -200,8 +199,8 @@ def text_only_attention(
     """
     heads = weights.heads
     before = cast(Tensor, masks.before_BNK)
-    # A softmax over nothing is NaN in some kernels, which multiplying by 0 does not remove. Rows
-    # without text before them therefore get a full mask first and are zeroed afterwards.
+    # Some kernels return NaN for a softmax over no keys, and NaN times 0 is NaN. Rows without text
+    # before them therefore attend to all text and are zeroed afterwards.
     any_text = before.any(dim=-1, keepdim=True)
     k = kv_heads_for(text.k, heads.dropped, heads.per_group)
     v = kv_heads_for(text.v, heads.dropped, heads.per_group)
@@ -209,15 +208,14 @@ def text_only_attention(
 
 
 def restore_head_order(parts: Sequence[Tensor], restore: Tensor | None) -> Tensor:
-    """Put heads that were computed as (kept, dropped) into the network's order."""
+    """Reorder heads computed as (kept, dropped) into the network's order."""
     whole = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
     return whole if restore is None else whole.index_select(1, restore)
 
 
 def select_heads(x_BHRd: Tensor, heads: Sequence[int]) -> Tensor:
-    """Select heads, each as often as it is named; a view if they are consecutive."""
-    # After the weights have been reordered kept heads are consecutive, so the usual case costs no
-    # copy of keys and values.
+    """Select heads, which may repeat; the result is a view if they are consecutive."""
+    # Kept heads are consecutive once the weights are reordered, so the usual case copies nothing.
     count = len(heads)
     if count and tuple(heads) == tuple(range(heads[0], heads[0] + count)):
         return x_BHRd[:, heads[0] : heads[0] + count]

@@ -2,10 +2,10 @@
 
 Shapes: B samples, S tokens of a call, T text rows, N visual rows, D d_model, V vocabulary.
 
-The engine replaces the text decoder's forward, so the model's own `generate` works unchanged. A
-call without images, and with no image in its cache, is passed to the original decoder. Any other
-call runs here, top to bottom in `_run`. Pruning steps divide the decoder into stages; from one
-stage to the next visual tokens are removed for good.
+The engine replaces the text decoder's forward, so the model's own `generate` works unchanged. Calls
+without images, either in the call or in its cache, are passed to the original decoder. All other
+calls run in `_run`. Pruning steps divide the decoder into stages; between stages, visual tokens are
+removed permanently.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from methods.visual_engine.weight_cache import WeightCache
 
 ENGINE_ATTRIBUTE = "slimbench_visual_engine"
 
-# Reads the vision tower's outputs of a call; None if it was not recorded.
+# Returns the vision tower's outputs of a call; None if the tower is not recorded.
 ReadTower = Callable[[], TowerOutput | None]
 
 
@@ -74,7 +74,7 @@ class DecoderCall(TypedDict, total=False):
 
 
 class VisualEngine:
-    """Runs one network under its `VisualPlan`, from the moment it is created."""
+    """Runs one network under its `VisualPlan`; creating the engine installs it in the network."""
 
     def __init__(self, network: nn.Module, structure: ModelStructure) -> None:
         self.network = network
@@ -89,14 +89,14 @@ class VisualEngine:
         self._padding_mask: Tensor | None = None
         self._bypassed = False
         self._original_forward: Callable[..., object] = self.decoder.module.forward
-        # For good: a copy of the network copies the engine, and with it this replacement.
+        # Never undone: a copy of the network contains a copy of the engine.
         replace_forward(self.decoder.module, self.forward)
         self.decoder.inner.register_forward_pre_hook(self._locate_tokens, with_kwargs=True)
         setattr(network, ENGINE_ATTRIBUTE, self)
 
     @contextmanager
     def dense(self) -> Iterator[None]:
-        """Run the network without any plan inside the block."""
+        """Run the network without its plan inside the `with` block."""
         before = self._bypassed
         self._bypass(True)
         try:
@@ -115,63 +115,63 @@ class VisualEngine:
         return logits_B1V[:, -1]
 
     def tokens_left(self) -> list[tuple[int, ...]]:
-        """Return the tokens of each frame after each pruning step of the last call with images."""
-        # Counted when asked: on a GPU, counting waits for the device.
+        """Return the tokens per frame after each pruning step of the last call with images."""
+        # Counted on demand, because counting on a GPU waits for the device.
         return [Frames.of(cells).counts for cells in self._left]
 
     def record_tower(self, *layers: LayerRequest) -> None:
-        """Record what the vision tower computes, for pruning steps that read it and these layers.
+        """Record the vision tower's outputs and the requested layers, for steps that read them.
 
         Raises:
-            UserError: the tower is not supported, or has no such layers.
+            UserError: the tower is not supported, or does not have these layers.
         """
         if self.tower is None:
             self.tower = Tower(self.network)
         self.tower.request(*layers)
 
     def prune_tower(self, name: str, rank: RankPatches) -> None:
-        """Let patches leave inside the vision tower; a pruning step must remove their tokens.
+        """Remove patches inside the vision tower; a pruning step must remove their tokens.
 
         Raises:
-            UserError: the tower does not allow it.
+            UserError: the tower does not support it.
         """
         self.record_tower()
         cast(Tower, self.tower).prune(name, rank)
 
     @property
     def tower_rows(self) -> tuple[int, ...] | None:
-        """Rows of an image in each layer of the tower's last pass; None if none leave there."""
+        """Rows of an image in each layer of the tower's last pass; None if it removes none."""
         pruning = None if self.tower is None else self.tower.pruning
         return None if pruning is None else tuple(pruning.rows)
 
     def _locate_tokens(
         self, inner: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> None:
-        """Locate the visual tokens of the call that is about to reach the decoder."""
-        # Only the inner model sees token ids and pixels; the decoder below it gets embeddings. What
-        # the hook finds is kept until the decoder's forward takes it.
+        """Locate the visual tokens of a call before it reaches the decoder."""
+        # Only the inner model gets token ids and pixels; its decoder gets embeddings. The result is
+        # stored until the decoder's forward takes it.
         call = inspect.signature(inner.forward).bind_partial(*args, **kwargs).arguments
         call |= call.pop("kwargs", {})
         self._tokens = locate_visual_tokens(self.network, call)
-        # Gemma's inner models turn it into masks of their own before the decoder sees it.
+        # Gemma's inner models convert it to other masks before they call the decoder.
         self._padding_mask = call.get("attention_mask")
 
     def forward(self, *args: object, **call: Unpack[DecoderCall]) -> object:
-        """Run one call: by the original decoder, in masked mode, or on two streams."""
-        # Taken before any test below, together with the tower's recordings: a call that returns
-        # early must not leave them for the next one, whose images they are not.
+        """Run one call: with the original decoder, in masked mode, or on two streams."""
+        # Taken before the tests below, together with the tower's recordings: a call that returns
+        # early must not leave them for the next call, which has other images.
         tokens, self._tokens = self._tokens, None
         padding, self._padding_mask = self._padding_mask, None
         read_tower = self._tower_reader(tokens)
         cache = call.get("past_key_values")
         if self._bypassed or self.plan.execution is None:
             return self._original_forward(*args, **call)
-        # Masked mode decides for itself about text-only calls: it keeps its marks on the cache, not
-        # in a split cache.
+        # Masked mode also gets text-only calls: it stores its marks on the cache, not in a split
+        # cache.
         if self.plan.execution == "masked":
             return self.masked_mode.run(self._original_forward, tokens, *args, **call)
-        # A text-only call still has to run here if images are in its cache: only the engine knows
-        # how to read the visual part.
+        # A text-only call with images in its cache must run here, because only the engine can read
+        # the visual part.
         if tokens is None and not is_split_cache(cache):
             return self._original_forward(*args, **call)
         if cast(TransformersNetwork, self.network).config.model_type in BIDIRECTIONAL:
@@ -183,8 +183,7 @@ class VisualEngine:
         tower = self.tower
         runs = [] if tower is None else tower.take_calls()
 
-        # Reading recomputes a layer's attention in the tower: not at all in a call that prunes
-        # nothing, once if several steps prune.
+        # Reading recomputes attention in the tower, so it is done on demand and at most once.
         @cache_result
         def read() -> TowerOutput | None:
             if tower is None or tokens is None or not runs:
@@ -205,7 +204,10 @@ class VisualEngine:
         deepstack_visual_embeds: list[Tensor] | None = None,
         **_: object,
     ) -> MoeModelOutputWithPast:
-        """Split the call into two streams, run them through all layers, put text rows back."""
+        """Split the call into two streams, run them through all layers, and return text rows.
+
+        Visual rows of the returned hidden states are NaN, or 0 if gradients are enabled.
+        """
         config = self.decoder.config
         cache = past_key_values
         if cache is None and (config.use_cache if use_cache is None else use_cache):
@@ -239,8 +241,8 @@ class VisualEngine:
         if images is not None:
             self._left = [stage.cells for stage in state.stages[1:]]
         state.commit_to_cache(inputs_embeds.shape[1])
-        # Visual rows are not computed to the end. NaN says so to whoever reads their logits all the
-        # same; zeros would be an answer, token 0. In training a loss skips these rows, but NaN
+        # Visual rows are not computed to the end. NaN makes this visible in their logits, while
+        # zeros would look like an answer (token 0). In training the loss skips these rows, but NaN
         # times a gradient of 0 is NaN.
         unknown = 0.0 if torch.is_grad_enabled() else torch.nan
         out_BSD = text.put(torch.full_like(inputs_embeds, unknown), self._final_norm(x_BTD))
@@ -249,7 +251,7 @@ class VisualEngine:
     def _split_once(
         self, cache: DynamicCache, past_mask: Tensor | None, batch: int, device: torch.device
     ) -> None:
-        """Give a cache its visual part, unless an earlier call did under the same pruning steps."""
+        """Split a cache unless an earlier call has; require the same number of pruning steps."""
         stages = len(self.plan.steps) + 1
         if not is_split_cache(cache):
             split_cache(cache, len(self.decoder.layers), stages, batch, past_mask, device)
@@ -274,21 +276,12 @@ class VisualEngine:
         cut, steps, stage = self.plan.cut, self.plan.steps, 0
         decode = self.plan.decode if state.generates else None
         for layer in self.decoder.layers:
-            # Several steps may follow the same layer. `stage` counts the steps passed, also in
-            # calls without visual rows, because it selects the cached positions that the layer can
-            # see.
+            # `stage` counts the steps passed, even in calls without visual rows, because it selects
+            # the cached positions that the layer attends to.
             for step in steps[stage:] if layer.index < cut else ():
                 if step.after > layer.index:
                     break
-                if state.visual is not None:
-                    reached = self.plan.reaching(layer.index)
-                    ahead = LayersAhead(
-                        cache_result(partial(self._next_qk, streams, state, layer, reached)),
-                        layer.attention_norm,
-                        self._final_norm,
-                    )
-                    with self.overhead.timed(streams.text_BTD.device):
-                        streams = state.run_step(step, streams, read_tower, ahead)
+                streams = self._prune(step, streams, state, layer, read_tower)
                 stage += 1
             if decode and decode.layer == layer.index and streams.last_qk is not None:
                 with self.overhead.timed(streams.text_BTD.device):
@@ -311,14 +304,34 @@ class VisualEngine:
                     past_key_values=call.cache,
                     use_cache=call.cache is not None,
                 )
-            # DeepStack (Qwen3-VL) adds tower features after each of the first layers, to visual
-            # tokens only. They are narrowed by each pruning step together with the rows.
+            # DeepStack (Qwen3-VL) adds tower features to visual tokens after each of the first
+            # layers. Pruning steps remove them together with the rows.
             if layer.index < len(readout_stacked):
                 streams.text_BTD = streams.text_BTD + readout_stacked[layer.index]
             stacked = [] if state.visual is None else state.visual.stacked
             if streams.visual_BND is not None and layer.index < len(stacked):
                 streams.visual_BND = streams.visual_BND + stacked[layer.index]
         return streams.text_BTD
+
+    def _prune(
+        self,
+        step: TokenPruningStep,
+        streams: Streams,
+        state: ForwardState,
+        layer: DecoderLayer,
+        read_tower: ReadTower,
+    ) -> Streams:
+        """Run a pruning step before a layer; without visual rows there is nothing to prune."""
+        if state.visual is None:
+            return streams
+        reached = self.plan.reaching(layer.index)
+        ahead = LayersAhead(
+            cache_result(partial(self._next_qk, streams, state, layer, reached)),
+            layer.attention_norm,
+            self._final_norm,
+        )
+        with self.overhead.timed(streams.text_BTD.device):
+            return state.run_step(step, streams, read_tower, ahead)
 
     def _next_qk(
         self,
@@ -327,18 +340,18 @@ class VisualEngine:
         layer: DecoderLayer,
         reached: Sequence[TokenPruningStep],
     ) -> LayerQK:
-        """Return the queries and keys of a layer that runs after some steps, for rows before."""
+        """Return the queries and keys of the layer after some steps, for the rows before them."""
         weights, call = self.weight_cache.layer(layer.index), state.upcoming(reached)
         return upcoming_qk(streams, layer, weights, self._of_kind(layer, call))
 
     def _of_kind(self, layer: DecoderLayer, call: CallContext) -> CallContext:
-        """Return what the layers of a layer's kind share."""
+        """Return the inputs that all layers of this layer's kind share."""
         if layer.kind is None:
             return call
         return call.of_kind(self.decoder.kinds.index(layer.kind), len(self.decoder.kinds))
 
     def _require_reach(self, length: int) -> None:
-        """Refuse a sequence in which some layer's sliding window would hide tokens."""
+        """Raise if a sequence is longer than the sliding window of some layer."""
         reach = self.decoder.reach
         if reach is not None and length > reach:
             raise UserError(
@@ -354,7 +367,8 @@ class VisualEngine:
     def _positions(self, x_BSD: Tensor, positions: Tensor | None, offset: int) -> CallPositions:
         """Return the positions of a call's tokens.
 
-        Given are [B, S], [3, B, S] (M-RoPE) or [4, B, S], whose first part is for packed text only.
+        `positions` are [B, S], [3, B, S] (M-RoPE), or [4, B, S], of which the first row is only for
+        packed text and ignored.
         """
         rotary = cast(nn.Module, self.decoder.module.rotary_emb)
         if positions is None:
@@ -369,7 +383,7 @@ class VisualEngine:
 
 
 def visual_engine_of(network: nn.Module) -> VisualEngine:
-    """Return the network's engine, created at the first call."""
+    """Return the network's engine, which the first call creates."""
     known = getattr(network, ENGINE_ATTRIBUTE, None)
     if isinstance(known, VisualEngine):
         return known
@@ -389,8 +403,8 @@ def split_rows(
     if mask is not None and getattr(mask, "ndim", None) != 2:
         raise UserError("visual token strategies need a padding mask of two dimensions")
     batch, length = x_BSD.shape[:2]
-    # Generation: one text row per sample, real in every sample, so that the mask need not be read,
-    # which on a GPU would be a synchronisation per token.
+    # A generated token is a real text row in every sample. Reading the mask would synchronise with
+    # the GPU at every token.
     if length == 1 and tokens is None:
         return TokenRows(torch.zeros(batch, 1, dtype=torch.int64, device=x_BSD.device), None), None
     every = torch.ones(batch, length, dtype=torch.bool, device=x_BSD.device)
@@ -407,7 +421,7 @@ def _deepstack_rows(
     """Return what DeepStack adds to some rows after each of the first layers, [B, R, D] each."""
     if not embeds:
         return []
-    # The embeddings come flat over the batch, in the order of visual tokens. Scattering them into
-    # zeros restores their positions in the sequence, from which each sample takes its own rows.
+    # The embeddings are flat over the batch, in the order of visual tokens. Scattering them into
+    # zeros restores their positions in the sequence, from which rows can be taken.
     empty_BSD, mask_BS1 = torch.zeros_like(x_BSD), tokens.mask[..., None]
     return [rows.take(empty_BSD.masked_scatter(mask_BS1, e.to(x_BSD.dtype))) for e in embeds]

@@ -1,4 +1,4 @@
-"""State of one call on its way through the decoder: visual tokens that are left, and masks.
+"""State of one call as it passes through the decoder: the visual tokens left, and the masks.
 
 Shapes: B samples, S tokens of the call, T text rows, N visual rows that are left, D d_model, I
 frames, M rows of a frame, V visual tokens of the call in the order in which they were encoded.
@@ -42,14 +42,14 @@ from methods.visual_engine.token_index import Cells, Frames, TokenRows, rows_whe
 class CallPositions:
     """Positions of a call's tokens, [B or 1, S] or with M-RoPE [3, B or 1, S].
 
-    `rotate` returns cos and sin of the rotations by any such positions.
+    `rotate` returns cos and sin for such positions.
     """
 
     value: Tensor
     rotate: Callable[[Tensor], Rotary]
 
     def angles(self, closed_BS: Tensor | int = 0) -> Rotary:
-        """Return the rotation of every token, its position lower by the gaps closed before it."""
+        """Return the rotation of every token, with `closed_BS` subtracted from its position."""
         return self.rotate(self.value - closed_BS)
 
 
@@ -57,10 +57,10 @@ class CallPositions:
 class VisualTokensState:
     """The visual tokens that are left: rows of the call, cells in their frames, angles.
 
-    `origin_BN` is the position in the call at which a row's token came, which differs from where
-    its row is if a pruning step has changed the order. `stacked` is what DeepStack adds after each
-    of the first layers, [B, N, D] each. `weight_BN` is for how many tokens each counts as a key;
-    None means one.
+    `origin_BN` is the original position of a row's token in the call, which differs from the
+    position of the row if a pruning step has changed the order. `stacked` is what DeepStack adds
+    after each of the first layers, [B, N, D] each. `weight_BN` is the number of tokens that each
+    one stands for as a key; None means 1.
     """
 
     rows: TokenRows
@@ -71,7 +71,7 @@ class VisualTokensState:
     weight_BN: Tensor | None = None
 
     def subset(self, chosen: TokenRows) -> VisualTokensState:
-        """Keep those at the positions that `chosen` gives, counted among the present ones."""
+        """Keep the tokens at the positions `chosen`, which are counted among the current ones."""
         rows, index_BN = self.rows.subset(chosen), chosen.index_BR
         cells = self.cells.map(lambda part_BN: part_BN.gather(1, index_BN))
         # Padding rows are copies of real ones; frame -1 keeps them out of frames and windows.
@@ -86,7 +86,7 @@ class VisualTokensState:
         )
 
     def reordered(self, moved_BN: Tensor) -> VisualTokensState:
-        """Move the tokens among the rows; positions of rows and their angles stay."""
+        """Move the tokens to other rows; the positions and angles of the rows do not change."""
         return replace(
             self,
             cells=self.cells.map(lambda part_BN: part_BN.gather(1, moved_BN)),
@@ -95,7 +95,7 @@ class VisualTokensState:
         )
 
     def turned(self, angles: Rotary) -> VisualTokensState:
-        """Return the same tokens with the angles of their rows among those of the whole call."""
+        """Return the same tokens with the angles of their rows, taken from those of the call."""
         return replace(self, rotary=take_angles(self.rows, angles))
 
 
@@ -108,7 +108,7 @@ class ImageInputs:
 
 
 class ForwardState:
-    """State that all layers of one call share, stage by stage; a pruning step ends a stage.
+    """State that the layers of one call share; each pruning step starts a new stage.
 
     `images` and `visual` are None in a call without images.
     """
@@ -133,14 +133,14 @@ class ForwardState:
         self._selection: CacheSelection | None = None
         self.initial_counts: tuple[int, ...] = ()
         self.stages: list[VisualTokensState] = [] if visual is None else [visual]
-        # Before each position of the call, how many tokens steps that renumber have removed; and
-        # how many of each sample, for every stage so far.
+        # Numbers of tokens removed so far by steps that renumber: before each position of the call,
+        # and per sample for every stage.
         self._closed_BS: Tensor | int = 0
         self._closed_B: list[Tensor | int] = [0]
         self._current: tuple[int, CallContext] | None = None
 
     def call(self, passed: Sequence[TokenPruningStep]) -> CallContext:
-        """Return the shared inputs of the layers after these steps; stages come in order."""
+        """Return the shared inputs of the layers after these steps, which only grow in a call."""
         if self._current is None or self._current[0] != len(passed):
             if any(step.renumbers for step in passed):
                 self._renumber(len(passed))
@@ -148,7 +148,7 @@ class ForwardState:
         return self._current[1]
 
     def upcoming(self, reached: Sequence[TokenPruningStep]) -> CallContext:
-        """Return the inputs of a layer for rows that the last of these steps have yet to prune."""
+        """Return the inputs of a layer after these steps, for rows that are not pruned yet."""
         before = self.text_rotary, self.visual
         if any(step.renumbers for step in reached):
             self._renumber(len(reached))
@@ -158,13 +158,13 @@ class ForwardState:
 
     @property
     def generates(self) -> bool:
-        """Whether the call is one generated token per sequence, with visual tokens in its cache."""
+        """Whether the call is one token per sequence, with visual tokens in the cache."""
         if self.images is not None or self.text.count != 1 or self.cached_tokens is None:
             return False
         return self.cached_tokens.visual[-1].index_BR.shape[1] > 0
 
     def select_cached(self, pruning: DecodePruning, last_qk: LayerQK) -> None:
-        """Choose the cached visual tokens that later layers read for the generated token."""
+        """Choose the cached visual tokens that the generated token reads in later layers."""
         cached_tokens = cast(CachedTokens, self.cached_tokens)
         self._selection = cached_tokens.selection = select_cached(
             pruning, last_qk.attention_of_token(), cached_tokens.visual[-1], cached_tokens.selection
@@ -172,14 +172,14 @@ class ForwardState:
         self._current = None
 
     def _renumber(self, stage: int) -> None:
-        """Rotate the rows that are left by positions without the gaps of removed tokens."""
+        """Rotate the remaining rows by positions that close the gaps of removed tokens."""
         past_B1 = 0 if self.cached_tokens is None else self.cached_tokens.closed_B[stage][:, None]
         angles = self.positions.angles(self._closed_BS + past_B1)
         self.text_rotary = take_angles(self.text, angles)
         self.visual = self.visual and self.visual.turned(angles)
 
     def _build_context(self, stage: int) -> CallContext:
-        """Return the inputs of layers whose cache is that of a stage."""
+        """Return the shared inputs of the layers of a stage."""
         visual = self.visual
         past = (
             None
@@ -229,8 +229,8 @@ class ForwardState:
             return streams
         frames = Frames.of(visual.cells)
         self.initial_counts = self.initial_counts or frames.counts
-        # Quotas are of the number of tokens a frame came with, also after earlier steps. A frame
-        # that has no more than its quota is left unchanged, whatever `choose` returns for it.
+        # Quotas refer to the initial number of tokens of a frame, even after earlier steps. Frames
+        # that do not exceed their quota stay unchanged, whatever `choose` returns for them.
         counts = zip(self.initial_counts, frames.counts, strict=True)
         kept = [step.quota.kept(n, m) for n, m in counts]
         untouched = [k >= m and not step.adaptive for k, m in zip(kept, frames.counts, strict=True)]
@@ -264,8 +264,8 @@ class ForwardState:
             gone_BS = _marked(before, images.tokens) & ~_marked(visual.rows, images.tokens)
             self._closed_BS = self._closed_BS + gone_BS.cumsum(dim=1) - gone_BS.long()
             self._closed_B[-1] = self._closed_B[-2] + gone_BS.sum(dim=1)
-        # The kept queries and keys belong to the rows before this step. A second step after the
-        # same layer must not index them with the new rows; VisualPlan.add_step refuses such plans.
+        # The recorded queries and keys belong to the rows before this step. `VisualPlan.add_step`
+        # refuses a second step after the same layer that would read them.
         return replace(streams, visual_BND=states_BND, last_qk=None)
 
     def commit_to_cache(self, length: int) -> None:
@@ -274,10 +274,10 @@ class ForwardState:
             return
         self.cached_tokens.text = self.cached_tokens.text.extended_by(self.text, self.offset)
         if not self.generates:
-            # Prompts and later turns read everything, which is then what the token before read.
+            # Prompts and later turns read all visual tokens.
             self.cached_tokens.selection = None
         # Per stage, since each layer's cache holds only the visual tokens that reached it. `length`
-        # is logical: it includes removed tokens, whose positions later tokens still count.
+        # includes removed tokens, because later tokens count their positions.
         for stage, visual in enumerate(self.stages):
             self.cached_tokens.visual[stage] = self.cached_tokens.visual[stage].extended_by(
                 visual.rows, self.offset, visual.weight_BN
@@ -297,13 +297,13 @@ def _chosen_tokens(
     *,
     renumbers: bool,
 ) -> tuple[VisualTokensState, Tensor]:
-    """Return the tokens that a step leaves and their states; `untouched_I` frames stay whole."""
+    """Return the tokens that a step keeps and their states; `untouched_I` marks whole frames."""
     if choice.changed_IM is not None and choice.states_IMD is not None:
         changed_IM = choice.changed_IM & ~untouched_I[:, None]
         states_BND = frames.replace_rows(states_BND, changed_IM, choice.states_IMD)
     keep_IM = choice.keep_IM | untouched_I[:, None]
-    # Without gaps a row's position is its rank among those that are left, so the order of the rows
-    # is the order of the tokens. With kept positions every token stays in place.
+    # If positions are renumbered, the order of the rows is the order of the tokens. Otherwise every
+    # token keeps its position, whatever the order of the rows.
     if choice.order_IM is not None and renumbers:
         order_IM = choice.order_IM.masked_fill(untouched_I[:, None], 0)
         moved_BN = frames.unpack_order(reordered_rows(keep_IM, order_IM))
@@ -326,19 +326,19 @@ def all_visual_tokens(
 
 
 def take_angles(rows: TokenRows, angles: Rotary) -> Rotary:
-    """Return the angles of some rows among those of the whole call, [B, R, up to d] each."""
+    """Return the angles of some rows, taken from those of the call, [B, R, up to d] each."""
     return rows.take(angles[0]), rows.take(angles[1])
 
 
 def reordered_rows(keep_IM: Tensor, order_IM: Tensor) -> Tensor:
-    """Return which row of its frame moves to each row, [I, M], so that kept ones are in order.
+    """Return, for each row of a frame, the row whose token moves there, [I, M].
 
-    Kept rows stay where they are as a set; their tokens come in rising `order`, equal ones as they
-    are. Other rows do not move.
+    The tokens of kept rows are sorted by `order`, ties as they are, and distributed over the same
+    rows. Other rows do not move.
     """
     place_IM = torch.arange(keep_IM.shape[1], device=keep_IM.device).expand_as(keep_IM)
-    # The j-th kept place gets the token whose order is the j-th; sorting marks brings both lists to
-    # the front.
+    # The j-th kept row gets the token that is j-th in order. Stable sorts of the marks bring the
+    # kept rows to the front of both lists.
     places_IM = (~keep_IM).long().argsort(dim=1, stable=True)
     sorted_IM = order_IM.argsort(dim=1, stable=True)
     removed_IM = ~keep_IM.gather(1, sorted_IM)
@@ -348,41 +348,41 @@ def reordered_rows(keep_IM: Tensor, order_IM: Tensor) -> Tensor:
 
 
 def _marked(rows: TokenRows, tokens: VisualTokens) -> Tensor:
-    """Mark the positions of the call that some rows are at, bool [B, S]."""
-    # Padding rows repeat unmarked positions or real ones, so they must not unmark any.
+    """Mark the positions of some rows in the call, bool [B, S]."""
+    # Padding rows may repeat the positions of real rows, so they must not clear any mark.
     marked_BS = torch.zeros_like(tokens.frame_BS)
     return marked_BS.scatter_add(1, rows.index_BR, rows.validity.long()) > 0
 
 
 def _encoding_order(tokens: VisualTokens) -> Tensor:
-    """Return the number of each visual token among all of the call, frame by frame, [B, S].
+    """Return the index of each visual token in the tower's outputs, [B, S].
 
-    Frames are numbered as they were encoded: images in reading order, then videos.
+    Frames are numbered in the order of encoding: images in reading order, then videos.
     """
-    # The argsort of an argsort is each element's rank. The tower encodes all images before all
-    # videos, whatever their order in the text, so the order of the tokens in the prompt is not that
-    # of its outputs; frame numbers are.
+    # The argsort of an argsort is each element's rank. Tokens must be ranked by frame number,
+    # because the tower encodes all images before all videos, whatever their order in the prompt.
     number_V = tokens.frame_BS[tokens.mask].argsort(stable=True).argsort()
     return torch.zeros_like(tokens.frame_BS).masked_scatter(tokens.mask, number_V)
 
 
 def match_tower_output(tower: TowerOutput, tokens: VisualTokens) -> TowerOutput:
-    """Bring the tower's outputs into the order of a call's tokens, repeating them for beams.
+    """Match the tower's outputs to the visual tokens of a call, repeating them for beams.
 
     Raises:
-        UserError: the tower encoded different images than the call's.
+        UserError: the tower encoded different images than those of the call.
     """
     counts = tokens.mask.sum(dim=1).tolist()
     found, wanted = len(tower.received_V), sum(counts)
     if found == wanted:
         return tower
-    # Beam search repeats each sample next to itself, but its images are encoded once. Repeating per
-    # sample gives the encoding order only while frame numbers increase along the batch; with images
-    # and videos they do not, since all images are encoded first.
+    # Beam search repeats each sample, but its images are encoded once. Repeating outputs per sample
+    # is right only if frame numbers increase along the batch. With both images and videos they do
+    # not, since all images are encoded first.
     beams = wanted // max(found, 1)
     if bool((tokens.frame_BS[tokens.mask].diff() < 0).any()):
         raise UserError(
-            "a method that reads the vision tower cannot follow beams over both images and videos"
+            "a method that reads the vision tower does not support beam search on prompts with "
+            "both images and videos: generate without beams"
         )
     if beams * found != wanted or any(
         len(set(counts[b : b + beams])) > 1 for b in range(0, len(counts), beams)
@@ -402,8 +402,8 @@ def match_tower_output(tower: TowerOutput, tokens: VisualTokens) -> TowerOutput:
 def _by_frame(
     tower: TowerOutput, tokens: VisualTokens, origin_BN: Tensor, frames: Frames
 ) -> TowerOutput:
-    """Pack the tower's outputs of the visual tokens that are left by frame, V being [I, M]."""
-    # Tower outputs come in encoding order, and earlier steps have removed and moved rows: the
-    # position at which a token came into the call leads to its encoding number.
+    """Pack the tower's outputs of the remaining visual tokens by frame: V becomes [I, M]."""
+    # Outputs are in encoding order, and earlier steps have removed and moved rows, so they are
+    # looked up by the original position of each token.
     order_BS = _encoding_order(tokens)
     return tower.select(frames.pack(order_BS.gather(1, origin_BN)))

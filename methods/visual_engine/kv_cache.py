@@ -3,8 +3,8 @@
 Shapes: B samples, G key-value heads, V key-value heads kept for visual tokens, T cached text
 tokens, N cached visual tokens, n of them that a generated token reads, d a head's width.
 
-The text part grows as in transformers' DynamicLayer. The length that a layer reports is logical,
-text and visual tokens together, because positions of new tokens are counted from it.
+The text part grows as in transformers' DynamicLayer. A layer reports the number of all text and
+visual tokens as its length, removed ones included, because positions of new tokens start from it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from methods.visual_engine.token_index import TokenRows
 class CachedPositions:
     """Positions of cached tokens of one kind in their sequences, int64 [B, R], and which are real.
 
-    `uniform`: every sample has them at the same positions and all are real; `full`: all are real.
-    `weight_BR` is for how many tokens each counts in attention; None means one.
+    `uniform` means that all are real and at the same positions in every sample, `full` only that
+    all are real. `weight_BR` is the number of tokens that each one stands for in attention; None
+    means 1.
     """
 
     index_BR: Tensor
@@ -47,8 +48,8 @@ class CachedPositions:
         self, rows: TokenRows, offset: int, weight_BR: Tensor | None = None
     ) -> CachedPositions:
         """Append the rows of a call that starts `offset` tokens into its sequences."""
-        # The cache keeps the keys of readout rows as well, since all rows of a call are appended at
-        # once; they count as padding.
+        # All rows of a call are appended to the cache at once, including readout rows, which count
+        # as padding here.
         plain = rows.readout_BR is None
         return CachedPositions(
             torch.cat([self.index_BR, rows.index_BR + offset], dim=1),
@@ -59,7 +60,7 @@ class CachedPositions:
         )
 
     def map(self, change: Callable[[Tensor], Tensor]) -> CachedPositions:
-        """Apply one change to all tensors: reordering, repeating or selecting samples."""
+        """Reorder, repeat or select samples: apply `change` to all tensors."""
         weight_BR = None if self.weight_BR is None else change(self.weight_BR)
         return replace(
             self,
@@ -86,8 +87,8 @@ def key_weights(
 class CacheSelection:
     """Cached visual tokens that the newest token reads, and the attention that chose them.
 
-    `attention_BN` is to all cached visual tokens. `index_Bn` are places among these; None means
-    that all are read. `valid_Bn` marks the real ones; None means that all are real.
+    `attention_BN` is the attention to all cached visual tokens. `index_Bn` are indices of those
+    that are read; None means all. `valid_Bn` marks real ones; None means that all are real.
     """
 
     attention_BN: Tensor
@@ -95,7 +96,7 @@ class CacheSelection:
     valid_Bn: Tensor | None = None
 
     def take(self, x_BVNd: Tensor) -> Tensor:
-        """Return the keys or values that are read, [B, V, n, d], as a copy without the others."""
+        """Return a copy of the keys or values that are read, [B, V, n, d]."""
         if self.index_Bn is None:
             return x_BVNd
         if len(self.index_Bn) == 1:
@@ -104,7 +105,7 @@ class CacheSelection:
         return x_BVNd.gather(2, index)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> CacheSelection:
-        """Apply one change of samples to all tensors."""
+        """Reorder, repeat or select samples: apply `change` to all tensors."""
         return replace(
             self,
             attention_BN=change(self.attention_BN),
@@ -121,7 +122,7 @@ def select_cached(
 ) -> CacheSelection:
     """Choose the cached visual tokens that a generated token reads, by its attention to all.
 
-    `before` is what the token before it read; every sequence chooses for itself.
+    `before` is the selection of the preceding token. Every sequence of a batch has its own choice.
     """
     attention_BN = attention_BN.detach()
     found = CacheSelection(attention_BN)
@@ -130,13 +131,13 @@ def select_cached(
     count_B = None
     if not tokens.full:
         real_B = tokens.valid_BR.sum(dim=1)
-        # `pruning.read`, without a transfer to the CPU.
+        # The same as `pruning.read`, without a transfer to the CPU.
         count_B = ((1 - pruning.drop) * real_B.double()).long().clamp(min=1).minimum(real_B)
     similar_B = None
     if before is not None:
         cosine_B = functional.cosine_similarity(attention_BN, before.attention_BN, dim=1)
         similar_B = cosine_B >= pruning.similarity
-        # The one transfer to the CPU per generated token: the number of keys must be known.
+        # The only transfer to the CPU per generated token; the number of keys must be known.
         if not pruning.repeats and bool(similar_B.any()):
             if bool(similar_B.all()):
                 return found
@@ -156,9 +157,9 @@ def select_cached(
 class CachedTokens:
     """Positions of cached text, and of the visual tokens left in each stage of the plan.
 
-    `closed_B` holds, for each stage, by how much the positions of later tokens are lower there than
-    in the sequence, because pruning steps that renumber have removed as many tokens. `selection` is
-    what the newest generated token read of the last stage's visual tokens; None means all.
+    `closed_B` is, for each stage, the number of tokens removed by pruning steps that renumber,
+    which is subtracted from the positions of later tokens. `selection` are the visual tokens of the
+    last stage that the newest generated token read; None means all.
     """
 
     text: CachedPositions
@@ -167,7 +168,7 @@ class CachedTokens:
     selection: CacheSelection | None = None
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Apply one change of samples to everything."""
+        """Reorder, repeat or select samples: apply `change` to everything."""
         self.text = self.text.map(change)
         self.visual = [stage.map(change) for stage in self.visual]
         self.closed_B = [change(closed_B) for closed_B in self.closed_B]
@@ -182,10 +183,10 @@ class CachedTokens:
 
 
 class SplitCacheLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
-    """One layer's keys and values: text [B, G, T, d] as usual, visual [B, V, N, d] apart.
+    """Keys and values of one layer: text [B, G, T, d] as usual, visual [B, V, N, d] separately.
 
-    The first layer of a cache also holds the positions of all cached tokens. `unread` visual rows,
-    over all samples, were left out by the newest token.
+    The first layer of a cache also holds the positions of all cached tokens. `unread` is the number
+    of visual rows, over all samples, that the newest token did not read.
     """
 
     def __init__(self, cached_tokens: CachedTokens | None) -> None:
@@ -205,7 +206,7 @@ class SplitCacheLayer(DynamicLayer):  # type: ignore[misc]  # transformers has n
         return keys_BVNd, values_BVNd
 
     def read_visual(self, selection: CacheSelection | None) -> tuple[Tensor, Tensor] | None:
-        """Return the visual keys and values that a call without images reads; None without any."""
+        """Return the visual keys and values that a call without images reads, or None."""
         self.unread = 0
         if self.visual_keys is None:
             return None
@@ -235,8 +236,8 @@ class SplitCacheLayer(DynamicLayer):  # type: ignore[misc]  # transformers has n
             UserError: an image is among them.
         """
         count = abs(tokens_to_remove)
-        # Only the first layer knows positions, and it is cropped first. Its first stage has every
-        # visual token.
+        # Only the first layer, which is cropped first, knows the positions. Its first stage has
+        # every visual token.
         if self.cached_tokens is not None:
             images = self.cached_tokens.visual[0]
             cut_BN = images.valid_BR & (images.index_BR >= self.length - count)
@@ -258,11 +259,14 @@ class SplitCacheLayer(DynamicLayer):  # type: ignore[misc]  # transformers has n
             self.cached_tokens.clear()
 
     def offload(self) -> None:
-        """Refuse: transformers would offload the text part only."""
-        raise UserError("visual token strategies do not work with an offloaded cache")
+        """Raise, since transformers would offload the text part only."""
+        raise UserError(
+            "visual token strategies do not support an offloaded cache: use a DynamicCache on the "
+            "device"
+        )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder samples as a beam search does."""
+        """Reorder samples, as in beam search."""
         self._change(lambda part: part.index_select(0, beam_idx.to(part.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -295,16 +299,15 @@ def split_cache(
     mask_BP: Tensor | None,
     device: torch.device,
 ) -> None:
-    """Turn a cache in place into one with a separate visual part; text that it holds stays.
+    """Give a cache, in place, a separate visual part; its text is kept.
 
-    `stages` is the number of stages of the plan. `mask_BP` marks the cached tokens that are real;
-    None means all.
+    `depth` is the number of layers, `stages` the number of stages of the plan. `mask_BP` marks the
+    cached tokens that are real; None means all.
 
     Raises:
-        UserError: it is not a growing cache of full attention.
+        UserError: the cache is not a growing cache of full attention.
     """
-    # In place, because `generate` created the cache and keeps its own reference: it would pass the
-    # old object to every later call.
+    # In place, because `generate` has its own reference to the cache and passes it to later calls.
     if not isinstance(cache, DynamicCache) or cache.offloading:
         kind = type(cache).__name__
         raise UserError(f"visual token strategies need a DynamicCache on the device, not {kind}")
@@ -315,8 +318,8 @@ def split_cache(
     real_BP = torch.ones_like(places_BP, dtype=torch.bool) if mask_BP is None else mask_BP.bool()
     full = mask_BP is None or bool(real_BP.all())
     text = CachedPositions(places_BP, real_BP, uniform=full, full=full)
-    # transformers applies crop, reset and reordering layer by layer. All layers share the same
-    # positions, so only the first one holds them: each operation then changes them exactly once.
+    # transformers applies crop, reset and reordering layer by layer. Only the first layer holds the
+    # shared positions, so that each operation changes them exactly once.
     none_closed_B = torch.zeros(batch, dtype=torch.int64, device=device)
     cached_tokens = CachedTokens(
         text, [CachedPositions.empty(batch, device)] * stages, [none_closed_B] * stages

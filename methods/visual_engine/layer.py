@@ -1,4 +1,4 @@
-"""One decoder layer on two streams: all work for text rows, reduced work for visual rows.
+"""One decoder layer on two streams: full work for text rows, reduced work for visual rows.
 
 Shapes: B samples, T text rows, N visual rows, D d_model, h kept heads, V key-value heads that they
 read, d a head's width.
@@ -32,7 +32,7 @@ from methods.visual_engine.weight_slices import VisualWeights, project
 
 @dataclass(frozen=True)
 class CallContext:
-    """Shared inputs of all layers of one call: masks, angles of both streams, the cache.
+    """Inputs that the layers of one stage share: masks, angles of both streams, the cache.
 
     `selection` are the cached visual tokens that are read; None means all.
     """
@@ -44,7 +44,7 @@ class CallContext:
     selection: CacheSelection | None = None
 
     def of_kind(self, number: int, kinds: int) -> CallContext:
-        """Return what layers of one kind share: of the angles of all kinds side by side, theirs."""
+        """Return the inputs with the angles of one kind of layers, among `kinds` concatenated."""
 
         def own(rotary: Rotary) -> Rotary:
             cos, sin = (part.chunk(kinds, dim=-1)[number] for part in rotary)
@@ -85,8 +85,8 @@ def two_stream_layer(
     """Run both streams through one layer.
 
     In the `last` layer that visual rows reach, only their keys and values are computed, since
-    nothing else of them is read. A `keep_qk` layer's queries and keys are kept for the choice of
-    tokens after it.
+    nothing else is read. With `keep_qk`, queries and keys are kept for the pruning step after the
+    layer.
     """
     visual = streams.visual_BND
     text_in = layer.attention_norm(streams.text_BTD)
@@ -120,9 +120,9 @@ def two_stream_layer(
 def upcoming_qk(
     streams: Streams, layer: DecoderLayer, weights: VisualWeights, call: CallContext
 ) -> LayerQK:
-    """Return the queries and keys of rows that have not entered a layer yet; nothing is cached.
+    """Return the queries and keys that rows would have in a layer, without caching them.
 
-    Keys include those of earlier calls that the layer's cache holds.
+    Keys include those of earlier calls in the layer's cache.
     """
     view, cache = weights.view, call.layer(layer.index)
     text = layer.attention_norm(streams.text_BTD)
@@ -158,8 +158,8 @@ def _project_visual(
     """Project visual rows for the kept heads; no queries in the last layer."""
     view, rotary = weights.view, cast(Rotary, call.visual_rotary)
     q = None
-    # A layer without kept heads has a projection of no rows under `dropped_heads=zero`: nothing to
-    # compute, and no shape to split into heads.
+    # With `dropped_heads=zero`, a layer without kept heads has an empty projection, which cannot be
+    # split into heads.
     if not last and weights.q.weight.shape[0]:
         q = norm_and_rotate(project(x_BND, weights.q), view, view.q_norm, rotary)
     k = norm_and_rotate(project(x_BND, weights.k), view, view.k_norm, rotary)
@@ -189,7 +189,7 @@ def _attend_streams(
     else:
         q_BhNd = cast(Tensor, own.q)[:, :kept]
         if masks.order is not None:
-            # `order` exists only in a first call, where the call's own keys are all there are.
+            # `order` is set only in a first call, which has no keys of earlier calls.
             new = StreamQKV(q_BhNd, own.k, own.v)
             out_BHTd, out_BhNd = joint_attention(text, new, weights, masks)
         else:
@@ -205,15 +205,15 @@ def _project_output(out_BhNd: Tensor | None, weights: VisualWeights, visual: Ten
     """Return what attention adds to visual rows, [B, N, D]."""
     if out_BhNd is not None:
         return project(out_BhNd.transpose(1, 2).flatten(2), weights.o)
-    # Without heads the projection of nothing is its bias, which the masked reference adds as well.
+    # Without heads the output projection is its bias, which masked mode adds as well.
     return torch.zeros_like(visual) if weights.o.bias is None else weights.o.bias.expand_as(visual)
 
 
 def _finish_text(
     x_BTD: Tensor, normed_BTD: Tensor, out_BHTd: Tensor, layer: DecoderLayer
 ) -> Tensor:
-    """Add attention and feed-forward to text rows, [B, T, D]; `normed` is what attention read."""
-    # A call may consist of images and padding only, as when a prompt is processed in chunks.
+    """Add attention and feed-forward to text rows, [B, T, D]; `normed` is attention's input."""
+    # If a prompt is processed in chunks, a call may contain images and padding only.
     if not x_BTD.shape[1]:
         return x_BTD
     view = layer.attention_view()

@@ -1,9 +1,9 @@
-"""Masked mode: everything is computed, and attention weights are zeroed after the softmax.
+"""Masked mode: compute everything, and zero attention weights after the softmax.
 
-Reproduces the paper's released LLaVA code, for its released checkpoints and for comparison; no work
-is saved. Zeroing a weight after the softmax equals zeroing the value, which PyTorch's fused kernel
-supports. Two faults of the release are not reproduced: a text-only prompt is left unchanged here,
-and samples of a batch are handled separately during generation.
+This reproduces the paper's released LLaVA code, for its released checkpoints and for comparison; it
+saves no work. Zeroing a weight after the softmax equals zeroing the value, which works with
+PyTorch's fused kernel. Two faults of the release are not reproduced: text-only prompts are left
+unchanged, and the samples of a batch are handled separately during generation.
 
 Shapes: B samples, Q new tokens, K all tokens so far, H query heads, G key-value heads, d a head's
 width, F a feed-forward's width.
@@ -31,8 +31,8 @@ from methods.visual_engine.token_index import Cells, last_positions
 
 MASKED_ATTENTION = "slimbench_visual_masked_mode"
 
-# Attribute of a cache that marks its visual tokens, and of an attention module that names its
-# owner. Attributes, so that they are copied with a cache or a network.
+# Attribute of a cache with the marks of its visual tokens, and of an attention module with its
+# `MaskedMode`. As attributes they are copied with the cache or the network.
 MARKS_ATTRIBUTE, OWNER_ATTRIBUTE = "slimbench_visual_marks", "slimbench_visual_owner"
 
 
@@ -44,10 +44,10 @@ class AttentionModule(Protocol):
 
 @dataclass(frozen=True)
 class MaskedCall:
-    """The call that runs: its visual tokens, and marks of all visual ones so far, bool [B, K].
+    """The current call: its visual tokens, and marks of all visual tokens so far, bool [B, K].
 
-    `reduced_BQ` marks the new rows whose work the plan reduces: the visual ones, except one that
-    ends its prompt, from which the next token is predicted. That row is a visual key all the same.
+    `reduced_BQ` marks the new rows whose work the plan reduces: visual rows, except one that ends
+    its prompt, because the next token is predicted from it. As a key that row is still visual.
     """
 
     tokens: VisualTokens | None
@@ -121,8 +121,8 @@ class MaskedMode:
             )
         visual_BK = self._call.visual_BK
         dropped_H = _dropped_heads(self.plan.layers[layer], heads, q.device)
-        # Past the cut every head loses its visual values. The outputs of visual rows need no
-        # zeroing there, since no text row reads them any more.
+        # From the cut on, all heads lose their visual values. The outputs of visual rows need no
+        # zeroing, since no text row reads them.
         hidden_H = torch.ones_like(dropped_H) if layer >= self.plan.cut else dropped_H
         v = v.masked_fill((hidden_H[:, None] & visual_BK[:, None, :])[..., None], 0)
         allowed = self._attention_mask(self._call, mask, q.shape[2])
@@ -142,9 +142,8 @@ class MaskedMode:
             return mask
         cells = Cells(tokens.frame_BS, tokens.row_BS, tokens.column_BS)
         window_BQQ = window_mask(cells, cells, window)
-        # Columns of earlier calls are False for pairs of visual tokens: frames are numbered per
-        # call, so the same number would be a different image, and a window never extends beyond its
-        # own frame. With a window, visual rows therefore attend to no image of an earlier call.
+        # Columns of earlier calls are False for pairs of visual tokens, because a window never
+        # extends beyond its frame: with a window, visual rows attend to no image of earlier calls.
         past = torch.zeros_like(window_BQQ[..., :1]).expand(-1, -1, length - new)
         pairs = call.reduced_BQ[:, :, None] & visual_BK[:, None, :]
         return torch.where(pairs, torch.cat([past, window_BQQ], dim=-1), mask[:, 0])[:, None]
@@ -160,29 +159,29 @@ class MaskedMode:
 
 
 class _NeuronMaskHook:
-    """Hook on a down projection; an object, so that a copied network gets its own."""
+    """Hook on a down projection that zeroes dropped neurons."""
 
     def __init__(self, owner: MaskedMode, layer: DecoderLayer) -> None:
         self.owner, self.layer = owner, layer
 
     def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        # A deep copy of the network copies this object with its owner; a closure would keep
-        # pointing to the original network's plan.
+        # An object instead of a closure, because a deep copy of the network copies it with its
+        # owner; a closure would still use the plan of the original network.
         return (self.owner.zero_dropped_neurons(self.layer, args[0]),)
 
 
 def use_attention(network: nn.Module, name: str, attention: Callable[..., object]) -> str:
-    """Make a network's text decoder attend with this function; return the name of the former one.
+    """Let a network's text decoder attend with this function; return the name of the former one.
 
-    Registering an attention function is the interface of transformers that passes queries and keys
-    after rotation, for every architecture; hooks cannot see them.
+    Registered attention functions get queries and keys after rotation, in every architecture of
+    transformers; hooks do not.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     former: str = cast(PreTrainedModel, network).get_decoder().config._attn_implementation
     ALL_ATTENTION_FUNCTIONS.register(name, attention)
-    # The mask function must be registered under the same name, or no padding mask is made.
+    # Without a mask function of the same name, transformers makes no padding mask.
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, sdpa_mask)
     set_attention(network, name)
     return former
@@ -235,6 +234,6 @@ def _past_visual_marks(
     """Mark the cached tokens that are visual, [B, P]."""
     length = 0 if cache is None else cache.get_seq_length()
     known = new_BQ[:, :0] if past_BP is None else past_BP
-    # Calls before the first image leave no marks; their tokens are text, hence False. After a crop
-    # the padding is negative and cuts the marks.
+    # Calls before the first image leave no marks, so their tokens are padded with False (text).
+    # After a crop the padding is negative and cuts the marks.
     return functional.pad(known, (0, length - known.shape[1]))

@@ -3,15 +3,15 @@
 Shapes: B samples, T text rows, N visual rows of the call; P past text, M past visual tokens. Text
 keys are [past | new], P + T; visual keys are [past | new], M + N; K counts either or both. Where
 both are concatenated, visual keys come first. Masks are bool with True for "may attend", [B or 1,
-1, queries, keys]; None means that every query attends to every key. Where keys have weights, masks
-over visual keys are what is added to the products instead: log w, or -inf.
+1, queries, keys]; None means that every query attends to every key. If keys have weights w, masks
+over visual keys are additive instead: log w, or -inf.
 
 A window limits visual attention on the patch grid: a token at cell (r, c) attends to the cell
-(r', c') of the same frame if max(|r - r'|, |c - c'|) is at most the radius; windows end at the
-frame's border, and take the place of the visual keys that a token attends to otherwise: earlier
-ones, all of its frame (Gemma 3) or all of the prompt (PaliGemma). For few rows it is a mask, for
-many a list of bands: grid rows with the keys in their reach. Frame -1 marks padding; padding rows
-attend to each other, which keeps a softmax over them finite.
+(r', c') of the same frame if max(|r - r'|, |c - c'|) is at most the radius. A window replaces the
+visual keys that a token would attend to without it: earlier ones, all of its frame (Gemma 3), or
+all of the prompt (PaliGemma). It is applied as a mask if there are few rows, and otherwise in
+bands, which are grid rows with the keys in their reach. Frame -1 marks padding; padding rows attend
+to each other, which keeps their softmax finite.
 
 Shapes of windows: Q visual queries, K visual keys, N visual rows of one sample.
 """
@@ -30,9 +30,9 @@ from methods.visual_engine.settings import Window
 from methods.visual_engine.token_index import Cells, TokenRows
 
 # Number of visual rows from which windows are computed in bands instead of under one dense mask.
-# On 2 cores of an AMD EPYC (float32, 16 heads of 64, radius 2) both break even between 100 and 150
-# rows: below, another kernel call costs more than the skipped keys; at 256 bands take 0.56 of the
-# time. Another value costs time only, never exactness.
+# On 2 cores of an AMD EPYC (float32, 16 heads of 64, radius 2) both take the same time at 100 to
+# 150 rows: with fewer, more kernel calls cost more than the skipped keys save; with 256, bands take
+# 0.56 of the time. The value affects speed only.
 BANDED_FROM = 128
 ALL = slice(None)
 
@@ -41,7 +41,8 @@ ALL = slice(None)
 class MaskBlock:
     """Visual queries that attend to the same range of keys, under one mask.
 
-    `keys` are positions among the visual keys; the first `text_keys` text keys follow them.
+    `keys` are positions among the visual keys. The mask also covers the first `text_keys` text
+    keys, which follow them.
     """
 
     samples: slice
@@ -55,9 +56,9 @@ class MaskBlock:
 class AttentionMasks:
     """All attention masks of one call.
 
-    `causal`: text rows attend to text in plain causal order, so no mask is needed; otherwise
-    `text_BTK` is the mask over text keys. `mixed_BTK` is the mask of text rows over visual and text
-    keys. `blocks` cover all visual rows, unless visual rows, too, are in plain causal order: then
+    `causal` means that text rows attend to text in plain causal order and need no mask; otherwise
+    `text_BTK` is their mask over text keys. `mixed_BTK` is the mask of text rows over visual and
+    text keys. `blocks` cover all visual rows. If visual rows attend in plain causal order too,
     `blocks` is empty and `order` [T + N] sorts [text | visual] rows into the call's order.
     `before_BNK` is the mask of visual rows over text keys alone.
     """
@@ -70,7 +71,7 @@ class AttentionMasks:
     order: Tensor | None
 
     def weighed(self, weight_BK: Tensor) -> AttentionMasks:
-        """Return explicit masks in which each visual key counts for `weight` tokens, [B, M + N]."""
+        """Return additive masks in which visual keys stand for `weight_BK` [B, M + N] tokens."""
         mixed = None if self.mixed_BTK is None else _weighed(self.mixed_BTK, weight_BK)
         blocks = tuple(
             replace(block, mask=_weighed(block.mask, weight_BK[block.samples, block.keys]))
@@ -79,7 +80,7 @@ class AttentionMasks:
         return replace(self, mixed_BTK=mixed, blocks=blocks)
 
     def selected(self, selection: CacheSelection, seen: int) -> AttentionMasks:
-        """Return masks over the cached visual keys that a generated token reads, of `seen`."""
+        """Return masks over the selected ones of the `seen` cached visual keys."""
         if self.mixed_BTK is None or selection.index_Bn is None:
             return self
         batch = len(selection.index_Bn)
@@ -92,7 +93,7 @@ class AttentionMasks:
 
 
 def _weighed(mask_BQK: Tensor, weight_BV: Tensor) -> Tensor:
-    """Return what is added to products with visual keys, the first ones, and text keys."""
+    """Return the additive mask over visual keys, which come first, and text keys."""
     text = mask_BQK.shape[-1] - weight_BV.shape[1]
     log_BK = functional.pad(weight_BV.log(), (0, text))
     return torch.where(mask_BQK, log_BK[:, None, None], -torch.inf)
@@ -100,7 +101,7 @@ def _weighed(mask_BQK: Tensor, weight_BV: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class StreamPositions:
-    """Positions of one kind of tokens: those of the call's queries and those of all keys so far."""
+    """Positions of text or visual tokens: of the call's queries, and of all keys so far."""
 
     query: Tensor
     key: Tensor
@@ -110,18 +111,18 @@ class StreamPositions:
     def can_attend_to(self, other: StreamPositions) -> Tensor:
         """Mark the keys of `other` before each query of this stream, [B, 1, Q, K].
 
-        With `forwards`, those behind it as well.
+        With `forwards`, keys after the query are marked as well.
         """
-        # Strictly before: only a readout row shares its position with a row of the other stream,
-        # the visual token that it repeats.
+        # Strictly before: a readout row has the same position as the visual token that it repeats,
+        # which is the only case of equal positions.
         query, key = self.query[:, :, None], other.key[:, None, :]
         seen = query != key if self.forwards else query > key
         return (seen & other.key_valid[:, None, :])[:, None]
 
     def can_attend_to_self(self) -> Tensor:
         """Mark the keys of this stream that its own queries attend to, [B, 1, Q, K]."""
-        # Padding rows and readout rows are queries like any other. Each attends at least to itself:
-        # a softmax over nothing is NaN in some kernels, and NaN times 0 stays NaN.
+        # Padding rows and readout rows attend at least to themselves: some kernels return NaN for a
+        # softmax over no keys, and NaN times 0 is NaN.
         new = self.query.shape[1]
         own = torch.eye(new, dtype=torch.bool, device=self.query.device)
         past = torch.zeros(new, self.key.shape[1] - new, dtype=torch.bool, device=own.device)
@@ -149,50 +150,51 @@ def attention_masks(
 ) -> AttentionMasks:
     """Compute the masks of one call that starts `offset` tokens into its sequences.
 
-    `visual` and `cells` [B, N] are None in a call without images, `past` in a first call. With
-    `explicit`, every mask over visual keys exists, so that the keys' weights can be added.
-    `attention` is what the call's visual tokens attend to.
+    `visual` and `cells` [B, N] are None in a call without images, `past` is None in a first call.
+    With `explicit`, masks over visual keys are never None, so that weights of keys can be added.
+    `attention` says which keys the call's visual tokens attend to.
     """
     forwards = attention == "prompt"
-    text_places = _stream_positions(text, offset, past.text if past else None)
-    visual_places = _visual_positions(visual, offset, past, text_places)
-    text_places, visual_places = (
-        replace(places, forwards=forwards) for places in (text_places, visual_places)
-    )
-    # Four properties decide what can be left out. `uniform`: no padding, and every sample has text
-    # at the same positions; one row of masks then serves the whole batch. `full`: no padding,
-    # wherever the text is. `single`: one text row after everything else, as in generation; it
-    # attends to all keys and needs no mask, and `full` is enough for that. `causal`: `uniform` in a
-    # first call; the kernel's own causal flag then replaces the text mask. It does not with a past,
-    # because SDPA aligns the flag's triangle with the first key, not with the last.
+    text_tokens = _stream_positions(text, offset, past.text if past else None)
+    visual_tokens = _visual_positions(visual, offset, past, text_tokens)
+    text_tokens = replace(text_tokens, forwards=forwards)
+    visual_tokens = replace(visual_tokens, forwards=forwards)
+    # Four properties decide which masks can be left out:
+    # - `uniform`: no padding, and text at the same positions in every sample, so that one row of
+    #   masks serves the whole batch.
+    # - `full`: no padding, wherever the text is.
+    # - `single`: one text row after everything else, as in generation. It attends to all keys, so
+    #   without padding it needs no mask.
+    # - `causal`: `uniform` in a first call, so that the kernel's causal flag replaces the text
+    #   mask. With a past it cannot, because SDPA aligns the triangle with the first key.
     uniform_past = past is None or (past.text.uniform and past.visual.uniform)
     uniform = text.valid_BR is None and uniform_past
     full = text.full and (past is None or (past.text.full and past.visual.full))
     single = full and text.count == 1 and visual is None
     causal = uniform and offset == 0 and not forwards
-    text_mask = None if causal or single else text_places.can_attend_to_self()
+    text_mask = None if causal or single else text_tokens.can_attend_to_self()
     mixed = None
     if not single or explicit:
-        to_visual = text_places.can_attend_to(visual_places)
-        mixed = torch.cat([to_visual, text_places.can_attend_to_self()], dim=-1)
+        to_visual = text_tokens.can_attend_to(visual_tokens)
+        mixed = torch.cat([to_visual, text_tokens.can_attend_to_self()], dim=-1)
     if visual is None or cells is None:
         return AttentionMasks(causal, text_mask, mixed, None, (), None)
-    before = visual_places.can_attend_to(text_places)
+    before = visual_tokens.can_attend_to(text_tokens)
     if uniform and visual.valid_BR is None:
         mixed, before = None if mixed is None else mixed[:1], before[:1]
     plain = causal and attention == "causal" and text.readout_BR is None and not explicit
     if window is None and plain and visual.valid_BR is None:
-        # Without a window, visual rows are causal as well. Both streams in the order of the call
-        # are then one plain causal attention, which runs without any mask.
+        # Without a window, visual rows are causal as well, so both streams in the order of the call
+        # are one causal attention without a mask.
         order = torch.cat([text.index_BR[0], visual.index_BR[0]]).argsort()
         return AttentionMasks(causal, text_mask, mixed, before, (), order)
     if window is None:
-        own = visual_places.can_attend_to_self()
+        own = visual_tokens.can_attend_to_self()
         if attention == "frame":
             own = _with_own_frame(own, cells)
         blocks: tuple[MaskBlock, ...] = (_mask_block(ALL, ALL, ALL, own, before),)
     else:
-        first_key = visual_places.key.shape[1] - visual.count
+        first_key = visual_tokens.key.shape[1] - visual.count
         blocks = _window_blocks(cells, window, before, first_key)
     return AttentionMasks(causal, text_mask, mixed, before, blocks, None)
 
@@ -230,14 +232,14 @@ def _visual_positions(
 def _window_blocks(
     cells: Cells, window: Window, before: Tensor, first_key: int
 ) -> tuple[MaskBlock, ...]:
-    """Cut the visual rows into blocks whose windows are computed at once.
+    """Cut the visual rows into blocks, each of which is one attention call.
 
-    A few rows share one dense mask; many are cut into bands of grid rows, for all samples together
-    if their grids are equal and for each sample alone otherwise.
+    A few rows share one dense mask. Many rows are cut into bands of grid rows, for all samples
+    together if their grids are equal, and otherwise for each sample separately.
     """
     uniform, (batch, count) = cells.uniform(), cells.frame_N.shape
     samples = [ALL] if uniform else [slice(b, b + 1) for b in range(batch)]
-    # One block with all keys: for few rows, and where the rows are not whole frames in raster
+    # One block with all keys is used for few rows, and if the rows are not whole frames in raster
     # order, as after token pruning.
     whole = (slice(0, count), slice(0, count))
     blocks = []
@@ -256,10 +258,9 @@ def _mask_block(
     samples: slice, queries: slice, keys: slice, near: Tensor, before: Tensor
 ) -> MaskBlock:
     """Join the masks over visual and text keys."""
-    # Visual rows never attend to text after their image, so the text keys behind the last one that
-    # is used are cut off, which saves the product with the whole question. Unused keys in front or
-    # between stay: keys must remain one slice, since gathering them would copy all of them per
-    # layer.
+    # Text keys after the last one used are cut off, which saves the product with the question.
+    # Unused keys before it are kept, because keys must be one slice: gathering them would copy all
+    # of them in every layer.
     used = before.flatten(0, -2).any(dim=0).nonzero()
     text_keys = int(used[-1]) + 1 if len(used) else 0
     batch = max(near.shape[0], before.shape[0])
@@ -267,9 +268,9 @@ def _mask_block(
     return MaskBlock(samples, queries, keys, text_keys, torch.cat(parts, dim=-1))
 
 
-# Approximate number of queries per band: long enough for efficient matmuls, short enough to skip
-# most keys. On 2 cores of an AMD EPYC (float32, 16 heads of 64, radius 2), 576 rows take 13.0 ms
-# under one dense mask and 5.9, 4.4, 5.6, 6.4 and 9.9 ms in bands of 24, 48, 96, 192 and 384.
+# Approximate number of queries per band: enough for efficient matmuls, few enough to skip most
+# keys. On 2 cores of an AMD EPYC (float32, 16 heads of 64, radius 2), 576 rows take 13.0 ms under
+# one dense mask and 5.9, 4.4, 5.6, 6.4 and 9.9 ms in bands of 24, 48, 96, 192 and 384.
 BAND_QUERIES = 96
 
 
@@ -297,7 +298,7 @@ def window_bands(cells: Cells, window: Window) -> list[tuple[slice, slice]] | No
     bands, start = [], 0
     for count in counts.tolist():
         part = slice(start, start + count)
-        # Padding (frame -1) gets no band: no query, so its output stays zero.
+        # Padding (frame -1) is in no band, so its output stays zero.
         width = int(cells.column_N[part].max()) + 1
         if int(frame_N[start]) >= 0:
             if not _is_raster(cells.part(part), width):

@@ -1,4 +1,4 @@
-"""VisualPlan: what is computed for visual tokens; the one object that strategies add to.
+"""VisualPlan: what is computed for visual tokens. Strategies add their settings to it.
 
 Head and neuron numbers always refer to the network as it was loaded, even after its weights have
 been reordered. Numbers of layers, heads and neurons start at 0.
@@ -29,10 +29,10 @@ class VisualPlan:
 
     Layers from `cut` on compute nothing for visual tokens. `dropped_heads` sets what a dropped head
     contributes to visual rows: nothing (`zero`, as in the released LLaVA code), or attention to
-    text alone (`text_only`). `steps` are sorted by when they happen, so stage s of the decoder
-    is what runs after s of them. `decode` is what generated tokens read of the cached visual ones.
-    `repairs` holds refitted projections by layer; they are discarded when other heads or neurons
-    are kept. `revision` grows with every change, so that cached weights can be refreshed.
+    text alone (`text_only`). `steps` are sorted by layer; stage s of the decoder are the layers
+    after s of them. `decode` limits which cached visual tokens generated tokens read. `repairs`
+    holds refitted projections by layer, which are discarded when the kept heads or neurons change.
+    `revision` grows with every change, so that cached weights can be refreshed.
     """
 
     layers: list[LayerPlan]
@@ -43,7 +43,7 @@ class VisualPlan:
     steps: list[TokenPruningStep] = field(default_factory=list)
     decode: DecodePruning | None = None
     repairs: dict[int, RepairedProjections] = field(default_factory=dict)
-    # Not compared: two plans with the same settings are equal, however often they were changed.
+    # Not compared: plans with the same settings are equal, however often they were changed.
     revision: int = field(default=0, compare=False)
 
     @staticmethod
@@ -52,10 +52,10 @@ class VisualPlan:
         return VisualPlan([LayerPlan()] * depth, cut=depth)
 
     def set_execution(self, execution: Execution) -> None:
-        """Set how the plan is carried out; all strategies of a run must agree.
+        """Set how the plan is carried out, which must be the same for all strategies of a run.
 
         Raises:
-            UserError: an earlier strategy chose differently.
+            UserError: an earlier strategy has set a different value.
         """
         if self.execution not in (None, execution):
             raise UserError(
@@ -71,7 +71,7 @@ class VisualPlan:
             LayerPlan(tuple(sorted(kept)), layer.neurons)
             for kept, layer in zip(heads, self.layers, strict=True)
         ]
-        # Refitted columns compensate for exactly the heads and neurons that were dropped then.
+        # Refitted columns compensate for the heads and neurons that were dropped before.
         self.repair({})
         self._require_readable()
 
@@ -94,7 +94,7 @@ class VisualPlan:
         self.revision += 1
 
     def cut_at(self, cut: int) -> None:
-        """Remove visual tokens before layer `cut`; with `cut` = depth every layer has them.
+        """Remove visual tokens before layer `cut`; with `cut` = depth no layer loses them.
 
         Raises:
             UserError: `cut` is out of range.
@@ -112,8 +112,8 @@ class VisualPlan:
 
         Raises:
             UserError: the layer does not exist, the step reads attention that an earlier step after
-                the same layer has invalidated, it follows one that weighs tokens, or generated
-                tokens choose from what it removes.
+                the same layer has invalidated, it follows a step that weighs tokens, or it
+                conflicts with `decode`.
         """
         if not 0 <= step.after < len(self.layers):
             raise UserError(
@@ -124,15 +124,14 @@ class VisualPlan:
         self.steps = sorted([*self.steps, step], key=lambda each: each.after)
         self.revision += 1
         for first, then in pairwise(self.steps):
-            # The tokens that are left count for several each, and a second choice among them would
-            # have to say what becomes of those.
+            # After it, tokens stand for several each, which a second choice does not consider.
             if first.weighs:
                 raise UserError(
                     f"{then.name} cannot prune after {first.name}, whose tokens count for several "
                     f"each: let {first.name} be the last to prune"
                 )
-            # The first step removes rows, so the queries and keys of the preceding layer no longer
-            # match the rows that the second one would score.
+            # The first step removes rows, so the recorded queries and keys of the preceding layer
+            # do not match the rows that the second step would score.
             if then.attention and first.after == then.after:
                 raise UserError(
                     f"{then.name} reads the attention of layer {then.after - 1}, but {first.name} "
@@ -142,10 +141,10 @@ class VisualPlan:
         self._require_readable()
 
     def prune_decode(self, pruning: DecodePruning) -> None:
-        """Let generated tokens read a part of the cached visual tokens.
+        """Let generated tokens read only a part of the cached visual tokens.
 
         Raises:
-            UserError: another method does so already, or the plan has nothing to choose from.
+            UserError: another method has set this, or the plan does not allow a choice.
         """
         if self.decode is not None:
             raise UserError(
@@ -166,8 +165,8 @@ class VisualPlan:
         pruning = self.decode
         if pruning is None:
             return
-        # The choice is of places in the cache of the layer that it reads, so all layers from there
-        # on must hold the same tokens.
+        # The choice consists of indices into one layer's cache, so the caches of all later layers
+        # must hold the same tokens.
         late = next((step for step in self.steps if step.after >= pruning.layer), None)
         weighing = next((step for step in self.steps if step.weighs), None)
         reason = ""
@@ -190,7 +189,7 @@ class VisualPlan:
         return [step for step in self.steps if step.after <= layer]
 
     def records_qk(self, layer: int, *, generated: bool = False) -> bool:
-        """Whether a choice of tokens reads a layer's queries and keys, also for a generated one."""
+        """Whether a choice of tokens (of cached tokens if `generated`) reads a layer's q and k."""
         if generated:
             return self.decode is not None and self.decode.layer == layer + 1
         return any(s.attention and s.after == layer + 1 < self.cut for s in self.steps)

@@ -24,13 +24,13 @@ from methods.visual_engine.weight_slices import VisualWeights
 
 @dataclass(frozen=True)
 class TokenSelection:
-    """Tokens of each frame that stay, bool [I, M], and new states for some of them.
+    """Tokens of each frame that are kept, bool [I, M], and new states for some of them.
 
-    `states_IMD` replaces the states marked by `changed_IM`: tokens into which others were merged.
-    If a method's tokens are not in reading order, `order_IM` sorts those of a frame; it is heeded
-    where positions are renumbered, since a token that keeps its position keeps its place.
-    `weight_IM` is for how many tokens one counts as a key, from here on: log w is added to its
-    products with queries (proportional attention).
+    `states_IMD` replaces the states marked by `changed_IM`, which are tokens into which others were
+    merged. If a method returns tokens in an order other than reading order, `order_IM` sorts those
+    of a frame; it has an effect only if positions are renumbered. `weight_IM` is the number of
+    tokens that each one stands for as a key in later layers: log w is added to its products with
+    queries (proportional attention).
     """
 
     keep_IM: Tensor
@@ -42,10 +42,10 @@ class TokenSelection:
 
 @dataclass(frozen=True)
 class LayerQK:
-    """Queries and keys of one layer, the preceding one or the one that follows.
+    """Queries and keys of one layer: the one before or after a pruning step.
 
-    `visual_k` are the keys of all visual tokens so far for the heads kept in that layer, the call's
-    own last.
+    `visual_k` are the keys of all visual tokens so far, those of this call last, for the heads kept
+    in that layer.
     """
 
     layer: int
@@ -64,9 +64,9 @@ class LayerQK:
         return q_BhTd.gather(2, index) @ k.float().transpose(2, 3) * self.weights.view.scaling
 
     def attention_of_token(self) -> Tensor:
-        """Return the attention of a call's only token to all visual tokens so far, [B, N].
+        """Return the attention of the call's only token to all visual tokens so far, [B, N].
 
-        The softmax is over all keys, visual and text, in float32; the mean is over the heads that
+        The softmax is over all visual and text keys, in float32, and averaged over the heads that
         attend to visual tokens.
         """
         first = torch.zeros(len(self.text.k), 1, dtype=torch.int64, device=self.text.k.device)
@@ -79,11 +79,10 @@ class LayerQK:
 
 @dataclass(frozen=True)
 class LayersAhead:
-    """What a pruning step may compute of the layers that follow it.
+    """What a pruning step may use of the layers after it.
 
-    `qk` returns the queries and keys that the rows, as they are before the step, would have in the
-    next layer; `attention_norm` is the norm at that layer's entrance, and `final_norm` the
-    decoder's last one.
+    `qk` returns the queries and keys that the unpruned rows would have in the next layer.
+    `attention_norm` is the input norm of that layer, `final_norm` the last norm of the decoder.
     """
 
     qk: Callable[[], LayerQK]
@@ -104,13 +103,13 @@ class InputEmbeddings:
 class SelectionInputs:
     """Inputs of a pruning step: one call at one point of the decoder.
 
-    `states_IMD` are the visual tokens' hidden states, or their embeddings before the decoder;
-    `cells` their cells in their frames [I, M]; `initial_counts` the number of tokens that each
-    frame had before any pruning. `text_BTD` are the text rows' states, `text` their positions.
-    `input_embeddings` are both streams as they entered the decoder, with all visual rows. `last_qk`
-    is None before the first layer. `tower_output` holds the vision tower's outputs by frame, V
-    being [I, M], and is None unless the tower is recorded. `separator_BS` marks text that is part
-    of an image, [B, S].
+    `states_IMD` are the hidden states of the visual tokens, which before the decoder are their
+    embeddings, `cells` their cells in their frames [I, M], and `initial_counts` the number of
+    tokens that each frame had before any pruning. `text_BTD` are the states of the text rows,
+    `text` their positions. `input_embeddings` are both streams as they entered the decoder, with
+    all visual rows. `last_qk` is None before the first layer. `tower_output` holds the vision
+    tower's outputs by frame (V is [I, M]) and is None unless the tower is recorded. `separator_BS`
+    [B, S] marks text that belongs to an image.
     """
 
     name: str
@@ -137,7 +136,7 @@ class SelectionInputs:
         return rows_after_images(self.text, self.visual, self.separator_BS)
 
     def require_question_rows(self) -> Tensor:
-        """Like `question_rows`, but raise if a sample with an image has no text after it.
+        """Return `question_rows`; raise if a sample with an image has no text after it.
 
         Raises:
             UserError: an image ends its prompt.
@@ -151,24 +150,24 @@ class SelectionInputs:
         return question_BT
 
     def last_row(self) -> TokenRows:
-        """Return the row of every sample's last token: of text, or its readout row."""
-        # Rows are aligned at the right, so the last one has the same index in every sample. It
-        # exists and comes after all images: a prompt that ends with its image has a readout row.
+        """Return the row of every sample's last token: a text row or a readout row."""
+        # Rows are aligned at the right, so the last one has the same index in every sample. It is
+        # after all images, because a prompt that ends with an image has a readout row.
         places_B1 = torch.full_like(self.text.index_BR[:, :1], self.text.count - 1)
         return TokenRows(places_B1, None)
 
     def attention(self, rows: TokenRows, *, upcoming: bool = False) -> Tensor:
-        """Return the attention of each given text row to each visual token, [I, R, M].
+        """Return the attention of the given text rows to each visual token, [I, R, M].
 
-        It is that of the preceding layer, or with `upcoming` what it would be in the layer that
-        follows if nothing were removed. The softmax is over all keys that a row attends to, visual
-        and text, in float32; the mean is over the heads that attend to visual tokens. `rows` are
-        positions among the text rows.
+        It is the attention in the preceding layer or, with `upcoming`, that in the next layer if
+        nothing were removed. The softmax is over all visual and text keys that a row attends to, in
+        float32, and averaged over the heads that attend to visual tokens. `rows` are positions
+        among the text rows.
         """
         qk = self._attended(self.ahead.qk() if upcoming else self.last_qk)
         scores_BhRK = qk.products(rows)
-        # Recomputed for R rows, because the fused kernel returns no weights; the mask exists even
-        # where the layer itself ran in plain causal order without it.
+        # Recomputed for R rows, because the fused kernel returns no weights. The mask exists even
+        # if the layer ran in plain causal order without it.
         mask = cast(Tensor, qk.masks.mixed_BTK).expand(len(rows.index_BR), -1, -1, -1)
         if self.text.readout_BR is not None:
             mask = self._readouts_as_visual(mask, cast(Tensor, qk.visual_k).shape[2])
@@ -184,12 +183,12 @@ class SelectionInputs:
     def keys(self, *, upcoming: bool = False) -> tuple[Tensor, Tensor]:
         """Return the keys of visual tokens [I, M, V · d] and of text rows [B, T, V · d].
 
-        Both for the key-value heads that visual tokens have, after rotation, in the preceding layer
-        or, with `upcoming`, as they would be in the layer that follows.
+        They are those of the key-value heads kept for visual tokens, after rotation, in the
+        preceding layer or, with `upcoming`, in the next layer if nothing were removed.
         """
         qk = self._attended(self.ahead.qk() if upcoming else self.last_qk)
         groups = qk.weights.heads.groups
-        # Keys include those of earlier calls in front; only this call's own tokens can be pruned.
+        # Keys start with those of earlier calls; only the tokens of this call can be pruned.
         visual = cast(Tensor, qk.visual_k)[:, :, -self.visual.count :]
         text = select_heads(qk.text.k, groups)[:, :, -self.text.count :]
         return (
@@ -206,12 +205,12 @@ class SelectionInputs:
         if self.tower_output is None:
             raise UserError(
                 f"{self.name} reads the vision tower, but the images of this call were encoded "
-                "elsewhere: call the model with their pixels"
+                "outside it: call the model with their pixels"
             )
         return self.tower_output
 
     def _attended(self, layer: LayerQK | None) -> LayerQK:
-        """Return a layer that is read, in which some head must attend to visual tokens."""
+        """Require that the layer was recorded and that some head attends to visual tokens."""
         qk = cast(LayerQK, layer)
         if qk.visual_k is None:
             raise UserError(
@@ -221,15 +220,15 @@ class SelectionInputs:
         return qk
 
     def _readouts_as_visual(self, mask_BTK: Tensor, seen: int) -> Tensor:
-        """Let each readout row attend to the visual token that it repeats, in place of itself.
+        """Let each readout row attend to the visual token that it repeats instead of to itself.
 
-        A choice by attention is about visual tokens, and the attention of the last one to itself is
-        part of it. Keys are `seen` visual ones, the call's own last, then text ones likewise.
+        The attention of that token to itself then counts as attention to a visual token. Keys are
+        `seen` visual ones, those of this call last, and then text ones in the same order.
         """
         text, visual = self.text, self.visual
         same_BTN = text.index_BR[:, :, None] == visual.index_BR[:, None, :]
         same_BTN &= cast(Tensor, text.readout_BR)[:, :, None] & visual.validity[:, None, :]
-        # A token that an earlier step removed is not repeated by any key: the row keeps its own.
+        # If an earlier step has removed the token, the row still attends to itself.
         alone_BTT = torch.diag_embed(same_BTN.any(dim=2))
         mask_BTK = mask_BTK.clone()
         mask_BTK[:, 0, :, seen - visual.count : seen] |= same_BTN
@@ -237,7 +236,7 @@ class SelectionInputs:
         return mask_BTK
 
     def _own(self, x_BhRK: Tensor, qk: LayerQK) -> Tensor:
-        """Return the mean over heads for the call's own visual tokens, [I, M, R]."""
+        """Return the mean over heads for the visual tokens of this call, [I, M, R]."""
         seen = cast(Tensor, qk.visual_k).shape[2]
         mean_BRN = x_BhRK[..., seen - self.visual.count : seen].mean(dim=1)
         return self.frames.pack(mean_BRN.transpose(1, 2))

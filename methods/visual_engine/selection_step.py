@@ -1,4 +1,4 @@
-"""One pruning step of a plan, the sizes from which its own cost is counted, and its time."""
+"""One pruning step of a plan, the sizes that determine its cost, and the time it takes."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from bench.models.vlm.vision_tower import TowerSizes
 from methods.visual_engine.selection_inputs import SelectionInputs, TokenSelection
 from methods.visual_engine.settings import Quota
 
-# From the inputs of a step, and the number of tokens that each frame keeps [I], to those that stay.
+# Arguments: the inputs of a step, and the number of tokens that each frame keeps, [I].
 ChooseTokens = Callable[[SelectionInputs, Tensor], TokenSelection]
 
 
 @dataclass(frozen=True)
 class SelectionSizes:
-    """Input sizes of a pruning step: `counts` tokens of each frame, of which `kept` stay.
+    """Input sizes of a pruning step, from which its cost is computed.
 
-    A text row of one of the `samples` has `keys` text and visual rows to attend to, `text` of them
-    text. `question_rows` is the number of text rows after the last image, `input_visual_rows` that
-    of visual rows that entered the decoder, both of the sample that has most. `heads` heads of
-    width `head_dim` attend to visual tokens in the preceding layer, of `query_heads` in all, whose
-    keys are of `groups` heads; `width` is d_model. `tower` is None unless the vision tower is
-    recorded.
+    Every frame has `counts` tokens, of which `kept` are kept. In each of the `samples`, a text row
+    can attend to `keys` rows, of which `text` are text. `question_rows` is the number of text rows
+    after the last image, and `input_visual_rows` the number of visual rows that entered the
+    decoder; both are maxima over samples. In the preceding layer, `heads` of the `query_heads`
+    heads, of width `head_dim`, attend to visual tokens, with keys of `groups` heads. `width` is
+    d_model. `tower` is None unless the vision tower is recorded.
     """
 
     counts: tuple[int, ...]
@@ -58,16 +58,17 @@ class SelectionSizes:
 
 @dataclass(frozen=True)
 class TokenPruningStep:
-    """One point of the plan at which visual tokens are removed for good.
+    """One point of the plan at which visual tokens are removed permanently.
 
-    It is carried out when `after` layers have run, 0 being before the decoder. Every frame keeps
-    `quota` tokens or fewer, chosen by `choose`; a frame that has no more than its quota is left
-    unchanged. `attention` requests the queries and keys of the preceding layer, `reads_tower` the
-    outputs of the vision tower; `name` is for messages. `macs` counts the multiply-adds of the
-    choice itself; None means unknown. With `renumbers`, the positions of what is left close the
-    gaps from here on, as if the removed tokens had never been; otherwise every token keeps its own.
-    An `adaptive` step chooses in every frame, and the number that stays is what it returns; `quota`
-    is then the most that can be. A step that `weighs` lets a token count for several in attention.
+    The step runs after `after` layers; 0 is before the decoder. Every frame keeps at most `quota`
+    tokens, which `choose` selects; frames that do not exceed their quota are left unchanged. An
+    `adaptive` step chooses in every frame and decides itself how many tokens to keep, up to
+    `quota`. A step that `weighs` makes tokens stand for several in attention.
+
+    With `renumbers`, the remaining tokens get new positions without gaps, as if the removed ones
+    had never existed; otherwise tokens keep their positions. `attention` requests the queries and
+    keys of the preceding layer, `reads_tower` the outputs of the vision tower. `name` is used in
+    messages. `macs` counts the multiply-adds of the choice itself; None means unknown.
     """
 
     name: str
@@ -86,7 +87,7 @@ class TokenPruningStep:
 class SelectionOverhead:
     """Seconds spent in pruning steps, and their number, since the last `reset`.
 
-    Exact only if `synchronized`: otherwise a GPU may still be working when the clock stops.
+    On a GPU the time is exact only if `synchronized`.
     """
 
     seconds: float = 0.0
@@ -94,12 +95,12 @@ class SelectionOverhead:
     synchronized: bool = False
 
     def reset(self) -> None:
-        """Set both to zero."""
+        """Set seconds and number to zero."""
         self.seconds, self.steps = 0.0, 0
 
     @contextmanager
     def measured(self) -> Iterator[SelectionOverhead]:
-        """Reset, and synchronise with the device around every pruning step inside the block."""
+        """Reset, and synchronise with the device around all pruning steps in the `with` block."""
         self.reset()
         before, self.synchronized = self.synchronized, True
         try:
@@ -109,7 +110,7 @@ class SelectionOverhead:
 
     @contextmanager
     def timed(self, device: torch.device) -> Iterator[None]:
-        """Add the time of the block as one pruning step."""
+        """Add the time of the `with` block as one pruning step."""
         self._wait(device)
         start = time.perf_counter()
         yield
@@ -118,7 +119,6 @@ class SelectionOverhead:
         self.steps += 1
 
     def _wait(self, device: torch.device) -> None:
-        # Off by default: waiting for the device at every step would slow down the prefill that is
-        # being measured.
+        # Off by default, because waiting for the device slows down the prefill.
         if self.synchronized:
             synchronize(device)

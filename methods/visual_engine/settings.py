@@ -1,6 +1,6 @@
 """Settings of a visual plan: execution, windows, heads and neurons, repairs, token quotas.
 
-n is the number of tokens that a frame had before any pruning, m the number that it has left.
+n is the number of tokens of a frame before any pruning, m the number that is left.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from torch import Tensor
 
 from bench.errors import UserError
 
-# How a plan is carried out, and what visual rows get from a dropped head.
+# How a plan is carried out, and what a dropped head contributes to visual rows.
 Execution = Literal["skip", "masked"]
 DroppedHeads = Literal["zero", "text_only"]
 
 
 @dataclass(frozen=True)
 class Quota:
-    """`share` · n + `count` tokens of a frame stay, rounded, and at least one.
+    """Number of tokens of a frame to keep: `share` · n + `count`, rounded, and at least one.
 
-    With `turns`, that many pivots take equal whole parts of this number, and `pivots` tokens stay
-    besides (DART's release). Unless `recycled` is 0, the removed ones return merged: of the
-    `pooled` best, `cluster_size` make one token.
+    With `turns`, the number is divided by it and rounded down, because that many pivots choose
+    equal numbers of tokens, and `pivots` tokens are kept in addition (DART's release). If
+    `recycled` is not 0, removed tokens return in merged form: the `pooled` best of them are merged,
+    `cluster_size` into each new token.
     """
 
     share: float = 0.0
@@ -38,25 +39,25 @@ class Quota:
 
     @staticmethod
     def of(keep: float | str) -> Quota:
-        """Return the quota of a number (int) or share (float) of a frame's tokens, or of "all"."""
+        """Return the quota for a number (int), a share (float) of a frame's tokens, or "all"."""
         if isinstance(keep, str):
             return Quota(share=1.0)
         return Quota(count=keep) if isinstance(keep, int) else Quota(share=keep)
 
     @staticmethod
     def averaging(average: float | str, after: int, depth: int) -> Quota:
-        """Return the quota that makes a frame average this many tokens over all layers.
+        """Return the quota with which a frame has `average` tokens in the mean over all layers.
 
-        With K = `after` layers of all n tokens and L - K layers of k, the average is (K n + (L - K)
-        k) / L (FastV), which is solved for k.
+        With all n tokens in the first K = `after` layers and k tokens in the other L - K, the mean
+        is (K n + (L - K) k) / L (FastV), which is solved for k.
 
         Raises:
             UserError: the first K layers alone exceed the given share.
         """
         want, rest = Quota.of(average), depth - after
         quota = Quota((depth * want.share - after) / rest, depth * want.count / rest)
-        # A share can be judged without a frame; a number of tokens depends on n and is judged in
-        # `kept`.
+        # A share can be checked here; whether a number of tokens is possible depends on n and is
+        # checked in `kept`.
         if quota.count == 0 and quota.share <= 0:
             raise UserError(
                 f"average={average} cannot be met: {after} of {depth} layers with all tokens make "
@@ -65,7 +66,7 @@ class Quota:
         return quota
 
     def kept(self, n: int, m: int) -> int:
-        """Return the number of a frame's m tokens that stay.
+        """Return how many of a frame's m tokens are kept.
 
         Raises:
             UserError: the first layers alone exceed the given average number of tokens.
@@ -73,32 +74,32 @@ class Quota:
         wanted = self.share * n + self.count
         if wanted <= 0:
             raise UserError(
-                f"the average number of tokens cannot be met on an image of {n} tokens: its first "
-                "layers, with all of them, exceed it; raise average= or prune earlier"
+                f"the average number of tokens cannot be met for an image of {n} tokens: the first "
+                "layers, with all tokens, exceed it; raise average= or prune earlier"
             )
         parts = round(wanted) // self.turns
         return min(m, max(1, parts * self.turns + self.pivots))
 
     def left(self, n: int, m: int) -> int:
-        """Return the number of a frame's tokens afterwards, merged ones included."""
+        """Return the number of a frame's tokens after the step, including merged ones."""
         kept = self.kept(n, m)
         return kept + self.merged(m - kept)
 
     def merged(self, gone: int) -> int:
-        """Return how many merged tokens replace `gone` removed ones."""
+        """Return the number of merged tokens that replace `gone` removed ones."""
         return self.pooled(gone) // self.cluster_size + 1 if self.recycled and gone else 0
 
     def pooled(self, gone: int) -> int:
-        """Return how many of `gone` removed tokens are merged, ⌊`recycled` · gone⌋ and the extra.
+        """Return how many of `gone` removed tokens are merged: ⌊`recycled` · gone⌋ + `pool_extra`.
 
-        There may be fewer than `merged`: a merged token is then made of one.
+        If there are fewer than `merged`, each merged token is made of a single one.
         """
-        # The 1e-9 keeps a product that is a whole number from rounding down to the one below.
+        # 1e-9 corrects products that are slightly below a whole number.
         return int(self.recycled * gone + 1e-9) + self.pool_extra
 
 
 def tokens_left(quotas: Sequence[Quota], n: int) -> int:
-    """Return the number of tokens left of a frame of n after several pruning steps."""
+    """Return the number of tokens that a frame of n has left after several pruning steps."""
     m = n
     for quota in quotas if n else ():
         m = quota.left(n, m)
@@ -107,12 +108,13 @@ def tokens_left(quotas: Sequence[Quota], n: int) -> int:
 
 @dataclass(frozen=True)
 class DecodePruning:
-    """Generated tokens read a part of the cached visual tokens, from layer `layer` on.
+    """Limits generated tokens to a part of the cached visual tokens, from layer `layer` on.
 
-    For each of them, the share `drop` of its sequence's visual tokens is left out that it attends
-    to least in the layer before. They stay in the cache, and the next token may read them. Where
-    the cosine between the attention of two successive tokens is at least `similarity`, nothing new
-    is chosen: what the token before read is read again with `repeats`, everything without.
+    Each generated token leaves out the fraction `drop` of the visual tokens of its sequence to
+    which it attends least in the layer before. They stay in the cache, and later tokens may read
+    them. If the cosine similarity between the attention of two successive tokens is at least
+    `similarity`, no new choice is made: the second token reads the same visual tokens as the first
+    one with `repeats`, and all of them without.
     """
 
     name: str
@@ -124,17 +126,17 @@ class DecodePruning:
     def read(self, n: int) -> int:
         """Return how many of a sequence's n visual tokens are read, at least one.
 
-        In floating point and cut off, as in the release: of 10 with drop=0.8, one.
+        Truncated in floating point, as in the release: 1 of 10 with drop=0.8.
         """
         return min(n, max(1, int((1 - self.drop) * n)))
 
 
 @dataclass(frozen=True)
 class Window:
-    """Square of visual tokens in one frame that a visual token attends to.
+    """Square of visual tokens in one frame to which a visual token attends.
 
-    It extends `radius` rows and columns to each side; `causal` excludes cells that come later in
-    raster order.
+    The square extends `radius` rows and columns to each side; `causal` excludes cells that are
+    later in raster order.
     """
 
     radius: int
@@ -143,7 +145,7 @@ class Window:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer's settings; None means everything.
+    """Settings of one layer; None means everything.
 
     `heads` are the query heads used for visual tokens, `neurons` one index tensor [kept] for each
     gated feed-forward of the layer (`DecoderLayer.units`).
@@ -167,9 +169,9 @@ class RepairedProjections:
     down: Tensor | None
 
     def fits(self, heads: tuple[int, ...], places: tuple[Tensor, ...] | None) -> bool:
-        """Whether the kept heads and neurons are still where the columns were refitted."""
-        # Positions, not numbers: the columns are stored in the order of the weights, which
-        # reordering or removing neurons afterwards would change.
+        """Whether the kept heads and neurons have the positions that they had at the refit."""
+        # Positions are compared instead of numbers, because columns are stored in the order of the
+        # weights, which changes if neurons are reordered or removed.
         if self.down is None or self.neurons is None:
             return self.o is None or heads == self.heads
         same = places is not None and torch.equal(places[0].cpu(), self.neurons.cpu())

@@ -25,12 +25,12 @@ from methods.visual_engine.settings import Execution
 
 
 class VisualStrategy(Method):
-    """A method that adds its settings to the network's plan; several compose in any order.
+    """A method that adds its settings to the network's plan; strategies compose in any order.
 
     `execution` sets how the plan is carried out, and must be the same for all strategies of a run.
-    `skip` computes only what is read and normalises over the remaining keys. `masked` computes
-    everything and zeroes attention weights after the softmax, as the paper's released LLaVA code
-    does: for its released checkpoints and for comparison; it saves no work.
+    `skip` computes only what is needed and normalises attention over the remaining keys. `masked`
+    computes everything and zeroes attention weights after the softmax, as the paper's released
+    LLaVA code does; it saves no work and serves its released checkpoints and comparisons.
     """
 
     execution: Execution = "skip"
@@ -44,11 +44,11 @@ class VisualStrategy(Method):
         require_visual_tokens_support(type(self).__name__, structure)
         decoder_layers(structure)
         if self.execution == "masked" and structure.moe:
-            raise UserError("execution=masked does not support MoE models")
+            raise UserError("execution=masked does not support MoE models: set execution=skip")
         if self.execution == "masked" and structure.model_type in BIDIRECTIONAL:
             raise UserError(
-                f"execution=masked does not support {structure.architecture}, whose images attend "
-                "in both directions: set execution=skip"
+                f"execution=masked does not support {structure.architecture}, whose image tokens "
+                "attend in both directions: set execution=skip"
             )
 
     def work(self, structure: ModelStructure, inputs: InputSize) -> MethodWork:
@@ -57,18 +57,18 @@ class VisualStrategy(Method):
         return MethodWork(readings=2.0 * reorders)
 
     def apply(self, model: Model, context: Context) -> MethodReport:
-        """Add the settings; from now on the network follows the whole plan.
+        """Add the settings to the plan, which the network follows from here on.
 
-        The report's `shape` and `work` are the inputs of the closed-form FLOPs and bytes of the
+        `shape` and `work` in the report are the inputs of the closed-form FLOPs and bytes of the
         plan.
         """
         engine = visual_engine_of(model.network)
         engine.plan.set_execution(self.execution)
-        # On the network, not in the report: it then reflects every later change of the plan, and is
-        # copied with the network.
+        # An attribute of the network, so that it reflects later changes of the plan and is copied
+        # with the network.
         setattr(model.network, FLOPS_PROVIDER_ATTRIBUTE, VisualFlops(engine))
-        # Masked mode keeps its marks of visual tokens as an attribute of the cache, which does not
-        # follow when the rows of a shared prefix are distributed to several prompts.
+        # Masked mode stores its marks of visual tokens on the cache, and they are lost when the
+        # rows of a shared prefix are distributed to several prompts.
         model.needs_prompt = model.needs_prompt or self.execution == "masked"
         details = self.configure(engine, model, context)
         details |= {
@@ -81,8 +81,8 @@ class VisualStrategy(Method):
     def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, object]:
         """Add this strategy's settings to the engine's plan; return the details of its report.
 
-        Unlike `apply`, it can be called by a method that is made of several strategies. The details
-        are JSON values.
+        A method that combines several strategies calls this instead of `apply`. The details are
+        JSON values.
         """
 
 
@@ -93,16 +93,16 @@ def require_visual_tokens_support(method: str, structure: ModelStructure) -> Non
         raise UserError(f"{method} does not support {structure.architecture}: {reason}")
     if structure.model_type not in FRAME_READERS:
         raise UserError(
-            f"{method} needs visual tokens, but {structure.architecture} is not a vision-language "
-            f"model that is supported: choose one of {', '.join(sorted(FRAME_READERS))}"
+            f"{method} needs visual tokens, but {structure.architecture} is not a supported "
+            f"vision-language model: choose one of {', '.join(sorted(FRAME_READERS))}"
         )
 
 
 def tokens_by_stage(engine: VisualEngine) -> dict[str, object]:
     """Report a frame's tokens by stage of the whole plan, and their average over layers.
 
-    All are None for models without a fixed image size, for which a cost of any size can be computed
-    from the report's `work`, and where the number of tokens depends on the image.
+    All are None if the model has no fixed image size, in which case costs can be computed from the
+    report's `work`, or if the number of tokens kept depends on the image.
     """
     size = fixed_frame_size(engine.network)
     if size is None or any(step.adaptive for step in engine.plan.steps):

@@ -2,7 +2,7 @@
 
 Shapes: B samples, S tokens of the call, R rows of one stream (the maximum over samples), N visual
 rows, I frames of the call in the order of their numbers, M rows of a frame (the maximum over
-frames), D width. Samples with fewer rows are padded on the left, frames with fewer at the end.
+frames), D width. Samples with fewer rows are padded on the left, frames at the end.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor
 class TokenRows:
     """Positions of the tokens of one stream in a call.
 
-    `index_BR` (int64) is a row's position in the call, `valid_BR` marks real rows; None means that
-    all are real and that every sample has its rows at the same positions. `full` means that all
-    rows are real, wherever they are.
+    `index_BR` (int64) is the position of a row in the call. `valid_BR` marks real rows; None means
+    that all rows are real and at the same positions in every sample. `full` means that all rows are
+    real, wherever they are.
 
-    `readout_BR` marks readout rows among text rows; None means that there are none. A prompt that
-    ends with its image is continued from its last visual token, and the work that a strategy skips
-    for visual rows is needed there. A readout row is a copy of that token with a text row's work:
-    it attends to what precedes it and to itself, and no row attends to it.
+    `readout_BR` marks readout rows among text rows; None means that there are none. If a prompt
+    ends with an image, the next token is predicted from its last visual token, for which strategies
+    skip work. A readout row is a copy of that token that is computed like a text row: it attends to
+    all tokens before it and to itself, and no other row attends to it.
     """
 
     index_BR: Tensor
@@ -47,21 +47,21 @@ class TokenRows:
 
     @property
     def keys_valid(self) -> Tensor:
-        """Rows to which other rows may attend, bool [B, R]: real rows, readout rows excepted."""
+        """Rows to which other rows may attend, bool [B, R]: real rows except readout rows."""
         return self.validity if self.readout_BR is None else self.validity & ~self.readout_BR
 
     def take(self, x_BSD: Tensor) -> Tensor:
         """Return the stream's rows of a tensor, [B, R, D]; padding holds copies of other rows."""
         if self.valid_BR is None:
-            # With equal positions in all samples one index of R rows suffices, where `gather` needs
-            # one of the size of the result.
+            # Positions are equal in all samples, so R indices suffice; `gather` needs one for each
+            # element of the result.
             return x_BSD.index_select(1, self.index_BR[0])
         index_BR1 = self.index_BR[..., None]
         wide = x_BSD.expand(self.index_BR.shape[0], -1, -1)
         return wide.gather(1, index_BR1.expand(-1, -1, x_BSD.shape[-1]))
 
     def subset(self, chosen: TokenRows) -> TokenRows:
-        """Keep the rows at the positions that `chosen` gives, counted among these rows."""
+        """Keep the rows at the positions `chosen`, which are counted among these rows."""
         index_BR = self.index_BR.gather(1, chosen.index_BR)
         if self.valid_BR is None and chosen.valid_BR is None:
             return TokenRows(index_BR, None)
@@ -72,7 +72,7 @@ class TokenRows:
         """Return `into` with the stream's real rows written to their positions."""
         if self.valid_BR is None:
             return into_BSD.index_copy(1, self.index_BR[0], x_BRD)
-        # Padding writes zeros, but only to tokens outside the stream: `rows_where` fills up with
+        # Padding rows write zeros, but only outside the stream, because `rows_where` pads with
         # unmarked positions.
         real_BRD = torch.where(self.valid_BR[..., None], x_BRD, 0)
         return into_BSD.scatter(1, self.index_BR[..., None].expand_as(x_BRD), real_BRD)
@@ -83,7 +83,7 @@ def rows_after_images(
 ) -> Tensor:
     """Mark the text rows after the last visual row of their sample, bool [B, T].
 
-    Separators are part of an image and no words.
+    Separators, which belong to an image, are not marked.
     """
     places_BN = visual.index_BR.masked_fill(~visual.validity, -1)
     after_BT = text.validity & (text.index_BR > places_BN.amax(dim=1, keepdim=True))
@@ -103,7 +103,7 @@ def text_rows_where(text_BS: Tensor, readout_BS: Tensor) -> TokenRows:
     if not bool(readout_BS.any()):
         return rows_where(text_BS)
     rows = rows_where(text_BS | readout_BS)
-    # Rows that fill up a shorter sample lie at unmarked positions, so the gather needs no mask.
+    # Padding rows are at unmarked positions, so the gather needs no mask.
     return replace(rows, readout_BR=readout_BS.gather(1, rows.index_BR))
 
 
@@ -116,8 +116,8 @@ def rows_where(mask_BS: Tensor) -> TokenRows:
         index_BR = mask_BS.nonzero()[:, 1].view(len(counts), width)
         uniform = bool((index_BR == index_BR[:1]).all())
         return TokenRows(index_BR, None if uniform else torch.ones_like(index_BR, dtype=torch.bool))
-    # A stable sort of 0 and 1 puts the marked positions last and in order; unmarked positions fill
-    # up on the left.
+    # A stable sort of 0 and 1 puts the marked positions last and in order; unmarked positions pad
+    # shorter samples on the left.
     order_BS = mask_BS.to(torch.uint8).argsort(dim=1, stable=True)
     index_BR = order_BS[:, mask_BS.shape[1] - width :]
     return TokenRows(index_BR, mask_BS.gather(1, index_BR), full=False)
@@ -150,7 +150,7 @@ class Frames:
         place_M = torch.arange(max(counts), device=frame_R.device)
         valid_IM = place_M < counts_I[:, None]
         start_I = counts_I.cumsum(0) - counts_I
-        # Padding repeats row 0 of the batch: any valid index does, since `valid_IM` excludes it.
+        # Padding repeats row 0 of the batch; any valid index will do, since `valid_IM` excludes it.
         index_IM = real_R[torch.where(valid_IM, start_I[:, None] + place_M, 0)]
         sample_I = index_IM[:, 0] // cells.frame_N.shape[1]
         return Frames(index_IM, valid_IM, sample_I, counts, cells.frame_N.shape)
@@ -160,19 +160,22 @@ class Frames:
         return x_BN.flatten(0, 1)[self.index_IM]
 
     def unpack(self, chosen_IM: Tensor) -> Tensor:
-        """Turn marks per frame into marks of visual rows, bool [B, N]."""
+        """Convert marks by frame into marks of visual rows, bool [B, N]."""
         marks_R = torch.zeros(self.shape.numel(), dtype=torch.bool, device=chosen_IM.device)
         marks_R[self.index_IM[chosen_IM & self.valid_IM]] = True
         return marks_R.view(self.shape)
 
     def unpack_weights(self, weight_IM: Tensor) -> Tensor:
-        """Turn weights per frame into weights of visual rows, [B, N]; padding rows weigh 1."""
+        """Convert weights by frame into weights of visual rows, [B, N]; padding rows get 1."""
         weight_R = weight_IM.new_ones(self.shape.numel())
         weight_R[self.index_IM[self.valid_IM]] = weight_IM[self.valid_IM]
         return weight_R.view(self.shape)
 
     def unpack_order(self, moved_IM: Tensor) -> Tensor:
-        """Turn rows of frames into visual rows of samples, [B, N]; padding rows stay."""
+        """Convert row indices of frames into visual row indices of samples, [B, N].
+
+        Padding rows keep their indices.
+        """
         count = self.shape[1]
         order_R = torch.arange(self.shape.numel(), device=moved_IM.device)
         order_R[self.index_IM[self.valid_IM]] = self.index_IM.gather(1, moved_IM)[self.valid_IM]
@@ -195,7 +198,7 @@ class Cells:
     column_N: Tensor
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Cells:
-        """Apply one change to all three tensors."""
+        """Apply a function to all three tensors."""
         return Cells(change(self.frame_N), change(self.row_N), change(self.column_N))
 
     def part(self, chosen: slice) -> Cells:
@@ -212,8 +215,7 @@ class Cells:
 
     def uniform(self) -> bool:
         """Whether all samples of a batch have the same frames of the same shapes."""
-        # Frame numbers run through the batch; relative to a sample's first frame they are equal if
-        # the samples have the same frames. Padding (-1) differs then, which costs only the shared
-        # mask.
+        # Frames are numbered over the whole batch, so numbers are compared relative to a sample's
+        # first frame. With padding (-1) they differ, and samples just do not share a mask.
         frame = self.frame_N - self.frame_N[:, :1]
         return all(bool((part == part[:1]).all()) for part in (frame, self.row_N, self.column_N))

@@ -1,9 +1,8 @@
-"""Weight slices for visual rows, cut once per layer and again when plan or network change.
+"""Weight slices for visual rows, cut once per layer and again when the plan or network changes.
 
-Kept heads and neurons can be moved to the front of their weights, so that slices are views: an
-exact change of parameters, after which the network computes the same function. The cache therefore
-knows the number in the loaded network of each head and neuron, also after other methods removed
-some.
+Kept heads and neurons can be moved to the front of their weights, which does not change the
+function of the network, so that slices are views. The cache therefore tracks the number that each
+head and neuron had in the loaded network, even after other methods have removed some.
 
 Shapes: D d_model, H query heads, G key-value heads, d a head's width, F neurons of the loaded
 feed-forward, N neurons that are left, P values of a fingerprint.
@@ -27,7 +26,7 @@ Version = tuple[int, ...]
 
 
 class WeightCache:
-    """Cached per-layer weight slices and the current position of each original head and neuron."""
+    """Cached weight slices per layer, and the current position of each original head and neuron."""
 
     def __init__(self, decoder: Decoder, plan: VisualPlan) -> None:
         self.decoder = decoder
@@ -39,8 +38,8 @@ class WeightCache:
     def layer(self, index: int) -> VisualWeights:
         """Return one layer's weights for visual rows.
 
-        They are cut again if the plan or a weight has changed since, and at every call while
-        weights are being trained, so that gradients reach the network.
+        They are cut again if the plan or a weight has changed, and at every call while weights are
+        being trained, so that gradients reach the network.
         """
         layer = self.decoder.layers[index]
         version = (self.plan.revision, *_weight_versions(layer))
@@ -55,14 +54,14 @@ class WeightCache:
             self.plan.dropped_heads,
             self.plan.repairs.get(index),
         )
-        # Slices of trained weights belong to one autograd graph, which backward frees: a cached
-        # slice would fail in the next backward.
+        # Slices of trained weights belong to an autograd graph, which the backward pass frees, so a
+        # cached slice would fail in the next one.
         if not torch.is_grad_enabled() or not _is_trained(layer):
             self._kept[index] = (version, weights)
         return weights
 
     def head_order(self) -> list[list[int]]:
-        """Return the number of the head at each position, for every layer."""
+        """Return the original number of the head at each position, for every layer."""
         return [list(order) for order in self._heads]
 
     def by_loaded_number(self, layer: int, unit: int, value_F: Tensor) -> Tensor:
@@ -91,15 +90,15 @@ class WeightCache:
         orders = self._neurons[layer.index]
         for unit, order, chosen in zip(layer.units(), orders, kept, strict=True):
             now_F = order.update(unit)
-            # A stable sort of 0 (kept) and 1 (dropped): kept neurons come first, both kinds in
-            # their present order, so a second call with the same plan moves nothing.
+            # A stable sort of 0 (kept) and 1 (dropped), so that a second call with the same plan
+            # moves nothing.
             moved_F = (~torch.isin(now_F, chosen.cpu())).to(torch.uint8).argsort(stable=True)
             if bool((moved_F[1:] < moved_F[:-1]).any()):
                 permute_neurons(unit, moved_F)
                 order.record_permutation(moved_F)
 
     def places(self, layer: DecoderLayer) -> tuple[Tensor, ...] | None:
-        """Return the present positions of each feed-forward's kept neurons; None for all."""
+        """Return the current positions of each feed-forward's kept neurons; None for all."""
         kept = self.plan.layers[layer.index].neurons
         if kept is None:
             return None
@@ -111,10 +110,9 @@ class WeightCache:
 
 
 def _weight_versions(layer: DecoderLayer) -> Version:
-    """Return numbers that change if a weight of the layer is replaced or written to."""
-    # Both are needed: `id` changes if a weight is replaced by another tensor, `_version` if it is
-    # changed in place. Writes through `.data` change neither, so code that makes them must call
-    # `increment_version`.
+    """Return numbers that change if a weight of the layer is replaced or modified in place."""
+    # `id` changes if a weight is replaced by another tensor, `_version` if it is modified in place.
+    # Writes through `.data` change neither, so such code must call `increment_version`.
     weights = layer.module.parameters()
     return tuple(number for weight in weights for number in (id(weight), weight._version))
 
@@ -126,12 +124,11 @@ def _is_trained(layer: DecoderLayer) -> bool:
 def kept_heads_first(kept: Collection[int], order: Sequence[int], per_group: int) -> list[int]:
     """Return positions of heads with kept ones first, as far as key-value groups allow.
 
-    `order` is the head at each position; `kept` are heads. Groups stay together: those with a kept
-    head come first, and in each group its kept heads do.
+    `order` is the head at each position, `kept` the heads to keep. Groups stay together: groups
+    with a kept head come first, and within each group its kept heads come first.
     """
-    # Groups stay whole because query head i reads key-value head i // per_group: moved alone, it
-    # would read different keys. K and V are therefore sliced by group, all groups with a kept head,
-    # and kept query heads are contiguous only within their groups.
+    # Groups must stay together because query head i reads key-value head i // per_group. K and V
+    # are therefore sliced by group, and kept query heads are contiguous only within a group.
     groups = [range(first, first + per_group) for first in range(0, len(order), per_group)]
     inside = [sorted(group, key=lambda place: order[place] not in kept) for group in groups]
     inside.sort(key=lambda group: order[group[0]] not in kept)
@@ -142,7 +139,7 @@ def kept_heads_first(kept: Collection[int], order: Sequence[int], per_group: int
 def permute_heads(view: AttentionView, places: Sequence[int]) -> None:
     """Permute a layer's heads in place; `places` [H] are the old positions in new order."""
     per_group = view.heads // view.groups
-    # Query heads of a group stay adjacent, so the first one of each gives the group's new place.
+    # Query heads of a group stay adjacent, so the first one determines the group's new position.
     groups = [places[first] // per_group for first in range(0, view.heads, per_group)]
     for projection, record_permutation in ((view.q, places), (view.k, groups), (view.v, groups)):
         _permute_rows(projection, head_channels(record_permutation, view.head_dim))
@@ -165,8 +162,8 @@ def _permute_rows(projection: Projection, rows: Tensor) -> None:
             part.copy_(part[rows.to(part.device)])
 
 
-# Leading values of a gate row that identify a neuron: enough for trained weights even in half
-# precision, and little memory for all experts of a network.
+# Number of leading values of a gate row that identify a neuron. It suffices for trained weights
+# even in half precision, and takes little memory for all experts of a network.
 FINGERPRINT_LENGTH = 8
 
 
@@ -174,7 +171,7 @@ class NeuronOrder:
     """The order of one feed-forward's neurons, by their numbers in the loaded network.
 
     After another method has removed or permuted neurons, they are identified by their gate rows,
-    which neither changes.
+    whose values such methods do not change.
     """
 
     def __init__(self, unit: ExpertView) -> None:
@@ -183,17 +180,17 @@ class NeuronOrder:
         self._order_N = torch.arange(self.width)
 
     def record_permutation(self, places_N: Tensor) -> None:
-        """Record a rearrangement; `places` are the old positions in their new order."""
+        """Record a permutation; `places_N` are the old positions in their new order."""
         self._order_N = self._order_N[places_N]
 
     def update(self, unit: ExpertView) -> Tensor:
-        """Return the numbers of a feed-forward's neurons as it is now, [N].
+        """Return the original numbers of the neurons that a feed-forward currently has, [N].
 
         Raises:
-            UserError: a neuron is not one of those that were loaded.
+            UserError: a neuron is not one of the loaded ones.
         """
         same_width = unit.width == len(self._order_N)
-        # Training changes values and moves nothing; comparing them would wait for the device in
+        # Training changes values but moves nothing, and comparing them would wait for the device in
         # every call.
         if same_width and unit.gate.requires_grad:
             return self._order_N
@@ -205,16 +202,17 @@ class NeuronOrder:
             self._order_N = matched
         elif not same_width:
             raise UserError(
-                "a method changed a feed-forward of which visual tokens use a part, in a way that "
-                "cannot be followed: list that method before the visual token strategies"
+                "a method changed the neurons of a feed-forward, a part of which visual tokens "
+                "use, in a way that cannot be tracked: list that method before the visual token "
+                "strategies"
             )
-        # Otherwise values were changed in place (zeroed, quantized), and every neuron stayed.
+        # Otherwise values were changed in place (zeroed, quantized) and no neuron was moved.
         return self._order_N
 
     def _match_by_gate_rows(self, rows_NP: Tensor) -> Tensor | None:
-        """Find each neuron's number by the beginning of its gate row; None if a row is unknown."""
-        # Bit-exact values as dictionary keys: moving copies rows, so equal neurons have equal bits.
-        # Equal rows (all-zero gates, say) get their numbers in order, each number once.
+        """Find each neuron's number by the first values of its gate row; None if one is unknown."""
+        # Exact values are the keys, because moving a neuron copies its row. Neurons with equal rows
+        # (such as zeros) get their numbers in order, each number once.
         numbers: dict[tuple[float, ...], deque[int]] = defaultdict(deque)
         for number, row in enumerate(self._rows_FP.tolist()):
             numbers[tuple(row)].append(number)
@@ -226,5 +224,5 @@ class NeuronOrder:
 
 
 def _fingerprints(unit: ExpertView) -> Tensor:
-    """Return the beginnings of the gate rows of a feed-forward's neurons, [N, P], on the CPU."""
+    """Return the first values of the gate rows of a feed-forward's neurons, [N, P], on the CPU."""
     return unit.gate.detach()[:, :FINGERPRINT_LENGTH].cpu()

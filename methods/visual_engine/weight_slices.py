@@ -5,7 +5,7 @@ a head's width, F a feed-forward's width, f kept of its neurons.
 
 If kept heads or neurons come first, slices are views of the network's own memory. A MoE block is
 replaced by one with fewer neurons per expert that shares everything else; experts may keep
-different numbers, as they do after other methods have removed some.
+different numbers of neurons.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from methods.visual_engine.settings import DroppedHeads, LayerPlan, RepairedProj
 
 @dataclass(frozen=True)
 class Heads:
-    """Heads used for visual tokens, as positions in the weights as they are now.
+    """Heads used for visual tokens, as positions in the current weights.
 
     `kept` [h] and `dropped` [H - h] are query heads, `groups` [V] the key-value heads that kept
-    ones read; `reads` [h] is the index in `groups` that each kept head reads; `restore` [H] undoes
-    the order (kept, dropped), None if it is the network's own; `per_group` is H / G.
+    ones read, and `reads` [h] the index in `groups` that each kept head reads. `restore` [H] undoes
+    the order (kept, dropped); None if that is the network's own order. `per_group` is H / G.
     """
 
     kept: tuple[int, ...]
@@ -76,9 +76,9 @@ class GatedSlice:
 class VisualWeights:
     """Weights of one layer for visual rows.
 
-    `q` [h·d, D] makes the kept heads' queries, followed by the dropped heads' if those still attend
-    to text; `k` and `v` are [V·d, D], and `o` has the columns of the heads in `q`. `feed_forward`
-    maps [..., D] to [..., D].
+    `q` [h·d, D] projects to the queries of kept heads, followed by those of dropped heads if these
+    still attend to text. `k` and `v` are [V·d, D], and `o` has the columns of the heads in `q`.
+    `feed_forward` maps [..., D] to [..., D].
     """
 
     view: AttentionView
@@ -100,18 +100,18 @@ def slice_weights(
 ) -> VisualWeights:
     """Slice the weights of one layer for visual rows.
 
-    `order` is the head of the loaded network at each position, `places` the present positions of
-    each feed-forward's kept neurons; None keeps the whole feed-forward.
+    `order` is the original number of the head at each position, `places` are the current positions
+    of each feed-forward's kept neurons; None keeps the whole feed-forward.
 
     Raises:
-        UserError: heads or neurons are no longer where they were when `repair` was made.
+        UserError: heads or neurons have moved since `repair` was made.
     """
     view = layer.attention_view()
     chosen = set(range(view.heads) if plan.heads is None else plan.heads)
     kept = [place for place, head in enumerate(order) if head in chosen]
     heads = Heads.of(kept, view.heads, view.groups, view.o.weight.device)
-    # Kept heads first, in one projection: the first h heads of its output go to visual attention,
-    # the rest to attention over text alone.
+    # One projection with kept heads first: the first h heads of its output are used for visual
+    # attention, the rest for attention over text alone.
     queries = (*heads.kept, *heads.dropped) if dropped_heads == "text_only" else heads.kept
     if repair is not None and not repair.fits(heads.kept, places):
         raise UserError(
@@ -150,8 +150,9 @@ def _slice_feed_forward(
 def select_rows(weight: Tensor, index: Tensor, dim: int) -> Tensor:
     """Select rows or columns of a matrix: a view if they come first, a copy otherwise."""
     count = len(index)
-    # `narrow` shares memory with the network, so the slice costs none and follows later in-place
-    # changes; after `reorder` every slice takes this path, up to groups that are kept in part.
+    # `narrow` shares memory with the network, so the slice takes none and follows later in-place
+    # changes. After `WeightCache.reorder` this is the usual case; an exception are groups of heads
+    # that are kept in part.
     if torch.equal(index.cpu(), torch.arange(count)):
         return weight.narrow(dim, 0, count)
     return weight.index_select(dim, index.to(weight.device))
@@ -184,7 +185,7 @@ HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_back
 def narrow_moe_block(block: MoEBlock, places: Sequence[Tensor]) -> nn.Module:
     """Return the block with the neurons at `places` of each expert, routed experts first.
 
-    Router and gates are the block's own modules; expert weights are copies of what is kept.
+    Router and gates are those of the block itself; expert weights are copied.
     """
     twin = _shallow_copy(block.block)
     _replace_child(twin, block.experts, _narrow_routed(block, places[: block.num_experts]))
@@ -194,11 +195,10 @@ def narrow_moe_block(block: MoEBlock, places: Sequence[Tensor]) -> nn.Module:
 
 
 def _shallow_copy(module: nn.Module) -> nn.Module:
-    """Copy a module so that its children can be exchanged; the children themselves are shared."""
-    # `copy.copy` shares the dictionaries of modules, parameters and hooks with the original, so an
-    # exchanged child would appear in both. The twin gets dictionaries of its own: it shares
-    # weights, not structure. Its hooks start empty, since an observer of the block must not count
-    # the narrowed pass.
+    """Copy a module so that its children can be replaced; the children themselves are shared."""
+    # `copy.copy` shares the dictionaries of children, parameters and hooks with the original, so
+    # the copy gets its own. Its hooks start empty, because observers of the original block must not
+    # count calls of the copy.
     twin = copy.copy(module)
     twin.__dict__["_modules"] = dict(module._modules)
     twin.__dict__["_parameters"] = dict(module._parameters)
@@ -238,8 +238,7 @@ def _narrow_gated(module: nn.Module, kept: Tensor) -> nn.Module:
 
 
 def _linear(weight: Tensor) -> nn.Linear:
-    # Created on the meta device: no memory is allocated or initialised for a weight that is
-    # replaced at once.
+    # On the meta device, because the weight is replaced at once.
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     return linear

@@ -18,7 +18,7 @@ from methods.visual_tokens.calibration_stats import CalibrationStats
 KeptHeads = list[tuple[int, ...]]
 KeptNeurons = list[tuple[Tensor, ...]]
 
-# How heads or neurons are ranked: by calibration, or for controls by number or at random.
+# How heads or neurons are ranked: by calibration or, as controls, by number or at random.
 Ranking = Literal["scored", "first", "random"]
 
 
@@ -48,20 +48,20 @@ def top_heads_by_count(score_LH: Tensor, counts: Sequence[int]) -> KeptHeads:
 def top_heads_by_share(
     score_LH: Tensor, share: float, whole_layers: int, reached: int
 ) -> KeptHeads:
-    """Keep the top share of heads among the first `reached` layers, under one threshold for all.
+    """Keep the top share of heads among the first `reached` layers, by one ranking of all heads.
 
     Raises:
-        UserError: the layers that stay whole have more heads already.
+        UserError: the layers that stay whole have more heads than that.
     """
     heads = score_LH.shape[1]
     return top_heads_in_total(score_LH, round(share * reached * heads), whole_layers, reached)
 
 
 def top_heads_in_total(score_LH: Tensor, total: int, whole_layers: int, reached: int) -> KeptHeads:
-    """Keep the `total` top heads among the first `reached` layers, the first ones whole.
+    """Keep the `total` top heads of the first `reached` layers, and all of `whole_layers`.
 
     Raises:
-        UserError: the layers that stay whole have more heads already.
+        UserError: the layers that stay whole have more than `total` heads.
     """
     heads = score_LH.shape[1]
     whole = min(whole_layers, reached)
@@ -73,8 +73,8 @@ def top_heads_in_total(score_LH: Tensor, total: int, whole_layers: int, reached:
         )
     keep_LH = torch.zeros_like(score_LH, dtype=torch.bool)
     keep_LH[:whole] = True
-    # One ranking over all layers, as one threshold would give; `topk` on the flattened scores hits
-    # the exact total where a threshold could leave ties.
+    # One ranking over all layers is equivalent to one threshold, but `topk` keeps exactly the total
+    # even if scores are equal.
     keep_LH[whole:reached].view(-1)[score_LH[whole:reached].flatten().topk(rest).indices] = True
     return _head_numbers(keep_LH)
 
@@ -92,15 +92,15 @@ def top_neurons_of_layers(scores: Sequence[Sequence[Tensor]], share: float) -> K
 def control_scores(ranking: Ranking, sizes: Sequence[int], seed: int) -> list[Tensor]:
     """Return scores that rank units by number (`first`) or at random, one tensor per size."""
     if ranking == "first":
-        # Descending scores: the top of every ranking is the first units.
+        # Descending scores, so that the first units are ranked highest.
         return [-torch.arange(size, dtype=torch.float32) for size in sizes]
-    # One generator for all sizes, so that no two layers keep the same units.
+    # One generator for all sizes, so that layers keep different units.
     generator = torch.Generator().manual_seed(seed)
     return [torch.rand(size, generator=generator) for size in sizes]
 
 
 def earliest_cut(stats: CalibrationStats, max_kl: float) -> int:
-    """Return the smallest cut at which removing visual tokens costs at most `max_kl` nats."""
+    """Return the smallest cut whose KL divergence from the dense answer is at most `max_kl` nats."""
     depth = len(stats.cut_kl)
     fitting = [cut for cut in range(1, depth + 1) if stats.cut_kl[cut - 1] <= max_kl]
     return fitting[0] if fitting else depth

@@ -1,8 +1,9 @@
 """Scores of heads, neurons and layer cuts, measured on a few prompts in one dense pass each.
 
-A head's score is its visual over its text attention mass. A neuron's is E|a_j| · ‖Wdown[:, j]‖ over
-visual rows: it adds a_j · Wdown[:, j] to a row, with a = act(Wgate x) ⊙ Wup x, times the router's
-weight in an expert. A cut's is the KL divergence of the answer from the dense one.
+The score of a head is its attention mass on visual tokens divided by that on text tokens. A neuron
+with a = act(Wgate x) ⊙ Wup x, times the router's weight in an expert, adds a_j · Wdown[:, j] to a
+row; its score is E|a_j| · ‖Wdown[:, j]‖ over visual rows. The score of a cut is the KL divergence
+of the answer from the dense one.
 
 Shapes: B samples, S tokens, T text rows, N visual rows, R query rows, H query heads, G key-value
 heads, L layers, D d_model, F a feed-forward's width, d a head's width, C layer cuts, V vocabulary,
@@ -45,9 +46,8 @@ if TYPE_CHECKING:
 
 RECORDING_ATTENTION = "slimbench_visual_recording"
 
-# Statistics by engine and fingerprint of the prompts: all strategies of one run share one
-# calibration of the dense network. Weak, so that they disappear with their network; not an
-# attribute of the engine, because the engine does not know what a calibration is.
+# Statistics by engine and fingerprint of the prompts, because all strategies of a run share one
+# calibration of the dense network. The weak keys free them with their network.
 _measured: WeakKeyDictionary[VisualEngine, dict[str, CalibrationStats]] = WeakKeyDictionary()
 
 
@@ -127,17 +127,17 @@ class AttentionRecorder:
     def cut_divergence(self, dense_BV: Tensor) -> Tensor:
         """Return the KL divergence from the dense answer for cuts 1 to L - 1, [L - 1] nats.
 
-        Layers before a cut equal the dense pass, so only text rows after it are computed. Each
-        layer processes the rows of all earlier cuts in one batch.
+        Layers before a cut are the same as in the dense pass, so only text rows after it are
+        computed. Each layer processes the rows of all earlier cuts in one batch.
         """
         decoder = self.engine.decoder
         layers, attention = decoder.layers, self.tokens.attention
         masks = attention_masks(self.text, None, None, None, None, 0, attention=attention)
         streams = self._states[0][:0]
         for layer in layers[1:]:
-            # The batch grows by one cut per layer: entry c holds the text rows that lost their
-            # visual tokens before layer c. L (L - 1) / 2 layer passes over text rows give all cuts,
-            # where a full pass per cut would repeat the visual rows each time.
+            # The batch grows by one cut per layer: entry c are the text rows whose visual tokens
+            # were removed before layer c. All cuts take L (L - 1) / 2 layer passes over text rows,
+            # while one pass per cut would repeat the visual rows each time.
             streams = torch.cat([streams, self._states[layer.index]])
             repeats = len(streams) // len(dense_BV)
             angles = tuple(
@@ -169,7 +169,7 @@ class AttentionRecorder:
         scaling: float,
         **rest: object,
     ) -> tuple[Tensor, None]:
-        """Attend as SDPA does, and add up attention over visual and over text keys per row."""
+        """Attend with SDPA, and record the attention mass on visual and on text keys."""
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         every = self.text.index_BR
@@ -183,7 +183,7 @@ class AttentionRecorder:
     def _ratio(self, q_BHSd: Tensor, k_BGSd: Tensor, rows_BR: Tensor, scaling: float) -> Tensor:
         """Return visual over text attention mass of some query rows, [B, H].
 
-        Their softmax rows [R, S] are the only part of the S x S matrix that is ever materialised.
+        Only the softmax of these rows, [R, S], is materialised, not the S x S matrix.
         """
         k_BHSd = k_BGSd.repeat_interleave(q_BHSd.shape[1] // k_BGSd.shape[1], dim=1)
         index_BHRd = rows_BR[:, None, :, None].expand(-1, q_BHSd.shape[1], -1, q_BHSd.shape[3])
@@ -194,8 +194,7 @@ class AttentionRecorder:
             seen_BRS = torch.ones_like(seen_BRS)
         seen_BRS &= self.real_BS[:, None]
         weight = scores.masked_fill(~seen_BRS[:, None], -torch.inf).softmax(dim=-1)
-        # Rows are the last R text rows, so their validity is the end of that of all. Padded rows
-        # have no attention mass to count.
+        # The rows are the last R text rows, so their validity is the end of that of all text rows.
         real_BR = self.text.validity[:, -rows_BR.shape[1] :]
         mass_BHS = torch.where(real_BR[:, None, :, None], weight, 0).sum(dim=2)
         visual_BH = (mass_BHS * self.tokens.mask[:, None]).sum(dim=-1)
@@ -209,7 +208,7 @@ def _by_loaded_number(ratio_ILH: Tensor, engine: VisualEngine) -> Tensor:
 
 
 def _prompt_lengths(tokens: VisualTokens, text: TokenRows) -> Tensor:
-    """Return mean visual tokens, text tokens before the last visual one, and text tokens, [3]."""
+    """Return mean numbers of visual tokens, text tokens before the last of them, and text, [3]."""
     places_S = torch.arange(tokens.mask.shape[1], device=text.index_BR.device)
     last_B1 = (tokens.mask * places_S).amax(dim=1, keepdim=True)
     before_BR = text.validity & (text.index_BR < last_B1)
@@ -270,8 +269,8 @@ class NeuronScores:
         """Return E|a_j| · ‖Wdown[:, j]‖ of every neuron, [F] for each feed-forward."""
         return [
             [
-                # Experts, too, are divided by all visual tokens, not by those routed to them: a
-                # rarely used expert contributes less.
+                # For experts, too, the mean is over all visual tokens, not only those routed to
+                # them, because a rarely used expert contributes less.
                 total_F / max(1, self._tokens) * unit.down.detach().float().norm(dim=0).cpu()
                 for total_F, unit in zip(sums, layer.units(), strict=True)
             ]
@@ -289,7 +288,7 @@ def _dense_hook(sum_F: Tensor, visual_BS: Tensor) -> Callable[..., None]:
 
 
 class _ExpertAccumulator:
-    """Accumulator of expert activations in one block, times the router's weight."""
+    """Accumulates the expert activations of one block, times the router's weight."""
 
     def __init__(self, sums: list[Tensor], routed: int) -> None:
         self.sums, self.number = sums, routed
@@ -306,9 +305,8 @@ class _ExpertAccumulator:
 
 def _expert_hook(block: MoEBlock, sums: list[Tensor], visual_BS: Tensor) -> Callable[..., None]:
     """Return a hook on a block that runs its experts again on the visual rows alone."""
-    # Observers of experts see tokens grouped by expert and cannot tell which are visual, so the
-    # block runs a second time on visual rows only. That call triggers this hook again: the flag
-    # stops the recursion.
+    # Observers get tokens grouped by expert and cannot tell which are visual, so the block runs
+    # again on visual rows only. The flag stops the recursion, since that call triggers this hook.
     inside = False
 
     def after(module: nn.Module, args: tuple[Tensor, ...], _: object) -> None:
@@ -326,11 +324,11 @@ def _expert_hook(block: MoEBlock, sums: list[Tensor], visual_BS: Tensor) -> Call
 
 
 def load_calibration_stats(folder: Path) -> CalibrationStats:
-    """Read what `CalibrationStats.save` wrote.
+    """Read statistics written by `CalibrationStats.save`.
 
     Raises:
         MissingData: the folder has no calibration.
-        UserError: its content has changed since it was written.
+        UserError: its files are damaged or were changed.
     """
     from safetensors.torch import load_file
 
@@ -340,7 +338,7 @@ def load_calibration_stats(folder: Path) -> CalibrationStats:
     except FileNotFoundError:
         raise MissingData(
             f"calibration_folder={folder} has no {FACTS_FILE} and {TENSORS_FILE}: give a folder "
-            "that CalibrationStats.save wrote, or null to calibrate in this run"
+            "written by CalibrationStats.save, or null to calibrate in this run"
         ) from None
     except Exception as error:
         raise UserError(f"calibration_folder={folder} cannot be read: {error}") from None
@@ -368,7 +366,7 @@ def calibration_stats_for(
 ) -> CalibrationStats:
     """Return statistics read from a folder, or measured on the run's calibration prompts.
 
-    They are measured once for all strategies of a run.
+    Measured statistics are shared by all strategies of a run.
 
     Raises:
         UserError: the folder belongs to a different model, or the run has no calibration prompts.
@@ -393,8 +391,9 @@ def require_samples(context: Context) -> ProcessedPrompts:
     given = context.prompts
     if given is None or not given.inputs:
         raise UserError(
-            "visual token strategies are calibrated on prompts with images, and this run has none: "
-            "set prompts=, or calibration_folder= to a saved calibration, or choose=first or random"
+            "visual token strategies are calibrated on prompts with images, but this run has none: "
+            "set prompts=NAME, calibration_folder= to a saved calibration, or choose=first or "
+            "random"
         )
     return given
 
@@ -408,7 +407,7 @@ def _refuse_mismatch(stats: CalibrationStats, engine: VisualEngine, folder: str)
     same = widths == [[len(score_F) for score_F in units] for units in stats.neurons]
     if mine != theirs or not same:
         raise UserError(
-            f"calibration_folder={folder} is of {theirs[0]} layers with {theirs[1]} heads; the "
-            f"model has {mine[0]} with {mine[1]}, or feed-forwards of a different width: calibrate "
-            "this model"
+            f"calibration_folder={folder} is for {theirs[0]} layers with {theirs[1]} heads, but "
+            f"the model has {mine[0]} with {mine[1]}, or feed-forwards of a different width: "
+            "calibrate this model"
         )

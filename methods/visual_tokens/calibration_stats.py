@@ -1,4 +1,4 @@
-"""Calibration statistics of a network, and how they are stored.
+"""Calibration statistics of a network, and their storage.
 
 Shapes: I samples, L layers, H query heads, F a feed-forward's width. Heads and neurons are numbered
 as in the loaded network.
@@ -40,15 +40,14 @@ class CalibrationStats:
     samples: str
 
     def head_statistic(self, votes: float, queries: Queries = "last") -> Tensor:
-        """Return the number [L, H] that exceeds a threshold exactly if enough samples' ratios do.
+        """Return a statistic [L, H] that exceeds a threshold exactly if enough ratios do.
 
-        More than `votes` of I samples lie above tau exactly if the k-th largest does, with k =
-        ⌊votes · I⌋ + 1 (the paper: more than 40 of 100).
+        More than the fraction `votes` of I samples exceed tau exactly if the k-th largest ratio
+        does, with k = ⌊votes · I⌋ + 1 (the paper: more than 40 of 100).
         """
-        # One number per head replaces the vote, so that any threshold, and a ranking for a share of
-        # heads, can be applied later without the samples.
+        # With one number per head instead of a vote, thresholds and rankings need no samples.
         ratio_ILH = self.last if queries == "last" else self.text
-        # The 1e-9 makes 0.4 of 100 samples exactly 40, however the product is rounded.
+        # 1e-9 corrects products that are slightly below a whole number, such as 40.
         needed = math.floor(votes * len(ratio_ILH) + 1e-9) + 1
         return ratio_ILH.sort(dim=0, descending=True).values[needed - 1]
 

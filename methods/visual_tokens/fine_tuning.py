@@ -38,22 +38,22 @@ from methods import checkpoint
 from methods.checkpoint import Checkpoint, CheckpointManager
 from methods.visual_engine.strategy import require_visual_tokens_support
 
-# Modules below the inner model that map features of the tower to embeddings.
+# Names of the modules of the inner model that project features of the tower to embeddings.
 PROJECTORS = ("multi_modal_projector", "visual.merger", "connector", "aligner")
 
 
 class VisualFineTuning(Method):
     """Train projector and language model on conversations about images; the tower stays frozen.
 
-    The defaults are LLaVA-1.5's second stage, which the paper runs with all its strategies active
-    (one epoch, 2e-5 with a cosine and 3 % of warm-up, no weight decay, 128 conversations per step).
-    `data=llava` reads `path`, a JSON file in LLaVA's layout, and its images below `images`;
-    `embedded` draws `count` scenes. `batch` conversations are processed at a time, and `batch`
-    times `accumulate` make a step. `steps` limits the number of steps.
+    The defaults are those of LLaVA-1.5's second stage, which the paper runs with all its strategies
+    active: one epoch, a rate of 2e-5 with a cosine schedule and 3 % warm-up, no weight decay, 128
+    conversations per step. `data=llava` reads `path`, a JSON file in LLaVA's layout, and its images
+    below `images`; `embedded` draws `count` scenes. `batch` conversations are processed at a time,
+    and a step accumulates `accumulate` batches. `steps` limits the number of steps.
 
-    Master weights, gradients and AdamW's two moments are float32 on one device: 16 bytes per
-    trained weight, 112 GB for seven billion, and three quarters of that in a checkpoint, from which
-    an interrupted run resumes. Nothing is sharded.
+    Master weights, gradients and AdamW's two moments are float32 on one device, without sharding:
+    16 bytes per trained weight, or 112 GB for seven billion. A checkpoint, from which an
+    interrupted run resumes, takes three quarters of that.
     """
 
     accepts: ClassVar[frozenset[WeightForm]] = ALL_FORMS - {"packed"}
@@ -75,8 +75,8 @@ class VisualFineTuning(Method):
     def _data_is_somewhere(self) -> Self:
         if (self.data == "llava") != (self.path is not None and self.images is not None):
             raise ValueError(
-                f"data={self.data}, path={self.path}, images={self.images}: data=llava needs path "
-                "and images, data=embedded takes neither"
+                f"data={self.data} with path={self.path} and images={self.images}: data=llava "
+                "needs path and images, data=embedded takes neither"
             )
         return self
 
@@ -107,7 +107,7 @@ class VisualFineTuning(Method):
         )
 
     def apply(self, model: Model, context: Context) -> MethodReport:
-        """Train; the report has the loss of every step and the fingerprint of the data.
+        """Train; the report contains the loss of every step and the fingerprint of the data.
 
         Raises:
             UserError: there are too few conversations, or the loss diverges.
@@ -161,8 +161,7 @@ class VisualFineTuning(Method):
         if (saved := keeper.latest()) is not None:
             state.resume(saved)
         done = len(state.losses)
-        # The order of batches depends on the seed alone, so a resumed run skips what was used and
-        # sees the same batches as an uninterrupted one.
+        # The order of batches depends on the seed alone, so a resumed run skips those already used.
         batches = islice(self._batches(talks, context.seed), done * self.accumulate, None)
         for _ in context.progress.track(range(done, total), "fine-tuning"):
             loss = 0.0
@@ -177,7 +176,7 @@ class VisualFineTuning(Method):
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
             if not math.isfinite(loss):
-                raise UserError("visual_finetune: the loss is not finite; lower learning_rate")
+                raise UserError("visual_finetune: the loss is NaN or infinite: lower learning_rate")
             state.losses.append(loss)
             keeper.save_if_due(state.checkpoint)
         keeper.save(state.checkpoint)
@@ -192,7 +191,7 @@ class VisualFineTuning(Method):
         return loss
 
     def _batches(self, talks: Conversations, seed: int) -> Iterator[list[int]]:
-        """Yield the numbers of each batch, in an order determined by the seed."""
+        """Yield the indices of the conversations of each batch, shuffled by the seed."""
         generator = torch.Generator().manual_seed(seed)
         while True:
             order = torch.randperm(len(talks), generator=generator)
@@ -202,15 +201,15 @@ class VisualFineTuning(Method):
 
 @contextmanager
 def _float32_weights(network: nn.Module, trained: list[nn.Parameter]) -> Iterator[torch.dtype]:
-    """Train the given weights in float32 inside the block; yield their own dtype.
+    """Make the given weights trainable and float32 inside the `with` block; yield their own dtype.
 
-    Afterwards, also after an error, the network is frozen and in its own dtype again.
+    Afterwards, even after an error, the network is frozen and in its own dtype.
     """
     dtype = trained[0].dtype
     try:
         for weight in trained:
-            # Steps of 2e-5 vanish in bfloat16. Assigning `.data` does not raise `_version`, by
-            # which cached weight slices notice a change.
+            # bfloat16 is too coarse for steps of 2e-5. Assigning `.data` does not increment
+            # `_version`, which cached weight slices compare.
             weight.data = weight.data.float()
             torch.autograd.graph.increment_version(weight)
             weight.requires_grad_(True)
@@ -230,9 +229,9 @@ def trainable_parameters(network: nn.Module) -> list[nn.Parameter]:
     inner = network.get_submodule("model")
     decoder = cast(TransformersNetwork, network).get_decoder()
     parts = [decoder, network.get_submodule("lm_head")]
-    # Most models have a projector, the towers of Qwen-VL end in a merger.
+    # Most models have a projector; in Qwen-VL it is the merger of the tower.
     parts += [part for name, part in inner.named_modules() if name in PROJECTORS]
-    # By identity: a head tied to the embeddings is one weight, and AdamW refuses duplicates.
+    # Deduplicated by identity, because AdamW refuses a tied head twice.
     return list({id(weight): weight for part in parts for weight in part.parameters()}.values())
 
 
@@ -241,7 +240,7 @@ IGNORED = -100
 
 
 class TrainingExamples:
-    """Renders conversations for one processor; the loss covers answers and their end tokens."""
+    """Tokenises conversations for one processor; the loss covers answers and their end tokens."""
 
     def __init__(self, processor: Processor, longest: int, system: str | None = None) -> None:
         self._processor = processor
@@ -258,9 +257,9 @@ class TrainingExamples:
         """
         prompts = [self._rendered(talk, 0, answered=False) for talk in talks]
         images = [[talk.image] for talk in talks]
-        # Only the prompt up to the first answer goes through the processor, which expands the image
-        # into its tokens; everything after it is text and is tokenised piece by piece, so that the
-        # borders between answers and prompts are exact token borders.
+        # The processor, which expands the image into its tokens, gets only the prompt before the
+        # first answer. Everything after it is text and is tokenised piece by piece, so that answers
+        # begin and end at token boundaries.
         first = chat.encode_chats(self._processor, prompts, images, padding=True)
         rows, labels = [], []
         for number, talk in enumerate(talks):
@@ -274,7 +273,7 @@ class TrainingExamples:
         width = max(map(len, rows))
         if width > self._longest:
             raise UserError(
-                f"a conversation has {width} tokens, but longest={self._longest}: raise it or "
+                f"a conversation has {width} tokens, but longest={self._longest}: raise longest or "
                 "remove long conversations from the file"
             )
         padding = [self._tokenizer.pad_token_id] * width
@@ -285,8 +284,8 @@ class TrainingExamples:
         )
         inputs["labels"] = torch.tensor([row + [IGNORED] * (width - len(row)) for row in labels])
         if "mm_token_type_ids" in inputs:
-            # `mm_token_type_ids` gives the modality of each token, 0 for the added text. The
-            # processor may have padded on the left, hence the detour over the mask.
+            # `mm_token_type_ids` is the modality of each token, 0 for the added text. It is written
+            # through the mask, because the processor may have padded on the left.
             types = inputs["mm_token_type_ids"]
             widened = torch.zeros(len(rows), width, dtype=types.dtype)
             for number, mask in enumerate(first["attention_mask"].bool()):
@@ -296,7 +295,7 @@ class TrainingExamples:
         return inputs
 
     def _rest(self, talk: Conversation) -> list[tuple[list[int], bool]]:
-        """Return the tokens after the first prompt in pieces, each marked if it is an answer's."""
+        """Return the tokens after the first prompt as pieces (tokens, whether they are answers)."""
         pieces: list[tuple[list[int], bool]] = []
         for turn, (_, answer) in enumerate(talk.turns):
             prompt = self._rendered(talk, turn, answered=False)
@@ -304,10 +303,10 @@ class TrainingExamples:
             if not rendered.startswith(prompt + answer):
                 raise UserError(
                     "the chat template of this model does not place an answer directly after its "
-                    "prompt, so the training labels cannot be determined"
+                    "prompt, so training labels cannot be determined: choose a different model"
                 )
-            # The end token is learned, so that generation stops; the line break that templates add
-            # after it is not generated and belongs to the next prompt.
+            # The end token is learned, so that generation stops. The line break that templates add
+            # after it belongs to the next prompt.
             end = rendered[len(prompt) + len(answer) :]
             pieces.append((self._encode(answer + end.rstrip("\n")), True))
             if turn + 1 < len(talk.turns):
@@ -317,7 +316,7 @@ class TrainingExamples:
         return pieces
 
     def _rendered(self, talk: Conversation, turn: int, *, answered: bool) -> str:
-        """Return the conversation up to the answer of a turn, or up to its end."""
+        """Render the conversation up to a turn, with its answer if `answered`."""
         last = talk.turns[turn]
         turns = [*talk.turns[:turn], last if answered else (last[0], None)]
         return chat.render_chat(self._processor, turns, images=1, system=self._system)
@@ -350,9 +349,8 @@ class FineTuningState:
             self.trained[int(number)].copy_(weight)
         checkpoint.load_optimizer(self.optimizer, saved.tensors_of("optimizer"))
         self.losses = saved.state["losses"]
-        # Only the step is stored: the schedule is a function of it, so rates are computed from this
-        # run's settings. Setting `last_epoch` does not change the optimizer's rates, hence the
-        # loop.
+        # Only the step is stored, since rates are a function of it. Setting `last_epoch` does not
+        # change the optimizer's rates, so they are set below.
         self.schedule.last_epoch = saved.step
         for group, rate in zip(self.optimizer.param_groups, self._rates(), strict=True):
             group["lr"] = rate

@@ -34,19 +34,23 @@ from methods.visual_tokens.calibration_stats import Queries
 class HeadPruning(VisualStrategy):
     """Keep the query heads that attend to the image; drop the others from visual computation.
 
-    Heads are set in one of four ways: `mask`, a file that says which heads stay, such as a released
-    one; `counts`, heads for every layer or the name of a released mask whose counts are used;
-    `threshold`, the paper's tau on visual over text attention; or `keep`, a share of all heads, for
-    which the threshold is derived. A head stays if
-    its ratio exceeds the threshold in more than `votes` of the samples, where the ratio is that of
-    the prompt's `last` token or of all its `text` (`queries`); the first `whole_layers` layers stay
-    whole. `keep` is taken over all layers, as in the release (`over=all`), or over those that
-    visual tokens reach (`over=visual`; then layer_drop must come first).
+    Set exactly one of:
 
-    `choose` ranks heads by their scores, or takes the first or random ones (controls).
-    `dropped_heads` sets what visual rows get from a dropped head: nothing (`zero`, as in the
-    release) or its attention to text (`text_only`). With `reorder` the weights are permuted,
-    exactly, so that kept heads need no copies. `calibration_folder` is a saved calibration.
+    - `mask`: a file that says which heads are kept, such as one of the paper's release;
+    - `counts`: the number of heads of every layer, or the name of a released mask with its counts;
+    - `threshold`: the paper's tau. A head is kept if the ratio of its visual to its text attention
+      exceeds tau in more than the fraction `votes` of the samples;
+    - `keep`: a share of all heads, from which the threshold is derived.
+
+    `queries` says whose attention is measured: that of the prompt's `last` token or of all its
+    `text`. The first `whole_layers` layers keep all heads. `keep` is a share of the heads of all
+    layers, as in the release (`over=all`), or of the layers that visual tokens reach
+    (`over=visual`; layer_drop must then come first).
+
+    `choose` ranks heads by score or, as controls, takes the first or random ones. `dropped_heads`
+    is what visual rows get from a dropped head: nothing (`zero`, as in the release) or its
+    attention to text (`text_only`). `reorder` permutes the weights, without changing the function
+    of the network, so that kept heads need no copies. `calibration_folder` is a saved calibration.
     """
 
     keep: float = Field(default=0.5, ge=0, le=1)
@@ -70,9 +74,11 @@ class HeadPruning(VisualStrategy):
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are set: set all but one of them to null")
         if self.mask is not None and self.choose != "scored":
-            raise ValueError(f"choose={self.choose}: a mask chooses the heads itself")
+            raise ValueError(
+                f"choose={self.choose} cannot be combined with mask: set choose=scored"
+            )
         if self.threshold is not None and self.choose != "scored":
-            raise ValueError(f"choose={self.choose}: threshold needs choose=scored")
+            raise ValueError(f"choose={self.choose}: threshold needs scores; set choose=scored")
         if isinstance(self.counts, str) and self.counts not in RELEASED_HEAD_COUNTS:
             known = ", ".join(RELEASED_HEAD_COUNTS)
             raise ValueError(f"counts={self.counts}: give a list of numbers or one of {known}")
@@ -95,8 +101,8 @@ class HeadPruning(VisualStrategy):
             sizes = [layer.attention_view().heads for layer in decoder_layers(structure)]
             read_head_mask(Path(self.mask), sizes)
         if self.mask is None and self.counts is None and self.threshold is None:
-            # How far visual tokens come is known from the other methods later; not that this share
-            # of all heads is too small.
+            # Checks that `keep` allows for the whole layers. The layers that visual tokens reach
+            # are known only once the other methods have been applied.
             heads = [layer.attention_view().heads for layer in decoder_layers(structure)]
             if self.over == "all" and len(set(heads)) == 1:
                 self._choose(torch.zeros(len(heads), heads[0]), len(heads))
@@ -147,27 +153,27 @@ class HeadPruning(VisualStrategy):
 def read_head_mask(file: Path, heads: Sequence[int]) -> KeptHeads:
     """Read which heads of every layer are kept from a NumPy array of bool, [L, H].
 
-    `heads` are the numbers of heads of the network's layers. The paper's release has its masks in
+    `heads` are the numbers of heads of the network's layers. The masks of the paper's release have
     this form (`LLaVA/headmask/headmask_7b_16.npy` and others).
 
     Raises:
-        UserError: the file is no such array, or not for this network.
+        UserError: the file is not such an array, or does not fit this network.
     """
-    wanted = f"method.head_pruning.mask={file}"
+    setting = f"method.head_pruning.mask={file}"
     try:
-        # Without pickle: an array of objects could run code.
+        # Without pickle, because an array of objects could run code.
         keep_LH = np.load(file, allow_pickle=False)
     except FileNotFoundError:
-        raise UserError(f"{wanted}: there is no such file") from None
+        raise UserError(f"{setting}: there is no such file") from None
     except (OSError, ValueError, EOFError):
-        raise UserError(f"{wanted} is not an array that numpy.save wrote") from None
+        raise UserError(f"{setting} is not an array written by numpy.save") from None
     if not isinstance(keep_LH, np.ndarray) or keep_LH.dtype != np.bool_:
         kind = getattr(keep_LH, "dtype", "several arrays")
-        raise UserError(f"{wanted} holds {kind}: give an array of bool, one row per layer")
+        raise UserError(f"{setting} holds {kind}: give an array of bool, one row per layer")
     if keep_LH.shape != (len(heads), heads[0]) or len(set(heads)) > 1:
         shape = "x".join(map(str, keep_LH.shape))
         raise UserError(
-            f"{wanted} is for {shape} (layers x heads), but the model has {len(heads)} layers of "
+            f"{setting} is for {shape} (layers x heads), but the model has {len(heads)} layers of "
             f"{' or '.join(map(str, sorted(set(heads))))} heads: use the mask of this model"
         )
     return [tuple(row_H.nonzero()[0].tolist()) for row_H in keep_LH]

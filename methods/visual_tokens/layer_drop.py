@@ -1,4 +1,4 @@
-"""Visual layer drop (arXiv 2410.06169), and VTW (AAAI 2025) as a case of it."""
+"""Visual layer drop (arXiv 2410.06169), and VTW (AAAI 2025) as a special case."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from methods.visual_tokens.calibration import calibration_stats_for, with_calibr
 class LayerDrop(VisualStrategy):
     """Process visual tokens in the first `layers` layers only; later layers process text alone.
 
-    `share` sets the same as a fraction of the model's layers and is used if `layers` is not given.
-    With `max_kl`, the cut is the earliest layer after which the answer's distribution is at most
-    this many nats from the dense model's, averaged over the calibration images (VTW's criterion);
-    statistics are read from `calibration_folder`, a saved calibration, or measured on the run's
-    images.
+    `share`, used if `layers` is not given, sets the cut as a fraction of the model's layers. With
+    `max_kl`, the cut is the earliest one at which the KL divergence of the answer's distribution
+    from the dense model's is at most this many nats, averaged over the calibration images (VTW's
+    criterion). Statistics are read from `calibration_folder`, a saved calibration, or measured on
+    the run's images.
     """
 
     layers: int | None = Field(default=None, ge=1)
@@ -44,11 +44,12 @@ class LayerDrop(VisualStrategy):
         super().check(structure)
         if self.layers is not None and self.layers > len(structure.layers):
             raise UserError(
-                f"layers={self.layers}: {structure.architecture} has {len(structure.layers)} layers"
+                f"layers={self.layers} is too large: {structure.architecture} has "
+                f"{len(structure.layers)} layers"
             )
 
     def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, object]:
-        """Set the layer before which visual tokens leave, and report it."""
+        """Set and report the layer before which visual tokens are removed."""
         depth = len(engine.decoder.layers)
         if self.max_kl is not None:
             stats = calibration_stats_for(self.calibration_folder, engine, context)
@@ -63,9 +64,8 @@ class LayerDrop(VisualStrategy):
 class VTW(LayerDrop):
     """Drop all visual tokens after `layers` layers (K), or after a `share` of them.
 
-    Equals `layer_drop` alone, without the rest of YOPO and without training. With `max_kl`, the
-    paper's criterion, K is the earliest layer at which the distribution of the answers stays within
-    this many nats of the dense one. The paper's K are 16 of 32 and 20 of 40 layers.
+    This is `layer_drop` alone, without the rest of YOPO and without training. `max_kl` is the
+    paper's criterion for K. The paper's values of K are 16 of 32 and 20 of 40 layers.
     """
 
     def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, object]:

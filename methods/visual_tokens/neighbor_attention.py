@@ -14,9 +14,9 @@ from methods.visual_engine.strategy import VisualStrategy
 class NeighborAttention(VisualStrategy):
     """Let a visual token attend only to visual tokens in a `window` x `window` square around it.
 
-    Attention to text is unchanged. Tokens of other images, tiles or time steps are never attended
-    to. The released code includes neighbours that come later in the sequence; `causal` excludes
-    them, as the paper's figure does.
+    Attention to text is unchanged. Windows never extend to other images, tiles or time steps. The
+    released code includes neighbours that are later in the sequence; `causal` excludes them, as in
+    the paper's figure.
     """
 
     window: int = Field(default=5, ge=1)
@@ -26,7 +26,7 @@ class NeighborAttention(VisualStrategy):
     @classmethod
     def _has_a_centre(cls, window: int) -> int:
         if window % 2 == 0:
-            raise ValueError(f"window must be odd, with the token in its centre, got {window}")
+            raise ValueError(f"window={window} must be odd, with the token in its centre")
         return window
 
     def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, object]:

@@ -1,10 +1,10 @@
 """Least-squares repair: the kept columns of visual rows compensate for the dropped ones.
 
-In a layer where visual rows keep some heads or some neurons, the remaining columns of the output
-and down projections are refitted on calibration images, so that their product with the dense
-network's own activations of visual rows is as close as possible to that of all columns. The solver
-is the refit of CAMERA-P, whose damping guarantees that the error does not grow. Text rows continue
-to use the original weights. Not part of the paper; windows are not taken into account.
+If visual rows keep only some heads or neurons of a layer, the remaining columns of its output and
+down projections are refitted on calibration images: their product with the dense network's
+activations of visual rows should be as close as possible to the product of all columns. The solver
+is that of CAMERA-P's refit, whose damping guarantees that the error does not grow. Text rows use
+the original weights. This is not part of the paper, and windows are not taken into account.
 
 Shapes: R visual rows of all calibration prompts, F columns of a projection, K kept, D d_model.
 """
@@ -31,8 +31,8 @@ from methods.visual_engine.settings import RepairedProjections
 from methods.visual_engine.weight_slices import head_channels
 from methods.visual_tokens.calibration import require_visual_tokens
 
-# Layers whose Gram matrices are held at once. They are F x F in float64, 1 GB for each
-# feed-forward of a 7B model, so not all fit; each group costs one more pass over the prompts.
+# Number of layers whose Gram matrices are in memory together. They are F x F in float64, 1 GB per
+# feed-forward of a 7B model. Each group of layers takes one pass over the prompts.
 LAYERS_AT_ONCE = 4
 
 
@@ -42,13 +42,13 @@ def repair_projections(
 ) -> list[dict[str, object]]:
     """Refit the projections of every layer that visual rows reach, and report the errors.
 
-    Errors are squared and relative to the projection's own output: before and after, by projection.
-    Experts are left unchanged, since each sees different tokens.
+    The report has, per projection, the squared errors before and after, relative to the output of
+    the projection. Experts are left unchanged, since each gets different tokens.
 
     Raises:
         UserError: a calibration prompt has no image.
     """
-    # The last layer before the cut computes only keys and values, so it has nothing to refit.
+    # The last layer before the cut computes only keys and values.
     reached = engine.decoder.layers[: engine.plan.cut - 1]
     repairs: dict[int, RepairedProjections] = {}
     report: list[dict[str, object]] = []
@@ -115,8 +115,7 @@ def _refit(
     whole = _energy(gram_FF, weight_DF.double())
     errors = []
     for columns_DK in (weight_DF[:, kept_K].double(), new_DK):
-        # The error in terms of weights: all columns minus those that replace them, at their
-        # positions.
+        # All columns minus their replacements, which gives the error as a difference of weights.
         left_DF = weight_DF.double().index_add(1, kept_K, -columns_DK)
         errors.append(_energy(gram_FF, left_DF) / whole if whole else 0.0)
     return new_DK.to(weight_DF.dtype), errors

@@ -1,8 +1,8 @@
 """Search for settings that meet a budget of FLOPs or seconds at the least expected KL divergence.
 
 The KL divergence in nats from the dense answer is measured separately for a layer cut, for fewer
-heads and for fewer neurons, with nothing else changed; the three are assumed to add up (as
-operation pruning does, arXiv 2507.02909). The cost is `visual_share`, linear in heads.
+heads and for fewer neurons, with nothing else changed. The three are assumed to be additive, as in
+operation pruning (arXiv 2507.02909). The cost is `visual_share`, which is linear in heads.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ HEAD_SHARES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125, 0.0)
 NEURON_SHARES = (1.0, 0.5, 0.25, 0.125, 0.0625)
 # Maximum number of settings that are timed.
 MAX_READINGS = 24
-# Rounds whose median counts; a warm-up round precedes them.
+# Number of timed rounds, whose median is used; a warm-up round precedes them.
 TIMING_ROUNDS = 5
 
-# Estimates up to this factor above a time budget are still measured: an estimate is good to a few
-# per cent, and leaving out a setting that would have met the budget costs accuracy.
+# Settings whose estimate exceeds a time budget by at most this factor are measured nevertheless:
+# estimates are accurate to a few per cent, and skipping a setting that meets the budget costs
+# accuracy.
 ESTIMATE_MARGIN = 1.1
 
 
@@ -58,7 +59,7 @@ class StrategyShares:
 class SearchResult:
     """Result of a search: settings, share of visual FLOPs, expected KL divergence in nats.
 
-    `seconds` is the measured share of the dense prefill's time, if the budget is one of time.
+    `seconds` is the measured fraction of the dense prefill's time if the budget is a time.
     """
 
     settings: StrategyShares
@@ -96,20 +97,20 @@ class BudgetSearch:
         if not meeting:
             least = min(found.share for found in candidates)
             raise UserError(
-                f"budget={budget} cannot be met: the least that any settings leave is {least:.4f} "
-                "of the visual computation; raise budget or lower whole_layers"
+                f"budget={budget} cannot be met: the cheapest settings leave {least:.4f} of the "
+                "visual computation; raise budget or lower whole_layers"
             )
-        # The grid of head shares is coarse, so the winner usually leaves part of the budget unused:
-        # it is spent on more heads.
+        # The grid of head shares is coarse, so the best settings usually leave part of the budget
+        # unused. It is spent on more heads.
         settings = self._filled(meeting[0].settings, budget)
         return SearchResult(settings, self._share(settings), meeting[0].expected_kl)
 
     @torch.no_grad()
     def fit_seconds(self, budget: float, progress: Progress) -> SearchResult:
-        """Like `fit`, but `budget` is a share of the dense prefill's measured time.
+        """Like `fit`, but `budget` is a fraction of the dense prefill's measured time.
 
-        Candidates are measured in order of expected KL. Those that a running estimate puts well
-        above the budget are skipped; the estimate takes time to be linear in visual FLOPs and is
+        Candidates are timed in order of expected KL. Those whose estimated time is well above the
+        budget are skipped. The estimate assumes that time is linear in visual FLOPs and is
         corrected by the last measurement.
 
         Raises:
@@ -119,8 +120,7 @@ class BudgetSearch:
         text = self.prompt.text / (self.prompt.text + self.prompt.visual)
         correction, fastest = 1.0, float("inf")
         for found in self._candidates(progress):
-            # Text rows are always computed in full, so only the visual fraction of the prompt
-            # shrinks.
+            # Only the visual part of the prompt gets cheaper; text rows are computed in full.
             estimate = text + (1 - text) * found.share
             if correction * estimate > ESTIMATE_MARGIN * budget:
                 continue
@@ -134,7 +134,7 @@ class BudgetSearch:
             correction = measured / estimate
         tried = f"{timer.readings} settings were timed, the fastest takes {fastest:.3f}"
         if not timer.readings:
-            tried = "none was timed, since even the cheapest is estimated to take more"
+            tried = "no setting was timed, since even the cheapest is estimated to take longer"
         raise UserError(
             f"budget={budget} of the dense prefill's time cannot be met: {tried}; "
             "raise budget or lower whole_layers"
@@ -152,7 +152,7 @@ class BudgetSearch:
         return sorted(found, key=lambda fitted: fitted.expected_kl)
 
     def _total_heads(self, cut: int, share: float) -> int:
-        """Return the number of heads kept if layers after the whole ones keep this share."""
+        """Return the number of heads kept if all layers but the whole ones keep this share."""
         whole, heads = min(self.whole_layers, cut), self.shape.heads
         return whole * heads + round(share * (cut - whole) * heads)
 
@@ -178,8 +178,8 @@ class BudgetSearch:
     def _measure_kl(self, progress: Progress) -> dict[tuple[str, float], float]:
         """Measure the KL of fewer heads and of fewer neurons, each with everything else kept."""
         dense = list(self._answers(dense=True))
-        # Ten measurements, one per share and kind, instead of one per combination of layers, heads
-        # and neurons, which would be thousands. The price is the assumption that they add up.
+        # Ten measurements, one per share and kind, instead of thousands of combinations of layers,
+        # heads and neurons, assuming that their KL is additive.
         depth, kl = self.shape.depth, {("heads", 1.0): 0.0, ("neurons", 1.0): 0.0}
         tried = [("heads", share) for share in HEAD_SHARES[1:]]
         tried += [("neurons", share) for share in NEURON_SHARES[1:]]
@@ -202,21 +202,21 @@ class BudgetSearch:
 def with_search(work: MethodWork, inputs: InputSize, *, timed: bool) -> MethodWork:
     """Add a search to a method's work: answers of the dense network, and of each share tried.
 
-    Text rows are computed in full, visual ones as far as a share lets them: at most all of them.
-    With `timed`, one prompt's prefill is timed on top, in both forms, for one setting at least.
+    As an upper bound, visual rows are counted in full, like text rows. With `timed`, the prefill of
+    one prompt is also timed, dense and planned, for at least one setting.
     """
     tried = len(HEAD_SHARES[1:]) + len(NEURON_SHARES[1:])
     visual = inputs.visual / max(1.0, inputs.length)
     forwards, possible = 1 + tried * (1 - visual), tried * visual
     if timed:
-        # Of all prompts, the first batch is timed.
+        # Only the first batch of prompts is timed.
         once = (TIMING_ROUNDS + 1) * min(inputs.batch, inputs.rows) / max(1, inputs.rows)
         forwards, possible = forwards + once, possible + once * (2 * MAX_READINGS - 1)
     return replace(work, forwards=work.forwards + forwards, possible=work.possible + possible)
 
 
 def _with_window(prompt: PromptLengths, plan: VisualPlan) -> PromptLengths:
-    """Set the mean number of visual keys that a window leaves, assuming a square grid."""
+    """Set the mean number of visual keys in a window, assuming a square grid."""
     if plan.window is None:
         return prompt
     side = max(1, round(prompt.visual**0.5))
@@ -230,7 +230,7 @@ def _kl_divergence(p_BV: Tensor, q_BV: Tensor) -> Tensor:
 
 
 class PrefillTimer:
-    """Times one prompt's prefill, dense and planned in turn."""
+    """Times the prefill of one prompt, alternating between the dense and the planned network."""
 
     def __init__(self, engine: VisualEngine, samples: ProcessedPrompts) -> None:
         self._engine = engine
@@ -243,12 +243,12 @@ class PrefillTimer:
         self.readings += 1
         planned, dense = [], []
         for number in range(TIMING_ROUNDS + 1):
-            # Alternating runs see the same machine: a clock that changes or a neighbour's load hits
-            # both, and medians discard the runs it hits alone.
+            # Alternating runs see the same clock rates and load of the machine; medians discard
+            # outliers.
             took = self._seconds()
             with self._engine.dense():
                 whole = self._seconds()
-            # The first round pays for weight slices, kernel selection and allocation.
+            # The first round includes weight slicing, kernel selection and allocation.
             if number:
                 planned.append(took)
                 dense.append(whole)

@@ -17,12 +17,13 @@ from methods.visual_tokens.calibration import calibration_stats_for, with_calibr
 
 
 class SparseFFN(VisualStrategy):
-    """Give visual rows a share `keep` of each feed-forward's neurons; text rows keep them all.
+    """Use a share `keep` of each feed-forward's neurons for visual rows; text rows use all.
 
     `choose=scored` keeps the neurons with the largest mean |activation| on visual rows times the
-    norm of their output column; `first` the first ones, as the release does, which relies on
-    fine-tuning; `random` is a control. In a mixture of experts every expert keeps that share. With
-    `reorder` neurons are permuted, exactly, so that kept ones need no copies.
+    norm of their output column, `first` keeps the first ones, as the release does, which relies on
+    fine-tuning, and `random` is a control. In a MoE layer every expert keeps that share. `reorder`
+    permutes the neurons, without changing the function of the network, so that kept ones need no
+    copies.
     """
 
     keep: float = Field(default=0.25, gt=0, le=1)

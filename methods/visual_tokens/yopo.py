@@ -28,9 +28,9 @@ from methods.visual_tokens.sparse_ffn import SparseFFN
 
 
 class PaperRow(BaseModel):
-    """One row of the paper's table: what is kept, as shares, and the label printed for it.
+    """One row of the paper's table: the shares that are kept, and the paper's label for the row.
 
-    `window` 0 is no window; `heads` is taken over all layers, as in the release.
+    `window=0` means no window. `heads` is a share of the heads of all layers, as in the release.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -45,14 +45,16 @@ class PaperRow(BaseModel):
 class Yopo(VisualStrategy):
     """Apply the four strategies together.
 
-    `shares` is the row for any model, `models` the rows of architectures for which the paper has
-    one of their own. With `budget`, a share of the visual FLOPs of the unchanged network (linear in
-    heads, unlike the paper's labels), layers, heads and neurons are searched for instead, and only
-    the window is taken from the row; with `budget_of=seconds` the budget is a share of the dense
-    prefill's time, measured on this machine. With `repair`, which is not part of the paper, output
-    and down projections of visual rows are refitted by least squares on the calibration images,
-    with `refit_damping` relative to the mean of the Gram matrix's diagonal. The remaining fields
-    are those of the single strategies.
+    `models` has the rows of architectures that are in the paper, `shares` the row of all others.
+
+    With `budget`, layers, heads and neurons are searched for instead, and only the window is taken
+    from the row. The budget is a share of the visual FLOPs of the unchanged network (linear in
+    heads, unlike the paper's labels) or, with `budget_of=seconds`, of the dense prefill's time,
+    measured on this machine.
+
+    With `repair`, which is not part of the paper, output and down projections of visual rows are
+    refitted by least squares on the calibration images; `refit_damping` is relative to the mean of
+    the Gram matrix's diagonal. The remaining fields are those of the four strategies.
     """
 
     shares: PaperRow
@@ -104,7 +106,7 @@ class Yopo(VisualStrategy):
         if self.repair:
             if self.execution != "skip" or self.dropped_heads != "zero":
                 raise UserError(
-                    f"repair=true requires execution=skip and dropped_heads=zero, not "
+                    "repair=true requires execution=skip and dropped_heads=zero, not "
                     f"execution={self.execution} and dropped_heads={self.dropped_heads}"
                 )
             samples = require_samples(context)
@@ -114,7 +116,7 @@ class Yopo(VisualStrategy):
         return {"label": row.label, "row": row.model_dump(), **details}
 
     def _parts(self, row: PaperRow) -> dict[str, VisualStrategy]:
-        """Return the row as single strategies, without those that keep everything."""
+        """Return the row as separate strategies, without those that keep everything."""
         parts: dict[str, tuple[float, VisualStrategy]] = {
             "layer_drop": (row.layers, LayerDrop(share=row.layers, execution=self.execution)),
             "head_pruning": (
@@ -145,7 +147,9 @@ class Yopo(VisualStrategy):
     def _search(self, engine: VisualEngine, context: Context) -> dict[str, object]:
         """Find and set layers, heads and neurons that meet the budget."""
         if self.execution != "skip" or self.budget is None:
-            raise UserError(f"execution={self.execution}: budget requires execution=skip")
+            raise UserError(
+                f"budget is not supported with execution={self.execution}: set execution=skip"
+            )
         engine.plan.dropped_heads = self.dropped_heads
         stats = calibration_stats_for(self.calibration_folder, engine, context)
         search = BudgetSearch(engine, stats, require_samples(context), self.whole_layers)

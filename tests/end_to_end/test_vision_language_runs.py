@@ -141,7 +141,7 @@ def test_fine_tuning_under_a_strategy(bench):
     ("asked", "said"),
     [
         (("model=micro_moe", "method=dense", *FEW), "needs a model of kind image_text"),
-        (("model=micro_moe", "method=fastv"), "not a vision-language model"),
+        (("model=micro_moe", "method=fastv"), "not a supported vision-language model"),
         (("model=micro_llava", "method=naee", *FEW), "has none"),
         (
             ("model=micro_llava", "method=layer_drop", "method.layer_drop.layers=9", *FEW),

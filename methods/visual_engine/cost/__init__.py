@@ -1,1 +1,1 @@
-"""Empty face of the package."""
+"""FLOPs of a visual plan: in closed form for budgets, and counted exactly for a prompt."""

@@ -1,12 +1,12 @@
-"""Share of visual work that settings leave, in closed form: the quantity that a budget limits.
+"""Share of visual work that remains under given settings, in closed form, as limited by a budget.
 
-A search tries thousands of settings, so this is arithmetic on shapes alone, linear in heads, with
-windows by their mean size; `VisualFlops` counts a concrete plan exactly. Vision tower and
-projector, which no strategy changes, are not included.
+A search tries thousands of settings, so the share is computed from shapes alone. It is linear in
+heads and uses the mean size of windows; `VisualFlops` counts a concrete plan exactly. Vision tower
+and projector, which no strategy changes, are not included.
 
-Symbols: L layers, D d_model, H query heads, G key-value heads, d a head's width, F the width of all
-feed-forward neurons that one token is multiplied with, n visual tokens, s text tokens before them,
-t all text tokens.
+Symbols: L layers, D d_model, H query heads, G key-value heads, d a head's width, F the number of
+feed-forward neurons that process one token, n visual tokens, s text tokens before them, t all text
+tokens.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class DecoderShape:
 class LayerCost:
     """Work of one layer for visual rows.
 
-    `heads` query heads and `groups` key-value heads have keys and values; `queries` heads have
-    queries and outputs, which is 0 in the last visual layer; `neurons` is F of visual rows.
-    `quotas` are those of the pruning steps before the layer.
+    Keys and values are computed for the `groups` key-value heads that `heads` query heads read;
+    queries and outputs for `queries` heads, which is 0 in the last visual layer. `neurons` is F of
+    visual rows. `quotas` are those of the pruning steps before the layer.
     """
 
     heads: int
@@ -62,9 +62,9 @@ class LayerCost:
 class PromptLengths:
     """Lengths of a prompt: n visual tokens after s of t text tokens, and visual keys per query.
 
-    `neighbours` is the mean number of visual keys per visual query before any pruning, n itself
-    without a window. After pruning it is assumed to shrink by the same share as the tokens. The n
-    tokens belong to `frames` frames of one size.
+    `neighbours` is the mean number of visual keys per visual query before any pruning, which
+    without a window is n. It is assumed to shrink in proportion to the tokens. The n tokens belong
+    to `frames` frames of the same size.
     """
 
     visual: int
@@ -75,12 +75,12 @@ class PromptLengths:
 
 
 def last_visual_layer(work: LayerCost) -> LayerCost:
-    """Return the last layer that visual rows reach: only keys and values are read from it."""
+    """Return the work of the last layer that visual rows reach: only keys and values are needed."""
     return replace(work, queries=0, neurons=0)
 
 
 def visual_flops(shape: DecoderShape, work: Sequence[LayerCost], prompt: PromptLengths) -> float:
-    """Return FLOPs of visual rows in all layers: projections, their attention, feed-forwards."""
+    """Return the FLOPs of visual rows in all layers: projections, attention, feed-forwards."""
     total = 0.0
     for layer in work:
         n = layer.tokens(prompt)
@@ -100,8 +100,8 @@ def visual_share(shape: DecoderShape, work: Sequence[LayerCost], prompt: PromptL
 
     The denominator is the full computation of all visual rows in all layers, without windows.
     """
-    # The paper's labels (25 %, 12 %) follow only if a projection's cost shrinks with the square of
-    # the kept heads; as it runs it is linear, and the same settings leave 28.5 % and 16.3 % (7B).
+    # The paper's labels (25 %, 12 %) assume that the cost of projections is quadratic in the number
+    # of kept heads. It is linear, and the same settings leave 28.5 % and 16.3 % (7B).
     every = [LayerCost(shape.heads, shape.groups, shape.heads, width) for width in shape.widths]
     whole = replace(prompt, neighbours=float(prompt.visual))
     return visual_flops(shape, work, prompt) / visual_flops(shape, every, whole)

@@ -1,9 +1,9 @@
 """Exact multiply-adds of the engine for a prompt: every matmul of its decoder layers.
 
-The count uses the same `AttentionMasks` as the engine itself, and the same slices of the weights,
-so it holds for any plan and for later changes to the weights. Which tokens a pruning step keeps is
-unknown without running it: the first ones of each frame stand for them, which affects windows only.
-How many an adaptive step keeps is unknown as well: the prompt is run, and its numbers are counted.
+The count uses the engine's own `AttentionMasks` and weight slices, so it is valid for any plan and
+after later changes to the weights. Which tokens a pruning step keeps is unknown without running it;
+the first ones of each frame are assumed, which affects windows only. How many tokens an adaptive
+step keeps is also unknown, so for such a step the prompt is run and they are counted.
 
 Shapes: B samples, T text rows, N visual rows, K keys, H query heads.
 """
@@ -71,7 +71,7 @@ class VisualFlops:
 
     @property
     def unaccounted(self) -> tuple[str, ...]:
-        """Names of the pruning steps that do not report the cost of choosing."""
+        """Names of the pruning steps that do not report the cost of their choice."""
         quiet = (each.name for each in self.engine.plan.steps if each.macs is None)
         return tuple(dict.fromkeys(quiet))
 
@@ -107,14 +107,14 @@ class VisualFlops:
                 if decode.layer == stage.layer.index:
                     products.append(self._choosing_cached(stage))
                 visual, real_B = decode.read(visual), [decode.read(n) for n in real_B]
-            # `pairs` has the padded visual rows, with which the kernel multiplies as well.
+            # Padded visual rows are included, since the kernel multiplies them as well.
             pairs = batch * (heads * (text + 1) + kept * visual)
             real = batch * heads * (text + 1) + kept * sum(real_B)
             products.append(attention_cost("text", pairs, real, _pair_macs(stage)))
         return products
 
     def _choosing_cached(self, stage: LayerCall) -> MatmulCost:
-        """Return the products with all keys, by which a generated token chooses among them."""
+        """Return the products with all keys by which a generated token chooses visual tokens."""
         before = self.engine.weight_cache.layer(stage.layer.index - 1)
         each = stage.samples * len(before.heads.kept) * before.view.head_dim
         return MatmulCost("method", each * (sum(stage.rows) + 1))
@@ -151,8 +151,7 @@ class VisualFlops:
         text, visual = split_rows(ids_BS[..., None], tokens, inputs.get("attention_mask"))
         if tokens is None or visual is None:
             return
-        # Angles and DeepStack rows do not affect any count, so zero-width tensors stand in for
-        # them.
+        # Angles and DeepStack rows affect no count, so zero-width tensors replace them.
         nothing = torch.zeros(*visual.index_BR.shape, 0, device=ids_BS.device)
         here = all_visual_tokens(tokens, visual, (nothing, nothing), [])
         initial_counts = Frames.of(here.cells).counts
@@ -181,16 +180,17 @@ class VisualFlops:
 
     @torch.no_grad()
     def _counts_left(self, inputs: ModelInputs) -> list[tuple[int, ...]]:
-        """Return the tokens of each frame after each step, none unless an image decides on rows."""
+        """Return the tokens of each frame after each step if they depend on the image, or []."""
         adaptive = any(step.adaptive for step in self.engine.plan.steps)
-        # Inside the tower the image decides when patches leave, though not how many are left.
+        # Inside the tower, the layer at which patches are removed depends on the image, although
+        # their number does not.
         if not adaptive and self.engine.tower_rows is None:
             return []
         self.engine.last_logits(inputs)
         return self.engine.tokens_left()
 
     def _text_rows(self, layer: DecoderLayer, rows: int) -> list[MatmulCost]:
-        """Return the linear layers of text rows, which run through the original layer."""
+        """Return the matmuls of the linear layers for text rows."""
         own = MatmulCost("rows", rows * matrix_weights(layer.attention))
         return [own, *feed_forward_costs(layer.feed_forward, rows, "text", self._top_k)]
 
@@ -205,8 +205,7 @@ class VisualFlops:
         kept, dropped = self._kept(stage), len(stage.weights.heads.dropped)
         if not kept:
             yield _text_to_text(stage, stage.weights.view.heads)
-        # The branches mirror `two_stream_layer` and `_attend_streams`; a case added there must be
-        # added here.
+        # The branches mirror `two_stream_layer` and `_attend_streams`: keep them in step.
         elif stage.masks.order is not None and not last:
             yield from _joint(stage, kept)
         else:
@@ -219,7 +218,7 @@ class VisualFlops:
             yield _visual_to_text(stage, dropped)
 
     def _visual_rows(self, stage: LayerCall, *, last: bool) -> Iterator[MatmulCost]:
-        """Yield the linear layers of visual rows; in their last layer only keys and values."""
+        """Yield the matmuls of the linear layers for visual rows; if `last`, of keys and values."""
         ready, rows = stage.weights, stage.samples * stage.visual.rows.count
         yield MatmulCost("rows", rows * total_numel(ready.k.weight, ready.v.weight), "visual")
         if last:
@@ -241,7 +240,7 @@ class VisualFlops:
 
 
 def _choosing(step: TokenPruningStep, sizes: SelectionSizes) -> list[MatmulCost]:
-    """Return the cost of choosing, if the method reports it and something is chosen."""
+    """Return the cost of the choice, if the method reports it and tokens are removed."""
     if step.macs is None or (sizes.kept == sizes.counts and not step.adaptive):
         return []
     return [MatmulCost("method", step.macs(sizes), "visual")]
@@ -253,9 +252,9 @@ def _after_selection(
     initial_counts: tuple[int, ...],
     counted: tuple[int, ...] | None,
 ) -> VisualTokensState:
-    """Return what a pruning step leaves; the first tokens of each frame stand for the chosen.
+    """Return the state after a pruning step that keeps the first tokens of each frame.
 
-    `counted` is how many tokens of each frame it left when the prompt was run, if it was.
+    `counted` is the number of tokens that each frame had left when the prompt was run, or None.
     """
     frames = Frames.of(here.cells)
     left = counted or [
@@ -268,12 +267,12 @@ def _after_selection(
 
 
 def _pair_macs(stage: LayerCall) -> int:
-    """Return the multiply-adds per query-key pair in one head: q·k and weight·v."""
+    """Return the multiply-adds per query-key pair in one head, for q·k and weight·v."""
     return 2 * stage.weights.view.head_dim
 
 
 def _unmasked_pairs(mask: Tensor | None, samples: int, pairs: int) -> float:
-    """Count the pairs that a mask leaves, over all samples."""
+    """Count the pairs that a mask allows, over all samples."""
     if mask is None:
         return float(pairs)
     # A mask may have one row for the whole batch.
@@ -289,7 +288,7 @@ def _text_to_text(stage: LayerCall, heads: int) -> MatmulCost:
 
 
 def _text_to_all(stage: LayerCall, heads: int) -> MatmulCost:
-    """Count text rows over visual and text keys under a mask."""
+    """Return the attention of text rows over visual and text keys under a mask."""
     batch, (text, visual) = stage.samples, stage.rows
     pairs = batch * text * (text + visual)
     seen = _unmasked_pairs(stage.masks.mixed_BTK, batch, pairs)
@@ -297,7 +296,7 @@ def _text_to_all(stage: LayerCall, heads: int) -> MatmulCost:
 
 
 def _joint(stage: LayerCall, heads: int) -> Iterator[MatmulCost]:
-    """Yield both streams over both, in plain causal order without a mask."""
+    """Yield the attention of both streams over all keys, in causal order without a mask."""
     batch, (text, visual) = stage.samples, stage.rows
     order = cast(Tensor, stage.masks.order)
     # In causal order a row attends to all rows before it and to itself.
@@ -312,7 +311,7 @@ def _joint(stage: LayerCall, heads: int) -> Iterator[MatmulCost]:
 
 
 def _visual_blocks(stage: LayerCall, heads: int) -> Iterator[MatmulCost]:
-    """Yield visual rows over the keys of their blocks."""
+    """Yield the attention of visual rows over the keys of their blocks."""
     for block in stage.masks.blocks:
         samples = stage.samples if block.samples == ALL else 1
         queries, keys = block.mask.shape[-2:]
@@ -322,9 +321,9 @@ def _visual_blocks(stage: LayerCall, heads: int) -> Iterator[MatmulCost]:
 
 
 def _visual_to_text(stage: LayerCall, heads: int) -> MatmulCost:
-    """Count what dropped heads of visual rows attend to under `dropped_heads=text_only`.
+    """Return the attention of visual rows to text in dropped heads (`dropped_heads=text_only`).
 
-    Rows before all text get all of it, and their result is discarded, as in `text_only_attention`.
+    Rows before all text attend to all of it and are discarded, as in `text_only_attention`.
     """
     batch, (text, visual) = stage.samples, stage.rows
     pairs = batch * visual * text
@@ -358,7 +357,7 @@ def layer_costs(engine: VisualEngine) -> list[LayerCost]:
 
 
 def token_stages(engine: VisualEngine, n: int) -> list[dict[str, int]]:
-    """Return the tokens of a frame of n by runs of layers, each with first, until and tokens."""
+    """Return the tokens of a frame of n per run of layers: first (inclusive), until (exclusive)."""
     plan, stages = engine.plan, list[dict[str, int]]()
     for layer in range(len(plan.layers)):
         quotas = [step.quota for step in plan.reaching(layer)]
@@ -379,7 +378,7 @@ def average_tokens(stages: list[dict[str, int]]) -> float:
 def _layer_cost(
     engine: VisualEngine, layer: DecoderLayer, plan: LayerPlan, *, everywhere: bool
 ) -> LayerCost:
-    """Return one layer's work; with `everywhere`, dropped heads still have queries."""
+    """Return one layer's work; with `everywhere`, dropped heads have queries too."""
     view = layer.attention_view()
     heads = range(view.heads) if plan.heads is None else plan.heads
     per_group = view.heads // view.groups
@@ -393,7 +392,7 @@ def _layer_cost(
 
 
 def _visual_neurons_met(engine: VisualEngine, layer: DecoderLayer) -> float:
-    """Return the neurons one visual row is multiplied with, for experts the mean over routed."""
+    """Return the number of neurons that process one visual row; for experts the mean."""
     places = engine.weight_cache.places(layer)
     return (
         _neurons_met(layer)
@@ -403,16 +402,16 @@ def _visual_neurons_met(engine: VisualEngine, layer: DecoderLayer) -> float:
 
 
 def _neurons_met(layer: DecoderLayer) -> float:
-    """Return the neurons that one text row is multiplied with."""
+    """Return the number of neurons that process one text row."""
     return _active_width(layer.moe, [unit.width for unit in layer.units()])
 
 
 def _active_width(moe: MoEBlock | None, widths: list[int]) -> float:
-    """Return the neurons of a dense layer, or of top-k average experts and the shared ones."""
+    """Return the width of a dense layer, or of top-k average experts plus the shared ones."""
     if moe is None:
         return widths[0]
-    # Experts may differ in width after pruning; uniform routing is assumed, so a token meets the
-    # mean width top-k times.
+    # Experts may differ in width after pruning. With uniform routing, which is assumed, a token
+    # gets top-k experts of mean width.
     routed = widths[: moe.num_experts]
     return moe.top_k * sum(routed) / len(routed) + sum(widths[moe.num_experts :])
 
@@ -425,13 +424,13 @@ def selection_sizes(
     initial_counts: tuple[int, ...],
     separator_BS: Tensor | None = None,
 ) -> SelectionSizes:
-    """Return the sizes before a pruning step; `initial_counts` are those of the frames at first."""
+    """Return the sizes before a pruning step; `initial_counts` are tokens before any pruning."""
     frames = Frames.of(here.cells)
     counts, samples = frames.counts, here.rows.index_BR.shape[0]
     entered_B = torch.zeros(samples, dtype=torch.int64)
     entered_B.index_add_(0, frames.sample_I.cpu(), torch.tensor(initial_counts))
-    # A step before the decoder has no preceding layer; it reads no attention either, so layer 0
-    # only fills the fields.
+    # A step before the decoder has no preceding layer, but it reads no attention either; layer 0 is
+    # a placeholder.
     weights_before = engine.weight_cache.layer(max(step.after - 1, 0))
     return SelectionSizes(
         counts=counts,
