@@ -27,9 +27,11 @@ from methods.visual_engine.strategy import VisualStrategy, tokens_by_stage
 
 
 def _refuse_one(amount: Any) -> Any:
-    # At the end of a sweep such as keep=0.25,0.5,1 all tokens are meant, and one would be kept.
+    # In a sweep such as keep=0.25,0.5,1 the last value is meant as all tokens.
     if isinstance(amount, int) and amount == 1:
-        raise ValueError("1 is one token, and 1.0 a share of 100 %: write 1.0 or all, or 2 or more")
+        raise ValueError(
+            "1 would be a single token, and 1.0 is a share of 100 %: write 1.0 or all, or 2 or more"
+        )
     return amount
 
 
@@ -41,18 +43,20 @@ Amount = Annotated[
 ]
 
 Variant = Literal["paper", "release"]
-"""Whose definition a method follows where its paper and the authors' code differ."""
+"""Which definition a method follows if its paper and the authors' code differ."""
 
 
 class TokenPruning(VisualStrategy):
-    """A method that removes visual tokens from the sequence for good; strategies compose with it.
+    """A method that permanently removes visual tokens from the sequence.
 
-    With `positions=kept`, tokens that stay keep their position ids; with `renumbered`, ids run
-    without gaps from the removal on, as if the removed tokens had never been: in later layers and,
-    counted per layer, for generated tokens. Either way tokens keep their cells in the image, so
-    windows still hold. A frame is an image, a tile of an image or a time step of a video; budgets
-    are per frame. An amount is a number of tokens (an integer), a share of the frame's tokens (a
-    float; 1.0 is all of them, and 1 is refused), or `all`.
+    With `positions=kept`, the remaining tokens keep their position ids. With `renumbered`, ids have
+    no gaps after the removal, as if the removed tokens had never existed; this applies to later
+    layers and to generated tokens, separately for each layer. In both cases tokens keep their cells
+    in the image, on which windows depend.
+
+    A frame is an image, a tile of an image or a time step of a video; budgets are per frame. An
+    amount is a number of tokens (an integer), a share of the frame's tokens (a float; 1.0 is all of
+    them, and 1 is refused), or `all`.
     """
 
     positions: Literal["kept", "renumbered"] = "kept"
@@ -63,9 +67,9 @@ class TokenPruning(VisualStrategy):
     reads_tower: ClassVar[bool] = False
 
     def check(self, structure: ModelStructure) -> None:
-        """Also refuse the masked execution, impossible budgets and impossible layers.
+        """Also refuse masked execution, impossible budgets and layers that do not exist.
 
-        An unsupported vision tower is refused later, in `apply`: it needs the loaded network.
+        An unsupported vision tower is refused in `apply`, since it takes the loaded network.
         """
         super().check(structure)
         if self.execution != "skip":
@@ -77,8 +81,8 @@ class TokenPruning(VisualStrategy):
                 f"positions=renumbered: the positions of {structure.architecture} are rows and "
                 "columns of its images, which have no order to close gaps in: set positions=kept"
             )
-        # Dry run on an empty plan: `add_step` does the validation, so a run fails here, before any
-        # weights are loaded, with the message it would fail with later.
+        # A dry run on an empty plan: `add_step` validates the steps, and here it does so before
+        # weights are loaded.
         plan = VisualPlan.dense(len(structure.layers))
         for step in self._placed_steps(len(structure.layers), Context(seed=0)):
             plan.add_step(step)
@@ -92,8 +96,8 @@ class TokenPruning(VisualStrategy):
         for step in added:
             engine.plan.add_step(step)
         model.overhead = engine.overhead.measured
-        # Many methods choose by the question, which comes after the image: an image prefix alone
-        # cannot be computed once and shared.
+        # Many methods depend on the question, which comes after the image, so the prefix with the
+        # image cannot be computed once and shared.
         model.needs_prompt = True
         return {
             "selections": [
@@ -103,7 +107,7 @@ class TokenPruning(VisualStrategy):
         }
 
     def _tower_layers(self) -> tuple[LayerRequest, ...]:
-        """Return the layers of the vision tower to read besides the one that is projected."""
+        """Return the layers of the vision tower to read in addition to the projected one."""
         return ()
 
     @abstractmethod
@@ -111,7 +115,7 @@ class TokenPruning(VisualStrategy):
         """Return the pruning steps of a decoder of `depth` layers."""
 
     def _placed_steps(self, depth: int, context: Context) -> list[TokenPruningStep]:
-        """Return the pruning steps with what `positions` asks of them."""
+        """Return the pruning steps with `positions` applied."""
         renumbers = self.positions == "renumbered"
         return [replace(step, renumbers=renumbers) for step in self._steps(depth, context)]
 
@@ -123,7 +127,7 @@ def _has_image_positions(structure: ModelStructure) -> bool:
 
 
 class BeforeDecoder(TokenPruning):
-    """A method that prunes once, before the decoder; `keep` is thus the average over layers."""
+    """A method that prunes once, before the decoder, so that `keep` is the average over layers."""
 
     keep: Amount = 0.25
 
@@ -140,11 +144,11 @@ class BeforeDecoder(TokenPruning):
         ]
 
     def _quota(self) -> Quota:
-        """Return the quota that `keep` stands for."""
+        """Return the quota given by `keep`."""
         return Quota.of(self.keep)
 
     def _bound_choose(self, context: Context) -> ChooseTokens:
-        """Return `_choose`, bound to what it needs of the run."""
+        """Return `_choose`; a subclass can bind values of the run, such as its seed."""
         return self._choose
 
     @abstractmethod
@@ -159,7 +163,7 @@ class BeforeDecoder(TokenPruning):
 class InDecoder(TokenPruning):
     """A method that prunes once, after some layers.
 
-    Set either `keep`, the amount that stays from there on, or `average`, the mean over all layers.
+    Set either `keep`, the amount kept in later layers, or `average`, the mean over all layers.
     """
 
     keep: Amount | None = 0.25
@@ -171,7 +175,8 @@ class InDecoder(TokenPruning):
         if self.keep is None and self.average is not None:
             return Quota.averaging(self.average, after, depth)
         raise UserError(
-            f"keep={self.keep} and average={self.average}: set exactly one, the other to null"
+            f"keep={self.keep} and average={self.average}: set exactly one of them, and the other "
+            "to null"
         )
 
 
@@ -185,7 +190,7 @@ def frame_sides(inputs: SelectionInputs, name: str) -> tuple[Tensor, Tensor]:
     """Return the number of rows and of columns of every frame, [I] each.
 
     Raises:
-        UserError: an earlier step has removed tokens, so that rows have holes.
+        UserError: an earlier step has removed tokens, so that rows are incomplete.
     """
     require_whole_images(inputs, name)
     cells = inputs.cells.row_N, inputs.cells.column_N
@@ -194,7 +199,7 @@ def frame_sides(inputs: SelectionInputs, name: str) -> tuple[Tensor, Tensor]:
 
 
 def frames_of_samples(inputs: SelectionInputs, name: str) -> list[list[int]]:
-    """Return the numbers of each sample's frames, whose tokens are compared place by place.
+    """Return the frame numbers of each sample, whose tokens are compared by position.
 
     Raises:
         UserError: the frames of a sample differ in size, or have lost tokens.
@@ -206,8 +211,8 @@ def frames_of_samples(inputs: SelectionInputs, name: str) -> list[list[int]]:
     for frames in found.values():
         if len({sides[frame] for frame in frames}) > 1:
             raise UserError(
-                f"{name} compares the frames of a prompt place by place, but the images of a "
-                "prompt differ in size: give frames of one size"
+                f"{name} compares the frames of a prompt position by position, but the images of a "
+                "prompt differ in size: use frames of equal size"
             )
     return list(found.values())
 
@@ -218,8 +223,8 @@ def top_tokens(score_IM: Tensor, allowed_IM: Tensor, keep_I: Tensor) -> Tensor:
     Ties go to the earlier token.
     """
     score_IM = score_IM.masked_fill(~allowed_IM, -torch.inf)
-    # `topk` takes one k for all rows, but budgets differ between frames; the argsort of an argsort
-    # is each token's rank, which is compared with the frame's own budget.
+    # `topk` takes the same k for all rows, but budgets differ between frames. The argsort of an
+    # argsort is each token's rank, which is compared with the frame's own budget.
     rank_IM = score_IM.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     return (rank_IM < keep_I[:, None]) & allowed_IM
 
@@ -240,18 +245,19 @@ def evenly_spaced(allowed_IM: Tensor, count_I: Tensor) -> Tensor:
     """
     n_I1, count_I1 = allowed_IM.sum(dim=1, keepdim=True), count_I[:, None]
     order_IM = allowed_IM.cumsum(dim=1) - 1
-    # Solved per token instead of listing positions, since `count` differs between frames: token i
-    # is taken if some j has ⌊j n / count⌋ = i, and the only candidate is j = ⌈i count / n⌉. Integer
-    # arithmetic throughout, because a rounded quotient would drop or duplicate a token.
+    # Decided per token, since `count` differs between frames: token i is marked if some j has
+    # ⌊j n / count⌋ = i, for which j = ⌈i count / n⌉ is the only candidate. In integers, because a
+    # rounded quotient could drop or duplicate a token.
     j_IM = -((-order_IM * count_I1) // n_I1.clamp(min=1))
     taken_IM = (j_IM * n_I1 // count_I1.clamp(min=1) == order_IM) & (j_IM < count_I1)
     return taken_IM & allowed_IM
 
 
 def regularly_spaced(allowed_IM: Tensor, count_I: Tensor) -> Tensor:
-    """Mark every s-th allowed token of each frame from the first on, `count` in all, bool [I, M].
+    """Mark every s-th allowed token of each frame, starting with the first, bool [I, M].
 
-    Of n allowed tokens, s = max(1, ⌊n / count⌋): the last ones are never marked unless s divides n.
+    `count` tokens are marked. With n allowed tokens, s = max(1, ⌊n / count⌋), so the last ones are
+    never marked unless s divides n.
     """
     n_I1, count_I1 = allowed_IM.sum(dim=1, keepdim=True), count_I[:, None]
     order_IM = allowed_IM.cumsum(dim=1) - 1

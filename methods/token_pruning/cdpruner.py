@@ -19,11 +19,11 @@ from methods.visual_engine.selection_step import SelectionSizes
 class CDPruner(BeforeDecoder):
     """Choose projected tokens with a determinantal point process conditioned on the question.
 
-    The official LLaVA code takes relevance from CLIP's text encoder, which LLaVA, InternVL and
-    Qwen-VL checkpoints do not contain. The substitute used here, `relevance=projected`, is the
-    cosine between each projected token and the mean embedding of the words after the image, in the
-    decoder's embedding space. It is not the paper's measure, so results are not comparable with the
-    paper's. `relevance=none` gives every token the same relevance, which leaves diversity alone.
+    The official LLaVA code computes relevance with CLIP's text encoder, which LLaVA, InternVL and
+    Qwen-VL checkpoints do not contain. The substitute, `relevance=projected`, is the cosine between
+    each projected token and the mean embedding of the words after the image, in the decoder's
+    embedding space. It is not the paper's measure, so results are not comparable with the paper's.
+    `relevance=none` gives every token the same relevance, so that only diversity counts.
     """
 
     label: ClassVar[str] = "cdpruner"
@@ -35,8 +35,7 @@ class CDPruner(BeforeDecoder):
         relevance_IM = torch.ones_like(valid_IM, dtype=torch.float32)
         if self.relevance == "projected":
             question_BT1 = inputs.require_question_rows()[..., None]
-            # A mean over the question's rows alone: padded rows hold copies of other rows and must
-            # not be averaged in.
+            # The mean over question rows only; padded rows hold copies of other rows.
             words_BD = (inputs.text_BTD.float() * question_BT1).sum(dim=1) / question_BT1.sum(dim=1)
             words_I1D = words_BD[inputs.frames.sample_I][:, None]
             similarity_IM = functional.cosine_similarity(x_IMD.float(), words_I1D, dim=-1)
@@ -51,8 +50,8 @@ class CDPruner(BeforeDecoder):
         return sizes.pairs * sizes.width + factors
 
 
-# Lower bound of a squared pivot. It is 0, or negative by rounding, once the chosen tokens span
-# the remaining ones, which happens as soon as more tokens are kept than the width allows.
+# Lower bound of a squared pivot, which is 0, or negative by rounding, once the chosen tokens span
+# the remaining ones, at the latest when more tokens are kept than the width.
 MIN_PIVOT = 1e-10
 
 
@@ -66,11 +65,11 @@ def normalized_relevance(similarity_IM: Tensor, valid_IM: Tensor) -> Tensor:
 
 
 def greedy_dpp_map(x_IMD: Tensor, relevance_IM: Tensor, valid_IM: Tensor, keep_I: Tensor) -> Tensor:
-    """Choose the tokens that a DPP with kernel diag(r) cos diag(r) makes likely, bool [I, M].
+    """Choose likely tokens under a DPP with the kernel diag(r) cos diag(r), bool [I, M].
 
-    Greedy: the next token raises the determinant of the kernel of the chosen ones most. Its gain is
-    the square of the Cholesky pivot, which is updated for all tokens at every step (Chen et al.,
-    NeurIPS 2018), O(k² M) in total.
+    This is greedy MAP inference: each step adds the token that increases the determinant of the
+    kernel of the chosen tokens most. The gain is the square of the Cholesky pivot, which is updated
+    for all tokens at every step (Chen et al., NeurIPS 2018), in O(k² M) overall.
     """
     kernel_IMM = relevance_IM[:, :, None] * pairwise_cosine(x_IMD) * relevance_IM[:, None, :]
     gain_IM = kernel_IMM.diagonal(dim1=1, dim2=2).clone()

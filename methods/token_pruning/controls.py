@@ -35,9 +35,9 @@ class Downsample(BeforeDecoder):
 def even_grid_cells(rows: int, columns: int, keep: int) -> list[tuple[int, int]]:
     """List `keep` cells (row, column) of a grid, spread evenly over it.
 
-    The number of grid rows used makes distances between cells similar in both directions; cells are
-    shared among those rows as evenly as possible and centred. 144 cells of 24x24 are every second
-    row and column.
+    The number of grid rows used is such that distances between cells are similar in both
+    directions. Cells are divided among these rows as evenly as possible, and centred. 144 cells of
+    24x24 are every second row and column.
     """
     # Square spacing: used / rows = (keep / used) / columns, solved for the rows used.
     used = round((keep * rows / columns) ** 0.5)
@@ -53,10 +53,10 @@ def even_grid_cells(rows: int, columns: int, keep: int) -> list[tuple[int, int]]
 
 
 class RandomTokens(BeforeDecoder):
-    """Keep random tokens, the same ones in all images of one size, drawn from the run's seed.
+    """Keep random tokens, drawn with the run's seed; the same ones in all images of equal size.
 
-    A sample's tokens therefore depend neither on the batch nor on the order of evaluation; average
-    over the draw by running several seeds.
+    The tokens of a sample therefore depend neither on the batch nor on the order of evaluation. Run
+    several seeds to average over the draw.
     """
 
     label: ClassVar[str] = "random_tokens"
@@ -73,8 +73,7 @@ class RandomTokens(BeforeDecoder):
     def _drawn(self, inputs: SelectionInputs, keep_I: Tensor, seed: int) -> TokenSelection:
         score_IM = torch.zeros(inputs.valid.shape)
         for number, count in enumerate(inputs.frames.counts):
-            # A new generator per frame, on the CPU: the draw depends on seed and frame size alone,
-            # not on the frame's number in the batch or on the device.
+            # A new CPU generator per frame, so that the draw depends only on seed and frame size.
             generator = torch.Generator().manual_seed(seed)
             score_IM[number, :count] = torch.rand(count, generator=generator)
         return TokenSelection(top_tokens(score_IM.to(keep_I.device), inputs.valid, keep_I))

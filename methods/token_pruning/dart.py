@@ -1,4 +1,4 @@
-"""DART (EMNLP 2025): tokens that duplicate a few pivots are removed.
+"""DART (EMNLP 2025): remove tokens that duplicate a few pivots.
 
 Shapes: I frames, M tokens of a frame, T text rows, P pivots, D width, E width of keys.
 """
@@ -20,13 +20,13 @@ from methods.visual_engine.selection_step import SelectionSizes, TokenPruningSte
 
 
 class DART(InDecoder):
-    """After `after` layers keep the tokens that are least similar to the pivots.
+    """After `after` layers, keep the tokens that are least similar to the pivots.
 
     Pivots are the visual tokens and the words after the image whose keys in the preceding layer
     have the largest L1 norm; similarity is the cosine of hidden states. No attention weights are
-    needed. With `variant=paper` exactly `keep` tokens stay. `variant=release` compares states after
-    the decoder's final norm, and each of P pivots takes ⌊keep / P⌋ tokens besides the visual
-    pivots: 132 stay of "128".
+    needed. `variant=paper` keeps exactly `keep` tokens. `variant=release` compares states after the
+    decoder's final norm, and each of P pivots takes ⌊keep / P⌋ tokens in addition to the visual
+    pivots: with `keep=128`, 132 tokens are kept.
     """
 
     label: ClassVar[str] = "dart"
@@ -71,7 +71,7 @@ class DART(InDecoder):
         )
 
     def _macs(self, sizes: SelectionSizes) -> float:
-        # An upper bound: the question is taken to have at least `text_pivots` words.
+        # An upper bound, which assumes that the question has at least `text_pivots` words.
         turns = min(max(sizes.kept), self.visual_pivots) + self.text_pivots
         return turns * len(sizes.counts) * max(sizes.counts) * sizes.width
 
@@ -91,9 +91,9 @@ def least_similar_to_pivots(
 ) -> Tensor:
     """Choose the visual pivots and the tokens least similar to each pivot, bool [I, M].
 
-    Pivots take turns, visual ones first, each kind in order. Each takes an equal part of what
-    `keep` leaves after the visual pivots (the first ones take one more if it does not divide): the
-    tokens not yet taken that have the lowest cosine with it.
+    Pivots take turns, visual ones first, each kind in order. After the visual pivots themselves,
+    `keep` is divided equally among all pivots; the first ones take one more if there is a
+    remainder. Each pivot takes the remaining tokens that have the lowest cosine with it.
     """
     pivot_IP = torch.cat([visual_pivots_IM, text_pivots_IT], dim=1)
     state_IPD = functional.normalize(torch.cat([x_IMD, text_ITD], dim=1).float(), dim=-1)
@@ -102,8 +102,8 @@ def least_similar_to_pivots(
     rest_I = (keep_I - visual_pivots_IM.sum(dim=1)).clamp(min=0)
     chosen_IM = visual_pivots_IM.clone()
     for turn in range(int(count_I.max())):
-        # `argmax` of marks is the first marked position. A frame with fewer pivots than turns has
-        # no mark and gets position 0, which is harmless: its part is 0 then.
+        # `argmax` of marks is the first marked position. A frame with fewer pivots than turns gets
+        # position 0, which has no effect, because its part is 0.
         place_I = (pivot_IP & (number_IP == turn)).float().argmax(dim=1)
         pivot_ID1 = state_IPD[torch.arange(len(x_IMD), device=x_IMD.device), place_I][..., None]
         cosine_IM = (state_IPD[:, : x_IMD.shape[1]] @ pivot_ID1)[..., 0]

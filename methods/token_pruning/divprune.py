@@ -13,7 +13,7 @@ from methods.visual_engine.selection_step import SelectionSizes
 
 
 class DivPrune(BeforeDecoder):
-    """Choose projected tokens greedily by the largest distance to the nearest chosen one."""
+    """Choose projected tokens greedily, each as far as possible from the nearest chosen one."""
 
     label: ClassVar[str] = "divprune"
 
@@ -25,10 +25,10 @@ class DivPrune(BeforeDecoder):
 
 
 def farthest_points(x_IMD: Tensor, valid_IM: Tensor, keep_I: Tensor) -> Tensor:
-    """Choose tokens that are far from each other by d = 1 - cos, bool [I, M].
+    """Choose tokens that are far from each other in the distance d = 1 - cos, bool [I, M].
 
-    The first is the token whose nearest other token is farthest away; each further one is the token
-    whose nearest chosen token is farthest away.
+    The first one is the token whose nearest other token is farthest away; each further one is the
+    token whose nearest chosen token is farthest away.
     """
     distance_IMM = 1 - pairwise_cosine(x_IMD)
     pair_IMM = valid_IM[:, :, None] & valid_IM[:, None, :]
@@ -42,7 +42,7 @@ def farthest_points(x_IMD: Tensor, valid_IM: Tensor, keep_I: Tensor) -> Tensor:
         next_I = nearest_IM.masked_fill(~free_IM, -torch.inf).argmax(dim=1)
         chosen_IM[frame_I, next_I] |= step < keep_I
         found_IM = distance_IMM[frame_I, next_I]
-        # Before the first choice `nearest` is the distance to any other token, afterwards to a
-        # chosen one, so the first update replaces it instead of taking the minimum.
+        # Before the first choice, `nearest` is the distance to any other token and not to a chosen
+        # one, so the first update replaces it.
         nearest_IM = found_IM if step == 0 else torch.minimum(nearest_IM, found_IM)
     return chosen_IM

@@ -1,4 +1,4 @@
-"""FastV (Chen et al., ECCV 2024): remove tokens to which the last prompt token hardly attends."""
+"""FastV (Chen et al., ECCV 2024): remove tokens that get little attention from the last token."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from methods.visual_engine.selection_step import SelectionSizes, TokenPruningSte
 class FastV(InDecoder):
     """Run `after` layers (K), then keep the tokens to which the last prompt token attends most.
 
-    The score is the mean over heads of its attention in layer K - 1. With `average`, the number of
-    tokens that stay is k = (average L - K n) / (L - K).
+    The score is its attention in layer K - 1, averaged over heads. With `average`, the number of
+    tokens kept is k = (average L - K n) / (L - K).
     """
 
     label: ClassVar[str] = "fastv"

@@ -1,4 +1,4 @@
-"""PACT (Dhouib et al., CVPR 2025): unimportant tokens leave, and what is similar is clustered.
+"""PACT (Dhouib et al., CVPR 2025): remove unimportant tokens and cluster similar ones.
 
 Shapes: I frames, M tokens of a frame, B samples, T text rows, R rows of one sample up to its last
 image, D width, E width of keys, H heads, d a head's width.
@@ -21,25 +21,28 @@ from methods.visual_engine.selection_step import SelectionSizes, TokenPruningSte
 from methods.visual_engine.settings import Quota
 from methods.visual_engine.weight_slices import project
 
-# d_c of the density, in the unit of distances.
+# The scale d_c in the density, in units of distance.
 DENSITY_SCALE = 2.0
 
 
 class PACT(TokenPruning):
     """After `after` layers, keep the centres of clusters of the most important tokens.
 
-    Importance (EUTI): the attention that a token's key gets from the mean query of all rows up to
-    the last image, both before rotation and by the next layer's weights, over the same rows as
-    keys; the mean over heads, times the L2 norm of the token's state. A share `keep` of the tokens
-    is important. These are clustered (DBDPC) by the cosine distance of their rotated keys: in order
-    of falling density, a token is a centre unless a centre is within `cutoff`. An unimportant token
-    within `recover` · `cutoff` of its nearest centre joins it, any other leaves. The mean of a
-    cluster stands at its centre's position and, with `proportional`, counts for as many keys as it
-    has members (log w is added to its products).
+    The importance of a token (EUTI) is the attention that it gets from the mean query of all rows
+    up to the last image, with the same rows as keys, averaged over heads, times the L2 norm of the
+    token's state. Queries and keys are those of the next layer, before rotation. A share `keep` of
+    the tokens is important.
 
-    How many tokens stay depends on the image: `cutoff` and `keep` are the knobs. The defaults are
-    the release's (github.com/orailix/PACT, cf9a0c9). It treats all images of a prompt as one set of
-    tokens; here each frame has its own.
+    Important tokens are clustered (DBDPC) by the cosine distance of their rotated keys: in order of
+    decreasing density, a token becomes a centre unless there is a centre within `cutoff`. An
+    unimportant token within `recover` · `cutoff` of its nearest centre joins that cluster; other
+    unimportant tokens are removed. The mean of a cluster replaces its centre and, with
+    `proportional`, stands for as many keys as the cluster has members (log w is added to its
+    products).
+
+    How many tokens are kept depends on the image, `cutoff` and `keep`. The defaults are those of
+    the release (github.com/orailix/PACT, cf9a0c9), which clusters all images of a prompt together;
+    here each frame is clustered separately.
     """
 
     label: ClassVar[str] = "pact"
@@ -65,7 +68,7 @@ class PACT(TokenPruning):
 
     def _choose(self, inputs: SelectionInputs, keep_I: Tensor) -> TokenSelection:
         valid_IM = inputs.valid
-        # The 1e-9 keeps a product that is a whole number from rounding down to the one below.
+        # 1e-9 corrects products that are slightly below a whole number.
         kept_I = (valid_IM.sum(dim=1) * self.keep + 1e-9).floor().long().clamp(min=1)
         kept_IM = top_tokens(importance(inputs), valid_IM, kept_I)
         keys_IME, _ = inputs.keys(upcoming=True)
@@ -83,10 +86,10 @@ class PACT(TokenPruning):
         return TokenSelection(centre_IM, centre_IM, means_IMD, weight_IM=weight_IM)
 
     def _macs(self, sizes: SelectionSizes) -> float:
-        """Charge queries and keys before and after rotation, and the products with them.
+        """Return the multiply-adds of queries and keys, before and after rotation, and products.
 
-        Before rotation they are those of the rows up to the last image, which is exact for prompts
-        with equally many words after it.
+        Those before rotation are of the rows up to the last image, which is exact if all prompts
+        have the same number of words after it.
         """
         text, visual = sizes.samples * sizes.text, sum(sizes.counts)
         before = text - sizes.samples * sizes.question_rows + visual
@@ -98,7 +101,7 @@ class PACT(TokenPruning):
 
 
 def importance(inputs: SelectionInputs) -> Tensor:
-    """Return the importance of each visual token by the next layer's weights, [I, M], float32."""
+    """Return the importance of each visual token (see `PACT`), float32 [I, M]."""
     view = inputs.ahead.qk().weights.view
     before_BT = inputs.text.keys_valid & ~inputs.question_rows()
     score_IM = torch.zeros_like(inputs.valid, dtype=torch.float32)
@@ -129,9 +132,9 @@ def importance(inputs: SelectionInputs) -> Tensor:
 def density_centres(distance_IMM: Tensor, member_IM: Tensor, cutoff: float) -> Tensor:
     """Mark the members that are centres of clusters, bool [I, M].
 
-    A member's density is the sum of exp(-(d / 2)²) over all members. In order of falling density,
-    ties by place, a member is a centre unless one is within `cutoff`. Centres are thus more than
-    `cutoff` apart, and every member is within it of one.
+    The density of a member is the sum of exp(-(d / 2)²) over all members. In order of decreasing
+    density, ties by position, a member becomes a centre unless there is one within `cutoff`.
+    Centres are thus more than `cutoff` apart, and every member is within `cutoff` of a centre.
     """
     density_IMM = (-((distance_IMM / DENSITY_SCALE) ** 2)).exp()
     density_IM = (density_IMM * member_IM[:, None, :]).sum(dim=2).masked_fill(~member_IM, -1)
@@ -139,8 +142,8 @@ def density_centres(distance_IMM: Tensor, member_IM: Tensor, cutoff: float) -> T
     near_IMM = distance_IMM <= cutoff
     denser_near_IMM = near_IMM & (rank_IM[:, None, :] < rank_IM[:, :, None])
     centre_IM, open_IM = torch.zeros_like(member_IM), member_IM.clone()
-    # In rounds instead of member by member: one without an open denser member within the cutoff is
-    # a centre whatever becomes of the others, and it decides those within the cutoff.
+    # In rounds instead of member by member: an undecided member without an undecided denser one
+    # within the cutoff is a centre, which decides all members within the cutoff.
     while bool(open_IM.any()):
         new_IM = open_IM & ~(denser_near_IMM & open_IM[:, None, :]).any(dim=2)
         centre_IM |= new_IM

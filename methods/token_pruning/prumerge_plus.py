@@ -27,33 +27,32 @@ from methods.visual_engine.selection_inputs import SelectionInputs, TokenSelecti
 from methods.visual_engine.selection_step import SelectionSizes, TokenPruningStep
 from methods.visual_engine.settings import Quota
 
-# What the release reads: the last layer, whose output LLaVA discards.
+# The release reads the last layer, whose output LLaVA discards.
 LAST_LAYER = LayerRequest(-1, one_head=True)
 
 
 class PruMergePlus(BeforeDecoder):
-    """Keep the outliers of the class token's attention and fill `keep` up with even spacing.
+    """Keep the outliers of the class token's attention, and evenly spaced tokens up to `keep`.
 
-    Outliers get more attention than Q3 + 1.5 (Q3 - Q1). Each token that stays then absorbs its
-    `neighbours` nearest others by keys, weighted by attention, before the projector.
+    Outliers get more attention than Q3 + 1.5 (Q3 - Q1). Before the projector, each kept token
+    absorbs the `neighbours` other tokens with the most similar keys, weighted by attention.
 
-    With `keep=adaptive`, as in the release, the image decides how many tokens stay, about a
-    quarter: of n tokens t are outliers, and added is every s-th one but the last,
-    s = ⌊⌊n / t⌋ / 3⌋, unless it is an outlier. Otherwise `keep` decides, so that costs are known in
-    advance.
+    With `keep=adaptive`, as in the release, the image determines the number of kept tokens, about a
+    quarter: if t of n tokens are outliers, every s-th token except the last, with s = ⌊⌊n / t⌋ /
+    3⌋, is added unless it is an outlier. A fixed `keep` makes costs known in advance.
 
-    `variant=paper`: attention, mean over heads, and keys are those of the layer whose output is
-    projected. Without a class token (Qwen), a token's attention is what it receives from all
-    patches on average. `variant=release`: both are of the tower's last layer, as one head of full
-    width, and the last of the `keep` tokens is the sum of all removed ones weighted by attention,
-    in the place of the last of them. With `positions=renumbered` outliers come first, by falling
-    attention, then the added tokens, then that sum.
+    With `variant=paper`, attention, averaged over heads, and keys are those of the layer whose
+    output is projected. In towers without a class token (Qwen), the attention of a token is what it
+    receives from all patches on average. With `variant=release`, both are those of the tower's last
+    layer, as one head of full width, and the last of the `keep` tokens is the sum of all removed
+    ones weighted by attention, at the position of the last of them. With `positions=renumbered`,
+    outliers come first, by decreasing attention, then the added tokens, then that sum.
     """
 
     label: ClassVar[str] = "prumerge_plus"
     reads_tower: ClassVar[bool] = True
 
-    # Wider than the base's, which mypy takes for a break of its promise.
+    # Wider than the type in the base class, which mypy rejects.
     keep: Amount | Literal["adaptive"] = 0.25  # type: ignore[assignment]
     variant: Variant = "paper"
     neighbours: int = Field(default=32, ge=0)
@@ -71,25 +70,25 @@ class PruMergePlus(BeforeDecoder):
     def _selected(
         self, attention_IM: Tensor, valid_IM: Tensor, keep_I: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Mark the outliers, and all tokens that stay besides a sum of removed ones, [I, M]."""
+        """Mark the outliers, and all kept tokens without the sum of removed ones, [I, M]."""
         outliers_I = count_outliers(attention_IM, valid_IM)
         if self.keep == "adaptive":
             salient_IM = top_tokens(attention_IM, valid_IM, outliers_I)
             return salient_IM, salient_IM | self._sampled(valid_IM, outliers_I)
-        # With more outliers than `keep`, those with the most attention stay: budgets are exact.
+        # If there are more outliers than `keep`, those with the most attention are kept.
         salient_I = torch.minimum(self._salient(outliers_I, keep_I), keep_I)
         salient_IM = top_tokens(attention_IM, valid_IM, salient_I)
         return salient_IM, salient_IM | evenly_spaced(valid_IM & ~salient_IM, keep_I - salient_I)
 
     def _sampled(self, valid_IM: Tensor, outliers_I: Tensor) -> Tensor:
-        """Mark the tokens that an adaptive number of outliers adds, [I, M]."""
+        """Mark the tokens that `keep=adaptive` adds to the outliers, [I, M]."""
         count_I = valid_IM.sum(dim=1)
         step_I1 = (count_I // outliers_I // 3).clamp(min=1)[:, None]
         place_IM = torch.arange(valid_IM.shape[1], device=valid_IM.device)
         return (place_IM % step_I1 == 0) & (place_IM < count_I[:, None] - 1)
 
     def _salient(self, outliers_I: Tensor, keep_I: Tensor) -> Tensor:
-        """Return how many tokens are chosen by attention alone, [I]."""
+        """Return the number of tokens that are chosen by attention alone, [I]."""
         return outliers_I
 
     def _choose(self, inputs: SelectionInputs, keep_I: Tensor) -> TokenSelection:
@@ -119,7 +118,7 @@ class PruMergePlus(BeforeDecoder):
         last_IM = gone_IM & (gone_IM.flip(1).cumsum(dim=1).flip(1) == 1)
         merged_IMF = torch.where(last_IM[..., None], rest_IF[:, None], merged_IMF)
         kept_IM = chosen_IM | last_IM
-        # Attention is below 1, so outliers sort before every place in the image.
+        # Attention is below 1, so outliers sort before all positions in the image.
         place_IM = torch.arange(valid_IM.shape[1], device=valid_IM.device).float()
         order_IM = torch.where(salient_IM, -attention_IM.float(), place_IM)
         order_IM = order_IM.masked_fill(last_IM, torch.inf)
@@ -139,10 +138,10 @@ class PruMergePlus(BeforeDecoder):
 
 
 class PruMerge(PruMergePlus):
-    """Keep the outliers of the class token's attention alone, about 5 % of the tokens.
+    """Keep only the outliers of the class token's attention, about 5 % of the tokens.
 
-    With a number or share for `keep`, these are the tokens with most attention. All else is as in
-    `PruMergePlus`.
+    With a number or share for `keep`, the tokens with the most attention are kept. Everything else
+    is as in `PruMergePlus`.
     """
 
     label: ClassVar[str] = "prumerge"
@@ -170,9 +169,9 @@ def count_outliers(attention_IM: Tensor, valid_IM: Tensor) -> Tensor:
 def absorb_neighbours(
     x_IMD: Tensor, keys_IME: Tensor, attention_IM: Tensor, valid_IM: Tensor, neighbours: int
 ) -> Tensor:
-    """Add to every token its nearest others, each weighted by attention, [I, M, D].
+    """Add to every token its nearest neighbours, weighted by attention, [I, M, D].
 
-    Nearest are the `neighbours` other tokens whose keys have the highest cosine with its own.
+    These are the `neighbours` other tokens whose keys have the highest cosine with its own.
     """
     unit_IME = functional.normalize(keys_IME.float(), dim=-1)
     similar_IMM = unit_IME @ unit_IME.transpose(1, 2)

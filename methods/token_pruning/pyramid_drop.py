@@ -16,13 +16,13 @@ from methods.visual_engine.settings import Quota
 
 
 class PyramidDrop(TokenPruning):
-    """Cut the decoder into equal `stages` and keep a share `ratio` (λ) of the tokens after each.
+    """Divide the decoder into equal `stages` and keep a share `ratio` (λ) of the tokens after each.
 
-    `variant=paper` ranks tokens by q · k of the last prompt token with each of them in the stage's
-    last layer, averaged over heads. `variant=release` ranks them by the attention that this token
-    would pay in the next layer: q and k by that layer's weights, the softmax over all keys, then
-    the mean over heads. Shares are of the frame's original tokens: λ, λ², λ³. With `average`, λ is
-    solved for such that the mean over layers is this share of them.
+    `variant=paper` ranks tokens by their product q · k with the last prompt token in the last layer
+    of the stage, averaged over heads. `variant=release` ranks them by the attention of that token
+    in the next layer if nothing were removed: with q and k of that layer, the softmax over all
+    keys, and the mean over heads. The shares λ, λ², λ³ refer to the frame's original tokens. With
+    `average`, λ is chosen such that the mean share over layers is `average`.
     """
 
     label: ClassVar[str] = "pyramid_drop"
@@ -36,7 +36,7 @@ class PyramidDrop(TokenPruning):
         cuts = [round(depth * stage / self.stages) for stage in range(1, self.stages)]
         if len({0, *cuts, depth}) != self.stages + 1:
             raise UserError(
-                f"stages={self.stages}: a decoder of {depth} layers has too few for as many stages"
+                f"stages={self.stages} is too many for a decoder of {depth} layers: use fewer"
             )
         ratio = (
             self.ratio if self.average is None else _ratio_for_average(self.average, cuts, depth)
@@ -47,7 +47,7 @@ class PyramidDrop(TokenPruning):
                 cut,
                 Quota(share=ratio**power),
                 self._choose,
-                # The release reads the layer that follows; what precedes may be pruned meanwhile.
+                # The release reads the next layer, which is possible after another pruning step.
                 attention=self.variant == "paper",
                 macs=self._macs,
             )
@@ -82,13 +82,13 @@ def _ratio_for_average(average: float, cuts: list[int], depth: int) -> float:
     """Solve by bisection for the λ whose shares 1, λ, λ², ... have this mean over the layers."""
     if average * depth <= cuts[0]:
         raise UserError(
-            f"average={average} cannot be met: the first stage keeps all tokens and is "
-            f"{cuts[0] / depth:.3g} of the layers; use more stages"
+            f"average={average} cannot be met: the first stage, {cuts[0] / depth:.3g} of the "
+            "layers, keeps all tokens; raise average or use more stages"
         )
     lengths = [b - a for a, b in zip([0, *cuts], [*cuts, depth], strict=True)]
     low, high = 0.0, 1.0
-    # The mean rises with λ, and 60 halvings exhaust float64. `high` is returned, so the mean is
-    # never below `average`.
+    # The mean increases with λ, and 60 bisections reach the precision of float64. `high` is
+    # returned, so that the mean is never below `average`.
     for _ in range(60):
         middle = (low + high) / 2
         mean = sum(n * middle**power for power, n in enumerate(lengths)) / depth

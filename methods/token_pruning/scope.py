@@ -20,8 +20,9 @@ from methods.visual_engine.selection_step import SelectionSizes
 class SCOPE(BeforeDecoder):
     """Choose tokens greedily by saliency to the power `alpha` times the coverage that they add.
 
-    Saliency is the class token's attention (Qwen: the attention a token receives from all patches
-    on average); coverage is measured by the cosine of the features before the projector.
+    Saliency is the class token's attention, or in towers without one (Qwen) the attention that a
+    token receives from all patches on average. Coverage is measured by the cosine of the features
+    before the projector.
     """
 
     label: ClassVar[str] = "scope"
@@ -45,18 +46,16 @@ def greedy_coverage(
 ) -> Tensor:
     """Choose salient tokens that cover the remaining ones by similarity, bool [I, M].
 
-    Greedy: the next token maximises Aᵥ^α Σᵤ max(sim(u, v) - C(u), 0), where C(u) is the highest
-    similarity of u to a chosen token, 0 before the first choice.
+    The next token v maximises Aᵥ^α Σᵤ max(sim(u, v) - C(u), 0), where C(u) is the highest
+    similarity of u to a chosen token, or 0 before the first choice.
     """
-    # Rows u of padding are zeroed so that they need no coverage; columns v are excluded at the
-    # choice.
+    # Zero rows u of padding need no coverage; columns v of padding are excluded below.
     similarity_IMM = pairwise_cosine(x_IMD).masked_fill(~valid_IM[:, :, None], 0)
     weight_IM = saliency_IM.float().pow(alpha)
     covered_IM = torch.zeros_like(weight_IM)
     chosen_IM = torch.zeros_like(valid_IM)
     frame_I = torch.arange(len(x_IMD), device=x_IMD.device)
-    # Frames with different budgets share the loop: a frame that has reached its own `keep` still
-    # finds a next token but no longer marks it.
+    # All frames share the loop; frames that have reached their own `keep` mark no further token.
     for step in range(int(keep_I.max())):
         gain_IM = (similarity_IMM - covered_IM[:, :, None]).clamp_min(0).sum(dim=1) * weight_IM
         gain_IM = gain_IM.masked_fill(~valid_IM | chosen_IM, -torch.inf)

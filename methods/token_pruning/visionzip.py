@@ -1,4 +1,4 @@
-"""VisionZip (CVPR 2025): dominant tokens of the vision tower, and means of the others.
+"""VisionZip (CVPR 2025): keep the dominant tokens of the vision tower, and merge the others.
 
 Shapes: I frames, M tokens of a frame, V = [I, M], H heads, d a head's width, F width of features.
 """
@@ -28,18 +28,19 @@ from methods.visual_engine.selection_step import SelectionSizes
 class VisionZip(BeforeDecoder):
     """Keep the tokens that the class token attends to most, and merge the others into a few.
 
-    A fraction `contextual` of `keep` (10 of 64 in the paper) are targets among the tokens that are
-    not dominant; every other token joins the target whose key, averaged over heads, is nearest to
-    its own, and they are merged before the projector.
+    A fraction `contextual` of `keep` (10 of 64 in the paper) are targets, chosen among the tokens
+    that are not dominant. Every other token joins the target with the most similar key (averaged
+    over heads), and each group is merged before the projector.
 
-    `variant=paper`: targets are evenly spaced, and the mean of each group replaces its target.
-    `variant=release`: targets are every s-th token from the first; each becomes itself plus the
-    mean of those that joined it. The class token is the first of the dominant ones, in the place of
-    a token that is removed; with `positions=renumbered` it comes first and the merged tokens last.
-    Where several patches make one token, the class token cannot be projected and is left out.
+    With `variant=paper`, targets are evenly spaced, and the mean of each group replaces its target.
+    With `variant=release`, every s-th token is a target, starting with the first, and becomes
+    itself plus the mean of the tokens that joined it. The class token is one of the dominant tokens
+    and takes the position of a removed one; with `positions=renumbered` it comes first and the
+    merged tokens last. If several patches are projected to one token, the class token cannot be
+    projected and is left out.
 
-    Qwen's towers have no class token; as in ports to Qwen2.5-VL, a token's attention is then what
-    it receives from all patches on average.
+    In towers without a class token (Qwen), the attention of a token is what it receives from all
+    patches on average, as in ports to Qwen2.5-VL.
     """
 
     label: ClassVar[str] = "visionzip"
@@ -58,8 +59,7 @@ class VisionZip(BeforeDecoder):
         rest_IM = valid_IM & ~dominant_IM
         spaced = regularly_spaced if release else evenly_spaced
         target_IM = spaced(rest_IM, targets_I)
-        # A frame too small to have a target keeps its rest as neither target nor source; it has
-        # nothing to merge into.
+        # A frame that is too small for a target has nothing to merge into.
         source_IM = torch.where((targets_I > 0)[:, None], rest_IM & ~target_IM, False)
         merged_IMF = tower.features_VF
         if bool(target_IM.any()):
@@ -77,7 +77,7 @@ class VisionZip(BeforeDecoder):
             changed_IM = target_IM
         if not bool(changed_IM.any()):
             return TokenSelection(dominant_IM)
-        # Only these change: they are projected again, which costs `targets * project`.
+        # Only changed tokens are projected again, at a cost of `targets * project`.
         states_IMD = reproject(inputs, tower, changed_IM, merged_IMF)
         return TokenSelection(
             dominant_IM | changed_IM, changed_IM, states_IMD, order_IM if release else None
@@ -117,7 +117,7 @@ def _group_means(x_IMD: Tensor, keys_IMd: Tensor, target_IM: Tensor, counted_IM:
     owner_IM = similar_IMM.masked_fill(~target_IM[:, None, :], -torch.inf).argmax(dim=2)
     itself_M = torch.arange(x_IMD.shape[1], device=x_IMD.device)
     owner_IM = torch.where(target_IM, itself_M, owner_IM)
-    # Tokens that are not counted also find an owner; their weight of 0 keeps them out of the sums.
+    # Tokens that are not counted have an owner as well, but a weight of 0.
     weight_IM = counted_IM.to(x_IMD.dtype)
     total_IMD = torch.zeros_like(x_IMD).scatter_add(
         1, owner_IM[..., None].expand_as(x_IMD), x_IMD * weight_IM[..., None]

@@ -1,4 +1,4 @@
-"""VScan (Zhang et al., TMLR 2026): a local and a global scan of the tower, then the question's.
+"""VScan (Zhang et al., TMLR 2026): local and global scans of the tower, then by the question.
 
 Shapes: I frames, M tokens of a frame, in raster order.
 """
@@ -22,19 +22,19 @@ from methods.visual_engine.settings import Quota
 
 
 class VScan(TokenPruning):
-    """Keep `keep` tokens of a frame before the decoder, and `then` of them from its middle on.
+    """Keep `keep` tokens of a frame before the decoder, and `then` of them after some layers.
 
-    Before the decoder, half of the tokens are local: those of each of `windows` x `windows` equal
-    windows of the image to which the class token attends most in an early layer, at the share
-    `local_layer` of the tower's depth (the sixth of 24). The rest are global: those to which it
-    attends most in the layer that is projected. Every other token joins the kept one of highest
-    cosine, after the projector, and a kept token becomes the mean of its group. At the share
-    `layer` of the decoder's depth, `then` tokens stay: those to which the last prompt token would
-    attend most in the next layer.
+    Before the decoder, half of the tokens are local: in each of `windows` x `windows` equal windows
+    of the image, those to which the class token attends most in an early layer, at the fraction
+    `local_layer` of the tower's depth (the sixth of 24). The other half are global: those to which
+    it attends most in the layer that is projected. After the projector, every removed token joins
+    the kept one of highest cosine, which becomes the mean of its group. At the fraction `layer` of
+    the decoder's depth, `then` tokens are kept: those to which the last prompt token would attend
+    most in the next layer.
 
-    The defaults are the release's for 64 of 576 tokens on average, 96 and then 32 (Sec. 4;
-    github.com/Tencent/SelfEvolvingAgent, VScan, a82450e). Where windows do not divide the local
-    half, the release keeps fewer tokens; here global ones make up for them.
+    The defaults are those of the release for 64 of 576 tokens on average, 96 and then 32 (Sec. 4;
+    github.com/Tencent/SelfEvolvingAgent, VScan, a82450e). If the local half is not a multiple of
+    the number of windows, the release keeps fewer tokens; here more global ones are kept instead.
     """
 
     label: ClassVar[str] = "vscan"
@@ -80,7 +80,7 @@ class VScan(TokenPruning):
 
 
 def windows_of(inputs: SelectionInputs, windows: int, name: str) -> Tensor:
-    """Return the number of the window of each token, [I, M], rows of windows first.
+    """Return the window number of each token, [I, M], numbered row by row.
 
     Raises:
         UserError: an earlier step has removed tokens.

@@ -1,1 +1,1 @@
-"""Methods that compare the frames of a prompt: images of one size in a row, steps of a video."""
+"""Methods that compare the frames of a prompt: images of equal size, or time steps of a video."""

@@ -1,4 +1,4 @@
-"""DyCoke (Tao et al., CVPR 2025): what repeats leaves; generated tokens read a part of the rest.
+"""DyCoke (Tao et al., CVPR 2025): remove repeated tokens, and limit what generated tokens read.
 
 Shapes: I frames, M tokens of a frame, in raster order, n of one frame.
 """
@@ -23,34 +23,34 @@ from methods.visual_engine.selection_inputs import SelectionInputs, TokenSelecti
 from methods.visual_engine.selection_step import SelectionSizes, TokenPruningStep
 from methods.visual_engine.settings import DecodePruning, Quota
 
-# Frames of one group: the first stays whole, and each later one is compared with an earlier one.
+# Number of frames in a group.
 GROUP = 4
 COMPARED = {1: 0, 3: 2, 2: 0}
 
 
 class DyCoke(TokenPruning):
-    """Keep of later frames what differs most from an earlier one; while generating, read less.
+    """Remove the tokens of later frames that repeat an earlier one; generated tokens read less.
 
-    Before the decoder: the frames of a prompt (images of one size in a row, or time steps of a
-    video) make groups of four. The first of a group stays whole; the second is compared with it,
-    the fourth with the third, and the third with the first, place by place. Of a compared frame a
-    share `repeated` (K) leaves: the places of highest cosine (the paper's token temporal merging).
-    An image alone is left unchanged.
+    Before the decoder, the frames of a prompt (images of equal size, or time steps of a video) are
+    divided into groups of four. The first frame of a group is kept whole. The second is compared
+    with the first, the fourth with the third, and the third with the first, position by position.
+    Of a compared frame, the share `repeated` (K) of the tokens with the highest cosine is removed
+    (the paper's token temporal merging). A single image is left unchanged.
 
-    At each generated token: from layer `decode_layer` (L) on it reads only the visual tokens of the
-    prompt to which it attends most in the layer before, softmax over all keys and mean over heads.
-    A share `decode_ratio` (P) is left out; 0 leaves out nothing. They stay in the cache, and the
-    next token may read them. Where this attention has a cosine of at least `decode_similarity` with
-    that of the token before, nothing new is chosen. In a batch or a beam search every sequence
-    chooses for itself; calls of several tokens (prompts, later turns, candidates of assisted
-    generation) read everything. L, P and the similarity are the release's, P as its readme has it
-    (its evaluation's own default is 0.8).
+    From layer `decode_layer` (L) on, each generated token leaves out the share `decode_ratio` (P)
+    of the prompt's visual tokens to which it attends least in the layer before (softmax over all
+    keys, mean over heads). They stay in the cache, and later tokens may read them. If this
+    attention has a cosine of at least `decode_similarity` with that of the preceding token, no new
+    choice is made. Every sequence of a batch or beam search has its own choice. Calls with several
+    tokens (prompts, later turns, candidates of assisted generation) read everything. L, P and the
+    similarity are those of the release, P according to its readme (its evaluation uses 0.8).
 
-    `variant=paper`: all groups, the last one as far as it goes. `variant=release`: the third frame
-    of the last four stays whole, and with `positions=renumbered` the tokens of a compared frame
-    come in order of rising similarity, not of place (github.com/KD-TAO/DyCoke, dd74634; it also
-    loses a last frame without partner, which stays here). A token for which nothing new is chosen
-    reads with `paper` what the token before it read, with `release` everything.
+    `variant=paper` compares the frames of all groups, including an incomplete last one. With
+    `variant=release` (github.com/KD-TAO/DyCoke, dd74634), the third of the last four frames is kept
+    whole, and with `positions=renumbered` the tokens of a compared frame are sorted by increasing
+    similarity; a last frame without a partner, which the release loses, is kept here. If no new
+    choice is made, a token reads the same tokens as the preceding one with `paper`, and all tokens
+    with `release`.
     """
 
     label: ClassVar[str] = "dycoke"
@@ -85,7 +85,7 @@ class DyCoke(TokenPruning):
             )
 
     def _steps(self, depth: int, context: Context) -> list[TokenPruningStep]:
-        # Frames of one prompt keep different numbers of tokens, so there is no quota for all.
+        # Frames of a prompt keep different numbers of tokens, so no quota applies to all of them.
         every = Quota.of("all")
         return [
             TokenPruningStep(self.label, 0, every, self._choose, macs=_elementwise, adaptive=True)
@@ -118,7 +118,7 @@ class DyCoke(TokenPruning):
 def compared_frames(count: int, *, last_whole: bool) -> list[tuple[int, int]]:
     """List the frames of a prompt that lose tokens, each with the frame it is compared with.
 
-    With `last_whole`, the third frame of a group is compared only if a fifth follows.
+    With `last_whole`, the third frame of a group is compared only if a fifth frame follows.
     """
     pairs = []
     for first in range(0, count, GROUP):
@@ -131,5 +131,5 @@ def compared_frames(count: int, *, last_whole: bool) -> list[tuple[int, int]]:
 
 
 def _elementwise(sizes: SelectionSizes) -> float:
-    """Return no multiply-adds of matrices: frames are compared element by element."""
+    """Return 0, because frames are compared element by element, without any matmul."""
     return 0.0

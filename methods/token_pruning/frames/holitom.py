@@ -1,4 +1,4 @@
-"""HoliTom (Shao et al., NeurIPS 2025): what stays the same over frames is merged, once for all.
+"""HoliTom (Shao et al., NeurIPS 2025): merge what does not change over frames, then prune.
 
 Shapes: I frames, M tokens of a frame, F frames of one prompt, n tokens of one of them, D width; V
 tokens of all frames of one prompt in the decoder, K of them kept, R removed.
@@ -25,25 +25,27 @@ from methods.visual_engine.settings import Quota
 
 
 class HoliTom(TokenPruning):
-    """Before the decoder, merge places that stay the same over frames, and keep the attended ones.
+    """Merge tokens that do not change over frames, keep attended ones, then prune in the decoder.
 
-    Frames of a prompt (images of one size in a row, or time steps of a video) are cut into windows
-    such that most tokens repeat: a place is static in a window if its cosine between successive
-    frames is above `threshold` throughout. A static place has its mean over the window, in the
-    window's first frame. Of what that leaves, a share stays such that it is `keep` of all tokens:
-    in every frame the other places with most attention in the vision tower, and of the static ones
-    the centres of clusters by density peaks (as many nearest as clusters, at most `neighbours`).
-    A centre becomes `centre` of itself and the rest of its members' mean.
+    Before the decoder, the frames of a prompt (images of equal size, or time steps of a video) are
+    divided into windows such that most tokens repeat. A position is static in a window if its
+    cosine between successive frames is always above `threshold`; it is replaced by its mean over
+    the window, in the first frame of the window. Of the remaining tokens a share is kept, which is
+    chosen such that `keep` of all tokens are left: in every frame the non-static tokens with most
+    attention in the vision tower, and of the static ones the centres of clusters by density peaks
+    (with as many nearest members as clusters, at most `neighbours`). A centre becomes `centre`
+    times itself plus the rest times the mean of its members.
 
-    Then, at the share `layer` of the decoder's depth, a share `drop` of all tokens of a prompt goes
-    that get least attention from its last token in the layer before. Each is folded into the kept
-    token of highest cosine, in order of place: the mean of what that has become and of itself.
-    Tokens keep the positions that they have by then, whatever `positions` says of the first part.
+    At the fraction `layer` of the decoder's depth, the share `drop` of all tokens of a prompt to
+    which its last token attends least in the layer before is removed. Each is folded into the kept
+    token of highest cosine, in order of position: that token becomes the mean of its current value
+    and the removed one. In this part tokens keep their positions, whatever `positions` says.
 
-    As the release runs in its scripts (github.com/cokeshao/HoliTom, e9b2972): the 18th of 28 layers
-    and a half. Attention of the tower is that of the class token where there is one, and else from
-    all patches. Each prompt has its own share: the release carries that of one prompt over to the
-    next of a batch. A frame of which nothing would be left keeps its most attended token.
+    The defaults are those of the release's scripts (github.com/cokeshao/HoliTom, e9b2972): layer 18
+    of 28, and one half. The tower's attention is that of the class token if there is one, and
+    otherwise from all patches. Every prompt has its own share, while the release uses the share of
+    one prompt for the next one of a batch. A frame that would lose all tokens keeps its most
+    attended one.
     """
 
     label: ClassVar[str] = "holitom"
@@ -57,7 +59,7 @@ class HoliTom(TokenPruning):
     drop: float = Field(default=0.5, ge=0, lt=1)
 
     def _steps(self, depth: int, context: Context) -> list[TokenPruningStep]:
-        # The number of static places depends on the frames, and attention decides between frames.
+        # Adaptive: the number of static positions depends on the frames.
         before = TokenPruningStep(
             self.label,
             0,
@@ -115,7 +117,7 @@ class HoliTom(TokenPruning):
         return TokenSelection(kept_IM, changed_IM, states_IMD, order_IM)
 
     def _merged(self, x_SD: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Cluster tokens; return the places of the centres and what they become."""
+        """Cluster tokens; return the positions of the centres and their merged states."""
         every = torch.ones(1, len(x_SD), dtype=torch.bool, device=x_SD.device)
         count_I = torch.tensor([count], device=x_SD.device)
         centre_IM, owner_IM, _ = cluster_by_density(x_SD[None], every, count_I, self.neighbours)
@@ -129,7 +131,7 @@ class HoliTom(TokenPruning):
         return centres_C, merged_CD
 
     def _fold(self, inputs: SelectionInputs, keep_I: Tensor) -> TokenSelection:
-        """Keep the tokens that the last one attends to, across frames, and fold in the others."""
+        """Keep the tokens, of all frames, to which the last one attends; fold in the others."""
         attention_IM = inputs.attention(inputs.last_row())[:, 0]
         kept_IM, states_IMD = torch.zeros_like(inputs.valid), inputs.states_IMD.clone()
         samples_I = inputs.frames.sample_I
@@ -146,7 +148,7 @@ class HoliTom(TokenPruning):
         return TokenSelection(kept_IM, kept_IM, states_IMD)
 
     def _macs(self, sizes: SelectionSizes) -> float:
-        """Charge the tower's attention, and at most the distances of all places of each window."""
+        """Return the multiply-adds of the tower's attention, and an upper bound of distances."""
         frames = len(sizes.counts)
         windows = min(frames // 2, frames - sizes.samples)
         distances = windows * max(sizes.counts) ** 2 * sizes.width
@@ -154,12 +156,12 @@ class HoliTom(TokenPruning):
 
 
 def static_windows(same_Gn: Tensor) -> list[tuple[int, int, Tensor]]:
-    """Cut frames into windows in which most tokens repeat: (first, last, static places [n]) each.
+    """Divide frames into windows in which most tokens repeat: (first, last, static positions [n]).
 
-    `same_Gn` says which places stay the same from each frame to the next. A window from a to b
-    saves b - a tokens per static place; the sum over all windows is the largest that there is, by
-    dynamic programming over the last frame. Of equal sums the one with a later, shorter last window
-    counts. In a window of one frame no place is static.
+    `same_Gn` marks the positions that do not change from each frame to the next. A window from
+    frame a to frame b saves b - a tokens per static position. The windows maximise the total
+    saving, by dynamic programming over the last frame; among equal totals the shortest last window
+    is chosen. A window of one frame has no static position.
     """
     frames, none_n = len(same_Gn) + 1, same_Gn.new_zeros(same_Gn.shape[1])
     best, start = [0] * (frames + 1), list(range(frames))
@@ -181,15 +183,15 @@ def static_windows(same_Gn: Tensor) -> list[tuple[int, int, Tensor]]:
 
 
 def folded(x_VD: Tensor, kept_V: Tensor) -> Tensor:
-    """Fold removed tokens into the kept ones of highest cosine; return all tokens, [V, D].
+    """Fold each removed token into the kept one of highest cosine; return all tokens, [V, D].
 
-    In order of place, a kept token becomes the mean of what it is by then and of the next removed
-    one that is closest to it; cosines are of the tokens as they come.
+    In order of position, the kept token becomes the mean of its current value and the removed one.
+    Cosines are those of the original tokens.
     """
     removed_RD, kept_KD = x_VD[~kept_V].float(), x_VD[kept_V].float()
     unit_RD, unit_KD = (functional.normalize(x, dim=-1) for x in (removed_RD, kept_KD))
     owner_R = (unit_RD @ unit_KD.T).argmax(dim=1)
-    # Each later token of the same owner halves what came before it.
+    # Each later token of the same owner halves the weight of the earlier ones.
     later_RR = (owner_R[:, None] == owner_R[None, :]).triu(diagonal=1)
     weight_R = 0.5 ** (later_RR.sum(dim=1) + 1).float()
     halvings_K = owner_R.bincount(minlength=len(kept_KD))
@@ -208,5 +210,5 @@ def _folding_macs(sizes: SelectionSizes) -> float:
 
 def _of_empty_frames(kept_IM: Tensor, attention_IM: Tensor, valid_IM: Tensor) -> Tensor:
     """Mark the most attended token of every frame that would keep none."""
-    # Methods that follow count on a token of every frame.
+    # Later methods rely on at least one token per frame.
     return top_tokens(attention_IM, valid_IM, (~kept_IM.any(dim=1)).long())

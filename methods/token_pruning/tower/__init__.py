@@ -1,1 +1,1 @@
-"""Methods that choose by what the vision tower computes, before its tokens reach the decoder."""
+"""Methods that choose tokens by the vision tower's attention or features, before the decoder."""

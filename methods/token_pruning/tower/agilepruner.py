@@ -16,21 +16,22 @@ from methods.token_pruning.base import BeforeDecoder, top_tokens
 from methods.visual_engine.selection_inputs import SelectionInputs, TokenSelection
 from methods.visual_engine.selection_step import SelectionSizes
 
-# By how much the threshold grows per place in the order of attention, in an image of average rank.
+# Increase of the threshold per position in the order of attention, for an image of average rank.
 STEP = 0.01
 
 
 class AgilePruner(BeforeDecoder):
-    """Take tokens in order of the class token's attention, and drop those that are close to one.
+    """Take tokens in order of the class token's attention, and drop those close to a taken one.
 
-    A token is dropped if its cosine distance to one that was taken before is below that token's
-    threshold min(`threshold`, i · 0.01 · erank / `average_rank`): i is its place in the order, from
-    1, and erank the effective rank of the frame's features, the projector's inputs. The richer the
-    image, the farther apart its tokens (cvsp-lab.github.io/AgilePruner; the paper's code is not
-    released). The authors give no number for either knob: the defaults are those of a public port
-    (github.com/AnKun10/OE-VLM-Demo, 3e85e0b), which has 95 from the paper's appendix, a mean over
-    LLaVA's training images, and does not say where its 0.25 is from. As in that port, `keep` is
-    filled up in order of attention if too few tokens are left.
+    A token is dropped if its cosine distance to an earlier taken token is below that token's
+    threshold min(`threshold`, i · 0.01 · erank / `average_rank`), where i is its position in the
+    order, from 1, and erank the effective rank of the frame's features, which are the inputs of the
+    projector. Tokens of richer images are thus farther apart (cvsp-lab.github.io/AgilePruner).
+
+    The paper's code is not released, and it gives no values for these options. The defaults are
+    those of a public port (github.com/AnKun10/OE-VLM-Demo, 3e85e0b), which takes 95 from the
+    paper's appendix, a mean over LLaVA's training images, and states no source for 0.25. As in that
+    port, dropped tokens are added back in order of attention if fewer than `keep` are left.
     """
 
     label: ClassVar[str] = "agilepruner"
@@ -50,7 +51,7 @@ class AgilePruner(BeforeDecoder):
         )
         apart_IM = take_apart(cosine_distances(products_IMM), order_IM, threshold_IM)
         taken_IM = apart_IM & valid_IM
-        # Taken ones first, then dropped ones, each by attention.
+        # Taken tokens first, then dropped ones, both in order of attention.
         rank_IM = order_IM.argsort(dim=1) + (~taken_IM).long() * valid_IM.shape[1]
         return TokenSelection(top_tokens(-rank_IM.float(), valid_IM, keep_I))
 
@@ -60,9 +61,9 @@ class AgilePruner(BeforeDecoder):
 
 
 def token_products(x_IMF: Tensor, valid_IM: Tensor) -> Tensor:
-    """Return the inner product of every pair of tokens of a frame [I, M, M], padding's being 0."""
-    # In float64: singular values are the square roots of this matrix's eigenvalues, so that the
-    # error of float32 would be that of its square root, and there are many small ones.
+    """Return the inner product of every pair of tokens of a frame, [I, M, M]; 0 for padding."""
+    # In float64, because singular values are the square roots of this matrix's eigenvalues, and
+    # float32 would be too coarse for the many small ones.
     x_IMF = x_IMF.double().masked_fill(~valid_IM[..., None], 0)
     return x_IMF @ x_IMF.transpose(1, 2)
 
@@ -88,16 +89,16 @@ def cosine_distances(products_IMM: Tensor) -> Tensor:
 
 
 def take_apart(distance_IMM: Tensor, order_IM: Tensor, threshold_IM: Tensor) -> Tensor:
-    """Mark tokens in their order unless one that is marked is closer than its threshold, [I, M].
+    """Mark tokens in order unless a marked one is closer than its own threshold, [I, M].
 
-    `order_IM` are the tokens' numbers in order, and `threshold_IM` the thresholds of their places.
+    `order_IM` are the token indices in order, `threshold_IM` the thresholds in the same order.
     """
     frames_I1 = torch.arange(len(order_IM), device=order_IM.device)[:, None]
     sorted_IMM = distance_IMM[frames_I1[..., None], order_IM[:, :, None], order_IM[:, None, :]]
     near_IMM = sorted_IMM < threshold_IM[:, :, None]
     open_IM = torch.ones_like(order_IM, dtype=torch.bool)
     for place in range(order_IM.shape[1]):
-        # Later tokens only: an earlier one has been decided.
+        # Only later tokens: earlier ones are decided.
         taken_I1 = open_IM[:, place, None]
         open_IM[:, place + 1 :] &= ~(near_IMM[:, place, place + 1 :] & taken_I1)
     return torch.zeros_like(open_IM).scatter(1, order_IM, open_IM)

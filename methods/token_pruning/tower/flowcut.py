@@ -1,6 +1,6 @@
-"""FlowCut (Tong et al., NeurIPS 2025): patches leave the vision tower on their way through it.
+"""FlowCut (Tong et al., NeurIPS 2025): remove patches inside the vision tower, layer by layer.
 
-Shapes: I images, M patches of one that are left in a layer, S rows (the class token and they), H
+Shapes: I images, M patches of an image left in a layer, S rows (the class token and patches), H
 heads, d a head's width.
 """
 
@@ -24,20 +24,21 @@ from methods.visual_engine.selection_step import SelectionSizes
 class FlowCut(BeforeDecoder):
     """Remove patches after every second layer of the tower, until `keep` are left to be projected.
 
-    A patch's score in a layer is the share of the class token's attention that it gets, plus the
-    share of what that token's value has in common with its own, times the L1 norm of its value. It
-    is averaged with its scores in earlier layers, half and half. The last cut is before the layer
-    whose output is projected, and there are cuts two, four, ... layers before it. The less evenly
-    the class token attends, the more patches leave at once (Sec. 3; github.com/TungChintao/FlowCut,
-    a2ecd24, for LLaVA-1.5). Of several images in a call the release cuts as many patches of each as
-    of the one that loses most; here each is cut as if it were alone.
+    The score of a patch in a layer is its share of the class token's attention, plus its share of
+    the softmax of value products with the class token, times the L1 norm of its value. It is
+    averaged with the score of earlier layers, half and half. The last cut is before the layer whose
+    output is projected, with further cuts two, four, ... layers before it. The less even the class
+    token's attention, the more patches are removed at once (Sec. 3;
+    github.com/TungChintao/FlowCut, a2ecd24, for LLaVA-1.5). If a call has several images, the
+    release removes the same number of patches from each, that of the image that loses most; here
+    every image is treated separately.
     """
 
     label: ClassVar[str] = "flowcut"
     reads_tower: ClassVar[bool] = True
 
     def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, object]:
-        """Also let patches leave inside the tower."""
+        """Also remove patches inside the tower."""
         engine.prune_tower(self.label, self._rank)
         return super().configure(engine, model, context)
 
@@ -59,7 +60,7 @@ class FlowCut(BeforeDecoder):
         return TokenSelection(kept_IM & inputs.valid)
 
     def _macs(self, sizes: SelectionSizes) -> float:
-        """Charge the class token's products with keys and with values of the rows of each layer."""
+        """Return the multiply-adds of the class token's products with keys and values per layer."""
         tower = cast(TowerSizes, sizes.tower)
         return 2.0 * len(sizes.counts) * sum(tower.rows) * tower.keys
 
@@ -72,8 +73,8 @@ def class_attention(rows: TowerRows) -> Tensor:
 def flow_scores(rows: TowerRows, attention_IM: Tensor) -> Tensor:
     """Return the importance of each patch in one layer, [I, M].
 
-    Products of values are not scaled, and their softmax is over the class token too; both shares
-    are of the patches alone. The value's norm is that of its mean over heads.
+    Products of values are not scaled, and their softmax includes the class token; both shares are
+    among the patches alone. The norm is that of the value averaged over heads.
     """
     common_IM = _head_mean_softmax(rows, rows.values_ISHd[:, 0], rows.values_ISHd)
     norm_IM = rows.values_ISHd[:, 1:].mean(dim=2).abs().sum(dim=-1)
@@ -81,22 +82,22 @@ def flow_scores(rows: TowerRows, attention_IM: Tensor) -> Tensor:
 
 
 def patches_to_cut(attention_IM: Tensor, count_I: Tensor, target_I: Tensor, until: int) -> Tensor:
-    """Return how many patches leave after a layer, `until` layers before the last cut, [I].
+    """Return how many patches to remove after a layer, `until` layers before the last cut, [I].
 
-    Of N patches (N - T) / √until · (1 - (H / log N)²), rounded, with the entropy H of the class
-    token's attention to them; at the last cut all that are more than T.
+    Of N patches with target T it is (N - T) / √until · (1 - (H / log N)²), rounded, where H is the
+    entropy of the class token's attention to them; at the last cut it is N - T.
     """
     if not until:
         return count_I - target_I
     entropy_I: Tensor = torch.special.entr(_shares(attention_IM)).sum(dim=1)
-    # An image of one patch has nothing to lose, and no largest entropy.
+    # An image of one patch loses nothing, and its largest entropy is 0.
     evenness_I = entropy_I / count_I.clamp(min=2).log()
     leaving_I: Tensor = (count_I - target_I) / until**0.5 * (1 - evenness_I**2)
     return leaving_I.round().long()
 
 
 def _head_mean_softmax(rows: TowerRows, query_IHd: Tensor, keys_ISHd: Tensor) -> Tensor:
-    """Return the patches' part of the softmax of one row's products, mean over heads, [I, M]."""
+    """Return the softmax of one row's products, averaged over heads, for patches only, [I, M]."""
     products_IHS = torch.einsum("ihd,ishd->ihs", query_IHd, keys_ISHd)
     hidden_IM = ~rows.valid_IM
     hidden_IS = torch.cat([torch.zeros_like(hidden_IM[:, :1]), hidden_IM], dim=1)

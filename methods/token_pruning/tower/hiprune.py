@@ -19,15 +19,18 @@ DEEP_LAYER = LayerRequest("projected", queries="all")
 
 
 class HiPrune(BeforeDecoder):
-    """Keep anchors, the tokens around them, and for the rest of `keep` registers.
+    """Keep anchors, their neighbours, and registers up to `keep`.
 
-    Attention is what a token receives on average from the class token and all patches. Anchors are
-    the `alpha` · keep / 5 tokens, rounded, that receive most in the layer at the share
-    `object_layer` of the tower's depth (the ninth of 24); the four neighbours of each stay as well.
-    Registers receive most in the layer that is projected. A neighbour is one place before or after
-    in the sequence, or one row above or below: at a row's end it is the next row's first token.
-    Beyond the image there is none with `variant=paper`; `variant=release` takes the first or the
-    last token instead (Sec. 3; github.com/Danielement321/HiPrune, 6e83a12).
+    The attention of a token is what it receives on average from the class token and all patches.
+    Anchors are the `alpha` · keep / 5 tokens, rounded, that receive most in the layer at the
+    fraction `object_layer` of the tower's depth (the ninth of 24); the four neighbours of each
+    anchor are kept as well. Registers are the tokens that receive most in the layer that is
+    projected.
+
+    Neighbours are one position before or after in the sequence, or one row above or below; at the
+    end of a row, the next one is the first token of the next row. A position outside the image is
+    ignored with `variant=paper`, and replaced by the first or last token with `variant=release`
+    (Sec. 3; github.com/Danielement321/HiPrune, 6e83a12).
     """
 
     label: ClassVar[str] = "hiprune"
@@ -48,7 +51,7 @@ class HiPrune(BeforeDecoder):
         _, columns_I = frame_sides(inputs, self.label)
         clamp = self.variant == "release"
         around_IM = with_neighbours(anchor_IM, inputs.valid, columns_I.tolist(), clamp=clamp)
-        # Anchors and neighbours are at most a share `alpha` of `keep`, but for rounding.
+        # Anchors and neighbours are at most a share `alpha` of `keep`, except for rounding.
         around_IM = top_tokens(deep, around_IM, keep_I)
         registers_I = keep_I - around_IM.sum(dim=1)
         return TokenSelection(around_IM | top_tokens(deep, inputs.valid & ~around_IM, registers_I))
@@ -61,9 +64,9 @@ class HiPrune(BeforeDecoder):
 def with_neighbours(
     marked_IM: Tensor, valid_IM: Tensor, widths: list[int], *, clamp: bool
 ) -> Tensor:
-    """Mark also the tokens one place and one row of `widths` tokens away, bool [I, M].
+    """Also mark the tokens one position and one row (of `widths` tokens) away, bool [I, M].
 
-    With `clamp`, a place before the first token or behind the last one stands for that token.
+    With `clamp`, positions outside the frame are replaced by the first or last token.
     """
     found_IM = marked_IM.clone()
     counts = valid_IM.sum(dim=1).tolist()

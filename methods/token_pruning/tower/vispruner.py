@@ -1,6 +1,6 @@
-"""VisPruner (Zhang et al., ICCV 2025): salient tokens, and others that repeat none of each other.
+"""VisPruner (Zhang et al., ICCV 2025): keep salient tokens, and diverse ones among the others.
 
-Shapes: I frames, M tokens of a frame, R tokens of one frame that are not decided, F width.
+Shapes: I frames, M tokens of a frame, R undecided tokens of one frame, F width.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from methods.token_pruning.base import BeforeDecoder, top_tokens
 from methods.visual_engine.selection_inputs import SelectionInputs, TokenSelection
 from methods.visual_engine.selection_step import SelectionSizes
 
-# Tokens that leave in one round of matching, as in the release.
+# Tokens removed in one round of matching, as in the release.
 ROUND = 8
 
 
 class VisPruner(BeforeDecoder):
-    """Keep a share `important` of `keep` by the class token's attention, the rest by difference.
+    """Keep a share `important` of `keep` by the class token's attention, the rest by diversity.
 
-    The other tokens, in order of falling attention, are halved in turn: of those at even places,
-    the ones whose nearest token at an odd place is most similar leave, up to eight in a round,
-    until as many are left as `keep` needs. Similarity is the cosine of the projector's inputs. The
-    release's README has `important` 0.5 at 128 of 576 tokens and 0.75 at 64
+    The other tokens are sorted by decreasing attention and pruned in rounds, until as many are left
+    as `keep` needs. In a round, up to eight of the tokens at even positions are removed: those most
+    similar to a token at an odd position. Similarity is the cosine of the projector's inputs. The
+    release's README has `important` 0.5 for 128 of 576 tokens and 0.75 for 64
     (github.com/Theia-4869/VisPruner, aefa01a).
     """
 
@@ -61,15 +61,15 @@ class VisPruner(BeforeDecoder):
 
 
 def drop_duplicates(order_R: Tensor, unit_MF: Tensor, wanted: int) -> Tensor:
-    """Drop the tokens of an order that repeat others until `wanted` are left; return those.
+    """Drop tokens that repeat others until `wanted` are left; return these.
 
-    What stays of a round is in order of falling similarity, followed by the tokens at odd places.
-    An odd number of tokens has one more at even places.
+    After a round, the remaining tokens at even positions come in order of decreasing similarity,
+    followed by the tokens at odd positions. An odd number of tokens has one more at even positions.
     """
     while len(order_R) > wanted:
         even_A, odd_B = order_R[::2], order_R[1::2]
         leaving = min(ROUND, len(order_R) - wanted, len(even_A))
-        # The last token alone repeats nothing, but may be one too many.
+        # A single token has nothing to repeat, but may still be one too many.
         similar_A = (
             (unit_MF[even_A] @ unit_MF[odd_B].T).amax(dim=1)
             if len(odd_B)
