@@ -2,15 +2,15 @@
 
 Shapes: L layers, E routed experts of a layer, F an expert's width, N micro-experts that are ranked.
 
-A share r of the summed score of N micro-experts, sorted from the greatest, is *covered* by the
-shortest prefix whose sum reaches it: micro-expert j is kept once r exceeds
+With micro-experts sorted by decreasing score v, the share r of the total score is *covered* by the
+shortest prefix whose sum reaches it. Micro-expert j is thus kept once r exceeds
 
-    c_j = (Σ_{i<j} v_i) / Σ_i v_i,        or j / N where the sum is zero
+    c_j = (Σ_{i<j} v_i) / Σ_i v_i,        or j / N if the sum is zero
 
-Layers and experts have weights u, and all have the share r = λ u. The official code bisects λ in 32
-steps until the number that is kept is near the wanted one, and repairs the rest one by one. But
-every c_j / u is the λ at which one more is kept, so the least of them are the kept ones: the
-bisection's limit, exactly as many as wanted.
+Layers and experts have weights u, and each covers the share r = λ u. The official code bisects λ in
+32 steps until the number of kept micro-experts is close to the target, and corrects the rest one by
+one. But c_j / u is the value of λ above which micro-expert j is kept, so keeping the smallest of
+these values gives the limit of the bisection with exactly the target number.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LEAST_WEIGHT = 1e-6
 
 
 def covered_before(score_N: Tensor) -> Tensor:
-    """Return c, float64 [N]: the share covered without each micro-expert, from the greatest on."""
+    """Return c, float64 [N]: the share covered before each micro-expert, by decreasing score."""
     sorted_N = score_N.double().clamp_min(0).sort(descending=True).values
     if not sorted_N.any():
         sorted_N = torch.ones_like(sorted_N)
@@ -37,9 +37,10 @@ def covered_before(score_N: Tensor) -> Tensor:
 
 
 def keep_by_coverage(scores: Sequence[Tensor], weights: Sequence[float], keep: int) -> list[int]:
-    """Return how many of each group are kept, `keep` in all, where group g covers a share λ u_g.
+    """Return how many members of each group to keep, `keep` in total; group g covers λ u_g.
 
-    `scores` [N] and the positive `weights` u are those of the groups. Ties go to the first group.
+    `scores` holds one tensor [N] and `weights` one positive weight u per group. Ties go to the
+    first group.
     """
     entries = [
         covered_before(score_N) / weight for score_N, weight in zip(scores, weights, strict=True)
@@ -59,14 +60,14 @@ def layer_weights(loss_L: Tensor) -> list[float]:
             deviation, mean = torch.std_mean(weight_L)
             weight_L = weight_L.clamp(mean - deviation, mean + deviation)
     mean = weight_L.mean()
-    # Without any loss, as when every routed expert is zero, no layer is preferred.
+    # If all losses are zero, for example because all routed experts are, layers are equal.
     weight_L = weight_L / mean if mean > 0 else torch.ones_like(weight_L)
     found: list[float] = weight_L.clamp_min(LEAST_WEIGHT).tolist()
     return found
 
 
 def expert_weights(score_E: Tensor) -> list[float]:
-    """Return the weight of each expert of a layer, √max(s, 0) normalised to sum one, [E]."""
+    """Return the weight of each expert of a layer, √max(s, 0) normalised to a sum of one, [E]."""
     weight_E = score_E.double().clamp_min(0).sqrt()
     total = weight_E.sum()
     if total > 0:
@@ -80,10 +81,10 @@ def rounded_widths(
 ) -> list[list[int]]:
     """Return widths that are multiples of `multiple`, and zero or at least `least`.
 
-    `widths` [L, E] are rounded down, those that fall below `least` become zero, and what this frees
-    is returned in whole multiples: to layers in proportion to the room that their remaining experts
-    have up to `full` [L, E], and there first to the largest remainders, then in proportion to room.
-    If the room does not suffice, the widest of those that became zero get `least` back. So the sum
+    `widths` [L, E] are rounded down, and those below `least` become zero. The width freed by this
+    is given back in whole multiples: to layers in proportion to the room of their remaining experts
+    up to `full` [L, E], and within a layer first to the largest remainders, then in proportion to
+    room. If there is not enough room, the widest experts that became zero get `least` back. The sum
     changes by at most half of `multiple` or `least`, whichever is greater.
     """
     least = math.ceil(least / multiple) * multiple

@@ -1,9 +1,9 @@
 """Base class of methods that remove whole routed experts, and the removal.
 
-A dropped expert is one that the router no longer selects. Weights of dropped experts are not
-stored. Where all blocks are alike and no router has groups, the experts' rows of the router are
-removed too, and the network is a published architecture with fewer experts. Otherwise routers are
-wrapped (`MaskedRouter`) and experts are stored as `RaggedExperts`.
+A dropped expert is never selected by the router, and its weights are not stored. If all blocks are
+alike and no router has groups, the rows of dropped experts are removed from the routers as well,
+and the network is a published architecture with fewer experts. Otherwise routers are wrapped
+(`MaskedRouter`) and experts are stored as `RaggedExperts`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ ExpertState = Literal["zeroed", "removed", "dropped"]
 
 @dataclass(frozen=True)
 class RemovedExperts:
-    """Losses of one block: `whole` experts, and some micro-experts of a `partial_expert`."""
+    """Removals from one block: `whole` experts, and some micro-experts of a `partial_expert`."""
 
     whole: tuple[int, ...]
     partial_expert: int | None = None
@@ -62,8 +62,8 @@ def select_whole_experts(
     """
     whole: list[int] = []
     for expert in order:
-        # Stopping here, instead of looking for a narrower expert further on, keeps the order that
-        # the method chose. All of the budget is spent, so methods compare at equal size.
+        # Stopping here, instead of searching for a narrower expert, keeps the method's order. The
+        # whole budget is spent, so that methods are compared at equal size.
         if widths[expert] > budget:
             return RemovedExperts(tuple(whole), expert if budget else None, budget)
         whole.append(expert)
@@ -75,13 +75,16 @@ class WholeExpertPruning(MoEPruning):
     """A method that removes whole routed experts from every block.
 
     A block loses exactly as many micro-experts as CAMERA-P removes at the same ratio: whole experts
-    as long as they fit, and random micro-experts of one further expert for the rest.
+    as long as they fit into the budget, and for the rest random micro-experts of one more expert.
 
-    `state` says what happens to a removed expert. `zeroed`: the router still sends tokens to it and
-    it contributes nothing, as in CAMERA-P. `removed`: the same outputs without storing its weights;
-    widths are then stored as multiples of `align`. `dropped`: the router no longer selects it,
-    tokens are routed to the remaining experts by the model's own rule, and its weights are not
-    stored; only the micro-experts of the partial expert are stored zeros.
+    `state` says what happens to a removed expert:
+
+    - `zeroed`: the router still sends tokens to it, and it contributes nothing, as in CAMERA-P.
+    - `removed`: the same outputs, but its weights are not stored; widths are padded to multiples of
+      `align`.
+    - `dropped`: the router does not select it, tokens are routed to the remaining experts by the
+      model's own rule, and its weights are not stored. Only the removed micro-experts of the
+      partial expert are stored as zeros.
     """
 
     state: ExpertState = "zeroed"
@@ -89,7 +92,7 @@ class WholeExpertPruning(MoEPruning):
 
     @property
     def leaves(self) -> WeightForm | None:
-        """Removal makes experts of different widths; dropped ones are gone as a whole."""
+        """Removal makes experts of different widths; dropping removes whole experts."""
         return "ragged" if self.state == "removed" else None
 
     def check(self, structure: ModelStructure) -> None:
@@ -106,9 +109,9 @@ class WholeExpertPruning(MoEPruning):
                 self._check_enough_stay(block, budget)
 
     def _check_enough_stay(self, block: MoEBlock, budget: int) -> None:
-        """Refuse a budget with which some choice leaves fewer than top-k experts."""
-        # The worst case: removing the narrowest experts first removes the largest number. Checked
-        # up front because the scores that decide are known only after calibration.
+        """Refuse a budget with which fewer than top-k experts might be left."""
+        # In the worst case the narrowest experts are removed, which is the largest number of them.
+        # The actual choice is known only after calibration.
         narrow_first = sorted(range(block.num_experts), key=lambda expert: block.widths[expert])
         left = block.num_experts - len(
             select_whole_experts(block.widths, narrow_first, budget).whole
@@ -125,7 +128,7 @@ class WholeExpertPruning(MoEPruning):
         """Remove the chosen experts from one block; return its report entry."""
         whole, partial = _flat_indices(block, chosen.whole), _draw_partial(block, chosen, seed)
         partial_entry = {"expert": chosen.partial_expert, "removed": chosen.partial_count}
-        # Counted before anything changes: `block` describes the block as it was.
+        # Counted before anything changes, since `block` describes the original block.
         layer: LayerEntry = {
             "layer": block.layer,
             "removed": len(whole) + len(partial),
@@ -134,7 +137,7 @@ class WholeExpertPruning(MoEPruning):
             "partial_expert": partial_entry if partial else None,
         }
         if self.state == "dropped":
-            # Before the drop, while flat indices still address the block's original experts.
+            # Before the drop, while flat indices still refer to the original experts.
             zero_micro_experts(block, _index_tensor(partial))
             if whole:
                 check_router(block)
@@ -156,12 +159,12 @@ class WholeExpertPruning(MoEPruning):
     ) -> MethodReport:
         """Build the report of all blocks.
 
-        `structure` is the structure before removal: ratios refer to that model.
+        `structure` is that of the model before removal, to which the ratios refer.
         """
         removed = [layer["removed"] for layer in layers]
         zeroed = [layer.get("zeroed_micro_experts", 0) for layer in layers]
         if self.state == "dropped":
-            # Only when all blocks are done: the config holds one expert count for all layers.
+            # After all blocks, because the config has one number of experts for all layers.
             update_expert_count(model, router_mode(structure))
         elif self.state == "removed":
             model.invalidate_structure()
@@ -174,7 +177,7 @@ class WholeExpertPruning(MoEPruning):
         }
         effect: Effect = "none"
         if sum(removed):
-            # A report of `removed` needs at least one weight that is no longer stored.
+            # `removed` requires that at least one weight is not stored.
             effect = "zeroed" if removed == zeroed else "removed"
         return MethodReport(effect, details, [LayerReport(**layer) for layer in layers])
 
@@ -190,7 +193,7 @@ def _flat_indices(block: MoEBlock, experts: Sequence[int]) -> list[int]:
 
 
 def _draw_partial(block: MoEBlock, chosen: RemovedExperts, seed: int) -> list[int]:
-    """Draw the micro-experts that the partial expert loses, independently of other blocks."""
+    """Draw the micro-experts that the partial expert loses, independently for each block."""
     if chosen.partial_expert is None:
         return []
     rng = random.Random(f"{seed}:{block.name}")
@@ -206,13 +209,13 @@ COUNT_NAMES = (*EXPERT_COUNT_NAMES, "out_features")
 def router_mode(structure: ModelStructure) -> RouterMode:
     """Return how routers are changed in a model that loses experts.
 
-    A router with groups splits its experts into equal parts by index, so removing rows would move
-    experts between groups. Blocks that differ would end up with different numbers of experts, which
-    no published config can express.
+    Rows cannot be removed from a router with groups, which are equal parts by index, because
+    experts would change groups; nor if blocks differ, because they would end up with different
+    numbers of experts, which no published config can express.
     """
     grouped = any((getattr(block.router, "num_group", None) or 1) > 1 for block in structure.moe)
     alike = len({(block.widths, block.d_shared) for block in structure.moe}) == 1
-    # Ragged experts have no published layout to fall back to, whatever their widths.
+    # Ragged experts have no published layout, whatever their widths.
     ragged = any(block.layout == "ragged" for block in structure.moe)
     # Flat experts (DBRX) share their matrices.
     flat = any(block.layout == "flat" for block in structure.moe)
@@ -221,9 +224,9 @@ def router_mode(structure: ModelStructure) -> RouterMode:
 
 @torch.no_grad()
 def drop_experts(block: MoEBlock, dropped: Sequence[int], mode: RouterMode) -> None:
-    """Remove routed experts from a block, of which at least `top_k` must stay.
+    """Remove routed experts from a block, which must keep at least `top_k`.
 
-    `block` is stale afterwards: call `update_expert_count` when all blocks are done.
+    `block` is stale afterwards: call `update_expert_count` after all blocks.
     """
     kept = [expert for expert in range(block.num_experts) if expert not in set(dropped)]
     if mode == "masked":
@@ -235,14 +238,14 @@ def drop_experts(block: MoEBlock, dropped: Sequence[int], mode: RouterMode) -> N
         return
     keep_router_rows(block, kept)
     if block.layout == "fused":
-        # All weights of fused experts are indexed by expert first, biases too.
+        # The first axis of all weights and biases of fused experts is the expert.
         for name, _ in list(block.experts.named_parameters(recurse=False)):
             keep_places(block.experts, name, kept)
     else:
         # From the end, so that the remaining indices stay valid.
         for expert in sorted(dropped, reverse=True):
             del cast(nn.ModuleList, block.experts)[expert]
-    # Modules cache the count that they were built with, and route or loop by it.
+    # Modules cache the number of experts and use it for routing and loops.
     for module in (block.block, block.experts, *block.router.modules()):
         _update_counts(module, block.num_experts, len(kept))
 
@@ -250,8 +253,8 @@ def drop_experts(block: MoEBlock, dropped: Sequence[int], mode: RouterMode) -> N
 def update_expert_count(model: Model, mode: RouterMode) -> None:
     """Update the model after all blocks have lost the same number of experts.
 
-    Its cached structure is invalidated. Where router rows were removed, the config gets the new
-    expert count, so stock transformers can load what `save_pretrained` writes.
+    This invalidates the cached structure. If router rows were removed, the config gets the new
+    number of experts, so that transformers can load what `save_pretrained` writes.
     """
     # Read before the cached structure is invalidated.
     before = model.structure.moe[0].num_experts

@@ -1,7 +1,7 @@
 """Baselines that score whole experts on calibration text and drop the lowest.
 
-Expert frequency drops the experts that the fewest tokens are routed to, REAP (arXiv 2510.13999)
-those that contribute least to the tokens routed to them.
+Expert frequency drops the experts to which the fewest tokens are routed. REAP (arXiv 2510.13999)
+drops those that contribute least to the tokens routed to them.
 
 Shapes: E routed experts, S tokens of one expert, D d_model, F an expert's width.
 """
@@ -48,8 +48,8 @@ class ScoredExpertPruning(WholeExpertPruning, SequentialPruning):
         for (block, observer), budget in zip(observed, self.budgets(structure), strict=True):
             score_E = observer.scores()
             require_finite(block, score_E)
-            # Stable: equal scores, such as the zeros of experts that were never reached, keep their
-            # index order on every device.
+            # Stable: equal scores, such as those of experts without tokens, are ordered by index on
+            # every device.
             order = torch.argsort(score_E, stable=True).tolist()
             chosen = select_whole_experts(block.widths, order, budget)
             layer = self.remove_experts(block, chosen, structure, context.seed)
@@ -68,7 +68,7 @@ class ExpertTokenCounts(NullObserver):
     """N_e: number of tokens that have expert e among their top k."""
 
     def __init__(self, block: MoEBlock) -> None:
-        # On the CPU: counts are Python integers, and no device transfer is needed per chunk.
+        # On the CPU, because counts are Python integers.
         self._tokens_E = torch.zeros(block.num_experts, dtype=torch.float64)
 
     def routed(self, expert: int, x_SD: Tensor, hidden_SF: Tensor, weight_S: Tensor) -> None:
@@ -91,8 +91,8 @@ class ExpertFrequency(ScoredExpertPruning):
 class ReapSaliency(NullObserver):
     """S_e = mean over the tokens t routed to e of A_te · ‖f_e(x_t)‖₂ (router-weighted norm).
 
-    A is the weight that the model's router applies, f_e the unweighted expert. An expert that no
-    token reached has S_e = 0.
+    A is the weight that the model's router applies, f_e the expert without it. An expert without
+    tokens has S_e = 0.
     """
 
     def __init__(self, block: MoEBlock) -> None:
@@ -104,23 +104,22 @@ class ReapSaliency(NullObserver):
     def routed(self, expert: int, x_SD: Tensor, hidden_SF: Tensor, weight_S: Tensor) -> None:
         """Add the tokens of one expert."""
         output_SD = self._block.expert(expert).combine(hidden_SF)
-        # The norm accumulates D squares, which overflows or loses digits in half precision.
+        # The sum of D squares can overflow or lose digits in half precision.
         norm_S = torch.linalg.vector_norm(output_SD, dim=1, dtype=torch.float32)
         self._sum_E[expert] += (norm_S * weight_S.float()).sum(dtype=torch.float64)
         self._tokens_E[expert] += len(weight_S)
 
     def scores(self) -> Tensor:
         """Return S, float64 [E]."""
-        # The mean is over routed tokens only, not over all tokens: frequency is deliberately not a
-        # part of REAP's score.
+        # The mean over routed tokens, not all tokens: frequency is not a part of REAP's score.
         return self._sum_E / self._tokens_E.clamp_min(1)
 
 
 class Reap(ScoredExpertPruning):
     """Remove the experts of lowest saliency, measured on the unpruned model.
 
-    As published, the router no longer selects them (`state=dropped`), and all layers are measured
-    before any is changed (`sequential=false`).
+    As published, the router does not select them (`state=dropped`), and all layers are measured
+    before any of them is changed (`sequential=false`).
     """
 
     state: ExpertState = "dropped"

@@ -9,14 +9,15 @@ the official code (LLIKKE/HEAPr at 9c101aa) scores
 
     s_ek = (1/n_e Σ_t a_tk²) · w_kᵀ G_e w_k
 
-and removes the least over all layers together, from routed experts only. The paper halves it. Since
-w_k · g_t is the derivative of the loss by a_tk, the second factor is the mean of its square,
-and no [D, D] matrix is needed:
+and removes the lowest over all layers together, from routed experts only. The paper has an
+additional factor of one half. Since w_k · g_t is the derivative of the loss by a_tk, the second
+factor is the mean of its square, and no [D, D] matrix is needed:
 
     s_ek = mean_t a_tk² · mean_t (dL/da_tk)²
 
-Unlike CAMERA's energy both are means over routed tokens: an expert is not cheap for being rare. The
-code's loss is a mean and ours a sum over tokens, which is one factor for all.
+Unlike in CAMERA's energy, both are means over routed tokens, so the channels of rarely used experts
+do not score low for that reason. The loss is a mean over tokens in the official code and a sum
+here, which changes all scores by the same factor.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class HiddenGradients(NullObserver):
         self._tokens_N = torch.zeros_like(self._square_N)
 
     def routed(self, expert: int, x_SD: Tensor, hidden_SF: Tensor, weight_S: Tensor) -> None:
-        """Add the tokens of one expert, and their gradients once the backward pass gets there."""
+        """Add the tokens of one expert, and their gradients during the backward pass."""
         place = self._places[expert]
         self._square_N[place] += hidden_SF.detach().double().square().sum(0)
         self._tokens_N[place] += len(hidden_SF)
@@ -73,11 +74,11 @@ class HiddenGradients(NullObserver):
         hidden_SF.register_hook(add)
 
     def scores(self) -> Tensor:
-        """Return s, float64 [N]; infinite for shared micro-experts, 0 for experts never reached."""
+        """Return s, float64 [N]; inf for shared micro-experts, 0 for experts without tokens."""
         tokens_N = self._tokens_N.clamp_min(1)
         score_N = self._square_N / tokens_N * (self._slope_N / tokens_N)
         require_finite(self._block, score_N)
-        # They are not among those that the method removes.
+        # Shared micro-experts are never removed.
         score_N[: self._block.d_shared] = torch.inf
         return score_N
 
@@ -86,7 +87,7 @@ class Heapr(MicroExpertPruning, CalibratedPruning):
     """Remove the routed micro-experts of least score, measured on the unpruned model.
 
     `scope` ranks over the whole model (`global`, as published) or within every `layer`. The ratio
-    counts shared experts as well, so that methods compare at equal size; the published one counts
+    includes shared experts, so that methods are compared at equal size; in the paper it refers to
     routed micro-experts only.
     """
 
@@ -101,8 +102,8 @@ class Heapr(MicroExpertPruning, CalibratedPruning):
         for block in blocks:
             if block.layout in ("list", "flat"):
                 raise UserError(
-                    f"Heapr needs the gradients of what experts compute, which those of "
-                    f"{block.name} do not show: choose camera_p or camera_loss_aware"
+                    "Heapr needs gradients of the experts' hidden states, which cannot be observed "
+                    f"in {block.name}: choose camera_p or camera_loss_aware"
                 )
 
     def work(self, structure: ModelStructure, inputs: InputSize) -> MethodWork:
@@ -140,7 +141,7 @@ class Heapr(MicroExpertPruning, CalibratedPruning):
         """Return every block's scores, float64 [N]."""
         observers = {block: HiddenGradients(block) for block in model.structure.micro_expert_blocks}
         with enable_gradients(model.network), observe_experts(observers, self.chunk):
-            # Rows one at a time: all activations of a row are kept until its backward pass.
+            # One row at a time, because its activations are kept until its backward pass.
             for row_1L in progress.track(tokens_BL.split(1), "computing gradients of the loss"):
                 backpropagate_loss(model.network, row_1L)
         return [found.scores() for found in observers.values()]

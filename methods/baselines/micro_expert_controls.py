@@ -1,4 +1,4 @@
-"""Controls: rankings by one factor of CAMERA's energy, and random removals.
+"""Controls: rankings by one factor of CAMERA's energy, and random removal.
 
 Shapes: N micro-experts of a layer (shared ones first).
 
@@ -61,8 +61,8 @@ class RandomExperts(WholeExpertPruning):
         refuse_offloaded(structure.moe)
         layers = []
         for block, budget in zip(structure.moe, self.budgets(structure), strict=True):
-            # Seeded per block by name, so that a block's draw does not depend on which other blocks
-            # there are. `:order` keeps it apart from the draw of the partial expert in the block.
+            # Seeded by name, so that the draw of a block does not depend on the other blocks.
+            # `:order` makes it independent of the draw of the block's partial expert.
             rng = random.Random(f"{context.seed}:{block.name}:order")
             order = rng.sample(range(block.num_experts), block.num_experts)
             chosen = select_whole_experts(block.widths, order, budget)

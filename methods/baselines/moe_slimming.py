@@ -3,26 +3,26 @@
 Shapes: T tokens of a step, S tokens of one expert, E routed experts, D d_model, F an expert's
 width, N micro-experts of a layer (shared ones first).
 
-Channels are ranked within their expert by how active they are. How many of them stay is decided by
-`coverage_budgets`: layers whose routed experts matter more to their output cover more of their
-activity, and so do experts whose removal is estimated to cost more. The published rows follow this
-by training with LoRA, which is no part of the method here.
+Channels are ranked within their expert by activity. `coverage_budgets` decides how many of them to
+keep: layers whose routed experts contribute more to their output cover more of their activity, and
+so do experts whose removal is estimated to cost more. The published results include training with
+LoRA afterwards, which is not a part of the method here.
 
-The student is the decoder layer with its routed outputs z_e times 0.9, its teacher the layer
-itself; the loss is the sum over tokens of ‖student - teacher‖² / (‖teacher‖² + 1e-6) at the layer's
-output h. With r the routed sum Σ_e A_e z_e, student - teacher = -0.1 r, so that the gradients which
-the official code (yifu-ding/MoE-Slimming at ae08eb4) gets by a backward pass are
+The student is the decoder layer with its routed outputs z_e multiplied by 0.9, the teacher is the
+layer itself. The loss is the sum over tokens of ‖student - teacher‖² / (‖teacher‖² + 1e-6) at the
+layer's output h. With r the routed sum Σ_e A_e z_e, student - teacher = -0.1 r, so the gradients
+that the official code (yifu-ding/MoE-Slimming at ae08eb4) computes by a backward pass are
 
     dL/dz_e = -0.18 A_e r / (‖h‖² + 1e-6),        ∂²L/∂α_e² = Σ_t 2 A_e² ‖z_e‖² / (‖h‖² + 1e-6)
 
-with α_e the factor of z_e. This holds where the layer adds its block's output to the residual
-stream, as in the four models of that code. A layer that normalises the output first (Gemma, OLMo 2)
-is scored as if it did not.
+with α_e the factor of z_e. This holds if the layer adds its block's output to the residual stream,
+as in the four models of that code. A layer that normalises the output first (Gemma, OLMo 2) is
+scored as if it did not.
 
-An expert's score estimates the loss without it. To first order it is -dL/dα, the code's sum of
--z · dL/dz; to second order ½ ∂²L/∂α² is added (the authors' answer to a reviewer; its code is not
-public, so it is taken at the same student). Summands are clipped per output at the 0.99 quantile
-of their size.
+The score of an expert estimates the loss without it. To first order it is -dL/dα, which the code
+computes as a sum of -z · dL/dz; to second order, ½ ∂²L/∂α² is added (from the authors' answer to a
+reviewer; its code is not public, and the same student is assumed). Terms are clipped per output at
+the 0.99 quantile of their absolute values.
 """
 
 from __future__ import annotations
@@ -71,15 +71,15 @@ STUDENT = 0.9
 DECAY = 0.9
 QUANTILE = 0.99
 EPSILON = 1e-6
-# torch.quantile takes no more elements at once.
+# Maximum number of elements for torch.quantile.
 QUANTILE_LIMIT = 2**24
 
 
 class Attribution(NullObserver):
-    """Scores of one block, as moving averages over steps; a step is what passes the layer at once.
+    """Scores of one block, as moving averages over steps; a step is one call of the layer.
 
-    `layer_output` ends a step. Each average starts with the first step in which the expert has
-    tokens: then 0.9 of it stays and 0.1 of the new value is added.
+    `layer_output` ends a step. An average starts with the first step in which the expert has
+    tokens; later steps are added with weight 0.1.
     """
 
     def __init__(self, block: MoEBlock, order: Order = "first") -> None:
@@ -100,7 +100,7 @@ class Attribution(NullObserver):
         self._block_shape: torch.Size | None = None
 
     def places(self, expert: int, token_S: Tensor) -> None:
-        """Take which tokens of the step the next call of `routed` is about."""
+        """Store the token indices of the next call of `routed`."""
         self._places[expert].append(token_S)
 
     def routed(self, expert: int, x_SD: Tensor, hidden_SF: Tensor, weight_S: Tensor) -> None:
@@ -113,19 +113,19 @@ class Attribution(NullObserver):
         self._outputs[expert].append(output_SD)
 
     def output(self, y_TD: Tensor) -> None:
-        """Remember the shape that the layer's output must have as well."""
+        """Store the shape that the layer's output must have."""
         self._block_shape = y_TD.shape
 
     def layer_output(self, h_TD: Tensor) -> None:
-        """Take the layer's output, residual included, and update all averages.
+        """Take the layer's output, including the residual, and update all averages.
 
         Raises:
-            UserError: it is not one hidden state per token, such as of hyper-connections.
+            UserError: the layer returns several hidden states per token (hyper-connections).
         """
         if h_TD.shape != self._block_shape:
             raise UserError(
-                f"moe_slimming needs decoder layers with one hidden state per token; the layer of "
-                f"{self._block.name} returns several: choose camera_p"
+                "moe_slimming needs decoder layers with one hidden state per token, but the layer "
+                f"of {self._block.name} returns several: choose camera_p"
             )
         routed_TD = torch.zeros_like(h_TD, dtype=torch.float32)
         weight_T = 1 / (h_TD.float().square().sum(1) + EPSILON)
@@ -137,7 +137,7 @@ class Attribution(NullObserver):
             routed_TD.index_add_(0, token_S, output_SD)
         for expert, token_S, output_SD in found:
             loss_SD = self._effects(output_SD, routed_TD[token_S], weight_T[token_S])
-            # Mean over the expert's tokens, times their share of all: the sum over all tokens.
+            # The mean over the expert's tokens times their share of all tokens.
             score = clipped_sum(loss_SD).sum() / len(h_TD)
             channel_F = torch.stack([s.sqrt() for s in self._squares[expert]]).mean(0)
             self._update(expert, channel_F, score)
@@ -146,7 +146,7 @@ class Attribution(NullObserver):
         self._start_step()
 
     def _effects(self, output_SD: Tensor, routed_SD: Tensor, weight_S: Tensor) -> Tensor:
-        """Return the estimated loss from removing each output of an expert at each token."""
+        """Return the estimated loss of removing each output of an expert, per token."""
         slope_SD = 2 * STUDENT * (1 - STUDENT) * output_SD * routed_SD
         if self._order == "second":
             slope_SD = slope_SD + output_SD.square()
@@ -160,7 +160,10 @@ class Attribution(NullObserver):
         self._steps_E[expert] += 1
 
     def channel_scores(self) -> Tensor:
-        """Return the mean norm of a channel's gate, up and hidden state, float64 [N]; shared 0."""
+        """Return the mean norm of each channel's gate, up and hidden state, float64 [N].
+
+        Shared micro-experts get 0.
+        """
         return self._channel_N
 
     def expert_scores(self) -> Tensor:
@@ -173,7 +176,7 @@ class Attribution(NullObserver):
 
 
 def _channels(view: ExpertView, x_SD: Tensor, hidden_SF: Tensor) -> list[Tensor]:
-    """Return what is computed for every channel: hidden state, up, and gate before activation."""
+    """Return the values of every channel: hidden state, up, and gate before its activation."""
     found = [hidden_SF, functional.linear(x_SD, view.up, view.up_bias)]
     if view.form != "plain":
         found.append(functional.linear(x_SD, view.gate, view.gate_bias))
@@ -181,7 +184,7 @@ def _channels(view: ExpertView, x_SD: Tensor, hidden_SF: Tensor) -> list[Tensor]
 
 
 def clipped_sum(value_SD: Tensor) -> Tensor:
-    """Return Σ_t of values clipped per column at the 0.99 quantile of their absolutes, [D].
+    """Return Σ_t of values clipped per column at the 0.99 quantile of absolute values, [D].
 
     With one or two tokens nothing is clipped.
     """
@@ -195,12 +198,12 @@ def clipped_sum(value_SD: Tensor) -> Tensor:
 
 
 class MoESlimming(MicroExpertPruning, CalibratedPruning):
-    """Remove the least active channels of routed experts, as many as coverage leaves to each.
+    """Remove the least active channels of routed experts, under budgets from coverage.
 
-    Widths are multiples of `multiple` (1: any width), zero or at least `least`. `order` is that of
-    the estimate of an expert's cost. `batch` rows are one step of the moving averages, so unlike
-    elsewhere it changes the scores. The ratio counts shared experts as well, so that methods
-    compare at equal size; the published one counts routed channels only.
+    Widths are multiples of `multiple` (1: any width), and zero or at least `least`. `order` is the
+    order of the estimate of an expert's cost. `batch` rows are one step of the moving averages, so
+    unlike in other methods it affects the scores. The ratio includes shared experts, so that
+    methods are compared at equal size; in the paper it refers to routed channels only.
     """
 
     state: Literal["zeroed", "removed"] = "removed"
@@ -249,7 +252,7 @@ class MoESlimming(MicroExpertPruning, CalibratedPruning):
     def kept_widths(
         self, structure: ModelStructure, attributions: dict[MoEBlock, Attribution]
     ) -> list[list[int]]:
-        """Return how many channels every routed expert keeps, by block."""
+        """Return the number of channels that every routed expert keeps, per block."""
         routed = [_by_expert(block, attributions[block].channel_scores()) for block in attributions]
         loss_L = torch.tensor([scores.layer_loss() for scores in attributions.values()])
         keep = sum(sum(block.widths) for block in attributions) - sum(self.budgets(structure))

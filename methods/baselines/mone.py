@@ -1,17 +1,17 @@
-"""MoNE (arXiv 2507.00390): experts that hardly vary are replaced by the mean of what they compute.
+"""MoNE (arXiv 2507.00390): replace experts whose outputs hardly vary by their mean output.
 
 Shapes: T tokens, S tokens of one expert, E routed experts, M replaced ones, D d_model, K experts
 per token.
 
-An expert e with outputs z_t on the tokens routed to it is redundant when it is chosen little and
-its outputs vary little: S_e = √(tr Cov_e) · r_e, with the population covariance of z and r_e the
-router's weight for e, averaged over all tokens (0 where it is not chosen). The experts of least S
-in each layer become "novices", f_e(x) = mean of z: the constant of least squared error. The router
+An expert e with outputs z_t on the tokens routed to it is redundant if it is rarely chosen and its
+outputs vary little: S_e = √(tr Cov_e) · r_e, with the population covariance of z, and r_e the
+router's weight for e averaged over all tokens (0 where it is not chosen). The experts of lowest S
+in each layer become "novices", f_e(x) = mean of z, the constant of least squared error. The router
 is unchanged, and its weight still multiplies the novice.
 
-Read from the authors' code (zxgx/mode-pd @ee6e187) and paper. The code updates the variance by a
-recurrence that leaves out the first batch; here means and variances are merged exactly (Chan,
-Golub, LeVeque 1983), so that the size of a batch changes nothing.
+The sources are the paper and the authors' code (zxgx/mode-pd @ee6e187), which updates the variance
+by a recurrence that omits the first batch. Here means and variances are merged exactly (Chan,
+Golub, LeVeque 1983), so that the batch size has no effect.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from methods.moe.pruning import LayerEntry, refuse_offloaded, require_calibratio
 
 
 class Mone(CalibratedPruning):
-    """Replace whole routed experts by constants, as many as the ratio pays for in each block.
+    """Replace whole routed experts by constants, as many in each block as the ratio allows.
 
-    `score` is the published `fusion` S, or its ablation `output_fluctuation`, the 2-norm of the
-    variances without the router's weight. `constant` is the `mean`, or the ablation `zero`. A
-    constant costs `d_model` weights, which are not subtracted from the ratio.
+    `score` is the published S (`fusion`) or its ablation `output_fluctuation`, the 2-norm of the
+    variances without the router's weight. `constant` is `mean` or the ablation `zero`. The
+    `d_model` weights of a constant are not subtracted from the ratio.
     """
 
     accepts: ClassVar[frozenset[WeightForm]] = frozenset({"plain"})
@@ -67,7 +67,7 @@ class Mone(CalibratedPruning):
                 )
 
     def replaced(self, structure: ModelStructure) -> list[int]:
-        """Return how many experts become constants, by block: the budget in whole experts."""
+        """Return the number of experts to replace per block: the budget in whole experts."""
         budgets = zip(structure.moe, self.budgets(structure), strict=True)
         return [budget // block.d_ff for block, budget in budgets]
 
@@ -105,7 +105,7 @@ class Mone(CalibratedPruning):
         """Replace the experts of lowest score in one block; return its report entry."""
         score_E = moments.fusion() if self.score == "fusion" else moments.fluctuation()
         require_finite(block, score_E, moments.mean_ED)
-        # Stable, so that equal scores, such as those of experts without tokens, fall by index.
+        # Stable: equal scores, such as those of experts without tokens, are ordered by index.
         gone = sorted(torch.argsort(score_E, stable=True)[:count].tolist())
         entry: LayerEntry = {
             "layer": block.layer,
@@ -129,7 +129,7 @@ def _size(module: nn.Module) -> int:
 
 
 class OutputMoments(NullObserver):
-    """Mean and variance of each expert's outputs, and the router's weights summed, in float64."""
+    """Mean and variance of each expert's outputs, and sums of router weights, in float64."""
 
     def __init__(self, block: MoEBlock) -> None:
         shape = (block.num_experts, block.d_model)
@@ -183,7 +183,7 @@ def novice_experts(block: MoEBlock, gone: list[int], constant_MD: Tensor) -> Nov
 
 
 class NoviceExperts(ReplacedModule):
-    """Routed experts of which some are constants; the call is that of fused experts."""
+    """Routed experts, some of which are constants; called like fused experts."""
 
     def __init__(self, kept: RaggedExperts, novices: list[int], constant_MD: Tensor) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ class NoviceExperts(ReplacedModule):
         return _size(self), len(self.kept.widths)
 
     def spec(self) -> ModuleSpec:
-        """Return what the remaining experts need, and which are constants."""
+        """Return the spec of the remaining experts, and which experts are constants."""
         return {**self.kept.spec(), "novices": list(self.novices)}
 
     @classmethod
@@ -209,7 +209,7 @@ class NoviceExperts(ReplacedModule):
         """Return the weighted sum of each token's experts, [T, D]."""
         y_TD: Tensor = self.kept(hidden_states, top_k_index, top_k_weights)
         place = {expert: number for number, expert in enumerate(self.novices)}
-        # One column more takes the weights of the experts that stay.
+        # An extra column collects the weights of the remaining experts and is discarded.
         places = [place.get(e, len(place)) for e in range(len(self.kept.widths))]
         column_TK = torch.tensor(places, device=top_k_index.device)[top_k_index]
         weight_TM = top_k_weights.new_zeros(len(y_TD), len(place) + 1)

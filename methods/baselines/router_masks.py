@@ -2,20 +2,20 @@
 
 Shapes: T tokens, E experts, K experts per token, D d_model.
 
-A dropped expert's logit is effectively -∞ and the model's own code does the rest, so no rule is
-reimplemented per architecture. For the kept experts this means:
+The logit of a dropped expert is effectively -∞, and the model's own code does the rest, so that no
+rule is reimplemented per architecture. For the kept experts this means:
 
 * Mixtral, gpt-oss; Qwen2-MoE, Qwen3-MoE and OLMoE with `norm_topk_prob`: the K largest logits;
   softmax over these K, so weights always sum to one.
 * Qwen2-MoE, OLMoE without `norm_topk_prob`; DeepSeek-MoE; DeepSeek-V2 (times its scaling factor):
   softmax over all kept experts, the K largest as they are. A dropped expert's probability is
   redistributed to the kept ones in proportion, so weights grow but need not sum to one.
-* DeepSeek-V3 and those like it: the sigmoid of each kept expert, unchanged; groups compete with the
-  experts they have left; the K chosen are normalised if `norm_topk_prob`, then scaled.
+* DeepSeek-V3 and similar ones: the sigmoid of each kept expert, unchanged; groups compete with
+  their remaining experts; the K chosen ones are normalised if `norm_topk_prob`, then scaled.
 * Phi-MoE: sparsemixer over the kept experts.
 
-What of a router is indexed by expert lies in different places: the matrix of its logits in itself
-or in a linear layer inside it, a bias of the choice in the router, in a module inside it, or in the
+The tensors indexed by expert are in different places: the matrix of the logits in the router or in
+a linear layer inside it, and a bias of the choice in the router, in a module inside it, or in the
 block that calls it. `RouterParts` says where.
 """
 
@@ -35,7 +35,7 @@ from bench.errors import UserError
 from bench.models.replaced_modules import ModuleSpec, ReplacedModule
 from bench.models.structure.moe_block import CHOICE_BIAS_NAMES, MoEBlock
 
-# Rows by which a router is compared with itself on given logits.
+# Number of rows on which a router is compared with its run on given logits.
 SAMPLE = 8
 
 
@@ -43,9 +43,10 @@ SAMPLE = 8
 class RouterParts:
     """Names of the tensors of a router that are indexed by expert.
 
-    `matrix` [E, D] gives the logits and `logit_bias` [E] is added to them; `choice_biases`, whose
-    last dimension is E, are added to the scores of the choice. `arguments` are attributes of the
-    block that it passes to its router after the hidden states: biases of the choice too.
+    `matrix` [E, D] computes the logits and `logit_bias` [E] is added to them. `choice_biases`, with
+    last dimension E, are added to the scores by which experts are chosen. `arguments` are
+    attributes of the block that it passes to its router after the hidden states; they are also
+    biases of the choice.
     """
 
     matrix: str
@@ -55,7 +56,7 @@ class RouterParts:
 
 
 def router_parts(router: nn.Module, block: nn.Module | None, experts: int) -> RouterParts:
-    """Find the parts of a router; without a block, of one whose block passes nothing else.
+    """Find the parts of a router; without `block`, one that gets only hidden states.
 
     Raises:
         UserError: a part has an unknown role, so experts cannot be dropped from the router.
@@ -88,7 +89,7 @@ def _arguments(router: nn.Module, block: nn.Module | None) -> tuple[str, ...]:
     if isinstance(router, MaskedRouter) or not more:
         return ()
     for parameter in more:
-        # An architecture names the attribute of its block and the parameter alike.
+        # In every architecture the block's attribute has the same name as the parameter.
         if parameter.name not in CHOICE_BIAS_NAMES or parameter.kind is Parameter.VAR_KEYWORD:
             raise UserError(
                 f"{type(router).__name__} chooses experts by {parameter.name} as well, so experts "
@@ -116,7 +117,7 @@ def given_by(block: MoEBlock) -> tuple[Tensor, ...]:
 def _called(
     function: Callable[..., tuple[Tensor, ...]], x_TD: Tensor, given: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Call a router with tokens in one dimension, or in two where it insists (AFMoE)."""
+    """Call a router with tokens in one dimension, or in two if it requires that (AFMoE)."""
     try:
         logits, weight, index = function(x_TD, *given)
     except ValueError:
@@ -133,25 +134,25 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """Return (weights [T, K], experts [T, K]) that the router's rule gives for these logits.
 
-    The router runs with an identity in place of its matrix, so it reads the given logits from its
-    input; this needs D ≥ E. `given` are the biases that the block passes. The experts listed in
-    `dropped` get a logit so low that their weight is exactly zero; one may still be selected where
-    a rule finds fewer than K kept experts.
+    The router runs with an identity instead of its matrix, so that its input are the logits; this
+    needs D ≥ E. `given` are the biases that the block passes. The experts in `dropped` get a logit
+    so low that their weight is exactly zero; a dropped expert may still be selected if a rule finds
+    fewer than K kept ones.
     """
     experts = logits_TE.shape[1]
     parts = parts or router_parts(router, None, experts)
     d_model = _tensor(router, parts.matrix).shape[1]
-    # Finite, since -inf - (-inf) in a softmax is NaN; a quarter of the range, since DeepSeek-V3
-    # adds the bias and sums the two best scores of a group, which must not overflow.
+    # Finite, because -inf - (-inf) in a softmax is NaN, and a quarter of the range, because
+    # DeepSeek-V3 adds a bias and sums the two best scores of a group.
     low = torch.finfo(logits_TE.dtype).min / 4
     masked_TE = logits_TE if dropped is None else logits_TE.index_fill(1, dropped, low)
     dtype, device = logits_TE.dtype, logits_TE.device
     state = {parts.matrix: torch.eye(experts, d_model, dtype=dtype, device=device)}
     if parts.logit_bias is not None:
-        # The given logits hold it already.
+        # The given logits already include it.
         state[parts.logit_bias] = torch.zeros(experts, dtype=dtype, device=device)
-    # DeepSeek-V3 selects by sigmoid(logit) + bias. The sigmoid is bounded by 0, so a low logit
-    # alone would not keep a dropped expert with a large bias from being selected.
+    # DeepSeek-V3 selects by sigmoid(logit) + bias. A low logit gives at least 0 + bias, so a
+    # dropped expert with a large bias could still be selected.
     if dropped is not None:
         for name in parts.choice_biases:
             state[name] = _tensor(router, name).detach().index_fill(-1, dropped, low)
@@ -169,23 +170,23 @@ def route(
 def _tensor(module: nn.Module, name: str) -> Tensor:
     """Return a parameter or buffer by its dotted name."""
     owner, _, own = name.rpartition(".")
-    # Not `get_parameter`: FLOPs are counted on fake tensors in place of the parameters.
+    # Not `get_parameter`, because the parameters are replaced by fake tensors to count FLOPs.
     return cast(Tensor, getattr(module.get_submodule(owner), own))
 
 
 def dense_routing_weights(weight_TK: Tensor, index_TK: Tensor, experts: int) -> Tensor:
-    """Scatter the weights to [T, E]: one column per expert, zero where not selected."""
+    """Scatter the weights to [T, E], with zeros for experts that are not selected."""
     weight_TE = weight_TK.new_zeros(len(weight_TK), experts)
     return weight_TE.scatter_add_(1, index_TK, weight_TK)
 
 
 def check_router(block: MoEBlock) -> None:
-    """Refuse a router that cannot be run on given logits; at most two tokens are routed."""
+    """Refuse a router that cannot be run on given logits; tries it with at most two tokens."""
     parts_of(block)
     if not _returns_choice(block):
         raise UserError(
-            f"{type(block.block).__name__} chooses experts itself, outside its router, so they "
-            "cannot be dropped: use state=zeroed"
+            f"{type(block.block).__name__} chooses experts outside its router, so they cannot be "
+            "dropped: use state=zeroed"
         )
     if block.num_experts > block.d_model:
         raise UserError(
@@ -205,15 +206,15 @@ def _returns_choice(block: MoEBlock) -> bool:
         except (ValueError, RuntimeError):
             continue
         return isinstance(found, tuple) and len(found) == 3
-    # The meta device may lack an operation: then it shows when weights are there.
+    # The meta device may lack an operation; the check is then repeated with weights.
     return True
 
 
 @torch.no_grad()
 def require_known_rule(block: MoEBlock) -> None:
     """Raise if a router does more than choose by the logits of its matrix and its known biases."""
-    # Names and shapes do not prove what a class computes: a norm before the matrix, or a choice in
-    # the block instead of the router, would make every subset's outcome wrong.
+    # Names and shapes do not prove what a class computes: with a norm before the matrix, or a
+    # choice outside the router, results for subsets of experts would be wrong.
     parts = parts_of(block)
     matrix = _tensor(block.router, parts.matrix)
     generator = torch.Generator().manual_seed(0)
@@ -225,7 +226,7 @@ def require_known_rule(block: MoEBlock) -> None:
         again = route(block.router, logits_TE, None, given_by(block), parts)
         got = dense_routing_weights(*again, block.num_experts).float()
         same = torch.allclose(wanted, got, rtol=1e-2, atol=1e-3)
-    # Whatever a class raises that is called otherwise or returns something else.
+    # Raised if the class is called differently or returns something else.
     except (ValueError, TypeError, AttributeError, RuntimeError):
         same = False
     if not same:
@@ -237,7 +238,7 @@ def require_known_rule(block: MoEBlock) -> None:
 
 @torch.no_grad()
 def keep_router_rows(block: MoEBlock, kept: Sequence[int]) -> None:
-    """Reduce all that is indexed by expert, in the router and in its block, to the kept experts."""
+    """Reduce all tensors indexed by expert, in the router and its block, to the kept experts."""
     parts = parts_of(block)
     for name, axis in _indexed(parts):
         keep_places(block.router, name, kept, axis)
@@ -246,7 +247,7 @@ def keep_router_rows(block: MoEBlock, kept: Sequence[int]) -> None:
 
 
 def _indexed(parts: RouterParts) -> Iterator[tuple[str, int]]:
-    """Yield the names of a router's tensors that are indexed by expert, and along which axis."""
+    """Yield (name, axis) of the router's tensors that are indexed by expert."""
     yield parts.matrix, 0
     if parts.logit_bias is not None:
         yield parts.logit_bias, 0
@@ -255,7 +256,7 @@ def _indexed(parts: RouterParts) -> Iterator[tuple[str, int]]:
 
 
 def keep_places(module: nn.Module, name: str, kept: Sequence[int], axis: int = 0) -> None:
-    """Reduce a parameter or buffer to the kept places along an axis."""
+    """Reduce a parameter or buffer to the kept indices along an axis."""
     owner_name, _, own = name.rpartition(".")
     owner = module.get_submodule(owner_name)
     tensor: Tensor = getattr(owner, own)
@@ -269,20 +270,20 @@ def keep_places(module: nn.Module, name: str, kept: Sequence[int], axis: int = 0
 class MaskedRouter(ReplacedModule):
     """A router that selects among the kept experts only and renumbers them 0, 1, 2, ...
 
-    It keeps the weights of all E experts, for rules that depend on an expert's index (groups), and
-    so does its block, which passes its biases on.
+    It keeps the weights of all E experts, for rules that depend on the index of an expert (groups);
+    its block keeps the biases of all experts as well.
     """
 
     kept: Tensor
     dropped: Tensor
-    new_names: Tensor  # the key of saved folders, so the name stays
+    new_names: Tensor  # a key of saved folders, which must not be renamed
 
     def __init__(self, router: nn.Module, kept: Sequence[int], experts: int) -> None:
         super().__init__()
         weight = next(router.parameters())
         gone = sorted(set(range(experts)) - set(kept))
-        # Dropped experts get index 0: where one is still selected, its weight is zero, and the
-        # index only has to be valid.
+        # Dropped experts get index 0: if one is selected, its weight is zero, so that any valid
+        # index will do.
         new_names = [kept.index(expert) if expert in kept else 0 for expert in range(experts)]
         self.router = router
         self.experts_before = experts
@@ -302,7 +303,7 @@ class MaskedRouter(ReplacedModule):
     @classmethod
     def from_spec(cls, spec: ModuleSpec, original: nn.Module) -> Self:
         """Wrap a router of the published shape."""
-        # Older folders state the kept ones only, of routers whose own weight has a row for each.
+        # Older folders do not state the number of experts; it is that of the weight's rows.
         weight = getattr(original, "weight", None)
         experts = int(spec.get("experts") or len(cast(Tensor, weight)))
         return cls(original, [int(expert) for expert in spec["kept"]], experts)

@@ -1,1 +1,1 @@
-"""Methods for decoders without experts: single weights of linear layers, and whole layers."""
+"""Methods for dense decoders: pruning of single weights, neurons, heads and whole layers."""

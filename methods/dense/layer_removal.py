@@ -1,4 +1,4 @@
-"""ShortGPT: whole decoder layers removed by how little they turn the hidden state.
+"""ShortGPT: remove the decoder layers that change the direction of the hidden state least.
 
 Shapes: B rows, L tokens per row, D d_model.
 """
@@ -26,8 +26,8 @@ class ShortGPT(Method):
     """Remove the layers with the lowest block influence (ShortGPT, arXiv 2403.03853).
 
     The influence of a layer is Σ over tokens of 1 - cos(input, output). All layers are scored once
-    on the dense model and the lowest `count` go at once; without `count` it is the share `ratio`,
-    rounded down. The order of the layers that stay is kept.
+    on the dense model, and the `count` lowest are removed together; without `count` their number is
+    the share `ratio`, rounded down. The remaining layers keep their order.
     """
 
     uses_calibration: ClassVar[bool] = True
@@ -36,27 +36,27 @@ class ShortGPT(Method):
     batch: int = Field(default=8, ge=1)
 
     def check(self, structure: ModelStructure) -> None:
-        """Refuse a network without layers, and a count that leaves none."""
+        """Refuse a network without decoder layers, and a count that leaves none."""
         if not structure.layers:
             raise UserError(f"shortgpt needs a decoder; {structure.architecture} has no layers")
         if self.count is not None and self.count >= len(structure.layers):
             raise UserError(
                 f"count={self.count} would remove all {len(structure.layers)} layers of "
-                f"{structure.architecture}: at most {len(structure.layers) - 1}"
+                f"{structure.architecture}: set at most {len(structure.layers) - 1}"
             )
 
     def planned_removals(self, structure: ModelStructure) -> list[int] | None:
-        """Return the number of layers to remove; None if `count` is given in place of a ratio."""
+        """Return the number of layers to remove; None if `count` replaces the ratio."""
         return None if self.count is not None else [count_zeroed(self.ratio, len(structure.layers))]
 
     @torch.no_grad()
     def apply(self, model: Model, context: Context) -> MethodReport:
-        """Score all layers, remove the lowest, and renumber what stays."""
+        """Score all layers, remove the lowest, and renumber the others."""
         calibration = require_calibration(context)
         layers = model.structure.layers
         influence = self._influences(model, calibration.tokens, context.progress)
         count = count_zeroed(self.ratio, len(layers)) if self.count is None else self.count
-        # Stable, so that of equal layers the earlier one goes.
+        # Stable, so that the earlier of equal layers is removed.
         lowest = sorted(range(len(layers)), key=lambda index: influence[index])[:count]
         kept = [index for index in range(len(layers)) if index not in lowest]
         if lowest:
@@ -80,14 +80,14 @@ class ShortGPT(Method):
             after = output[0] if isinstance(output, tuple) else output
             found[places[layer]] += float(block_influence(before, after).sum())
 
-        # Hooks on the layers and not `output_hidden_states`: there, the last state comes after the
+        # Hooks on the layers, because the last state of `output_hidden_states` is taken after the
         # final norm, which would inflate the influence of the last layer.
         places = {layer: index for index, layer in enumerate(layers)}
         handles = [layer.register_forward_hook(observe, with_kwargs=True) for layer in layers]
         try:
             with LayerStream(model.network, layers, tokens_BL, self.batch) as stream:
-                # Entering the stream sends the text through layers that return their input, which
-                # calls the hooks as well.
+                # Reset, because entering the stream has called the hooks too, on layers that return
+                # their input.
                 found[:] = [0.0] * len(layers)
                 for index in progress.track(range(len(layers)), "scoring layers"):
                     stream.run(index, advance=True)
@@ -100,8 +100,9 @@ class ShortGPT(Method):
 def block_influence(before_BLD: Tensor, after_BLD: Tensor) -> Tensor:
     """Return 1 - cos of every token's state before and after a layer, [B, L] in float32.
 
-    A state of zeros has no direction; its cosine counts as 0.5, as in the release. float32 even for
-    half-precision states: near 1 the steps of float16 are 5e-4, and layers would tie.
+    The cosine of a zero state is undefined and counts as 0.5, as in the release. Computed in
+    float32 even for half-precision states: the resolution of float16 near 1 is 5e-4, with which
+    layers would tie.
     """
     before_BLD, after_BLD = before_BLD.float(), after_BLD.float()
     product_BL = (before_BLD * after_BLD).sum(-1)
@@ -111,10 +112,10 @@ def block_influence(before_BLD: Tensor, after_BLD: Tensor) -> Tensor:
 
 
 def keep_layers(model: Model, kept: list[int]) -> None:
-    """Remove all decoder layers but those at the indices, and make the config agree.
+    """Remove all decoder layers except those at the given indices, and update the config.
 
-    The config's number of layers, every list in it with one entry per layer (`layer_types`), and
-    the `layer_idx` by which attention finds its place in the KV cache are updated.
+    This updates the config's number of layers, every list in it with one entry per layer (such as
+    `layer_types`), and the `layer_idx` with which attention modules index the KV cache.
     """
     layers = model.structure.layers
     for module in model.network.modules():
@@ -125,7 +126,7 @@ def keep_layers(model: Model, kept: list[int]) -> None:
     for key, value in list(vars(config).items()):
         if key.endswith("_only_layers") and isinstance(value, list):  # a list of layer numbers
             setattr(config, key, [kept.index(index) for index in value if index in kept])
-        # By name and length: a list of tokens may have as many entries as there are layers.
+        # By name and length, since a list of tokens could have the same length.
         elif "layer" in key and isinstance(value, list) and len(value) == len(layers):
             setattr(config, key, [value[index] for index in kept])
     config.num_hidden_layers = len(kept)

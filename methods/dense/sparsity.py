@@ -3,7 +3,7 @@
 Shapes: R rows (outputs), C columns (inputs), c columns of one block.
 
 A mask is True where a weight is zeroed. A pattern n:m zeroes n of every m consecutive inputs of a
-row, which is what sparse tensor cores can skip; None ranks freely.
+row, which sparse tensor cores can skip; None is unstructured sparsity.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Pattern:
 
 
 def count_zeroed(ratio: float, weights: int) -> int:
-    """Return int(ratio * weights) of the decimal as typed; 0.29 * 100 in floats is 28.999..."""
+    """Return ⌊ratio · weights⌋, exactly for the decimal as typed; in floats 0.29 * 100 < 29."""
     return int(Fraction(repr(ratio)) * weights)
 
 
@@ -59,8 +59,8 @@ def magnitude_mask(weight_RC: Tensor, ratio: float, pattern: Pattern | None) -> 
 def wanda_mask(weight_RC: Tensor, norm_C: Tensor, ratio: float, pattern: Pattern | None) -> Tensor:
     """Mask the lowest scores |w| ‖x_c‖₂ of every row (Wanda, arXiv 2306.11695, equation 1).
 
-    Rows are ranked apart: the paper's ablation finds that comparing within an output is what makes
-    the score work on language models.
+    Every row is ranked separately, which according to the paper's ablation is essential for
+    language models.
     """
     score_RC = weight_RC.abs().float() * norm_C.float()
     if pattern is not None:
@@ -75,12 +75,12 @@ def sparsegpt(
 ) -> Tensor:
     """Return the pruned and repaired matrix in float32 (SparseGPT, arXiv 2301.00774, algorithm 1).
 
-    `hessian_CC` is Σ x xᵀ over the calibration tokens; a constant factor changes nothing, since
-    the damping is relative to its diagonal. Columns are visited from left to right, and the error
-    of each is compensated in the later ones. Without a pattern the weights of a block of columns
-    are ranked jointly over all rows by w² / U_cc², before the block's first column is visited; the
-    threshold is the entry number int(rows · columns · ratio) of the sorted scores, itself included,
-    as in the released code, which therefore zeroes one more than the ratio.
+    `hessian_CC` is Σ x xᵀ over the calibration tokens; a constant factor has no effect, since the
+    damping is relative to its diagonal. Columns are visited from left to right, and the error of
+    each is compensated in the later ones. Without a pattern, the weights of a block of columns are
+    ranked jointly over all rows by w² / U_cc², before the first column of the block is visited. As
+    in the released code, the threshold is the sorted score with index int(rows · columns · ratio),
+    inclusive, so one more weight is zeroed than the ratio says.
 
     Raises:
         UserError: the damped Hessian is not positive definite.
@@ -89,7 +89,7 @@ def sparsegpt(
     if ratio == 0 and pattern is None:
         return left_RC
     factor_CC, dead_C = _inverse_factor(hessian_CC)
-    # An input that was always zero reaches no output, so its weights are free to go.
+    # Weights of inputs that were always zero have no effect on any output.
     left_RC[:, dead_C] = 0
     columns = left_RC.shape[1]
     for start in range(0, columns, block):
@@ -103,14 +103,14 @@ def sparsegpt(
         error_Rc = torch.zeros_like(here_Rc)
         for column in range(stop - start):
             if pattern is not None and column % pattern.run == 0:
-                # Chosen when its run is reached, on the weights as compensated by then.
+                # The mask of a run is chosen when the run is reached, on the compensated weights.
                 run = slice(column, column + pattern.run)
                 score_Rm = (here_Rc[:, run] / factor_cc.diagonal()[run]).square()
                 mask_Rc[:, run] = _pattern_mask(score_Rm, pattern)
             kept_R = here_Rc[:, column].masked_fill(mask_Rc[:, column], 0)
             error_R = (here_Rc[:, column] - kept_R) / factor_cc[column, column]
             here_Rc[:, column:] -= error_R[:, None] * factor_cc[column, None, column:]
-            # Exactly zero, where the subtraction would leave a rounding error.
+            # Assigned, because the subtraction above leaves rounding errors instead of zeros.
             here_Rc[:, column] = kept_R
             error_Rc[:, column] = error_R
         left_RC[:, start:stop] = here_Rc
@@ -120,7 +120,7 @@ def sparsegpt(
 
 def _inverse_factor(hessian_CC: Tensor) -> tuple[Tensor, Tensor]:
     """Return U upper triangular with Uᵀ U = (H + λ I)⁻¹, and which inputs were always zero."""
-    # float64 for the two factorizations and the inverse between them: H is ill-conditioned.
+    # In float64, because H is ill-conditioned and is factorized, inverted and factorized again.
     damped_CC = hessian_CC.double().clone()
     diagonal_C = damped_CC.diagonal()
     dead_C = diagonal_C == 0

@@ -1,4 +1,4 @@
-"""FFN neurons and heads of dense decoders removed in one shot: FLAP and LLM-Pruner.
+"""One-shot removal of FFN neurons and heads of dense decoders: FLAP and LLM-Pruner.
 
 Shapes: B rows, L tokens per row, T tokens, U units of a layer, C readout columns, D d_model.
 """
@@ -36,9 +36,9 @@ from methods.moe.pruning import require_calibration
 
 
 class StructuredPruning(Method):
-    """Removes units by one score each; the smaller network has no zeros and no masks.
+    """Base class: score units, and remove the lowest from the network.
 
-    `units` are neurons and heads, or one kind alone, for architectures whose heads cannot go.
+    `units` selects neurons, heads or both; in some architectures heads cannot be removed.
     """
 
     label: ClassVar[str]
@@ -57,7 +57,7 @@ class StructuredPruning(Method):
         return list(find_units(structure, self.label, kinds))
 
     def _refuse_offloaded(self, model: Model) -> None:
-        # Units are cut in memory; offloaded weights would be fetched again as they were.
+        # Units are removed in memory; offloaded weights would be loaded again unchanged.
         if is_offloaded(model.network):
             raise UserError(
                 f"{self.label} needs the weights of the whole model in memory: "
@@ -90,14 +90,15 @@ class StructuredPruning(Method):
 
 
 class Flap(StructuredPruning):
-    """FLAP: units whose output fluctuates least go, their mean stays (arXiv 2312.11983).
+    """FLAP (arXiv 2312.11983): remove the units whose output fluctuates least, and keep their mean.
 
-    A readout column j scores var(x_j) · Σ_i W_ij² (WIFV). Scores are standardised per layer and
-    kind; those of heads are squared before and averaged over a head's columns. With
-    `allocation=global` heads and neurons of all layers are ranked together, each at its cost in
-    weights (AL-AM); with `uniform` each layer loses the share `ratio` of its heads and of its
-    neurons (UL-UM). `compensate` adds the mean output of removed units to the readout's bias. All
-    statistics are those of the dense model. One unit of each kind stays in every layer.
+    The score of a readout column j is var(x_j) · Σ_i W_ij² (WIFV). Scores are standardised per
+    layer and kind; for heads they are squared before that and averaged over a head's columns. With
+    `allocation=global`, heads and neurons of all layers are ranked together, and each costs its
+    number of weights (AL-AM); with `uniform`, each layer loses the share `ratio` of its heads and
+    of its neurons (UL-UM). `compensate` adds the mean output of removed units to the readout's
+    bias. All statistics are those of the dense model. Every layer keeps at least one unit of each
+    kind.
     """
 
     label: ClassVar[str] = "flap"
@@ -105,7 +106,7 @@ class Flap(StructuredPruning):
     compensate: bool = True
 
     def planned_removals(self, structure: ModelStructure) -> list[int] | None:
-        """Return the number of units per layer and kind; that of a joint ranking is not known."""
+        """Return the units to remove per layer and kind; None for a global ranking."""
         if self.allocation == "global":
             return None
         units = find_units(structure, self.label)
@@ -134,12 +135,12 @@ class Flap(StructuredPruning):
 
 
 class LLMPruner(StructuredPruning):
-    """LLM-Pruner: units by the first-order Taylor term of the loss (arXiv 2305.11627).
+    """LLM-Pruner (arXiv 2305.11627): remove units by the first-order Taylor term of the loss.
 
-    A unit scores the sum of |w · dL/dw| over all weights that leave with it (`param_first`), L the
-    mean next-token loss over the calibration text. Each pruned layer keeps int(count · (1 - ratio))
-    heads and neurons. The first `protect_first` and last `protect_last` layers are left alone: the
-    release prunes layers 4 to 29 of 32.
+    The score of a unit is the sum of |w · dL/dw| over all of its weights (`param_first`), where L
+    is the mean next-token loss over the calibration text. Each pruned layer keeps
+    int(count · (1 - ratio)) heads and neurons. The first `protect_first` and last `protect_last`
+    layers are not pruned: the release prunes layers 4 to 29 of 32.
     """
 
     label: ClassVar[str] = "llm_pruner"
@@ -153,7 +154,8 @@ class LLMPruner(StructuredPruning):
         if protected >= len(structure.layers):
             raise UserError(
                 f"protect_first={self.protect_first} and protect_last={self.protect_last} leave "
-                f"none of the {len(structure.layers)} layers of {structure.architecture} to prune"
+                f"none of the {len(structure.layers)} layers of {structure.architecture} to prune: "
+                "lower one of them"
             )
 
     def work(self, structure: ModelStructure, inputs: InputSize) -> MethodWork:
@@ -206,7 +208,7 @@ class InputMoments:
 
     @property
     def variance(self) -> Tensor:
-        """Sample variance over tokens; the difference of float64 sums can round below zero."""
+        """Sample variance over tokens, clamped to 0, below which rounding may take it."""
         centred = self.squares - self.tokens * self.mean.square()
         return centred.clamp(min=0) / max(1, self.tokens - 1)
 
@@ -240,7 +242,7 @@ def fluctuation_scores(units: Units, variance_C: Tensor) -> Tensor:
     if units.kind == "heads":
         metric_C = metric_C.square()
     spread = metric_C.std() if len(metric_C) > 1 else torch.zeros(())
-    # All scores alike carry no order; dividing by their spread of zero would make them NaN.
+    # If all scores are equal their standard deviation is 0, and dividing by it would give NaN.
     standard_C = (metric_C - metric_C.mean()) / (spread if float(spread) > 0 else 1)
     score_U: Tensor = standard_C.unflatten(0, (units.count, units.width)).mean(1)
     return score_U
@@ -260,7 +262,8 @@ def taylor_scores(
             rows_BL = batch_BL.to(model.device)
             with torch.enable_grad():
                 loss = network(input_ids=rows_BL, labels=rows_BL, use_cache=False).loss
-                # Rows have one length, so the mean over all is the mean of batches by size.
+                # All rows have the same length, so the mean over all of them is the mean over
+                # batches, weighted by size.
                 (loss * (len(rows_BL) / len(tokens_BL))).backward()
         scores = [_taylor(unit) for unit in units]
     finally:
@@ -295,23 +298,23 @@ def _first_order(linear: nn.Module) -> Tensor:
 
 
 def uniform_count(ratio: float, units: int) -> int:
-    """Return how many of a layer's units go: the share rounded down, one stays."""
+    """Return how many of a layer's units to remove: the share rounded down, but not all."""
     return min(units - 1, int(Fraction(repr(ratio)) * units))
 
 
 def lowest(score_U: Tensor, count: int) -> Tensor:
-    """Mark the `count` lowest scores; of equal ones the earlier go."""
+    """Mark the `count` lowest scores; among equal ones the earlier are marked."""
     gone_U = torch.zeros(len(score_U), dtype=torch.bool)
     gone_U[score_U.argsort(stable=True)[:count].cpu()] = True
     return gone_U
 
 
 def globally_lowest(scores: list[Tensor], costs: list[int], ratio: float) -> list[Tensor]:
-    """Mark the units to remove when those of all layers and kinds are ranked together.
+    """Mark the units to remove by one ranking over all layers and kinds.
 
-    Units are kept from the highest score down until their cost is nearest to the share `1 - ratio`
-    of all; those that score strictly above the last one are kept (FLAP's release). The best unit
-    of each layer and kind stays whatever its score.
+    The threshold is the score at which the total cost of the units down to it is closest to the
+    share `1 - ratio` of all; units strictly above it are kept (FLAP's release). The best unit of
+    each layer and kind is always kept.
     """
     if ratio == 0:
         return [torch.zeros(len(score_U), dtype=torch.bool) for score_U in scores]

@@ -1,10 +1,10 @@
-"""FFN neurons and attention heads of dense decoder layers: found, removed, compensated.
+"""FFN neurons and attention heads of dense decoder layers: finding, removing, compensating them.
 
 Shapes: D d_model, F neurons, G head groups (a KV head with its query heads), C readout columns.
 
-The readout is the projection through which units reach the residual stream: that of the
-feed-forward's or of the attention's output. A unit owns columns of its readout, so removing it and
-its rows elsewhere leaves all other units as they were.
+The readout is the output projection of the feed-forward or of the attention, through which units
+reach the residual stream. A unit owns columns of its readout and rows of the other projections;
+removing these does not change any other unit.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Units:
 
     @property
     def weights_per_unit(self) -> int:
-        """Weights that leave with one unit, biases included."""
+        """Number of weights of one unit, biases included."""
         rows = sum(
             len(unit_R) // self.count * (shape_of(source)[1] + (bias_of(source) is not None))
             for source, unit_R in self.sources
@@ -78,8 +78,8 @@ def find_units(
     """Yield heads and neurons of every layer, in layer order, or those of one kind.
 
     Raises:
-        UserError: a layer has not exactly one feed-forward and one attention of a known layout, or
-            its heads cannot go.
+        UserError: a layer does not have exactly one feed-forward and one attention of a known
+            layout, or its heads cannot be removed.
     """
     if not structure.layers:
         raise UserError(f"{method} needs a decoder; {structure.architecture} has no decoder layers")
@@ -104,7 +104,7 @@ Part = TypeVar("Part")
 
 def _only(parts: list[Part], where: str, what: str, others: Kind) -> Part:
     if len(parts) != 1:
-        raise UserError(f"{where} {len(parts)} {what}, but needs one: set units={others}")
+        raise UserError(f"{where} {len(parts)} {what}, but needs exactly one: set units={others}")
     return parts[0]
 
 
@@ -121,18 +121,18 @@ def _neurons(index: int, feed_forward: FeedForward) -> Units:
 def _heads(index: int, heads: Heads, where: str) -> Units:
     reason = heads.reason_to_stay
     if reason is not None:
-        raise UserError(f"{where} {reason}, so none can go: set units=neurons")
+        raise UserError(f"{where} {reason}, so no head can be removed: set units=neurons")
     sources = tuple(zip(heads.sources, heads.group_rows, strict=True))
     return Units(index, "heads", heads.groups, heads.owner, sources, heads.readout, heads)
 
 
 @torch.no_grad()
 def remove_units(units: Units, gone: Tensor, mean_C: Tensor | None = None) -> None:
-    """Cut units out of a layer. With `mean_C`, their mean output stays as a bias of the readout.
+    """Remove units from a layer. With `mean_C`, their mean output is added to the readout's bias.
 
-    The bias is Σ over removed columns j of W_ij · mean_j, with `mean_C` the mean input of the
-    readout over the calibration tokens (FLAP, arXiv 2312.11983, equation 5): the mean of the
-    layer's output over these tokens does not change.
+    The bias is Σ over removed columns j of W_ij · mean_j, where `mean_C` is the mean input of the
+    readout over the calibration tokens (FLAP, arXiv 2312.11983, equation 5), so that the mean
+    output over these tokens does not change.
     """
     weight, bias = weight_of(units.readout), bias_of(units.readout)
     columns = units.columns(gone).to(weight.device)
@@ -149,23 +149,23 @@ def remove_units(units: Units, gone: Tensor, mean_C: Tensor | None = None) -> No
 
 
 def describe_in_config(model: Model, units: list[Units]) -> None:
-    """Make the config agree with the layers where one number can describe all of them.
+    """Update the config if one number describes all layers.
 
-    Layers of different widths have no place in a transformers config. Such a network runs and is
-    measured like any other; only its export is refused.
+    A transformers config cannot describe layers of different widths. Such a network can be run and
+    measured, but its export is refused.
     """
     config: Any = text_config(model.network)  # fields depend on the architecture
     state_width(model.network, [shape_of(u.readout)[1] for u in units if u.kind == "neurons"])
     heads = {shape_of(u.readout)[1] for u in units if u.kind == "heads"}
-    # A config without KV heads (OPT) derives the width of a head from their number: it cannot
-    # state fewer heads, and the export of such a network is refused.
+    # A config without KV heads (OPT) derives the width of a head from the number of heads, so it
+    # cannot state fewer of them, and the export of such a network is refused.
     if len(heads) == 1 and hasattr(config, "num_key_value_heads"):
         (head_dim,) = {unit.heads.head_dim for unit in units if unit.heads is not None}
         ratio = config.num_attention_heads // config.num_key_value_heads
         config.head_dim = head_dim
         config.num_attention_heads = heads.pop() // head_dim
         config.num_key_value_heads = config.num_attention_heads // ratio
-    # One flag of a config gives a bias to all projections of a module, so the others get zeros.
+    # A flag of the config gives a bias to all projections of a module, so the others get zeros.
     for kind, flag in (("neurons", "mlp_bias"), ("heads", "attention_bias")):
         mine = [unit for unit in units if unit.kind == kind]
         if hasattr(config, flag) and any(bias_of(u.readout) is not None for u in mine):

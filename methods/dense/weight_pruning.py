@@ -1,6 +1,6 @@
-"""Single weights of dense decoders zeroed: magnitude, Wanda, SparseGPT.
+"""Zero single weights of dense decoders: magnitude, Wanda, SparseGPT.
 
-The weights stay in memory as zeros, so no method here claims a gain in time or bytes.
+The weights stay in memory as zeros, so these methods claim no gain in time or bytes.
 
 Shapes: T tokens, R rows (outputs), C columns (inputs) of a projection.
 """
@@ -64,7 +64,7 @@ def require_dense_decoder(structure: ModelStructure, method: str) -> None:
     """Refuse networks whose weights are not all in linear layers.
 
     Raises:
-        UserError: there are no decoder layers, or some hold routed experts or packed weights.
+        UserError: there are no decoder layers, or some have routed experts or packed weights.
     """
     if not structure.layers:
         raise UserError(f"{method} needs a decoder; {structure.architecture} has no decoder layers")
@@ -76,7 +76,9 @@ def require_dense_decoder(structure: ModelStructure, method: str) -> None:
     for index, layer in enumerate(structure.layers):
         refuse_packed_layer(layer, index)
         if not linear_layers(layer):
-            raise UserError(f"{method} finds no linear layer in layer {index}")
+            raise UserError(
+                f"{method} prunes linear layers, but layer {index} has none: choose another model"
+            )
 
 
 class InputSquares:
@@ -93,8 +95,8 @@ class InputSquares:
 class WeightPruning(Method):
     """Zero the share `ratio` of the weights of every linear layer of every decoder layer.
 
-    Embeddings, norms and the head are left alone, as in the releases. `pattern` is `unstructured`
-    or n:m, n zeros in every m consecutive inputs; the ratio must then be n/m.
+    Embeddings, norms and the head are not pruned, as in the releases. `pattern` is `unstructured`
+    or n:m, which means n zeros in every m consecutive inputs; the ratio must then be n/m.
     """
 
     label: ClassVar[str]
@@ -113,7 +115,7 @@ class WeightPruning(Method):
         return self
 
     def check(self, structure: ModelStructure) -> None:
-        """Refuse mixtures of experts, and inputs that do not divide into runs of the pattern."""
+        """Refuse MoE models, and input widths that are not a multiple of the pattern's run."""
         require_dense_decoder(structure, self.label)
         pattern = Pattern.parse(self.pattern)
         for index, layer in enumerate(structure.layers):
@@ -121,8 +123,8 @@ class WeightPruning(Method):
                 columns = linear.weight.shape[1]
                 if pattern is not None and columns % pattern.run:
                     raise UserError(
-                        f"pattern={self.pattern} needs inputs in runs of {pattern.run}; "
-                        f"{linear.name} of layer {index} has {columns}"
+                        f"pattern={self.pattern} needs inputs in multiples of {pattern.run}, but "
+                        f"{linear.name} of layer {index} has {columns}: choose another pattern"
                     )
 
     def _report(self, layers: list[dict[str, int]], fingerprint: str | None) -> MethodReport:
@@ -160,7 +162,7 @@ class WeightMagnitude(WeightPruning):
 
 
 class CalibratedWeightPruning(WeightPruning):
-    """Prunes each layer on the output of the pruned layers before it, as the releases do."""
+    """Prunes each layer on the outputs of the pruned layers before it, as the releases do."""
 
     uses_calibration: ClassVar[bool] = True
     batch: int = Field(default=8, ge=1)
@@ -181,8 +183,8 @@ class CalibratedWeightPruning(WeightPruning):
                 refuse_packed_layer(layer, index)
                 stream.onload_layer(index)
                 linears = linear_layers(layer)
-                # All projections of a layer are measured on the same inputs, before any of them is
-                # pruned: the default of both releases.
+                # All projections of a layer are measured before any of them is pruned, which is the
+                # default of both releases.
                 found = {
                     linear.module: self._statistics(linear.weight.shape[1], linear.weight.device)
                     for linear in linears
@@ -225,7 +227,7 @@ class Wanda(CalibratedWeightPruning):
 
 
 class SparseGPT(CalibratedWeightPruning):
-    """SparseGPT: weights zeroed one column at a time, the rest repaired (arXiv 2301.00774)."""
+    """SparseGPT (arXiv 2301.00774): zero weights column by column, and compensate in the rest."""
 
     label: ClassVar[str] = "sparsegpt"
     block: int = Field(default=128, ge=1)
@@ -277,7 +279,7 @@ class SparseGPT(CalibratedWeightPruning):
 
 
 def _layer_entry(index: int, linears: list[LinearLayer]) -> dict[str, int]:
-    """Count the zeros that a layer now holds."""
+    """Return a report entry with the number of zeros in a layer."""
     return {
         "layer": index,
         "weights": sum(linear.weight.numel() for linear in linears),

@@ -1,4 +1,4 @@
-"""AWQ (arXiv 2306.00978): input channels scaled up before rounding, weights clipped, then RTN."""
+"""AWQ (arXiv 2306.00978): scale input channels, clip weights, then round to nearest."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from methods.quantization.uniform import Rtn
 class Awq(Rtn):
     """Scale and clip the weights of dense decoders by their inputs, then round to nearest.
 
-    Bits, groups, grids and packing are those of `rtn`. Layers are searched on the original model,
-    not on the outputs of quantized ones, as in the release. `clip_weights` clips after scaling, all
-    matrices but those of queries and keys.
+    Bits, groups, grids and packing are those of `rtn`. As in the release, scales are searched on
+    the outputs of the original layers, not of quantized ones. `clip_weights` also clips, after
+    scaling, all matrices except those of queries and keys.
     """
 
     uses_calibration: ClassVar[bool] = True
@@ -44,7 +44,7 @@ class Awq(Rtn):
     clip_weights: bool = True
 
     def check(self, structure: ModelStructure) -> None:
-        """Refuse mixtures of experts: one norm feeds all of their experts and the router."""
+        """Refuse MoE models, in which one norm feeds all experts and the router."""
         if structure.moe:
             raise UserError(
                 f"awq folds scales into the norm before a dense feed-forward, but "
@@ -92,7 +92,7 @@ class Awq(Rtn):
     def _scale_layers(
         self, model: Model, calibration: Calibration, progress: Progress
     ) -> Iterator[list[dict[str, object]]]:
-        """Scale and clip the weights of each layer; yield the exponent found for every input."""
+        """Scale and clip the weights of each layer; yield the exponents found."""
         layers, tokens_BL = model.structure.layers, calibration.tokens
         with LayerStream(model.network, layers, tokens_BL, self.batch) as stream:
             for index, layer in enumerate(progress.track(layers, "searching scales")):

@@ -2,15 +2,16 @@
 
 Shapes: S tokens, R rows, C columns (inputs) of a matrix, c columns of one group, G groups.
 
-Rounding errs by the same amount in every column of a group, so columns that meet large inputs are
-multiplied by s > 1 before rounding and their inputs divided by it. Matrices that read one input
-share s. With m_j = mean |x_j|, s = m^ρ, divided by √(max s · min s), for the ρ of least error.
+Rounding errors have the same size in every column of a group, so columns with large inputs are
+multiplied by s > 1 before rounding, and their inputs are divided by it. Matrices that read the same
+input share s. With m_j = mean |x_j|, s is m^ρ divided by √(max m^ρ · min m^ρ), for the ρ of least
+error.
 
-The division costs nothing: it is folded into what computes the input, where that is exact. That is
-the norm before a matrix, the rows of up before down (also through a ReLU, which is positively
-homogeneous), and the rows of values before the output of an attention without grouped queries.
-Elsewhere the inputs stay as they are. After that, each group of weights is clipped to the share of
-its largest one that errs least.
+The division costs nothing, because it is folded into the module that computes the input if that is
+exact: the norm before a matrix, the rows of up before down (also through a ReLU, which is
+positively homogeneous), or the rows of values before the output projection of an attention without
+grouped queries. Other inputs are not scaled. Then each group of weights is clipped to the fraction
+of its largest weight that gives the least error.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ from methods.moe.calibration import Gram, observe_inputs
 from methods.moe.quantizer.grid import Clip, column_groups, round_weights
 
 EXPONENTS = tuple(step / 20 for step in range(20))
-# Shares of a group's largest weight to which it is clipped: 1 down to 0.55.
+# Fractions of a group's largest weight that are tried for clipping, from 1 down to 0.55.
 CLIPPED_SHARES = tuple(1 - step / 20 for step in range(10))
 CLIP_TOKENS = 512
 ROWS_AT_ONCE = 64
-# Relative difference of a layer's output up to which a fold counts as exact.
+# Largest relative change of a layer's output with which a fold counts as exact.
 FOLD_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 HALF_TOLERANCE = 0.05
 # For an estimate, per trial on the default grid: operators per group of columns, and per clipped
@@ -87,7 +88,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass
 class ObservedLayer:
-    """What one layer computed: inputs of its linears, and the calls of its parts.
+    """Statistics of one layer: inputs of its linears, and the calls of its parts.
 
     `readers` maps a norm to the linears that read its output.
     """
@@ -100,10 +101,10 @@ class ObservedLayer:
 def observe_layer(
     stream: LayerStream, index: int, linears: Sequence[nn.Module], tokens: int
 ) -> ObservedLayer:
-    """Run a layer, which then hands on its outputs, and return what its linears read."""
+    """Run a layer, advance the stream, and return the statistics of its linears' inputs."""
     layer = stream.layers[index]
     observed = ObservedLayer({linear: InputSample(linear, tokens) for linear in linears})
-    # By identity of the data: every tensor is held until the end, so no memory is used again.
+    # Keyed by data pointer. The tensors are held until the end, so no pointer is reused.
     written: dict[int, tuple[nn.Module, Tensor]] = {}
 
     def wrote(norm: nn.Module, _: Any, output: Any) -> None:
@@ -124,7 +125,7 @@ def observe_layer(
     with ExitStack() as stack:
         for norm in norms:
             stack.callback(norm.register_forward_hook(wrote).remove)
-        # All of them: one that stays unquantized must not get an input that was divided.
+        # All linears, because one that stays unquantized must not get a scaled input.
         for linear in layer_linears(layer):
             stack.callback(linear.register_forward_pre_hook(read).remove)
         for part in (layer, *layer.children()):
@@ -147,7 +148,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class ScaleSearch:
-    """How weights are rounded while scales are searched: the bits of each linear, groups, grid."""
+    """How weights are rounded during the search: bits of each linear, group size, grid."""
 
     bits: dict[nn.Module, int]
     group: int
@@ -161,10 +162,10 @@ class ScaleSearch:
     def best_exponent(
         self, linears: Sequence[nn.Module], mean_C: Tensor, error: Callable[[], float]
     ) -> float:
-        """Return the ρ of least error of the linears when scaled by it, rounded and scaled back.
+        """Return the ρ with which scaling, rounding and scaling back gives the least error.
 
-        `error` measures the network as it is while the weights are replaced. The first of equal
-        errors wins.
+        `error` is called while the weights of the linears are replaced. The first of equal errors
+        wins.
         """
         before = [weight_of(linear).clone() for linear in linears]
         best, least = 0.0, float("inf")
@@ -191,7 +192,7 @@ def search_work(
     """
     attentions, parts = find_heads(layer), feed_forwards(layer)
     whole = _numel(layer_linears(layer))
-    # What reads a norm's output, with all projections of the part that is replayed for it.
+    # Linears that read a norm's output, with all projections of the part that is replayed for them.
     inputs_of = [(a.sources, (*a.sources, a.readout)) for a in attentions]
     inputs_of += [(p.sources, p.projections) for p in parts]
     read = [(first, part) for first, part in inputs_of if set(first) <= search.bits.keys()]
@@ -231,7 +232,7 @@ def _numel(linears: Iterable[nn.Module]) -> int:
 
 
 def scales(mean_C: Tensor, exponent: float) -> Tensor:
-    """Return s = m^ρ over the geometric mean of its ends, [C] in float32."""
+    """Return s = m^ρ, divided by the geometric mean of its extremes, [C] in float32."""
     scale_C = mean_C.float().pow(exponent).clamp(min=1e-4)
     balanced_C: Tensor = scale_C / (scale_C.max() * scale_C.min()).sqrt()
     return balanced_C
@@ -240,9 +241,9 @@ def scales(mean_C: Tensor, exponent: float) -> Tensor:
 def scale_layer(
     layer: nn.Module, observed: ObservedLayer, search: ScaleSearch, *, clip_weights: bool
 ) -> list[dict[str, object]]:
-    """Scale and clip the weights of one layer in place; return the exponents and what was folded.
+    """Scale and clip the weights of one layer in place; return exponents and whether they folded.
 
-    All exponents are searched on the layer as it was; only then is anything folded.
+    All exponents are searched on the original layer before any scale is folded.
     """
     names = {module: name for name, module in layer.named_modules()}
     found = [
@@ -278,12 +279,12 @@ Group = tuple[nn.Module, list[nn.Module], Callable[[], float]]
 
 
 def _groups(layer: nn.Module, observed: ObservedLayer, search: ScaleSearch) -> Iterator[Group]:
-    """Yield what computes an input, the linears that read it, and their error when changed."""
+    """Yield (source of an input, the linears that read it, a function for their error)."""
     for norm, linears in observed.readers.items():
         if not all(linear in search.bits for linear in linears):
             continue
-        # The child of the layer that holds all of them, such as the attention; as in the release,
-        # its output is compared, where errors of queries and keys meet.
+        # As in the release, the error is that of the output of the layer's child that contains all
+        # of them, such as the attention, in which errors of queries and keys are combined.
         parts = [part for part in layer.children() if set(linears) <= set(part.modules())]
         yield norm, linears, _replayed_error(parts[0] if parts else layer, observed)
     for attention in find_heads(layer):
@@ -297,14 +298,14 @@ def _groups(layer: nn.Module, observed: ObservedLayer, search: ScaleSearch) -> I
 
 
 def _scales_values(attention: Heads) -> bool:
-    """Whether the rows of values take the scales of the columns that read them."""
-    # Values that share a matrix with queries and keys are not scaled. With grouped queries a value
-    # row feeds several columns: the release skips it, too.
+    """Whether scales of the output projection can be folded into the rows of values."""
+    # Values that share a matrix with queries and keys are not scaled. With grouped queries a row of
+    # values feeds several columns; the release skips that case too.
     return not attention.fused and attention.queries == attention.head_dim
 
 
 def _scales_neurons(part: FeedForward) -> bool:
-    """Whether the rows of up take the scales of the columns of down."""
+    """Whether scales of down can be folded into the rows of up."""
     return part.form != "plain" or _is_homogeneous(part.act)
 
 
@@ -352,10 +353,10 @@ def _fold_if_exact(
     linears: Sequence[nn.Module],
     scale_C: Tensor,
 ) -> bool:
-    """Divide an input by the scales and multiply the columns that read it; undo it if not exact.
+    """Fold scales into the source of an input and the linears that read it; undo it if not exact.
 
-    Whether it is exact shows in the layer's output: a norm whose output also feeds the residual
-    stream (OPT-350m), for one, cannot take a scale.
+    The fold is exact if the layer's output does not change. It is not, for example, for a norm
+    whose output also feeds the residual stream (OPT-350m).
     """
     args, kwargs = observed.calls[layer][0]
     wanted = _first(layer(*args, **kwargs)).clone()
@@ -372,11 +373,11 @@ def _fold_if_exact(
 
 
 def fold(source: nn.Module, linears: Sequence[nn.Module], scale_C: Tensor) -> None:
-    """Divide what computes an input by the scales, and multiply the columns that read it."""
+    """Divide the source of an input by the scales, and multiply the columns that read it."""
     for linear in linears:
         _assign(weight_of(linear), lambda weight_RC: weight_RC * scale_C)
     if is_projection(source):
-        # The last rows: those of up where gate and up are one matrix.
+        # The last rows are those of up if gate and up are one matrix.
         last, bias_R = slice(-len(scale_C), None), bias_of(source)
         _assign(weight_of(source)[last], lambda weight_CD: weight_CD / scale_C[:, None])
         if bias_R is not None:
@@ -404,7 +405,7 @@ def _weight_offset(norm: nn.Module) -> float:
 
 
 def _clipped_linears(layer: nn.Module, search: ScaleSearch) -> list[nn.Module]:
-    """Return the linears whose weights are clipped: all but those of queries and keys."""
+    """Return the linears whose weights are clipped: all except queries and keys."""
     found: list[nn.Module] = []
     for attention in find_heads(layer):
         if not attention.fused:
@@ -422,10 +423,10 @@ def clipped(
     clip: Clip = "minmax",
     grid: GridKind = "offset",
 ) -> Tensor:
-    """Clip each group of a row to the share of its largest weight that errs least, float32 [R, C].
+    """Clip each group of a row to the best fraction of its largest weight, float32 [R, C].
 
-    The error is that of the group's part of the output, Σ_s (Σ_c x_sc (w_rc - ŵ_rc))², over the
-    given tokens; wider shares win ties.
+    The best fraction has the least error of the group's part of the output over the given tokens,
+    Σ_s (Σ_c x_sc (w_rc - ŵ_rc))²; among equal errors the largest fraction is chosen.
     """
     result_RC = weight_RC.float().clone()
     for columns in column_groups(result_RC.shape[1], group):

@@ -4,15 +4,16 @@ Shapes: E experts, B bit widths, S tokens of one expert.
 
 In every layer the bits b_e minimise Σ_e freq_e^α · weight_e^β · ε_e(b_e), where freq_e is the share
 of routed tokens that reach expert e, weight_e their mean router weight, and ε_e(b) the Frobenius
-norm of the error in its outputs when it is rounded to b bits. The total stays within the budget,
-and each bit width but the smallest is used by at least one expert. The official code solves the
-program with Gurobi; here ε is measured with rounding to nearest.
+norm of the error of its outputs when it is rounded to b bits. The total must be within the budget,
+and each bit width except the smallest must be used by at least one expert. Here ε is measured with
+rounding to nearest.
 
-That code (Aaronhuang-778/MC-MoE at 7aa062c) has other factors than the text: weight_e is the sum
-over tokens of the softmax over all experts, which holds the frequency once more, with β = 1.5; and
-ε_e is measured at the output of the block, router weight included, one norm per batch, the norms
-summed. `variant=code` has these; the widths that the repository ships for Mixtral-8x7B follow from
-its factors with them. The rounding differs still: the code's offsets are integers, ours are real.
+The official code (Aaronhuang-778/MC-MoE at 7aa062c) solves the program with Gurobi, and uses other
+factors than the paper: weight_e is the sum over tokens of the softmax over all experts, which
+includes the frequency once more, with β = 1.5; ε_e is measured at the output of the block, with the
+router weight, as a sum of one norm per batch. `variant=code` uses these factors, from which the bit
+widths in the repository for Mixtral-8x7B follow. The rounding still differs: offsets are integers
+in that code and real numbers here.
 """
 
 from __future__ import annotations
@@ -45,9 +46,10 @@ from methods.moe.quantizer.observers import Planner
 class Mc(MoEQuantization):
     """Allocate bits per expert by frequency, router weight and rounding error; then run GPTQ.
 
-    `variant` chooses the factors: `mean_weight` has the mean of the router weights that the model
+    `variant` selects the factors: `mean_weight` uses the mean of the router weights that the model
     applies and the error of the expert's own output, `code` those of the official code. `alpha` and
-    `beta` are the exponents of frequency and router weight; β is 1 by default, and 1.5 with `code`.
+    `beta` are the exponents of frequency and router weight. The default of β is 1, or 1.5 with
+    `code`.
     """
 
     bits: BitChoices = (3, 2, 1)
@@ -69,22 +71,22 @@ class Mc(MoEQuantization):
         return 1.5 if self.variant == "code" else 1.0
 
     def blocks(self, structure: ModelStructure) -> tuple[MoEBlock, ...]:
-        """Return the MoE blocks: with one expert per layer there is nothing to choose."""
+        """Return the MoE blocks; the method needs several experts per layer to choose among."""
         require_experts(structure, type(self).__name__, "allocates bits to")
         return structure.moe
 
     def check(self, structure: ModelStructure) -> None:
-        """Also refuse a budget that cannot give every bit width but the smallest to an expert."""
+        """Also refuse a budget in which not every bit width can be used by an expert."""
         super().check(structure)
         for block in structure.moe:
             if self.variant == "code" and len(signature(block.router.forward).parameters) > 1:
                 raise UserError(
-                    f"variant=code needs a router that reads hidden states alone, unlike that of "
+                    "variant=code needs a router that reads only hidden states, unlike that of "
                     f"{block.name}: use variant=mean_weight"
                 )
             *most, lowest = self.bits
-            # The cheapest admissible choice: the narrowest experts take the larger bit widths once
-            # each, every other expert the smallest. If that exceeds the budget, nothing fits.
+            # The cheapest admissible choice: the narrowest experts get one of the larger bit widths
+            # each, all other experts the smallest one.
             narrowest = sorted(block.widths)[: len(most)]
             least = lowest * sum(block.widths)
             least += sum((b - lowest) * w for b, w in zip(most, narrowest, strict=False))
@@ -95,7 +97,7 @@ class Mc(MoEQuantization):
                 )
 
     def budget(self, block: MoEBlock) -> int:
-        """Return the budget in bits for one weight per micro-expert of a block."""
+        """Return a block's budget in bits per weight of a micro-expert, summed over these."""
         return math.floor(exact_fraction(self.mean_bits) * sum(block.widths))
 
     def planners(self, model: Model, context: Context) -> Callable[[MoEBlock], Planner]:
@@ -110,8 +112,8 @@ class McPlanner(NullObserver):
         self._method, self._block = method, block
         counts = (block.num_experts, len(method.bits))
         device = block.expert(0).down.device
-        # Σ ‖error‖² of all tokens, or with `code` of the batch that is running; and the norms that
-        # `code` sums over batches.
+        # Σ ‖error‖² over all tokens or, with `code`, over the current batch, and the sum of norms
+        # over batches that `code` uses.
         self.square_EB = torch.zeros(counts, dtype=torch.float64, device=device)
         self.norm_EB = torch.zeros_like(self.square_EB)
         self.tokens_E = torch.zeros_like(self.square_EB[:, 0])
@@ -135,7 +137,7 @@ class McPlanner(NullObserver):
             self.square_EB[expert, place] += error_SD.square().sum(dtype=torch.float64)
 
     def output(self, y_TD: Tensor) -> None:
-        """End a batch: the code sums norms of batches, and not their squares."""
+        """End a batch: `code` sums the norms of batches, not their squares."""
         if self._method.variant == "code":
             self.norm_EB += self.square_EB.sqrt()
             self.square_EB.zero_()
@@ -150,8 +152,8 @@ class McPlanner(NullObserver):
         loss_EB = self.losses()
         require_finite(self._block, loss_EB)
         bits_B = torch.tensor(self._method.bits)
-        # Bits per weight times width: after pruning experts may differ in width, and the common
-        # factor 3·D of all weights drops out of the program.
+        # Bits times width, because experts may differ in width after pruning. The common factor 3·D
+        # has no effect on the solution.
         cost_EB = torch.tensor(self._block.widths)[:, None] * bits_B
         one_each = dict.fromkeys(range(len(self._method.bits) - 1), 1)
         chosen_E = solve_multiple_choice_knapsack(
@@ -166,8 +168,7 @@ class McPlanner(NullObserver):
     def losses(self) -> Tensor:
         """Return freq^α · weight^β · ε for every expert and bit width, float64 [E, B]."""
         frequency_E = self.tokens_E / self.tokens_E.sum()
-        # An expert that no token reached has no error and hence loss 0; the clamp only keeps 0 / 0
-        # out.
+        # An expert that no token reached has error 0 and hence loss 0; the clamp avoids 0 / 0.
         weight_E, error_EB = self.weight_E / self.tokens_E.clamp(min=1), self.square_EB.sqrt()
         if self._method.variant == "code":
             weight_E, error_EB = self.weight_E / self.weight_E.sum(), self.norm_EB

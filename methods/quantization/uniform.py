@@ -18,12 +18,12 @@ class Gptq(MoEQuantization):
     bits: BitWidth = 2
 
     def planners(self, model: Model, context: Context) -> Callable[[MoEBlock], Planner]:
-        """Return a factory of planners without a choice."""
+        """Return a factory of planners that use the same bits for all experts."""
         return lambda block: UniformPlanner(block, self.bits, self.group)
 
 
 class Rtn(Gptq):
-    """Rounding to nearest with `bits` for the weights that GPTQ takes; no calibration."""
+    """Rounding to nearest of the weights that GPTQ quantizes, with `bits`; no calibration."""
 
     uses_calibration: ClassVar[bool] = False
 

@@ -100,7 +100,7 @@ def control_scores(ranking: Ranking, sizes: Sequence[int], seed: int) -> list[Te
 
 
 def earliest_cut(stats: CalibrationStats, max_kl: float) -> int:
-    """Return the smallest cut whose KL divergence from the dense answer is at most `max_kl` nats."""
+    """Return the smallest cut whose KL divergence from the dense answer is within `max_kl` nats."""
     depth = len(stats.cut_kl)
     fitting = [cut for cut in range(1, depth + 1) if stats.cut_kl[cut - 1] <= max_kl]
     return fitting[0] if fitting else depth

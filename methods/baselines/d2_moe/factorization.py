@@ -86,8 +86,7 @@ def _shared_matrix(
     damping: float,
 ) -> SharedMatrix:
     weights = [getattr(block.expert(expert), name) for expert in range(block.num_experts)]
-    # Relative to the base as stored, in half precision perhaps: the factors then also correct its
-    # rounding error.
+    # Relative to the base as stored, so that the factors also correct its rounding error.
     base_OI = base_OI.to(weights[0].dtype)
     factors = [
         low_rank_factors(weight_OI.double() - base_OI.double(), gram_II, rank, damping)
@@ -162,7 +161,7 @@ def expert_matrices(block: MoEBlock) -> list[ExpertMatrices]:
 
 
 class FisherMean:
-    """Accumulates both sums of one block from the gradients of one row after another."""
+    """Accumulates both sums of one block from gradients, row by row."""
 
     def __init__(self, block: MoEBlock, frequency_E: Tensor) -> None:
         self.sources = expert_matrices(block)
@@ -181,8 +180,8 @@ class FisherMean:
         """Accumulate gradients as they arrive, and free them."""
         with ExitStack() as stack:
             for source in self.sources:
-                # The hook runs inside the backward pass as soon as one parameter's gradient is
-                # complete, so at no time are the gradients of all experts in memory.
+                # The hook runs as soon as the gradient of one parameter is complete, so the
+                # gradients of all experts are never in memory together.
                 handle = source.weight.register_post_accumulate_grad_hook(
                     self._accumulation_hook(source)
                 )
@@ -191,8 +190,8 @@ class FisherMean:
 
     def _accumulation_hook(self, source: ExpertMatrices) -> Callable[[Tensor], None]:
         def accumulate(weight: Tensor) -> None:
-            # Freed at once. It also makes the next row start from zero: squares of single rows are
-            # summed, not the square of the sum.
+            # Freed at once, which also makes the next row start from zero: the sum is over squares
+            # of single rows.
             gradient, weight.grad = cast(Tensor, weight.grad), None
             pairs = zip(
                 source.per_expert(gradient), source.per_expert(weight.detach()), strict=True
@@ -207,7 +206,7 @@ class FisherMean:
     def base(self) -> GateUpDown:
         """Return (gate, up, down) of the base expert, float64.
 
-        Elements for which no row gave any expert a gradient are the plain mean.
+        Elements for which no expert got a gradient in any row are the plain mean.
         """
         merged = {name: self._merged(name) for name in self._total}
         if "gate_up" in merged:

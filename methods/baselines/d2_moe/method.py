@@ -51,11 +51,11 @@ from methods.moe.pruning import (
 class D2Moe(CalibratedPruning):
     """Merge the routed experts of a block into a base plus low-rank differences.
 
-    Ranks follow from the budget: a block keeps at most as many weights as CAMERA-P leaves it at the
-    same ratio, falling short by fewer weights than one rank takes. Shared experts and routers stay.
-    All statistics are those of the unmodified model. `damping` is relative to the mean diagonal of
-    each Gram matrix. Not implemented: the published code can also prune the base at run time
-    (`pp_ratio`); here that share is zero, so all compression comes from the differences.
+    Ranks follow from the budget: a block keeps at most as many weights as CAMERA-P leaves at the
+    same ratio, and less than one rank fewer. Shared experts and routers are unchanged. All
+    statistics are those of the unmodified model. `damping` is relative to the mean diagonal of each
+    Gram matrix. The published code can also prune the base at run time (`pp_ratio`), which is not
+    implemented: all compression comes from the differences.
     """
 
     accepts: ClassVar[frozenset[WeightForm]] = frozenset({"plain"})
@@ -68,7 +68,7 @@ class D2Moe(CalibratedPruning):
         return "shared_base"
 
     def check(self, structure: ModelStructure) -> None:
-        """Also refuse experts of different shapes, and a ratio that leaves no room for the base."""
+        """Also refuse experts of different shapes, and a ratio that leaves no room for a base."""
         super().check(structure)
         require_usual_experts(structure.moe, "D2-MoE")
         for block, budget in zip(structure.moe, self.budgets(structure), strict=True):
@@ -130,11 +130,11 @@ class D2Moe(CalibratedPruning):
 
     def _compress(self, model: Model, tokens_BL: Tensor, progress: Progress) -> list[LayerEntry]:
         """Replace the experts of every block, all measured on the unmodified model."""
-        # Before the walk below, which replaces experts as it goes.
+        # Before the walk below, which replaces experts.
         bases = self._bases(model, tokens_BL, progress)
         observed = walk_blocks(model, tokens_BL, InputMoments, self.walk_options(), progress)
         layers = [
-            # pop: a base is three float64 matrices, freed as soon as its block is built.
+            # `pop`, because a base is three float64 matrices that are not needed afterwards.
             self._replace(block, bases.pop(block), inputs, budget)
             for (block, inputs), budget in zip(observed, self.budgets(model.structure), strict=True)
         ]
@@ -151,8 +151,8 @@ class D2Moe(CalibratedPruning):
         with enable_gradients(model.network, weights), ExitStack() as stack:
             for mean in means.values():
                 stack.enter_context(mean.accumulate_gradients())
-            # One row per backward pass: Fisher information is a mean of squared per-row gradients,
-            # and a batch would give the square of their sum.
+            # One row per backward pass, because Fisher information is a mean of squared gradients
+            # of single rows.
             for row_1L in progress.track(tokens_BL.split(1), "gathering Fisher information"):
                 backpropagate_loss(model.network, row_1L)
         return {block: mean.base() for block, mean in means.items()}
@@ -162,7 +162,7 @@ class D2Moe(CalibratedPruning):
     ) -> LayerEntry:
         """Replace the experts of one block; return its report entry."""
         ranks = self._ranks(block, budget)
-        # Without a budget the block stays as published: a base would only add weights.
+        # Without a budget the block is unchanged, because a base would only add weights.
         if ranks is None or not budget:
             return {"layer": block.layer, "removed_parameters": 0}
         before = _parameter_count(block.experts)

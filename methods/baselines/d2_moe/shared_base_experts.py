@@ -1,4 +1,4 @@
-"""Routed experts with one shared base and low-rank differences, as they run.
+"""Module of routed experts with a shared base and low-rank differences.
 
 Shapes: T tokens, K experts per token, S tokens of one expert, D d_model, F an expert's width, O
 outputs and I inputs of a matrix, R the ranks of all experts together.

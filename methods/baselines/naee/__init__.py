@@ -2,7 +2,7 @@
 
 Shapes: B rows, L tokens per row, P of them kept, D d_model.
 
-A subset of experts is dropped per block; `block_error` has the error of one, and of many.
+`block_error` has the error of a block without a subset of its experts.
 """
 
 from __future__ import annotations
@@ -62,11 +62,10 @@ def block_error_models(
         )
         for index in progress.track(range(last + 1), "searching for experts to drop"):
             blocks = [block for block in structure.moe if block.layer == index]
-            # As in the calibration walk: the layer runs again after pruning, unless nothing
-            # follows.
+            # As in the calibration walk, the layer runs again after pruning unless it is the last.
             rerun = progressive and bool(blocks) and index < last
-            # Both streams share the network. The layer is still unpruned when the reference stream
-            # passes it, so it must advance here, before the caller prunes the layer.
+            # Both streams share the network, so the reference stream must advance here, before the
+            # caller prunes the layer.
             targets: dict[MoEBlock, BlockIO] = {}
             for other in reference:
                 targets = _run_layer(other, index, blocks, kept, advance=True)
@@ -129,11 +128,11 @@ def _record_block_io(blocks: list[MoEBlock], kept: int) -> Iterator[dict[MoEBloc
 class Naee(WholeExpertPruning):
     """Drop the routed experts whose removal changes the output of each block least.
 
-    As published every subset is tried; where there are more than `exhaustive_limit`, greedy
-    elimination is used and the report says so. `progressive` searches later layers on the outputs
-    of the pruned earlier ones, against the unpruned model's output. The search uses about `tokens`
-    calibration tokens, evenly spaced in all rows (the paper uses all); errors are summed over rows.
-    With `state=zeroed` the search also assumes zeroed experts: tokens are not rerouted.
+    As published, every subset is tried. If there are more than `exhaustive_limit`, greedy
+    elimination is used instead, which the report states. With `progressive`, a layer is searched on
+    the outputs of the pruned layers before it, against the unpruned model's output. The search uses
+    about `tokens` calibration tokens, evenly spaced in all rows (the paper uses all); errors are
+    summed over rows. With `state=zeroed`, the search assumes that tokens are not rerouted.
     """
 
     uses_calibration: ClassVar[bool] = True
@@ -220,7 +219,7 @@ class Naee(WholeExpertPruning):
 
 
 ErrorFunction = Callable[[Sequence[tuple[int, ...]]], list[float]]
-"""Errors without each of several sets of experts."""
+"""Maps sets of experts to the errors of a block without them."""
 
 
 @dataclass(frozen=True)
