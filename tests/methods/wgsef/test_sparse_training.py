@@ -183,7 +183,7 @@ def test_fresh_weights_leave_the_random_state_of_the_process_alone():
 
 def test_a_language_model_is_one_sentence():
     structure = SimpleNamespace(vision=None, architecture="LlamaForCausalLM")
-    with pytest.raises(UserError, match="this model is LlamaForCausalLM"):
+    with pytest.raises(UserError, match="the model is LlamaForCausalLM"):
         methods.Wgsef().check(structure)
 
 
