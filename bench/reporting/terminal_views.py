@@ -166,10 +166,10 @@ def describe_config(group: str, name: str) -> str:
     # Hydra reads `# @package ...` in the first line; it is a directive and no description.
     described = [line for line in comments if not line.startswith("# @package")]
     text = " ".join(line.removeprefix("# ") for line in described[:DESCRIBING_LINES])
-    # The first sentence, which may go on in the next line; a point within a word ends none.
-    whole = re.match(r".*?\.(?= |$)", text)
+    # The first sentence may continue in the next line; a point within a word does not end it.
+    sentence = re.match(r".*?\.(?= |$)", text)
     first = described[0].removeprefix("# ") if described else ""
-    return whole[0] if whole and len(whole[0]) > len(first) else first
+    return sentence[0] if sentence else first
 
 
 def print_record(record: Record) -> None:
