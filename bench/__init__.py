@@ -51,10 +51,11 @@ def run(
     >>> bench.run(over={"method": ["dense", "camera_p"], "ratio": [0.2, 0.4]})  # a sweep
     >>> bench.run("-m method=dense,camera_p ratio=0.2,0.4")  # the words of the command line
 
-    A keyword is a key of the config, and a mapping holds keys below it. `overrides` are words of
-    the command line, as one text or a list; they come before the keywords. `over` maps keys to
-    values that are run each. Calls that share a `session` share its loaded model; without one the
-    model is freed at the end. A notebook shows the result as a table.
+    A keyword is a key of the config; a mapping as its value holds nested keys. `overrides` are
+    arguments of the command line, as one string or a list, and are applied before the keywords.
+    `over` maps keys to lists of values, all combinations of which are run. Calls with the same
+    `session` share its loaded model; without a session the model is freed at the end. A notebook
+    shows the result as a table.
 
     Raises:
         UserError: the arguments are wrong, or data or weights are missing.
@@ -77,11 +78,11 @@ def estimate(
     over: Mapping[str, Sequence[object]] | None = None,
     **config: object,
 ) -> SweepEstimate:
-    """Estimate the runs that the arguments describe, as `bench estimate` does; nothing runs.
+    """Estimate the runs that the arguments describe, as `bench estimate` does, without running.
 
     >>> bench.estimate(model="qwen2_57b_a14b", method="camera_p", hardware="a100_40gb")
 
-    The arguments are those of `run`; `hardware` is a board of conf/hardware, or this machine.
+    The arguments are those of `run`; `hardware` is `here` or a name in conf/hardware.
 
     Raises:
         UserError: the arguments are wrong, or a model's config cannot be reached.
@@ -102,10 +103,10 @@ def compare(
     baseline: str | Record | None = None,
     results_dir: Path | str | None = None,
 ) -> Comparison:
-    """Compare recorded runs, named by records, ids or prefixes, as `bench compare` does.
+    """Compare recorded runs, given as records, ids or prefixes of ids, as `bench compare` does.
 
-    `results_dir` is where the given records were written, else `results`. A notebook shows the
-    result as a table.
+    The default of `results_dir` is the folder of the given records, or else `results`. A notebook
+    shows the result as a table.
 
     Raises:
         UserError: a run is unknown, only one is named, or the baseline is ambiguous.
@@ -127,9 +128,9 @@ def plot(
     scope: str | None = None,
     knob: str = "ratio",
 ) -> Figure:
-    """Draw a figure of recorded runs, of all without `runs`, as `bench plot KIND` does.
+    """Draw a figure of recorded runs (all if `runs` is empty), as `bench plot KIND` does.
 
-    `results_dir` is where the given records were written, else `results`.
+    The default of `results_dir` is the folder of the given records, or else `results`.
 
     Raises:
         UserError: the kind or a run is unknown, or the runs have no data for this kind.
@@ -149,7 +150,7 @@ def _given_words(
     config: Mapping[str, object],
     over: Mapping[str, Sequence[object]] | None,
 ) -> list[str]:
-    """Return the words of the command line that the arguments of a function here stand for."""
+    """Convert the arguments of a function of this module into those of the command line."""
     from bench.config.overrides import keyword_overrides
     from bench.errors import refuse_bare_text
 
@@ -159,7 +160,7 @@ def _given_words(
 
 
 def _run_names(runs: Sequence[str | Record]) -> Sequence[str]:
-    # What is neither a text nor a record is left for the sentence that says what is wrong with it.
+    # Values of other types are passed on, to be refused with a message.
     if isinstance(runs, str):
         return runs
     names: list[Any] = [getattr(run, "id", run) for run in runs]
@@ -167,10 +168,10 @@ def _run_names(runs: Sequence[str | Record]) -> Sequence[str]:
 
 
 def _results_folder(runs: Sequence[str | Record], given: Path | str | None) -> Path:
-    """Return the folder in which runs are looked up: given, or where the records were written."""
+    """Return the folder in which to look up runs: the given one, or that of the records."""
     if given is not None:
         return Path(given)
-    # A record is read from a file, whose config may lack the key or hold any value.
+    # The config of a record comes from a file, and may lack the key or have any value.
     configs = [run.config for run in runs if hasattr(run, "config")]
     folders = {str(config["results_dir"]) for config in configs if config.get("results_dir")}
     return Path(folders.pop() if len(folders) == 1 else "results")

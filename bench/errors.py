@@ -28,7 +28,7 @@ class UserError(Exception):
 class MissingData(UserError):
     """Data or weights that a run needs cannot be reached; the message names all of them.
 
-    `items` names them one by one if there are several.
+    `items` lists them separately if there are several.
     """
 
     def __init__(self, message: str, items: Iterable[str] = ()) -> None:
@@ -43,9 +43,9 @@ def error_sentence(error: BaseException) -> str:
 
 
 def source_line(error: BaseException, package: str) -> str | None:
-    """Return `FILE:LINE` of the innermost code of a package in an error's traceback; None without.
+    """Return `FILE:LINE` of the innermost frame of a package in a traceback, or None.
 
-    A module that cannot be parsed has no frame of its own; the error names its line.
+    For a module that cannot be parsed, which has no frame, the line is that of the error.
     """
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}"
@@ -57,7 +57,7 @@ def source_line(error: BaseException, package: str) -> str | None:
 
 
 def class_line(kind: type) -> str:
-    """Return a class with `FILE:LINE` of its definition, as far as it is in a file."""
+    """Return the name of a class, with `FILE:LINE` of its definition if it is in a file."""
     try:
         return f"{kind.__name__} ({inspect.getsourcefile(kind)}:{inspect.getsourcelines(kind)[1]})"
     except (OSError, TypeError):
@@ -79,12 +79,9 @@ def unknown_name(kind: str, word: str, options: Iterable[str]) -> UserError:
 
 
 def refuse_bare_text(argument: str, value: object, example: str) -> None:
-    """Raise if a text was given where a list of texts is due, which Python would read by letters.
-
-    `example` is a correct call.
-    """
+    """Raise if a string was given instead of a list of strings; `example` is a correct call."""
     if isinstance(value, str) or not all(isinstance(each, str) for each in _iterable(value)):
-        raise UserError(f"{argument}={value!r} is not a list of texts, as in {example}")
+        raise UserError(f"{argument}={value!r} is not a list of strings: write {example}")
 
 
 def _iterable(value: object) -> Iterable[object]:
@@ -92,24 +89,29 @@ def _iterable(value: object) -> Iterable[object]:
 
 
 def refuse_unclear_folder(folder: object) -> object:
-    """Return what names a folder to write into.
+    """Validate the name of an output folder, and return it.
 
     Raises:
-        ValueError: it is empty, or begins with a `~` that the shell has left as it is.
+        ValueError: it is empty, or begins with a `~` that the shell has not expanded.
     """
     if folder == "":
-        raise ValueError("it is empty, as an unset shell variable is: name a folder, or . for here")
-    # Hydra makes the folder from the text, and libraries read `~` in different ways.
+        raise ValueError(
+            "the path is empty, perhaps from an unset shell variable: name a folder, or . for the "
+            "current one"
+        )
+    # Hydra creates the folder from the text, and libraries treat `~` differently.
     if isinstance(folder, str) and folder.startswith("~"):
-        raise ValueError("no shell has replaced the ~: write the path in full, or $HOME unquoted")
+        raise ValueError(
+            "the shell has not expanded the ~: write the path in full, or $HOME without quotes"
+        )
     return folder
 
 
 class Stopped(BaseException):
-    """Something outside a run stopped it, such as a full disk; the same command resumes it.
+    """A run was stopped from outside, for example by a full disk; the same command resumes it.
 
-    It derives from BaseException, as KeyboardInterrupt does, so that no job of a sweep records it
-    as a failure of its own.
+    It derives from BaseException, like KeyboardInterrupt, so that jobs of a sweep do not record it
+    as their failure.
     """
 
 
@@ -122,25 +124,25 @@ class RunsFailed(Exception):
 
 
 class LibraryFailure(Exception):
-    """A library ended the program or panicked, where Python code would have raised an error."""
+    """A library exited the program or panicked instead of raising an exception."""
 
 
 def is_panic(error: BaseException) -> bool:
-    """Return whether an error is a panic of a library in Rust, such as tokenizers.
+    """Return whether an error is a panic of a Rust library, such as tokenizers.
 
-    Its class derives from BaseException and cannot be imported: every library makes its own.
+    Its class derives from BaseException and cannot be imported, because every library has its own.
     """
     return type(error).__module__ == "pyo3_runtime"
 
 
 @contextmanager
 def library_failures_as_errors(subject: str) -> Iterator[None]:
-    """Turn `sys.exit` and panics of libraries into errors, which fail one run and not a sweep.
+    """Convert `sys.exit` and panics of libraries into errors, which fail a run but not a sweep.
 
-    `subject` begins the sentence: what the library was doing.
+    `subject` is the start of the message and says what the library was doing.
 
     Raises:
-        LibraryFailure: a library ended the program or panicked inside the block.
+        LibraryFailure: a library exited the program or panicked inside the `with` block.
     """
     try:
         yield
@@ -153,29 +155,28 @@ def library_failures_as_errors(subject: str) -> Iterator[None]:
 
 
 TOLD_ERRORS = (OSError, ValueError, ImportError)
-"""Exceptions whose messages transformers writes for users; those of others need their type."""
+"""Exceptions of transformers with messages for users; those of other types need the type."""
 
 
 @contextmanager
 def one_sentence_errors(place: Path) -> Iterator[None]:
-    """Turn exceptions of transformers into one sentence, and suppress its warnings."""
+    """Convert exceptions of transformers into one sentence, and suppress its warnings."""
     from transformers.utils import logging as transformers_logging
 
     level = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
-    # Verbosity and progress bars are global state of transformers: both are restored, since the
-    # caller may be a library user.
+    # Verbosity and progress bars are global state of transformers, which belongs to the caller.
     transformers_logging.set_verbosity(logging.ERROR)
     transformers_logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            # Meant: the settings of `Quantization` replace those of the checkpoint's config.
+            # Intended: the settings of `Quantization` replace those of the checkpoint's config.
             warnings.filterwarnings("ignore", message="You passed `quantization_config`")
             yield
     except UserError:
         raise
     except BaseException as error:
-        # The files are foreign: they make transformers raise anything, and tokenizers panic.
+        # With untrusted files transformers may raise anything, and tokenizers may panic.
         if not isinstance(error, Exception) and not is_panic(error):
             raise
         reason = next((line for line in str(error).splitlines() if line), "no message")
@@ -189,7 +190,7 @@ def one_sentence_errors(place: Path) -> Iterator[None]:
 
 
 def exit_reason(error: SystemExit) -> str:
-    """Return the message of a `sys.exit`, or its number in words."""
+    """Return the message of a `sys.exit`, or `exit code N`."""
     text = str(error.code).strip()
     return text.splitlines()[0] if isinstance(error.code, str) and text else f"exit code {text}"
 

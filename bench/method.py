@@ -1,9 +1,9 @@
-"""The Method protocol: all that a plug-in has to know.
+"""The Method protocol: all that a plug-in needs to know.
 
-A method is a pydantic model whose fields are its knobs. It exists because a file
-`conf/method/NAME.yaml` names it as `_target_`; there is no registry. `check` sees the model's
-structure before any weight is loaded and refuses it with a `UserError`; `apply` changes the network
-in place and reports in numbers what it did.
+A method is a pydantic model whose fields are its knobs. A file `conf/method/NAME.yaml` registers it
+by naming it as `_target_`. `check` gets the model's structure before weights are loaded, and raises
+a `UserError` if the method does not fit; `apply` changes the network in place and reports its
+effect in numbers.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from bench.models.structure.model_structure import ModelStructure
 
 WeightForm = Literal["plain", "ragged", "packed", "shared_base", "novices", "prequantized"]
-"""How weights are stored: as published, in experts of different widths, quantized and packed, as a
-base with low-rank differences, with some experts as constants, or by the quantizer of somebody
-else's checkpoint."""
+"""How weights are stored: as published (`plain`), in experts of different widths, quantized and
+packed, as a base with low-rank differences, with some experts as constants, or quantized in the
+loaded checkpoint."""
 ALL_FORMS: frozenset[WeightForm] = frozenset(get_args(WeightForm)) - {"prequantized"}
-"""The forms that methods make. Only a method that leaves weights alone takes `prequantized` too."""
+"""The forms that methods make. Only methods that change no weights accept `prequantized` too."""
 
 Effect = Literal["removed", "zeroed", "masked", "quantized", "skipped", "none"]
 
@@ -41,9 +41,9 @@ Effect = Literal["removed", "zeroed", "masked", "quantized", "skipped", "none"]
 class LayerReport(BaseModel):
     """Effect of a method on one layer.
 
-    The declared fields are those that figures read; None where they mean nothing to the method. A
-    method adds further JSON values under names of its own. Lists per expert are in the order of
-    `experts`, which names shared experts as well.
+    The declared fields are those that figures read; they are None if they do not apply to the
+    method. A method can add more JSON values under its own names. Lists per expert are in the order
+    of `experts`, which includes shared experts.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -58,8 +58,8 @@ class LayerReport(BaseModel):
 
     @model_serializer
     def _without_absent(self) -> dict[str, object]:
-        # A null in a record would read as a measurement that failed. Not by iteration, which takes
-        # longer than all else that a report does with a layer.
+        # None is left out, because null in a record would look like a failed measurement. Iterating
+        # over the model instead is slow.
         values = {**self.__dict__, **(self.__pydantic_extra__ or {})}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -68,11 +68,11 @@ class LayerReport(BaseModel):
 class MethodReport:
     """Result of a method: its effect on the weights, and its counts for the record.
 
-    `effect` decides which gains a record may claim: zeroed and masked weights still cost time and
-    memory. The run counts the network before and after, and claims nothing that the counts do not
-    show. `trained` says that the weights were fitted to data, so that a network which was drawn at
-    random is one no longer. `details` holds only JSON values; what is reported per layer goes to
-    `layers`.
+    `effect` determines which gains a record may claim: zeroed and masked weights still take time
+    and memory. The run counts the network before and after the method, and claims only what the
+    counts confirm. `trained` says that the weights were fitted to data, so that a network with
+    random weights does not count as untrained afterwards. `details` holds JSON values for the whole
+    model, `layers` those per layer.
     """
 
     effect: Effect
@@ -93,10 +93,10 @@ class Context:
     """Inputs that a run provides to a method besides the model.
 
     `calibration` is tokenised text, shape [rows, length] int64; None unless the method sets
-    `uses_calibration`. `prompts` are images with questions as encoded by the model's processor;
-    None unless `uses_prompts` is true. `seed` is the run's; a method derives its own generators
-    from it. `folder` is private to this method, for checkpoints: the same run finds it again after
-    a kill, and it is deleted once the run is recorded. It need not exist.
+    `uses_calibration`. `prompts` are images with questions, encoded by the model's processor; None
+    unless `uses_prompts` is true. `seed` is that of the run; a method derives its own generators
+    from it. `folder` is a private folder for checkpoints, which may not exist yet. If the run is
+    killed and repeated, the method gets the same folder; it is deleted when the run is recorded.
     """
 
     seed: int
@@ -187,42 +187,42 @@ class MethodWork:
 class Method(BaseModel, ABC):
     """A plug-in that changes a model; fields are knobs, and unknown ones are refused.
 
-    `accepts` says which forms of weights a method can change, and `leaves` which one it makes. They
-    let an impossible order of methods be refused before the first is applied. By default a method
-    accepts all forms and leaves those that it finds.
+    `accepts` are the forms of weights that a method can change, and `leaves` is the form that it
+    makes. With them an impossible order of methods is refused before any method is applied. By
+    default a method accepts all forms and does not change them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     uses_calibration: ClassVar[bool] = False
     writes: ClassVar[tuple[str, ...]] = ()
-    """Knobs that name what the method writes; files that other knobs name are part of an id."""
+    """Knobs that name outputs of the method. Files named by other knobs are part of a run's id."""
     accepts: ClassVar[frozenset[WeightForm]] = ALL_FORMS
 
     @property
     def leaves(self) -> WeightForm | None:
-        """The form that, with these knobs, the changed weights have; None for that they had."""
+        """The form of the changed weights, with these knobs; None if it does not change."""
         return None
 
     @property
     def restarts(self) -> bool:
-        """Whether, with these knobs, the method draws new weights, whatever it is given."""
+        """Whether, with these knobs, the method discards the model's weights and draws new ones."""
         return False
 
     @property
     def uses_prompts(self) -> bool:
         """Whether, with these knobs, the method uses prompts with images."""
-        # A property and not a class variable like `uses_calibration`: it may depend on knobs.
+        # A property, unlike `uses_calibration`, because it may depend on knobs.
         return False
 
     @abstractmethod
     def check(self, structure: ModelStructure) -> None:
-        """Raise `UserError` if this method does not fit the model; no weight is loaded yet."""
+        """Raise `UserError` if the method does not fit the model; called before weights load."""
 
     def planned_removals(self, structure: ModelStructure) -> Sequence[int] | None:
-        """Return how many units `ratio` removes from each part, None if that is not known yet.
+        """Return the number of units that `ratio` removes from each part, or None if unknown.
 
-        A run is refused whose `ratio` is not 0 and rounds down to no unit at all.
+        A run is refused if its `ratio` is above 0 but removes no unit.
         """
         return None
 
@@ -245,11 +245,11 @@ BudgetUnit = Literal["groups", "macs", "bytes", "seconds"]
 
 
 class RecipeConfig(BaseModel):
-    """Training settings that all methods for image classifiers share, so that they can be compared.
+    """Training settings shared by all methods for image classifiers, for comparability.
 
-    A method's solver acts during the first `sparse_share` of the steps; then the groups to keep are
-    selected, the mask is frozen and the rest of the steps fine-tunes. `decay` skips the weights of
-    groups if the solver decays them itself.
+    The solver of a method acts during the first `sparse_share` of the steps. Then the groups to
+    keep are selected, the mask is frozen, and the remaining steps are fine-tuning. `decay` is not
+    applied to the weights of groups if the solver decays them itself.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

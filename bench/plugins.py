@@ -247,7 +247,7 @@ def _tell_untrusted(file: Path) -> None:
 def _texts(content: Mapping[str, object], key: str, file: Path) -> list[str]:
     value = content.get(key, [])
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise UserError(f'{file}: {key}={value!r} is not a list of texts, as in ["mine"]')
+        raise UserError(f'{file}: {key}={value!r} is not a list of strings, as in ["mine"]')
     return value
 
 

@@ -1,1 +1,1 @@
-"""Empty face of the package."""
+"""Execution of runs: launching sweeps, executing a run, and repeating a recorded one."""

@@ -1,4 +1,4 @@
-"""Estimates of the runs that arguments describe, without those that are recorded already."""
+"""Estimates of the runs that arguments describe, except those that are already recorded."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ _UNITS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 def read_budget(text: str) -> float:
-    """Return a budget in seconds: a number with the unit s, min, h or d.
+    """Parse a budget, a number with the unit s, min, h or d; return it in seconds.
 
     Raises:
-        UserError: it is unreadable or not above zero.
+        UserError: the text has another form, or the budget is not above zero.
     """
     found = re.fullmatch(r"\s*([+-]?\d+(?:\.\d*)?)\s*([a-z]+)\s*", text.lower())
     if found is None or found.group(2) not in _UNITS:
         raise UserError(f"--budget {text}: give a number and a unit, such as 90s, 30min, 6h or 2d")
     seconds = float(found.group(1)) * _UNITS[found.group(2)]
     if seconds <= 0:
-        raise UserError(f"--budget {text}: a budget is above zero, such as 30min or 6h")
+        raise UserError(f"--budget {text}: a budget must be above zero, such as 30min or 6h")
     return seconds
 
 
 def estimate_runs(
     arguments: Sequence[str], hardware: HardwareConfig | None, session: Session
 ) -> SweepEstimate:
-    """Estimate the run or all runs of the sweep that the arguments describe; no weight is loaded.
+    """Estimate the run, or all runs of the sweep, that the arguments describe; loads no weights.
 
-    Without `hardware` it is this machine, with as many threads as each run takes.
+    The default of `hardware` is this machine, with the threads of each run.
 
     Raises:
-        UserError: an argument is wrong, or a model cannot be described at all.
+        UserError: an argument is wrong, or a model's architecture cannot be determined.
     """
     from bench.config.sweep_checks import admit, every_config
     from bench.runner.session import host_process_restored
@@ -66,10 +66,10 @@ def estimate_configs(
     estimator: Estimator | None = None,
     seconds: float | None = None,
 ) -> SweepEstimate:
-    """Estimate runs in order; one that an earlier run or a record answers costs nothing.
+    """Estimate runs in order; a run that is recorded, or equal to an earlier one, costs nothing.
 
-    An `estimator` of the same hardware brings what it has found already. After `seconds` no
-    further run is estimated; the first always is.
+    An `estimator` for the same hardware is reused with its cached results. No further run is
+    estimated after `seconds`, except that the first run always is.
     """
     from bench.device.devices import threads_set
     from bench.estimation.run_estimate import SweepEstimate
@@ -95,7 +95,7 @@ def estimate_configs(
 
 
 def _estimator(hardware: HardwareConfig | None, known: dict[str, Estimator]) -> Estimator:
-    """Return the estimator of the hardware, or of this machine with its present threads."""
+    """Return the estimator of the hardware, or of this machine with its current threads."""
     from bench.estimation.boards import measured_here
     from bench.estimation.run_estimate import Estimator
 
@@ -109,7 +109,7 @@ def _estimator(hardware: HardwareConfig | None, known: dict[str, Estimator]) -> 
 def _estimate(
     config: RunConfig, estimator: Estimator, session: Session
 ) -> tuple[RunEstimate, str | None]:
-    """Return the estimate of a run and its id, None where what decides it is not here."""
+    """Return the estimate of a run and its id, which is None if inputs of the run are missing."""
     from bench.models.source import describe_model
     from bench.runner.inputs import resolve_run
 
@@ -120,11 +120,11 @@ def _estimate(
             inputs = resolve_run(config, session)
             return estimator.estimate(config, inputs.source, inputs.benchmark), inputs.id
         except MissingData as error:
-            # The data of a method or of the benchmark: what does not read them can be estimated.
+            # Data of a method or of the benchmark are missing; the rest can still be estimated.
             missing.append(error_sentence(error))
     planned = None
     try:
-        # Tasks take seconds to build, and say nothing of a model without a tokenizer.
+        # Building tasks takes seconds, and without a tokenizer they give no estimate.
         if estimator.knows_tokens(config, source):
             planned = session.benchmarks.plan(config.benchmark, offline=config.offline)
     except MissingData as error:
@@ -135,16 +135,12 @@ def _estimate(
 
 
 def refuse_above(budget: float, estimate: SweepEstimate) -> None:
-    """Raise if what is to do takes longer than a budget at the most.
-
-    Raises:
-        UserError: it does.
-    """
+    """Raise `UserError` if the upper estimate of the runs to execute exceeds `budget` seconds."""
     from bench.estimation.words import duration
 
     if estimate.high > budget:
         raise UserError(
-            f"--budget {duration(budget)}: {len(estimate.to_do)} runs take "
-            f"{duration(estimate.low)} to {duration(estimate.high)}: take fewer, "
+            f"--budget {duration(budget)} is too low: {len(estimate.to_do)} runs take "
+            f"{duration(estimate.low)} to {duration(estimate.high)}: use fewer runs, "
             "benchmark.limit=N, or a larger budget"
         )

@@ -1,9 +1,10 @@
-"""One run, from top to bottom.
+"""Execution of one run, from top to bottom.
 
 find inputs -> reuse a record -> load the model -> apply methods -> evaluate -> measure -> record
 -> track
 
-Modules that need torch are imported inside functions, so that a finished sweep is answered without.
+Modules that need torch are imported inside functions, because a finished sweep is answered from its
+records without them.
 """
 
 from __future__ import annotations
@@ -40,15 +41,16 @@ from bench.ui import Progress
 
 if TYPE_CHECKING:
     from bench.config.run_config import RunConfig
-    from bench.measurement.quantities import MeasuredPair
+    from bench.evaluation import Evaluation
+    from bench.measurement.quantities import CostReport, MeasuredPair
     from bench.models.model import Model
     from bench.models.source import ModelSource
     from bench.runner.session import Session
 
 LOADING = "loading the model"
-"""Phase of an estimate that is left out where the session has the model."""
+"""Phase that is left out of an estimate if the session holds the loaded model."""
 KEPT_BYTES = 2**26
-"""Largest network that `keep_weights=auto` keeps."""
+"""Size of the largest network that `keep_weights=auto` keeps."""
 _CODE_FOLDERS = ("bench", "methods", "conf", "hydra_plugins")
 
 
@@ -64,11 +66,11 @@ def execute(config: RunConfig, request: RunRequest, session: Session) -> RunResu
     live: Upload | None = None
     with disk_errors_as_stopped(store.root), _claim(store, inputs.id, session, progress):
         known = None if config.force else store.find(inputs.id)
-        # All processes must take the same branch: one that evaluates alone would wait in an
-        # exchange forever.
+        # All processes must take the same branch: a process that evaluates alone would wait for the
+        # others forever.
         known = processes.broadcast(known)
         if known is not None:
-            # The agent of a W&B sweep waits for the numbers of every run that it has asked for.
+            # The agent of a W&B sweep waits for the numbers of every run that it requested.
             agent_waits = processes.is_first and SWEEP_VARIABLE in os.environ
             warning = track(known, store, config.tracker) if agent_waits else None
             return RunResult(known, reused=True, warning=warning)
@@ -77,8 +79,7 @@ def execute(config: RunConfig, request: RunRequest, session: Session) -> RunResu
             if config.tracker.kind != "none":
                 live = progress.watcher = _open_live_run(config, request, inputs, store)
         try:
-            # Inside the run only: the next one of this process may have a different number, or the
-            # process's own.
+            # Restored after the run, because later runs of the process may need another number.
             with threads_set(config.threads):
                 record = _execute_run(config, request, inputs, session, store, progress)
         except BaseException:
@@ -88,8 +89,8 @@ def execute(config: RunConfig, request: RunRequest, session: Session) -> RunResu
 
     if not processes.is_first:
         return RunResult(record, reused=False)
-    # After the record is written and the lock released: a tracker that fails or hangs loses no
-    # result and blocks no other process.
+    # After the record is written and the lock is released, so that a tracker that fails or hangs
+    # loses no result and blocks no other process.
     progress.watcher = None
     kind = config.tracker.kind
     sending = f"sending {record.id} to {kind}"
@@ -100,33 +101,33 @@ def execute(config: RunConfig, request: RunRequest, session: Session) -> RunResu
 
 @contextmanager
 def _claim(store: Store, run: str, session: Session, progress: Progress) -> Iterator[None]:
-    """Keep other processes from executing the same run meanwhile."""
+    """Prevent other processes from executing the same run inside the `with` block."""
 
     def report_wait() -> None:
         progress.say(f"another process is executing run {run}: waiting for it")
 
-    # Two processes with the same run: the second waits, then finds the record. Of the processes of
-    # one distributed run only the first takes the lock, or they would wait for each other.
+    # A second process with the same run waits, then finds the record. Of the processes of one
+    # distributed run only the first takes the lock, because they would wait for each other.
     first = session.process_group.is_first
     with store.claim(run, on_wait=report_wait) if first else nullcontext():
         yield
 
 
 def _move_unreadable_aside(store: Store, run: str, progress: Progress) -> None:
-    """Keep the files of a record that cannot be read, since the run will write new ones."""
+    """Move the files of an unreadable record aside, because the run will write new ones."""
     reason = store.unreadable.get(run)
     if reason:
-        place = store.move_aside(run)
+        folder = store.move_aside(run)
         progress.warn(
             f"the record of run {run} is unreadable ({reason}): running it again; "
-            f"the old files are in {place}"
+            f"the old files are in {folder}"
         )
 
 
 def _open_live_run(
     config: RunConfig, request: RunRequest, inputs: RunInputs, store: Store
 ) -> Upload | None:
-    """Open the W&B run of a run that begins, None if there is none to watch."""
+    """Open the W&B run to which this run reports its progress, or return None."""
     plain = config.plain()
     methods = [method_label(name, knobs) for name, knobs in plain["method"].items()]
     live_run = LiveRun(
@@ -146,16 +147,15 @@ def _execute_run(
     store: Store,
     progress: Progress,
 ) -> Record:
-    """Load, apply, evaluate, measure and write: the part of a run that takes time."""
+    """Load the model, apply the methods, evaluate, measure, and write the record."""
     from bench.device.devices import describe_device, seed_everything
-    from bench.measurement.costs import count_costs, measure_costs, phase_costs
     from bench.models.hashing import state_hash
 
     processes = session.process_group
     checkpoints = store.unfinished(inputs.id, processes.rank)
     resumed = checkpoints.exists()
     started = utc_now()
-    # Cached now: by the end of a long run the working tree may have moved on.
+    # Cached at the start, because the working tree may change during a long run.
     code_revision()
     seed_everything(config.seed)
 
@@ -164,33 +164,16 @@ def _execute_run(
     with progress.phase(LOADING):
         model = session.base_model.acquire(inputs.source, will_change=bool(config.method))
 
-    # Methods change the model in place. All that a record says about the dense model is its size;
-    # its costs are those of the dense run.
+    # Described before the methods change the model in place. A record has only the size of the
+    # dense model; its costs are those of the dense run.
     dense = describe_dense_model(model)
     context = inputs.calibration_inputs.prepare(config, model, progress, checkpoints)
     unchanged = session.base_model.peek(inputs.source)
     methods = apply_methods(config, model, context, session, unchanged)
 
-    # The journal is keyed by the weights after the methods: responses of a killed run are reused
-    # only if applying the methods again gave exactly the same network.
     weights = state_hash(model.network)
-    with store.journal(inputs.id, weights, processes.rank) as journal:
-        for note in journal.notes:
-            progress.warn(note)
-        evaluation = evaluate(model, inputs.benchmark, progress, ResponseCache(journal))
-
-    with progress.phase("counting costs"):
-        after = count_costs(model, config.costs, progress)
-    with progress.phase("measuring costs"):
-        pair = _measured_pair(model, methods, inputs.source, session)
-        measured = measure_costs(pair, config.costs, progress)
-
-    costs = [
-        *after.costs,
-        *measured.costs,
-        *method_memory_costs(methods),
-        *phase_costs(progress.seconds),
-    ]
+    evaluation = _evaluate(model, weights, inputs, session, store, progress)
+    costs = _costs(config, model, methods, inputs.source, session, progress)
     record = Record(
         id=inputs.id,
         started=started,
@@ -202,12 +185,12 @@ def _execute_run(
         model=dense,
         methods=tuple(methods),
         metrics=evaluation.metrics,
-        costs=tuple(costs),
-        missing=(*evaluation.missing, *after.missing, *measured.missing),
+        costs=tuple(costs.costs),
+        missing=(*evaluation.missing, *costs.missing),
         evidence=evaluation.evidence,
         provenance=provenance_of(config, inputs)
         | {"backend": evaluation.backend, "chat_template": chat_template_of(config, model)},
-        # What an earlier process did is in no phase's time.
+        # The phases of a resumed run do not include the time of the interrupted process.
         estimate=() if resumed else estimate,
     )
     save_weights = _weights_to_keep(config, model, methods)
@@ -219,11 +202,51 @@ def _execute_run(
     return record
 
 
-def _estimate(config: RunConfig, inputs: RunInputs, session: Session) -> tuple[EstimatedPhase, ...]:
-    """Return what the run should cost on this machine; nothing where that is not known.
+def _evaluate(
+    model: Model,
+    weights: str,
+    inputs: RunInputs,
+    session: Session,
+    store: Store,
+    progress: Progress,
+) -> Evaluation:
+    """Evaluate the model, reusing the responses of an interrupted attempt of the run.
 
-    An estimate is of one process with all threads of the config. Several of one run share its
-    tasks, so none is made for them. A model that an earlier run of the session left is not loaded.
+    `weights` is the hash of the network after the methods. It is the key of the responses, so that
+    they are reused only if applying the methods again gave exactly the same network.
+    """
+    with store.journal(inputs.id, weights, session.process_group.rank) as journal:
+        for note in journal.notes:
+            progress.warn(note)
+        return evaluate(model, inputs.benchmark, progress, ResponseCache(journal))
+
+
+def _costs(
+    config: RunConfig,
+    model: Model,
+    methods: Sequence[AppliedMethod],
+    source: ModelSource,
+    session: Session,
+    progress: Progress,
+) -> CostReport:
+    """Count and measure the costs of the model; add the memory of methods and times of phases."""
+    from bench.measurement.costs import count_costs, measure_costs, phase_costs
+
+    with progress.phase("counting costs"):
+        costs = count_costs(model, config.costs, progress)
+    with progress.phase("measuring costs"):
+        pair = _measured_pair(model, methods, source, session)
+        measured = measure_costs(pair, config.costs, progress)
+    costs.missing += measured.missing
+    costs.costs += [*measured.costs, *method_memory_costs(methods), *phase_costs(progress.seconds)]
+    return costs
+
+
+def _estimate(config: RunConfig, inputs: RunInputs, session: Session) -> tuple[EstimatedPhase, ...]:
+    """Return the estimated time of the run's phases on this machine, empty if it is unknown.
+
+    An estimate is for a single process, so none is made for a distributed run. Loading is left out
+    if the session holds the model.
     """
     if session.estimator is None or session.process_group.world_size > 1:
         return ()
@@ -231,8 +254,8 @@ def _estimate(config: RunConfig, inputs: RunInputs, session: Session) -> tuple[E
     try:
         found = session.estimator.estimate(config, inputs.source, inputs.benchmark)
     except (UserError, RuntimeError, ValueError, TypeError, AttributeError, LookupError):
-        # Code of others (tokenizers, tasks, plug-ins) takes part: what fails there fails in the run
-        # itself, with its own sentence, or does not matter to it.
+        # Third-party code (tokenizers, tasks, plug-ins) can fail here. If that matters, the run
+        # itself fails with a better message.
         return ()
     return tuple(
         phase for phase in found.recorded_phases() if not (held and phase.phase == LOADING)
@@ -258,7 +281,7 @@ def describe_dense_model(model: Model) -> DenseModel:
 def _measured_pair(
     model: Model, methods: Sequence[AppliedMethod], source: ModelSource, session: Session
 ) -> MeasuredPair:
-    """Return the models to measure, and whether a gain in time may be claimed."""
+    """Return the models to measure, and the reason if no gain in time may be claimed."""
     from bench.measurement.quantities import MeasuredPair
 
     if not methods:
@@ -295,7 +318,7 @@ def provenance_of(config: RunConfig, inputs: RunInputs) -> dict[str, object]:
 
 
 def chat_template_of(config: RunConfig, model: Model) -> object:
-    """Return the template that prompts were rendered with, None if they are plain text."""
+    """Return the chat template with which prompts were rendered, or None for plain text."""
     if config.benchmark.harness == "lm_eval":
         from bench.evaluation.text.chat import select_template
 
@@ -308,7 +331,7 @@ def chat_template_of(config: RunConfig, model: Model) -> object:
 
 
 def config_yaml(config: RunConfig) -> str:
-    """Return the config as the YAML file that lies beside a record."""
+    """Return the text of the config file that is stored with a record."""
     from omegaconf import OmegaConf
 
     return OmegaConf.to_yaml(OmegaConf.create(config.plain()))
@@ -317,7 +340,7 @@ def config_yaml(config: RunConfig) -> str:
 def _weights_to_keep(
     config: RunConfig, model: Model, methods: Sequence[AppliedMethod]
 ) -> Callable[[Path], None] | None:
-    """Return what writes the network into a folder, None if it is not kept."""
+    """Return a function that saves the network to a folder, or None if it is not kept."""
     from bench.models.classifiers.classifier import Classifier
     from bench.models.classifiers.serialization import save_classifier
 
@@ -331,33 +354,33 @@ def _weights_to_keep(
     return None
 
 
-# Once per process: what it imported stays the same whatever is checked out meanwhile.
+# Once per process, because its imported code does not change with the working tree.
 @functools.cache
 def code_revision() -> str | None:
     """Return the commit of the working tree that contains this package, as `git describe` does.
 
-    `-dirty` is added for any change of a tracked file, and for a new file of code. None if the
-    package is installed, even into a folder of somebody's repository.
+    `-dirty` is added if a tracked file is changed or there is a new file of code. None if the
+    package is installed, even within some other repository.
     """
     folder = Path(__file__).parents[2]
-    # An installed package lies in no repository, or is not tracked by the one around it.
+    # An installed package is in no repository, or is not tracked by it.
     if not _git(folder, "ls-files", __file__):
         return None
     commit = _git(folder, "rev-parse", "HEAD")
     changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
     added = _git(folder, "ls-files", "--others", "--exclude-standard", *_CODE_FOLDERS)
-    # Git that answers one question and not the next proves nothing clean.
+    # None, a failed command, counts as dirty as well.
     return f"{commit}" if (changed, added) == ("", "") else f"{commit}-dirty"
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """Return what git answers; None if there is no git, no repository, or an error."""
+    """Return the output of a git command; None without git or a repository, or on an error."""
     import subprocess
 
-    # Without locks, since a run must not disturb a commit that is made meanwhile.
+    # Without optional locks, so that a run does not disturb a concurrent commit.
     command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return result.stdout.strip() if result.returncode == 0 else None

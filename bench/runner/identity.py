@@ -1,8 +1,8 @@
-"""Identity of a run: everything that can change its numbers, by part.
+"""Identity of a run: everything that can change its numbers, divided into parts.
 
-The id of a run is the hash of these parts, and the record keeps the parts: two runs with different
-ids can then be told apart by what differs. A part that was left out would let a changed input find
-the old record.
+The id of a run is the hash of these parts. The record stores the parts, so that it can be said how
+two runs with different ids differ. If a part were missing, a run with a changed input would be
+answered from an old record.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ if TYPE_CHECKING:
     from bench.records import Record
 
 _COUNTING_CODE = ("data", "device", "evaluation", "measurement", "models", "method.py", "runner")
-"""Parts of bench that load, change, score or measure a model; the others show what these found."""
+"""Parts of bench that load, change, score or measure a model; the others only present results."""
 _TRAINED_MODELS = "embedded"
-"""Folder of `models` with weights and how they were trained; what is read has parts of its own."""
+"""Folder of `models` with trained weights and recipes; weights have a separate part of the id."""
 _CODE_SUFFIXES = (".py", ".yaml")
 
-# numpy draws and adds up in methods and metrics, tokenizers decides what a model reads. safetensors
-# and datasets only carry bytes, which are hashed where they arrive.
+# numpy computes in methods and metrics, tokenizers determines the input of a model. safetensors and
+# datasets only transport bytes, which are hashed after reading.
 _LIBRARIES = ("slimbench", "torch", "transformers", "tokenizers", "numpy", "lm-eval", "lmms-eval")
 _IMAGE_LIBRARIES = ("pillow", "torchvision")
-"""They decode and resize pictures, each version a little differently."""
+"""Libraries that decode and resize images, with small differences between versions."""
 
 
 def method_identity(method: Method) -> str:
-    """Return the class of a method with a hash of its code, and of the files that its knobs name.
+    """Return the class of a method with hashes of its code and of the files that its knobs name.
 
-    The code is what `code_files` tells, of the class and of what it inherits from. A knob that
-    names a module, or something in it, adds that module.
+    The code is that of `code_files`, for the class and its base classes. A knob that names a
+    module, or an object in a module, adds that module.
     """
     places, modules = _named_by_knobs(method)
     read = [f"{text} {_content(place)}" for text, place in places.items()]
@@ -67,7 +67,7 @@ def method_identity(method: Method) -> str:
 def _named_by_knobs(method: Method) -> tuple[dict[str, Path], dict[str, Path]]:
     """Return the files and folders, and the modules, that the knobs of a method name.
 
-    A word that the type of a knob offers, as in `Literal["random", "first"]`, names neither.
+    A word that is a choice of the knob's type, as in `Literal["random", "first"]`, is no name.
     """
     places: dict[str, Path] = {}
     modules: dict[str, Path] = {}
@@ -83,14 +83,14 @@ def _named_by_knobs(method: Method) -> tuple[dict[str, Path], dict[str, Path]]:
 
 
 def _words(annotation: object) -> set[str]:
-    """Return the words that a type offers, at any depth."""
+    """Return the string choices of a type (`Literal`), at any depth."""
     if get_origin(annotation) is Literal:
         return {word for word in get_args(annotation) if isinstance(word, str)}
     return set().union(*map(_words, get_args(annotation)))
 
 
 def _module_named(text: str) -> tuple[str, Path] | None:
-    """Return the module that a text names, or that has the name in it: `a.b`, `a.b.C`, `a.b:C`."""
+    """Return the module of a text such as `a.b` (a module), `a.b.C` or `a.b:C` (a name in it)."""
     name = text.replace(":", ".")
     if not all(part.isidentifier() for part in name.split(".")):
         return None
@@ -102,12 +102,12 @@ def _module_named(text: str) -> tuple[str, Path] | None:
 
 
 def place_named(text: str, *, bare: bool = False) -> Path | None:
-    """Return the file or the folder that a text names; `bare` also finds a folder without a slash.
+    """Return the file or folder that a text names; `bare` also accepts a folder without a slash.
 
-    In a config, `digits` is a data set also where a folder of that name happens to be. A knob of a
-    method names what the method reads, however it is written.
+    In a config, `digits` is a data set even if there is a folder of that name. In a knob of a
+    method, it would be the folder.
     """
-    # Not by pathlib, which raises if a sentence is too long for a path.
+    # Not with pathlib, which raises if the text is too long for a path.
     path = os.path.expanduser(text)  # noqa: PTH111
     is_folder = (bare or "/" in text) and os.path.isdir(path)  # noqa: PTH112
     return Path(path) if is_folder or os.path.isfile(path) else None  # noqa: PTH113
@@ -121,13 +121,13 @@ def _content(place: Path) -> str:
 
 
 def class_identity(kind: type) -> str:
-    """Return the name of a class with a hash of its code and of that of its bases.
+    """Return the name of a class with a hash of its code and that of its base classes.
 
     Raises:
-        UserError: the class has no source, so that a change of it could not be seen.
+        UserError: the class has no source, so that changes could not be detected.
     """
     top = _top(kind.__module__)
-    # Of bench and of installed libraries an id has the code and the version anyway.
+    # The id has the code of bench and the versions of installed libraries in other parts.
     bases = [base for base in inspect.getmro(kind)[1:] if module_file(base.__module__, top)]
     codes = [_code_of_class(each) for each in (kind, *bases)]
     together = hashlib.sha256(" ".join(dict.fromkeys(codes)).encode()).hexdigest()
@@ -135,7 +135,7 @@ def class_identity(kind: type) -> str:
 
 
 def method_files(method: Method) -> list[Path]:
-    """Return the files of a method's code, and what its knobs name."""
+    """Return the files of a method's code, and the files and folders that its knobs name."""
     places, modules = _named_by_knobs(method)
     found = list(places.values())
     file = getattr(sys.modules.get(type(method).__module__), "__file__", None)
@@ -154,12 +154,12 @@ def _code_of_class(kind: type) -> str:
     file = getattr(sys.modules.get(kind.__module__), "__file__", None)
     if file is not None:
         return code_hash(Path(file), kind.__module__, _top(kind.__module__))
-    try:  # defined in a notebook, whose cells Python remembers
+    try:  # A class defined in a notebook, whose cells `inspect` can read.
         return hashlib.sha256(inspect.getsource(kind).encode()).hexdigest()
     except (OSError, TypeError):
         raise UserError(
-            f"{kind.__module__}.{kind.__qualname__} has no source that can be read, so a changed "
-            "method would look like an unchanged one: put the class into a file"
+            f"{kind.__module__}.{kind.__qualname__} has no source that can be read, so changes of "
+            "it could not be detected: define the class in a file"
         ) from None
 
 
@@ -174,8 +174,8 @@ def string_leaves(node: object) -> Iterator[str]:
 
 @functools.cache
 def scoring_code_identity() -> str:
-    """Return a hash of the code of bench that decides numbers."""
-    # Also of an installed package, whose files may have been edited.
+    """Return a hash of the code of bench that can change numbers."""
+    # Computed even for an installed package, whose files may have been edited.
     package = Path(__file__).parents[1]
     places = [package / name for name in _COUNTING_CODE]
     found = [file for place in places for file in (place.rglob("*") if place.is_dir() else [place])]
@@ -190,9 +190,9 @@ def scoring_code_identity() -> str:
 
 
 def library_versions(config: RunConfig, quantization: Quantization | None = None) -> dict[str, str]:
-    """Return the versions of the libraries that decide a run's numbers.
+    """Return the versions of the libraries that can change a run's numbers.
 
-    `quantization` is that of the model's checkpoint, which a library of its own unpacks.
+    `quantization` is that of the model's checkpoint, if any, which a further library unpacks.
     """
     names = list(_LIBRARIES)
     if config.model.kind != "causal_lm":
@@ -211,12 +211,12 @@ def library_versions(config: RunConfig, quantization: Quantization | None = None
 
 
 _CHECKING_LIBRARIES = frozenset({"pydantic", "typing_extensions", "omegaconf", "hydra"})
-"""They check and carry the knobs of methods, and compute no number."""
+"""Libraries that validate the knobs of methods and compute no number."""
 
 
 @functools.cache
 def _libraries_of(kind: type) -> list[str]:
-    """Return the installed libraries that a method's class imports, in whatever module of its."""
+    """Return the installed libraries that any module of a method's code imports."""
     found: set[str] = set()
     for each in inspect.getmro(kind):
         file = getattr(sys.modules.get(each.__module__), "__file__", None)
@@ -228,9 +228,9 @@ def _libraries_of(kind: type) -> list[str]:
 def identity_differences(
     one: Record, other: Record, *, shortened: bool = False
 ) -> list[dict[str, str]]:
-    """Return one row per part of the identity in which two runs differ, by its dotted key.
+    """Return one row per part of the identity in which two runs differ, with its dotted key.
 
-    `shortened` cuts hashes to the length at which people tell them apart.
+    `shortened` abbreviates hashes for display.
     """
     ours, theirs = _flat_identity(one), _flat_identity(other)
 
@@ -258,11 +258,11 @@ def _flat_identity(record: Record) -> dict[str, str]:
             prompted=record.provenance.get("prompts") is not None,
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"the config of run {record.id} is not whole: {error}") from None
-    # As in the id: the resolved device and dtype stand among the parts.
+        raise UserError(f"the config of run {record.id} is incomplete: {error}") from None
+    # As in the id, device and dtype are separate parts with their resolved values.
     for key in ("device", "dtype"):
         config["model"].pop(key, None)
-    # Pairs in the id, which says in which order methods are applied.
+    # In the id they are pairs, because the order of methods matters.
     config["method"] = dict(config["method"])
     order = {"order of methods": ", ".join(config["method"]) or "dense"}
     return order | dict(_leaves(config, "")) | dict(_leaves(parts, ""))

@@ -1,4 +1,4 @@
-"""Inputs of a run: found, fingerprinted, and hashed into its id; no weight is loaded."""
+"""Find and fingerprint the inputs of a run, and compute its id, without loading weights."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ if TYPE_CHECKING:
 
 
 def check_run(config: RunConfig, session: Session) -> list[Path] | None:
-    """Refuse a run that cannot work, before anything is loaded or written.
+    """Raise if a run cannot work, before anything is loaded or written.
 
-    Returns the files that decide the run; None if data on a hub, which may change, do too.
+    Return the files on which the run depends, or None if it also depends on data of a hub, which
+    may change.
     """
     refuse_unwritable("results_dir", config.results_dir, folder=True)
     inputs = resolve_run(config, session)
@@ -47,14 +48,14 @@ def check_run(config: RunConfig, session: Session) -> list[Path] | None:
 
 @dataclass(frozen=True)
 class CalibrationInputs:
-    """Calibration inputs that a run's methods use, fingerprinted; None if no method does."""
+    """Fingerprinted calibration text and prompts of a run; None if no method uses them."""
 
     calibration: CalibrationSource | None = None
     prompts: PromptSource | None = None
 
     @property
     def fingerprints(self) -> dict[str, str | None]:
-        """Hashes of the inputs, as records store them."""
+        """Hashes of the inputs, in the form stored in records."""
         return {
             "calibration": self.calibration.fingerprint if self.calibration else None,
             "prompts": self.prompts.fingerprint if self.prompts else None,
@@ -68,7 +69,7 @@ class CalibrationInputs:
     def prepare(
         self, config: RunConfig, model: Model, progress: Progress, folder: Path | None = None
     ) -> Context:
-        """Return the inputs encoded by a loaded model's tokenizer and processor."""
+        """Encode the inputs with a loaded model's tokenizer and processor."""
         from bench.method import Context
 
         text, prompts = self.calibration, self.prompts
@@ -84,7 +85,7 @@ class CalibrationInputs:
 
 @dataclass(frozen=True)
 class RunInputs:
-    """Everything that a run reads, found and fingerprinted, with no weights loaded yet."""
+    """Everything that a run reads, found and fingerprinted, before weights are loaded."""
 
     id: str
     source: ModelSource
@@ -92,24 +93,23 @@ class RunInputs:
     calibration_inputs: CalibrationInputs
     versions: dict[str, str]
     identity: dict[str, object]
-    """Parts of the id besides the config, by name."""
+    """Parts of the id other than the config, by name."""
 
     def may_change(self, config: RunConfig) -> bool:
         """Return whether the hub could return different data next time."""
         if config.offline:
             return False
         from_hub = [source.origin == "hub" for source in self.benchmark.sources.values()]
-        # A model is fixed only if the config names the commit itself; a branch such as main may
-        # move.
+        # A model cannot change only if the config names a commit; a branch such as main may move.
         from_hub.append(self.source.revision not in (None, config.model.revision))
         adapter = (config.model.adapter or "").partition("@")[2]
         from_hub.append(self.source.adapter_revision not in (None, adapter))
         return any(from_hub) or self.calibration_inputs.may_change(config)
 
     def files(self, config: RunConfig) -> list[Path]:
-        """Return the folders of the model and the tasks, and what the config and methods name."""
-        # Any text of the config may be a path (a method's settings folder, local data), so all that
-        # exist count.
+        """Return the folders of model and tasks, and the files that config and methods name."""
+        # Any string of the config may be a path (a method's settings folder, local data), so all
+        # existing ones are included.
         named = set(string_leaves(config.plain())) - {str(config.results_dir)}
         found = set(filter(None, map(place_named, named)))
         code = {file for method in config.method.values() for file in method_files(method)}
@@ -118,7 +118,7 @@ class RunInputs:
 
 
 def resolve_run(config: RunConfig, session: Session) -> RunInputs:
-    """Find model files and data, let every method check the model, and name the run.
+    """Find model files and data, let every method check the model, and compute the run's id.
 
     Raises:
         UserError: a method, the tokenizer or the benchmark does not fit the model, or a required
@@ -148,8 +148,7 @@ def resolve_run(config: RunConfig, session: Session) -> RunInputs:
     device = select_device(config.model.device)
     versions = library_versions(config, source.quantization)
     decided = config.identity()
-    # `auto` and `cuda` are resolved: the id must say on which kind of device and in which dtype the
-    # numbers were computed, and not how that was asked for.
+    # The id has the resolved kind of device and dtype instead of settings such as `auto` or `cuda`.
     del decided["model"]["device"], decided["model"]["dtype"]
     identity: dict[str, object] = {
         "device": device.type,
@@ -170,12 +169,12 @@ def resolve_run(config: RunConfig, session: Session) -> RunInputs:
 
 
 def _check_methods(config: RunConfig, source: ModelSource, skeleton: nn.Module) -> None:
-    """Raise if a method does not fit the model, the methods before it or the model's kind."""
+    """Raise if a method does not fit the model, its kind, or the methods before it."""
     from bench.models.replaced_modules import weight_forms
     from bench.models.structure.model_structure import inspect_model
 
     structure = inspect_model(skeleton)
-    # Before the methods' own checks, which see the network as it was before it was quantized.
+    # Before the checks of the methods, which get the structure of the unquantized network.
     forms = {"prequantized"} if source.quantization else set()
     if source.is_described or source.quantization:
         forms |= weight_forms(skeleton)
@@ -186,13 +185,13 @@ def _check_methods(config: RunConfig, source: ModelSource, skeleton: nn.Module) 
     if config.uses_prompts and config.model.kind != "image_text":
         names = [name for name, method in config.method.items() if method.uses_prompts]
         raise UserError(
-            f"method={names[0]} looks at images, which model={config.model.name} of kind "
-            f"{config.model.kind} cannot: take a model of kind image_text, such as micro_llava"
+            f"method={names[0]} needs a vision-language model, but model={config.model.name} is of "
+            f"kind {config.model.kind}: choose a model of kind image_text, such as micro_llava"
         )
 
 
 def _own_network(config: RunConfig) -> dict[str, str]:
-    """Return the code of a network that is a class of the user's own."""
+    """Return the identity of the network's class if it is defined by the user."""
     from hydra.utils import get_class
 
     target = config.model.target
@@ -200,7 +199,7 @@ def _own_network(config: RunConfig) -> dict[str, str]:
 
 
 def _images_as_pixels(source: ModelSource) -> dict[str, ImageSettings]:
-    """Return the processor's settings in force: defaults of the code are in no config."""
+    """Return the effective settings of the processor, including defaults that no config states."""
     from bench.models import loading
 
     if source.config.kind != "image_text":
@@ -209,7 +208,7 @@ def _images_as_pixels(source: ModelSource) -> dict[str, ImageSettings]:
 
 
 def replaced_modules_identity(skeleton: nn.Module) -> dict[str, str]:
-    """Return the code of modules that an exported model has from a method or a plug-in."""
+    """Return the identities of module classes of methods or plug-ins in an exported model."""
     from bench.models.replaced_modules import ReplacedModule
 
     kinds = {type(module) for module in skeleton.modules() if isinstance(module, ReplacedModule)}
@@ -220,13 +219,14 @@ def resolve_calibration_inputs(config: RunConfig) -> CalibrationInputs:
     """Find the calibration inputs that a run's methods use.
 
     Raises:
-        MissingData: they are neither on this machine nor reachable.
-        UserError: their content is not as required.
+        MissingData: the inputs are neither on this machine nor reachable.
+        UserError: the content of the inputs is not as required.
     """
     from bench.data import calibration, prompts
 
     text = pictures = None
-    # Only what a method reads: a dense run must not fail, or get a different id, for want of text.
+    # Only inputs that a method reads, so that a dense run neither depends on them nor fails without
+    # them.
     if config.uses_calibration:
         text = calibration.resolve_calibration(config.calibration, offline=config.offline)
     if config.uses_prompts:

@@ -1,6 +1,6 @@
-"""From `bench run` arguments to Hydra's launcher, and from its jobs to records.
+"""Launch the runs of `bench run` with Hydra, and collect their records.
 
-Hydra owns composition, multirun, sweepers and launchers; each job comes back to `execute`.
+Hydra does composition, multirun, sweeping and launching; each of its jobs calls `execute`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 
 class Runs(list["Record"]):
-    """A list of records that a notebook shows as one table, a row per run."""
+    """A list of records that a notebook shows as a table with one row per run."""
 
     def _repr_html_(self) -> str:
         from bench.records.display import runs_html
@@ -67,7 +67,7 @@ class LaunchOutcome:
     warnings: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     study_folder: Path | None = None
-    """Folder of a search, with its trials."""
+    """Folder of a search, which contains its trials."""
 
     def add(self, result: RunResult) -> None:
         """Add a result; a record shared by several jobs is listed once."""
@@ -83,22 +83,23 @@ def launch(
 ) -> LaunchOutcome:
     """Check every alternative of the sweep, then let Hydra execute each run.
 
-    A sweep that exists already, and whose inputs are unchanged, is resumed. `budget` is the most
-    seconds that what is to do may take by its estimate.
+    A sweep that already exists, with unchanged inputs, is resumed. `budget` is the maximum
+    estimated time, in seconds, of the runs to execute.
 
     Raises:
-        UserError: one of the alternatives is wrong, or all exceed the budget; nothing was run.
+        UserError: one of the alternatives is wrong, or the runs exceed the budget. No run is
+            executed then.
         RunsFailed: no run of the sweep succeeded.
     """
     overrides = Overrides.parse(arguments).without_repeats()
     with host_process_restored():
-        # Libraries read the offline switch only once, when they are imported.
+        # Set first, because libraries read the offline switch only when they are imported.
         if overrides.is_true("offline"):
             hub.go_offline()
-        # Looked up before anything is composed: resuming or repeating a sweep then needs neither
-        # the checks nor the libraries they import.
+        # Looked up before anything is composed, so that resuming or repeating a sweep needs neither
+        # the checks nor the libraries that they import.
         results_dir = Path(str(overrides.value("results_dir") or "results"))
-        # The state of a sweep covers plug-ins, which are found from here on.
+        # Found here, because the fingerprint of a sweep includes plug-ins.
         plugins.active()
         has_sweeps = (results_dir / SWEEPS).is_dir() and not overrides.is_true("force")
         known = existing_sweep(results_dir, overrides.arguments) if has_sweeps else None
@@ -112,10 +113,10 @@ def resume_sweep(
 ) -> LaunchOutcome:
     """Run the missing and failed jobs of a sweep; `sweep` is its name or a prefix of it.
 
-    `repeated` are arguments of the plan that a plan cannot allow by itself, such as `packages`.
+    `repeated` are arguments of the plan that the user must allow again, such as `packages`.
 
     Raises:
-        UserError: there is no such sweep, or its plan asks for more than is repeated.
+        UserError: there is no such sweep, or its plan needs an argument that is not repeated.
     """
     with host_process_restored():
         plan = find_sweep(results_dir.absolute(), sweep)
@@ -157,29 +158,29 @@ def _launch_new(
         return _run_sweep(plan, admitted, session)
     except UserError:
         # A sweeper or launcher refused its settings. The folder is removed only if no job was
-        # planned: a half-done sweep must stay resumable.
+        # planned, because a partial sweep must remain resumable.
         if not sweep_jobs(plan):
             shutil.rmtree(plan.folder)
         raise
 
 
 LINE_SECONDS = 1.0
-"""Time after which the line before a sweep is about its first runs only."""
+"""Time limit in seconds for the estimate that is printed before a sweep."""
 
 
 def _announce(
     overrides: Overrides, admitted: Admitted, session: Session, budget: float | None
 ) -> None:
-    """Say what a sweep should take, and refuse what is above the budget."""
+    """Print the estimated time of a sweep, and raise if it is above the budget."""
     if budget is None and (not admitted.is_sweep or session.estimator is None or not says_notes()):
         return
     from bench.config.sweep_checks import every_config
     from bench.estimation.words import sweep_line
     from bench.runner.estimate import estimate_configs, refuse_above
 
-    # A budget is worth measuring this machine for; a line is not.
+    # This machine is measured for a budget, but not for the printed estimate.
     runs = every_config(overrides, admitted)
-    # What the first run asks is found once and used by the run itself; the others cost extra.
+    # The inputs found for the first run are reused by the run itself; those of others cost time.
     seconds = LINE_SECONDS if budget is None else None
     found = estimate_configs(runs, None, session, estimator=session.estimator, seconds=seconds)
     note(sweep_line(found))
@@ -197,15 +198,15 @@ def _resume_plan(
 ) -> LaunchOutcome:
     """Run the missing and failed jobs of a sweep; `reused` counts earlier records as reused.
 
-    `budget` is the most seconds that these jobs may take.
+    `budget` is the maximum estimated time of these jobs in seconds.
     """
     done_before = {job.run for job in sweep_jobs(plan)} if reused else set()
     if unfinished_jobs(plan) or not plan.complete:
-        # Imported here: a finished sweep is answered without Hydra.
+        # Imported here, because a finished sweep is answered without Hydra.
         from bench.config.gate import plan_arguments
         from bench.config.sweep_checks import admit_plan
 
-        # In its folder, against which a relative search path counts.
+        # In the sweep's working folder, because a search path may be relative.
         with _working_directory(plan.working_folder):
             admitted = admit_plan(plan.folder, plan.arguments, plan.jobs, repeated)
             if budget is not None:
@@ -213,7 +214,7 @@ def _resume_plan(
                 _announce(planned, admitted, session, budget)
         outcome = _run_sweep(plan, admitted, session)
     else:
-        # What is given for nothing would be taken for done.
+        # Arguments without effect must not be ignored silently.
         if repeated and not reused:
             from bench.config.gate import plan_arguments, refuse_unplanned
 
@@ -230,7 +231,7 @@ def _run_sweep(plan: SweepPlan, admitted: Admitted, session: Session) -> LaunchO
     """Let Hydra launch the unfinished jobs of a sweep, and collect the results of all jobs."""
     with _working_directory(plan.working_folder):
         _run_hydra(admitted.in_folder(plan.folder), session, LaunchOutcome())
-    # The sweeper may have extended the plan on disk meanwhile.
+    # Read again, because the sweeper may have extended the plan on disk.
     return _sweep_outcome(read_plan(plan.folder) or plan)
 
 
@@ -244,7 +245,7 @@ def _sweep_outcome(plan: SweepPlan) -> LaunchOutcome:
             outcome.add(result)
         else:
             outcome.failures.append(result)
-    # A sweep with any record succeeded in part: its failures are listed, not raised.
+    # If any run succeeded, failures are listed instead of raised.
     if outcome.failures and not outcome.records:
         raise RunsFailed(outcome.failures)
     return outcome
@@ -253,10 +254,10 @@ def _sweep_outcome(plan: SweepPlan) -> LaunchOutcome:
 def _sweep_fingerprint(
     configs: Sequence[RunConfig], files: Sequence[Sequence[Path] | None], *, elsewhere: bool
 ) -> SweepFingerprint | None:
-    """Fingerprint what decides the sweep; None if it must not be answered from its records.
+    """Fingerprint the inputs of a sweep; None if it must not be answered from its records.
 
-    That is because something unwatched may change (data on a hub, config files `elsewhere`), or
-    because a config, an experiment's as well, forces its run.
+    That is the case if something that is not fingerprinted may change (data on a hub, config files
+    `elsewhere`), or if a config, which may be that of an experiment, sets `force`.
     """
     known = [group for group in files if group is not None]
     if len(known) < len(files) or elsewhere or any(config.force for config in configs):
@@ -271,11 +272,11 @@ def _sweep_fingerprint(
 
 
 def print_hydra_info(arguments: list[str]) -> None:
-    """Let Hydra answer its own flags, such as `--cfg job`; nothing is run."""
+    """Let Hydra handle its own flags, such as `--cfg job`, without running anything."""
     from bench.config.composition import hydra_errors_as_user_errors
     from bench.config.sweep_checks import admit
 
-    # Without the flags that name config folders or a pickled job to run again.
+    # Flags that name config folders, or a pickled job to run again, are not accepted.
     parser = argparse.ArgumentParser(
         "bench run", add_help=False, allow_abbrev=False, exit_on_error=False
     )
@@ -307,8 +308,8 @@ def _run_hydra(
 ) -> None:
     """Let Hydra compose and launch.
 
-    A single run is added to `outcome`; the jobs of a sweep leave status files. Without a `session`
-    Hydra only answers a question and runs no job.
+    A single run is added to `outcome`; the jobs of a sweep write status files. Without a `session`
+    Hydra only handles its `flags` and runs no job.
     """
     import hydra
 
@@ -319,7 +320,7 @@ def _run_hydra(
         try:
             return _run_job(composed, session, outcome)
         except Exception as error:
-            # Hydra would print its own message first, so the error is carried past it.
+            # Stored and raised below, because Hydra would print its own message.
             raised.append(error)
             return None
 
@@ -333,7 +334,7 @@ def _run_hydra(
 
 @contextmanager
 def _unwrapped_user_errors() -> Iterator[None]:
-    """Unwrap a `UserError` that a sweeper or launcher of ours raised on construction."""
+    """Unwrap a `UserError` that a sweeper or launcher of the suite raised when it was created."""
     from hydra.errors import InstantiationException
 
     try:
@@ -346,11 +347,11 @@ def _unwrapped_user_errors() -> Iterator[None]:
 
 @contextmanager
 def _hydra_arguments(arguments: Sequence[str]) -> Iterator[None]:
-    """Put the arguments on the command line, from which Hydra reads them, and restore it after."""
+    """Set `sys.argv`, from which Hydra reads its arguments, and restore it afterwards."""
     from hydra.core.global_hydra import GlobalHydra
 
     before = sys.argv
-    # Otherwise Hydra prints its own abridged traceback and calls sys.exit instead of raising.
+    # Without it, Hydra prints an abridged traceback and calls sys.exit instead of raising.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     GlobalHydra.instance().clear()
     sys.argv = ["bench run", *arguments]
@@ -389,16 +390,16 @@ def _run_job(composed: DictConfig, session: Session, outcome: LaunchOutcome) -> 
             return execute(validated(composed), request, session)
 
     settings = HydraConfig.get()
-    # Hydra keeps overrides of its own config apart. The search path belongs to the run: without it
-    # a third party's methods would not be found when the command is repeated.
+    # Hydra stores overrides of its own config separately. The search path is a part of the run:
+    # without it, third-party methods would not be found when the command is repeated.
     searched = Overrides.parse(list(settings.overrides.hydra)).setting("hydra.searchpath")
     command = shlex.join(["bench", "run", *settings.overrides.task, *searched])
     if settings.mode == RunMode.MULTIRUN:
         folder = Path(settings.sweep.dir)
         request = RunRequest(command, sweep=folder.name)
         plan = read_plan(folder)
-        # A resumed sweep launches only its missing jobs, which Hydra numbers from 0; the plan knows
-        # the original number of a job by its overrides.
+        # Hydra numbers the missing jobs of a resumed sweep from 0; the plan has the original number
+        # of a job by its overrides.
         number = plan.number(settings.overrides.task) if plan else None
         number = int(settings.job.num) if number is None else number
         result = perform_job(folder, number, request, lambda: perform(request))

@@ -1,7 +1,7 @@
-"""Application of a run's methods to its model, in order, and the check of what they claim.
+"""Apply the methods of a run to its model, in order, and check the effects that they report.
 
-A method reports its effect; the suite counts the network before and after it. An effect that the
-counts contradict is not claimed in any report.
+The suite counts the weights, bytes and FLOPs of the network before and after each method. An effect
+that contradicts these counts is not claimed in any report.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def apply_methods(
 ) -> list[AppliedMethod]:
     """Apply a run's methods to its model in order and return their checked reports.
 
-    `unchanged` is the model as it was, if that is kept; it is counted when the first method is
-    through, and the model itself before it changes where none is kept.
+    `unchanged` is the original model if the session holds it; it is then counted after the first
+    method, because only then is the result needed. Otherwise `model` is counted before it changes.
 
     Raises:
-        UserError: a method left NaN or infinite weights, or reports an unknown effect.
+        UserError: a method produced NaN or infinite weights, or reports an unknown effect.
     """
     from bench.measurement.costs import count_size_and_work
     from bench.records import AppliedMethod
@@ -56,7 +56,7 @@ def apply_methods(
     applied: list[AppliedMethod] = []
     watched = "memory" in config.costs.measure
     for name, method in config.method.items():
-        # Two methods must not find each other's checkpoints.
+        # Separate folders, so that methods do not find each other's checkpoints.
         folder = context.folder / name if context.folder else None
         report, seconds, peak_bytes = _apply_watched(
             name, method, model, replace(context, folder=folder), memory=watched
@@ -94,7 +94,7 @@ def _apply_watched(
     """Apply one method; return its report, its seconds and, with `memory`, its peak bytes.
 
     Raises:
-        UserError: it left NaN or infinite weights, or its report is none.
+        UserError: the method produced NaN or infinite weights, or did not return a report.
     """
     from bench.device.devices import LeakMonitor, synchronize
     from bench.device.memory import PeakMemory
@@ -112,30 +112,30 @@ def _apply_watched(
         _refuse_wrong_report(name, method, report)
         synchronize(model.device)
         seconds = time.perf_counter() - start
-    # A method that replaces modules may not know of the cache, and the next reader of the structure
-    # (the next method, a formula) would see modules that are no longer there.
+    # A method that replaces modules may not invalidate the cached structure, which would then refer
+    # to modules that have been replaced.
     model.invalidate_structure()
     refuse_not_finite(model.network, name)
     if leaked := leaks.leaked_bytes(model.network):
         context.progress.warn(
-            f"{name} leaks {leaked / 2**20:.0f} MiB besides the model's own memory: "
-            "a long sweep will run out of memory"
+            f"{name} leaks {leaked / 2**20:.0f} MiB in addition to the model's own memory: a long "
+            "sweep will run out of memory"
         )
     return report, seconds, peak.above if peak else None
 
 
 def refuse_idle(name: str, method: Method, structure: ModelStructure) -> None:
-    """Raise if a method is asked for a saving and will remove nothing; no weight is loaded yet.
+    """Raise if a method has a ratio above 0 that rounds down to removing nothing.
 
-    Otherwise the dense model would be recorded under the method's name.
+    Otherwise the dense model would be recorded under the method's name. A ratio of 0, which is
+    often the first value of a sweep, is accepted.
     """
-    # Zero is a request to change nothing, as a sweep's first value often is.
     ratio = getattr(method, "ratio", None)
     planned = method.planned_removals(structure) if ratio else None
     if planned is not None and not any(planned):
         raise UserError(
             f"method.{name}.ratio={ratio:g} rounds down to nothing in every part of "
-            f"{structure.architecture}: raise it, or set it to 0 to change nothing on purpose"
+            f"{structure.architecture}: raise it, or set it to 0 to leave the model unchanged"
         )
 
 
@@ -145,24 +145,23 @@ SHOWN_BY = {
     "skipped": ("FLOPs",),
     "zeroed": ("nonzero parameters",),
 }
-"""Effects, and the counts that fall if a method has them."""
+"""Effects, and the counts that must decrease for each of them."""
 
 
 def check_effect(effect: str, before: SizeAndWork, after: SizeAndWork) -> EffectCheck:
     """Compare the effect that a method reports with the counts before and after it.
 
-    `removed` needs fewer weights and fewer bytes, `quantized` more packed weights, or fewer bytes
-    for all weights, `skipped` fewer FLOPs; the other effects need that there is no saving at all,
-    and `zeroed` more weights that are zero. Weights count wherever a module holds them, and padding
-    does not.
+    `removed` requires fewer weights and fewer bytes; `quantized` more packed weights, or fewer
+    bytes for the same weights; `skipped` fewer FLOPs. The other effects require that no count
+    decreases, and `zeroed` also that more weights are zero. Weights are counted in parameters and
+    buffers, without padding.
     """
     from bench.records import EffectCheck
 
     fewer_bytes = after.bytes < before.bytes
     fewer_weights = after.numbers < before.numbers
     shown = {
-        # With fewer weights, fewer bytes say nothing of how those that are left are stored. Packing
-        # may leave some out, those of 0 bits.
+        # Fewer bytes prove quantization only if no weights were removed, as in packing with 0 bits.
         "quantized": after.packed > before.packed or (fewer_bytes and not fewer_weights),
         "removed": fewer_weights and fewer_bytes,
         "skipped": _fell(before.flops, after.flops),
@@ -176,18 +175,18 @@ def check_effect(effect: str, before: SizeAndWork, after: SizeAndWork) -> Effect
 
 
 def _fell(before: float | None, after: float | None) -> bool:
-    # What could not be counted is not known to have fallen.
+    # None is a count that could not be made.
     return before is not None and after is not None and after < before
 
 
 def _refutation(effect: str, found: str, before: SizeAndWork, after: SizeAndWork) -> str:
-    """Say which counts should have fallen and did not, or fell and should not have."""
+    """Return a sentence about the counts that contradict the reported effect."""
     if effect == "skipped" and (reason := before.reason or after.reason):
         return f"reports skipped computation, which cannot be confirmed: {reason}"
     if effect == "zeroed" and found == "none" and None in (before.nonzero, after.nonzero):
         return "reports zeroed weights, which cannot be confirmed: they are offloaded"
     counts = {
-        # As in the rule: a weight that became a buffer is still there.
+        # As in `check_effect`, parameters and buffers.
         "parameters": (before.numbers, after.numbers),
         "bytes": (before.bytes, after.bytes),
         "FLOPs": (before.flops, after.flops),
@@ -203,29 +202,28 @@ def _refutation(effect: str, found: str, before: SizeAndWork, after: SizeAndWork
 
 
 def _idle_reason(check: EffectCheck, report: MethodReport, knobs: JsonObject) -> str | None:
-    """Return what to say of a method that was asked for a saving and made none."""
-    # Zero is a request to change nothing, as a sweep's first value often is.
+    """Return a warning about a method with a ratio above 0 that saved nothing, or None."""
     ratio = knobs.get("ratio")
     idle = report.effect == "none" and check.found == "none" and not report.trained
-    # Weights may have changed: only their counts are known not to have.
+    # "saved", not "changed": only the counts are known to be equal.
     return f"saved nothing, although ratio={ratio}" if idle and ratio else None
 
 
 def refuse_impossible_order(config: RunConfig, forms: Collection[str]) -> None:
-    """Raise if a method cannot change weights in the form in which an earlier one leaves them.
+    """Raise if a method cannot change weights in the form that an earlier method leaves.
 
-    Or if it draws new ones, so that the earlier one did its work for nothing. `forms` are the forms
-    of the model's own weights besides the published one.
+    Also raise if a method draws new weights, which would discard the work of earlier methods.
+    `forms` are the forms of the model's own weights other than `plain`.
     """
-    # By form, the method that made it; None for the model's own.
+    # The method that made each form; None for forms of the model itself.
     made_by: dict[str, str | None] = dict.fromkeys(forms)
     names = list(config.method)
     for name, method in config.method.items():
         if method.restarts and name != names[0]:
             lost = " and ".join(names[: names.index(name)])
             raise UserError(
-                f"method=[{','.join(names)}]: {name} draws fresh weights, which loses what {lost} "
-                f"did: set method.{name}.restart=false, or leave {lost} out"
+                f"method=[{','.join(names)}]: {name} draws fresh weights, which discards the "
+                f"result of {lost}: set method.{name}.restart=false, or leave {lost} out"
             )
         for form, maker in made_by.items():
             if form in method.accepts:
@@ -234,7 +232,7 @@ def refuse_impossible_order(config: RunConfig, forms: Collection[str]) -> None:
             if maker is None:
                 raise UserError(
                     f"method={name} cannot change the weights of model={config.model.name}, which "
-                    f"are {words}: take the model from which they were made"
+                    f"are {words}: choose the model from which they were made"
                 )
             earlier = config.method[maker]
             other_way = method.leaves is None or method.leaves in earlier.accepts
@@ -260,7 +258,7 @@ FORM_WORDS = {
 
 
 def _refuse_wrong_report(name: str, method: Method, report: object) -> None:
-    """Raise unless a method's `apply` returned a report that a record can hold."""
+    """Raise unless a method's `apply` returned a report that can be stored in a record."""
     from bench.method import MethodReport
 
     place = f"method {name}: {class_line(type(method))}"
@@ -273,19 +271,18 @@ def _refuse_wrong_report(name: str, method: Method, report: object) -> None:
         json.dumps(report.details, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"{place}.apply reports details that JSON cannot hold: {error}: use numbers, texts and "
-            "lists"
+            f"{place}.apply reports details that are no JSON values ({error}): use numbers, "
+            "strings and lists"
         ) from None
 
 
 @contextmanager
 def _attribute_errors(name: str, method: Method) -> Iterator[None]:
-    """Add the name of the method, and the line of its code, to an error raised inside the block."""
+    """Add the method's name and the line of its code to an error raised in the `with` block."""
     try:
         yield
     except Exception as error:
-        # A note instead of a new exception: callers still see the type, such as out of memory or
-        # UserError.
+        # A note instead of a new exception, because callers distinguish types such as UserError.
         line = source_line(error, type(method).__module__.partition(".")[0])
         error.add_note(f"while applying method {name}" + (f" ({line})" if line else ""))
         raise

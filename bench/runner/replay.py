@@ -1,4 +1,4 @@
-"""A recorded run's config and its model, made again."""
+"""Rebuild the config and the model of a recorded run."""
 
 from __future__ import annotations
 
@@ -27,20 +27,19 @@ if TYPE_CHECKING:
 REMOTE_CODE = "model.trust_remote_code"
 TASK_CODE = "benchmark.trust_code"
 REPEATABLE_KEYS = ("packages", "hydra.searchpath", REMOTE_CODE, TASK_CODE, "model.path")
-"""Keys that a record asks for and the person at the keyboard allows; a path is checked by the
-fingerprint of the weights that lie there."""
+"""Keys of a record that the user must allow again; a model path is checked by the fingerprint of
+its weights."""
 _GROUP_NAME = re.compile(r"\w[\w.+-]*")
 
 
 def rebuild_model(
     record: Record, store: Store, session: Session, allowed: Sequence[str] = ()
 ) -> Model:
-    """Return the model of a record: as the run kept it, or made again from weights and methods.
+    """Return the model of a record: the network that the run kept, or else rebuilt by its methods.
 
     Raises:
-        UserError: the weights or the calibration inputs have changed since the run, the network
-            that it kept has, or it used code that is not `allowed` in this command; see
-            `recorded_config`.
+        UserError: the weights, the calibration inputs or the kept network have changed since the
+            run, or the run used code that is not `allowed`; see `recorded_config`.
     """
     from bench.device.devices import seed_everything, set_threads
     from bench.models.source import resolve_model
@@ -55,9 +54,8 @@ def rebuild_model(
     for name, current in inputs.fingerprints.items():
         if current is not None:
             refuse_change(name, record.provenance.get(name), current)
-    # Same order as in a run: threads, seed, load, apply. A method that draws from the global
-    # generator would otherwise make a different model, and another number of threads adds floats
-    # up in another order.
+    # Same order as in a run: threads, seed, load, apply. Methods may draw from the global
+    # generator, and the number of threads affects the order of summation.
     set_threads(config.threads)
     seed_everything(config.seed)
     model = session.base_model.acquire(source, will_change=bool(config.method))
@@ -70,7 +68,7 @@ def rebuild_model(
 
 
 def _load_kept_weights(model: Model, folder: Path, record: Record) -> None:
-    """Put the network that a run kept in place of the one it began with."""
+    """Replace the network of a model by the one that a run kept."""
     from bench.models.classifiers.serialization import load_classifier_folder
     from bench.models.hashing import state_hash
 
@@ -78,21 +76,21 @@ def _load_kept_weights(model: Model, folder: Path, record: Record) -> None:
     model.invalidate_structure()
     if state_hash(model.network) != record.kept_weights:
         raise UserError(
-            f"{folder} is not the network that run {record.id} kept: remove the folder, and the "
-            "run's methods are applied again"
+            f"{folder} is not the network that run {record.id} kept: remove the folder, so that "
+            "the run's methods are applied again"
         )
 
 
 def recorded_config(record: Record, allowed: Sequence[str] = ()) -> RunConfig:
-    """Return the config of a run as recorded, with methods as objects.
+    """Return the config of a recorded run, with methods as objects.
 
-    A record stores names and knobs of methods; the config tree maps a name to its class. What code
-    may run is never taken from the record, which may come from somebody else: `allowed` are the
-    overrides of `REPEATABLE_KEYS` that the person at the keyboard gives.
+    A record stores names and knobs of methods; the config tree maps a name to its class. A record
+    is untrusted, so it cannot permit any code to run: `allowed` are the overrides of
+    `REPEATABLE_KEYS` that the user gives.
 
     Raises:
-        UserError: the run used packages, a search path or a model's own code that are not allowed
-            again, or its config is no longer valid.
+        UserError: the run used packages, a search path or a model's own code that the user has not
+            allowed, or its config is not valid.
     """
     from bench.config.composition import compose_run_config
     from bench.config.run_config import validate
@@ -102,10 +100,10 @@ def recorded_config(record: Record, allowed: Sequence[str] = ()) -> RunConfig:
     for name in knobs:
         if not _GROUP_NAME.fullmatch(name):
             raise UserError(
-                f"run {record.id} names a method {name!r}, which is no name of a config"
+                f"run {record.id} has a method {name!r}, which cannot be the name of a config"
             )
     _refuse_unsaid(record, given)
-    # The run's own benchmark, which may have keys that the default one lacks, is taken whole.
+    # The run's benchmark replaces the default one as a whole, because their keys may differ.
     texts = [text_of(each) for each in given.parsed if each.key_or_group != TASK_CODE]
     base = compose_run_config([f"method=[{','.join(knobs)}]", *texts])
     methods = {}
@@ -136,21 +134,22 @@ def _repeated(allowed: Sequence[str]) -> Overrides:
         if override.key_or_group not in REPEATABLE_KEYS or override.is_sweep_override():
             keys = ", ".join(REPEATABLE_KEYS)
             raise UserError(
-                f"{text_of(override)}: a recorded run is repeated as it was, only {keys} count"
+                f"{text_of(override)} is not allowed, because a recorded run is repeated as it "
+                f"was: use only {keys}"
             )
     return given
 
 
 def _refuse_unsaid(record: Record, given: Overrides) -> None:
-    """Raise if the run asked for code that this command does not allow; the message says how."""
+    """Raise if the run used code that this command does not allow; the message says how to."""
     unsaid = []
     packages = given.value("packages")
     stored = list(map(str, record.config.get("packages") or ["methods"]))
     said = packages if isinstance(packages, list) else ()
-    # A plug-in's package is installed, or of a project that the user trusts.
+    # Packages of plug-ins are trusted: they are installed, or listed in the user's project.
     if not set(stored) <= {"methods", *said, *plugins.active().packages}:
         unsaid.append(f"packages=[{','.join(stored)}]")
-        # A third party's methods are found only with the search path that the run was given.
+        # Third-party methods are found only with the search path of the run.
         with suppress(UserError, ValueError):
             command = Overrides.parse(shlex.split(record.command)[2:])
             unsaid += command.setting("hydra.searchpath")
@@ -169,15 +168,15 @@ def _refuse_unsaid(record: Record, given: Overrides) -> None:
 
 
 def _is_listed(record: Record, model: JsonObject, given: Overrides) -> bool:
-    """Tell whether the config tree lists the model's repository as one whose code may run."""
+    """Return whether the config tree lists the model's repository as one whose code may run."""
     from bench.config.composition import compose_run_config
 
     if not _GROUP_NAME.fullmatch(str(model.get("name"))):
         return False
     if model.get("path") is not None and given.value("model.path") is None:
         raise UserError(
-            f"run {record.id} read the code of its model from {model['path']}: if you trust what "
-            "is there, add model.path=FOLDER to this command"
+            f"run {record.id} read the code of its model from {model['path']}: if you trust that "
+            "code, add model.path=FOLDER to this command"
         )
     listed = compose_run_config(
         [f"model={model['name']}", *given.setting("hydra.searchpath")]
@@ -186,14 +185,14 @@ def _is_listed(record: Record, model: JsonObject, given: Overrides) -> bool:
 
 
 def refuse_change(name: str, recorded: object, current: object) -> None:
-    """Raise if the fingerprint of an input differs from that of what the run read."""
+    """Raise if the fingerprint of an input differs from the recorded one."""
     if recorded != current:
         raise UserError(f"the {name} changed since the run, so it cannot be repeated")
 
 
 def refuse_changed_data(config: RunConfig, record: Record, session: Session) -> None:
     """Raise if a task's documents differ from those that the run scored."""
-    # The run's own benchmark and not a limited one, so that fingerprints are comparable.
+    # The benchmark of the run and not a limited one, so that fingerprints are comparable.
     planned = session.benchmarks.plan(config.benchmark, offline=config.offline)
     for name, source in record.provenance.get("data", {}).items():
         refuse_change(f"data of {name}", source.get("fingerprint"), planned.fingerprints.get(name))

@@ -1,8 +1,8 @@
-"""Session: what the runs of a process share, held as long as it is open.
+"""Session: what consecutive runs of a process share.
 
-Loading a model, building a benchmark's tasks and connecting processes take longer than many runs,
-so consecutive runs share them. A host process that goes on, such as a notebook, gets the memory
-back when the session is closed.
+Loading a model, building a benchmark's tasks and connecting processes can take longer than a run,
+so runs share them. Closing a session frees the memory, which matters in a long-lived process such
+as a notebook.
 """
 
 from __future__ import annotations
@@ -31,30 +31,28 @@ if TYPE_CHECKING:
     from bench.schema import CostsConfig, ModelConfig
 
     DenseKey = tuple[str, str, ModelConfig, CostsConfig]
-    """Fingerprint, network config and config of a model, and the shapes at which it is counted."""
+    """Fingerprint, network config and config of a model, and the shapes for counting costs."""
 
 
-# Switches of lm-eval, Hydra, Ray and slimbench. Those that keep libraries off the hub are restored
-# by `hub`.
+# Variables of lm-eval, Hydra, Ray and slimbench. Those for offline use are restored by `hub`.
 _VARIABLES = (
     "DISABLE_MULTIPROC",
     "HYDRA_FULL_ERROR",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO",
     "RAY_USAGE_STATS_ENABLED",
-    # A job sets it, and may run in this process.
+    # Set by a job, which may run in this process.
     plugins.PROJECT_VARIABLE,
 )
 
 
 @contextmanager
 def host_process_restored() -> Iterator[None]:
-    """Restore the environment variables and generators that a run changes, however it ends.
+    """Restore the environment variables and random generators that a run changes.
 
-    `bench.run` may be called in a process that lives on, such as a notebook: an offline run must
-    not leave the whole notebook offline. Calls from several threads take turns.
+    `bench.run` may be called in a long-lived process such as a notebook, which an offline run must
+    not leave offline. Calls from several threads take turns.
     """
-    # Hydra reads sys.argv, and methods draw from the process's generators: one call would execute
-    # what another asked for.
+    # Calls must not overlap, because Hydra reads sys.argv and methods draw from global generators.
     with _ONE_AT_A_TIME, _variables_restored():
         yield
 
@@ -64,8 +62,8 @@ _ONE_AT_A_TIME = threading.RLock()
 
 @contextmanager
 def _variables_restored() -> Iterator[None]:
-    # Named variables instead of the whole environment: libraries that are imported during a call
-    # keep settings there that they need for the rest of the process.
+    # Only these variables, because libraries imported during a call may set others that they need
+    # for the rest of the process.
     before = {name: os.environ.get(name) for name in _VARIABLES}
     try:
         with hub.offline_switch_restored(), generators_restored():
@@ -80,13 +78,14 @@ def _variables_restored() -> Iterator[None]:
 class Session:
     """Owns the loaded base model, the planned benchmarks and the process group.
 
-    Each is made on first use, and let go of by `close` or at the end of a `with` block. A closed
-    session can be used again; it starts empty. Models that a run returned to the caller are not the
-    session's.
+    Each is created on first use and released by `close` or at the end of a `with` block. A closed
+    session can be used again and starts empty. A session does not own the models that a run returns
+    to its caller.
 
-    With `freezes`, what the process made before its first model is left out of garbage collections
-    until the session is closed. Every reading of memory collects, and would look through a million
-    objects of imports and plans. It is for processes whose objects are all the suite's.
+    With `freezes`, objects created before the first model are excluded from garbage collection
+    until the session is closed. Memory is measured after a garbage collection, which would
+    otherwise traverse a million objects of imports and plans. Use it only in processes of the
+    suite.
     """
 
     _estimator: Estimator | None = None
@@ -97,7 +96,7 @@ class Session:
 
     @cached_property
     def base_model(self) -> BaseModelCache:
-        """The unchanged model that the runs share."""
+        """Cache of the unchanged model that runs share."""
         if self._freezes and not gc.get_freeze_count():
             gc.collect()
             gc.freeze()
@@ -106,23 +105,23 @@ class Session:
 
     @cached_property
     def benchmarks(self) -> PlanCache:
-        """The planned benchmarks that the runs share."""
+        """Cache of the planned benchmarks that runs share."""
         from bench.evaluation import PlanCache
 
         return PlanCache()
 
     @cached_property
     def dense_counts(self) -> dict[DenseKey, SizeAndWork]:
-        """Counts of unchanged models, by all that decides them."""
+        """Cached sizes and FLOPs of unchanged models."""
         return {}
 
     @property
     def estimator(self) -> Estimator | None:
-        """Estimates runs on this machine, None where its rates are not known."""
+        """Estimator for this machine, or None if its rates are unknown."""
         from bench.estimation.boards import known_here
         from bench.estimation.run_estimate import Estimator
 
-        # Asked each time: the rates depend on the threads, in which runs may differ.
+        # Looked up each time, because rates depend on the number of threads of the run.
         here, held = known_here(), self._estimator
         if held is None or held.hardware != here:
             self._estimator = held = None if here is None else Estimator(here)
@@ -130,7 +129,7 @@ class Session:
 
     @cached_property
     def process_group(self) -> ProcessGroup:
-        """This process's place among those of a distributed run; connects on first use."""
+        """The process group of a distributed run; connects on first use."""
         from bench.evaluation.distributed import current_process_group
 
         return current_process_group()
@@ -147,7 +146,7 @@ class Session:
         if self._frozen:
             gc.unfreeze()
             self._frozen = False
-        # A group that this session did not connect to is left alone: it may be another session's.
+        # Only a group that this session has connected; another one may belong to another session.
         if "process_group" in held:
             from bench.evaluation.distributed import leave_process_group
 
@@ -166,14 +165,14 @@ class Session:
         self.close()
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Jobs are pickled with the session that started them. Its model stays here: a worker has a
-        # session of its own, which all of its jobs share.
+        # Jobs are pickled with the session that started them, but without its model: a worker has
+        # its own session, which all of its jobs share.
         return _worker_session, ()
 
 
 @functools.cache
 def _worker_session() -> Session:
-    """Return the session of a worker process, which ends with it."""
+    """Return the session of a worker process, which exists as long as the process."""
     return Session()
 
 
@@ -191,15 +190,15 @@ class BaseModelCache:
         """Return the model of `source`, loading it unless it is already cached.
 
         Without `will_change` this is the cached model itself, which must not be modified. With it,
-        the caller gets a copy if memory allows; otherwise the cached model itself, which is then
-        loaded again for the next run.
+        the caller gets a copy if memory allows. Otherwise it gets the cached model, which is loaded
+        again for the next run.
         """
-        # Imported here: a finished sweep is answered without torch.
+        # Imported here, because a finished sweep is answered without torch.
         from bench.device import devices
         from bench.models import loading
 
         if self._model is None or self._source != source:
-            # Before loading: two models at once may not fit.
+            # Before loading, because two models may not fit into memory.
             self.release()
             self._source, self._model = source, _copied_if_room(loading.load_model(source))
             devices.release_memory(self._model.device)
@@ -226,16 +225,17 @@ class BaseModelCache:
 
 def _copied_if_room(loaded: Model) -> Model:
     """Return a copy of a freshly loaded model if memory allows."""
-    # On a CPU, a loaded network is 1 to 3 % slower than any copy of it (measured), since its
-    # tensors and modules lie scattered in memory. Pruned models are copies, so comparing them with
-    # the loaded original would bias every speed-up in their favour.
+    # On a CPU, a loaded network is 1 to 3 % slower than a copy of it (measured), because its
+    # tensors are scattered in memory. Pruned models are copies, so comparing them with the loaded
+    # original would bias speed-ups in their favour.
     return loaded.copy() if _has_room_for_copy(loaded) else loaded
 
 
 def _has_room_for_copy(model: Model) -> bool:
-    """Whether the device can hold a second copy and half as much again for activations.
+    """Whether the device has room for a second copy, and half as much for activations.
 
-    A network that accelerate spread over devices is never copied: its hooks refer to it.
+    A network that accelerate has distributed over devices is never copied, because its hooks refer
+    to it.
     """
     from bench.device import devices
 

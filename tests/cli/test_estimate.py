@@ -58,7 +58,7 @@ def test_a_sweep_says_its_estimate_and_a_budget_refuses_it(known, tmp_path, caps
     assert main(["run", *words, "--budget=0.001s"]) == 2
     error = capsys.readouterr().err
     assert "estimate: 2 runs on here" in error
-    assert "--budget 0.001 s: 2 runs take" in error
+    assert "--budget 0.001 s is too low: 2 runs take" in error
     assert not Store(tmp_path / "results").all()
 
 
@@ -79,7 +79,7 @@ def test_a_budget_is_for_what_is_left_of_a_sweep(known, tmp_path, capsys, monkey
     assert len(Store(tmp_path / "results").all()) == 1
     capsys.readouterr()
     assert main(["run", *words, "--budget=0.001s"]) == 2
-    assert "--budget 0.001 s: 1 runs take" in capsys.readouterr().err
+    assert "--budget 0.001 s is too low: 1 runs take" in capsys.readouterr().err
     assert main(["run", *words, "--budget=2h"]) == 0
     assert len(Store(tmp_path / "results").all()) == 2
     # Nothing is left to do, so any budget is enough.

@@ -137,7 +137,8 @@ def test_consents_are_kept_side_by_side_and_outlive_damage(project, tmp_path):
 
 @pytest.mark.parametrize(("content", "said"), [
     ("packages", "is no TOML"), ('package = ["a"]', "did you mean 'packages'"),
-    ('packages = "a"', "is not a list of texts"), ('packages = ["a.b"]', "no name of a top-level"),
+    ('packages = "a"', "is not a list of strings"),
+    ('packages = ["a.b"]', "no name of a top-level"),
     ('packages = ["os"]', "is Python's or slimbench's own"),
     ('packages = ["bench"]', "is Python's or slimbench's own"),
     ('configs = ["missing"]', "missing is no folder"), ('path = ["missing"]', "is no folder"),

@@ -196,7 +196,7 @@ def test_numbers_of_options(refused, arguments):
     lambda: bench.compare("1a2b"), lambda: bench.plot("front", "1a2b"),
 ])  # fmt: skip
 def test_a_text_where_a_list_is_due(call):
-    with pytest.raises(UserError, match="is not a list of texts, as in bench"):
+    with pytest.raises(UserError, match="is not a list of strings: write bench"):
         call()
 
 

@@ -108,7 +108,7 @@ class Odd(Method):
 
 @pytest.mark.parametrize(("act", "said"), [
     ("nothing", r"Odd \(.*test_plugins\.py:\d+\)\.apply returned NoneType instead of a Method"),
-    ("details", r"Odd \(.*test_plugins\.py:\d+\)\.apply reports details that JSON cannot hold"),
+    ("details", r"Odd \(.*test_plugins\.py:\d+\)\.apply reports details that are no JSON values"),
 ])  # fmt: skip
 def test_a_wrong_report_names_the_method_and_its_line(act, said):
     report = Odd(act=act).apply(None, Context(seed=0))

@@ -135,7 +135,7 @@ def test_an_unreadable_budget_is_one_sentence(text):
 
 
 def test_a_sweep_above_its_budget_is_refused(small):
-    with pytest.raises(UserError, match=r"--budget 1 s: 1 runs take"):
+    with pytest.raises(UserError, match=r"--budget 1 s is too low: 1 runs take"):
         refuse_above(1.0, small)
     refuse_above(1e9, small)
 

@@ -62,5 +62,5 @@ def test_memory_that_a_method_keeps_is_reported(tmp_path, same):
     code, said = run(tmp_path / "results", *RUN, before=after_apply(act))
     assert code == 0
     assert "camera_p leaks 4" in " ".join(said.split())
-    assert "MiB besides the model's own memory" in " ".join(said.split())
+    assert "MiB in addition to the model's own memory" in " ".join(said.split())
     same(tmp_path / "results")

@@ -363,7 +363,7 @@ def test_a_module_that_a_knob_names_counts(tmp_path, monkeypatch, forget_sources
 
 def test_a_method_whose_source_cannot_be_read_is_refused():
     kind = type("Made", (Method,), {"__module__": "nowhere", **methods_of_nothing()})
-    with pytest.raises(UserError, match=r"nowhere\.Made has no source.*put the class into a file"):
+    with pytest.raises(UserError, match=r"nowhere\.Made has no source.*define the class in a file"):
         method_identity(kind())
 
 

@@ -61,7 +61,7 @@ def test_an_order_that_works(tmp_path, methods):
 def test_a_training_that_begins_anew_comes_first():
     own = ("model=micro_resnet", "benchmark=images")
     config = compose_run_config(["method=[train,wgsef]", *own])
-    with pytest.raises(UserError, match="wgsef draws fresh weights, which loses what train did"):
+    with pytest.raises(UserError, match="which discards the result of train"):
         refuse_impossible_order(config, set())
     kept = compose_run_config(["method=[train,wgsef]", "method.wgsef.restart=false", *own])
     refuse_impossible_order(kept, set())
@@ -107,7 +107,7 @@ def test_a_method_that_declares_nothing_takes_and_leaves_everything():
 
 
 def test_a_method_for_images_needs_a_model_that_sees(tmp_path):
-    with pytest.raises(UserError, match="wgsef_visual_heads looks at images"):
+    with pytest.raises(UserError, match="wgsef_visual_heads needs a vision-language model"):
         check_run(config_of("wgsef_visual_heads", f"results_dir={tmp_path}"), Session())
 
 

@@ -139,7 +139,7 @@ def test_a_sweep_is_found_by_the_beginning_of_its_name(plan):
     assert find_sweep(plan.results_dir, "latest") == plan
     with pytest.raises(UserError, match="did you mean"):
         find_sweep(plan.results_dir, "x" + plan.name)
-    with pytest.raises(UserError, match="as an unset shell variable"):
+    with pytest.raises(UserError, match="an unset shell variable"):
         find_sweep(plan.results_dir, "")
     create_plan(plan.results_dir, [], None)
     with pytest.raises(UserError, match="ambiguous"):

@@ -212,7 +212,7 @@ def test_a_batch_above_the_data_is_one_sentence():
     run, _ = trainer(DebiasedSolver)
     job = run._job
     small = RecipeConfig(epochs=1, batch=64)
-    with pytest.raises(UserError, match="recipe.batch=64 is larger"):
+    with pytest.raises(UserError, match=r"recipe\.batch=64 is larger"):
         Trainer(
             TrainingJob(
                 job.network, splits(20), job.partition, job.allocation, DebiasedSolver, small, 0
