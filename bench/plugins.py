@@ -239,8 +239,8 @@ def _content(file: Path) -> bytes:
 @functools.cache
 def _tell_untrusted(file: Path) -> None:
     note(
-        f"{file} is not trusted, so its methods and configs are left out: `bench trust` shows what "
-        "it asks for and allows it"
+        f"{file} is not trusted, so its methods and configs are left out; `bench trust` shows what "
+        "it asks for and can allow it"
     )
 
 

@@ -30,56 +30,61 @@ RAW_COMMANDS = {
 }
 """Commands whose handlers read their arguments themselves."""
 PLOT_HELP = """\
-figures of records, of all without RUN: PNG, SVG, PDF
+draw figures of records (PNG, SVG, PDF); of all records if no RUN is given
 
-  bench plot front --cost flops         accuracy against a cost, and the Pareto front
-  bench plot curves --knob ratio        accuracy against a knob
-  bench plot allocation RUN             what each layer kept: heads, experts, groups, bits
+  bench plot front --cost flops         accuracy against a cost, with the Pareto front
+  bench plot curves --knob ratio        accuracy against a method's knob
+  bench plot allocation RUN             heads, experts, groups or bits that each layer kept
   bench plot breakdown --cost flops     parts of a cost; --cost wall: phases of the run itself
   bench plot calibration                accuracy by confidence
-  bench plot training                   losses and accuracies while a method trains
+  bench plot training                   loss and accuracy while a method trains
 """
 RUN_HELP = """\
-run a model, methods and a benchmark; -m sweeps
+run one job: a model, methods, a benchmark; with -m, a sweep
 
   bench run model=micro_moe method=camera_p ratio=0.4
   bench run -m method=dense,camera_p,random_experts ratio=0.2,0.4,0.6
   bench run experiment=demo
-  bench run sweep=camera_p_pareto  a search; sweep=camera_p_grid is a grid
-  bench run -m ratio=0.2,0.4 --budget 6h   refuse what may take longer
-  bench run --cfg job              print the composed config, run nothing
+  bench run sweep=camera_p_pareto          run a search; sweep=camera_p_grid is a grid
+  bench run -m ratio=0.2,0.4 --budget 6h   do not start if this may take more than 6 hours
+  bench run --cfg job                      print the composed config and run nothing
+
+`bench ls models|methods|benchmarks` lists the values of these keys.
 """
 ESTIMATE_HELP = """\
-time, memory, downloads and energy of a run or a sweep, before it runs
+estimate time, memory, downloads and energy of a run or a sweep
 
   bench estimate model=qwen2_57b_a14b method=camera_p hardware=a100_40gb
   bench estimate -m method=dense,camera_p ratio=0.2,0.4 --budget 6h
-  bench estimate --check           how good the estimates of all records were
+  bench estimate --check           compare the estimates of all records with measured times
 
-hardware: here, or one of conf/hardware; no weight is loaded
+No weights are loaded. hardware=here (the default) measures this machine; hardware=NAME takes a
+board of conf/hardware.
 """
 TABLE_HELP = """\
-a paper's table: run what is missing, show our numbers next to the published ones
+rebuild a paper's table, with the published numbers next to ours
 
-  bench table camera_main                       the real models, on a GPU
+  bench table camera_main                       with the real models, on a GPU
   bench table camera_main scale=micro           with the embedded models, offline
   bench table visual_table2 "sections=[LLaVA-1.5-7B]" "rows=[original,FastV]" benchmark.batch_size=8
   bench table wgsef_grid scale=micro -m seed=1,2,3 hydra/launcher=joblib
-  bench table smollm2 --page smollm2.md         a page of the records there are; runs nothing
+  bench table smollm2 --page smollm2.md         write a page from existing records; run nothing
   bench ls tables                               list all tables
 """
 CARVE_HELP = """\
-a dense Llama as a mixture of experts, without training
+divide a dense Llama into a mixture of experts, without training
 
   bench carve smollm2_carved model=SmolLM2-135M-Instruct.Q4_1.gguf calibration=wikitext2_words
   bench run model=smollm2_carved method=camera_p ratio=0.4
 """
-RUN_WORDS = "a run id or a prefix of it; latest, or latest:METHOD"
+RUN_WORDS = "a run id or a prefix of it, latest, or latest:METHOD"
 ALLOWED_HELP = (
-    "packages=[...], hydra.searchpath=[...], model.trust_remote_code=true: code of others that may "
-    "run, which no record can allow; model.path=FOLDER: the model's files on this machine"
+    "packages=[...], hydra.searchpath=[...] or model.trust_remote_code=true, to allow code of "
+    "others to run, which a record cannot do; model.path=FOLDER, where the model's files are"
 )
-ENGINE_HELP = "transformers, vllm or sglang, which then loads it without slimbench"
+ENGINE_HELP = (
+    "write a folder that this engine loads without slimbench: transformers, vllm or sglang"
+)
 AddCommand = Callable[[str, str, str], argparse.ArgumentParser]
 
 
@@ -147,10 +152,10 @@ def build_parser() -> CommandParser:
     """
     top = CommandParser(
         prog="bench",
-        description="Benchmark model-compression methods.",
-        epilog=f"{TRACEBACK_FLAG} with any command shows where an error came from.",
+        description="Measure what model-compression methods cost and save.",
+        epilog=f"Add {TRACEBACK_FLAG} to any command to see where an error comes from.",
     )
-    top.add_argument("--version", action=_PrintVersion, nargs=0, help="show the version")
+    top.add_argument("--version", action=_PrintVersion, nargs=0, help="show the version and exit")
     commands = top.add_subparsers(metavar="COMMAND", required=True, parser_class=CommandParser)
 
     def command(name: str, handler: str, text: str) -> argparse.ArgumentParser:
@@ -176,63 +181,87 @@ def _add_run_commands(command: AddCommand) -> None:
     )
     estimate = command("estimate", "estimate:run_command", ESTIMATE_HELP)
     estimate.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE")
-    estimate.add_argument("-m", "--multirun", action="store_true", help="a sweep")
-    estimate.add_argument("--budget", metavar="TIME", help="refuse what may take longer: 30min, 6h")
-    estimate.add_argument("--check", action="store_true", help="compare with what was measured")
+    estimate.add_argument("-m", "--multirun", action="store_true", help="estimate a sweep")
+    estimate.add_argument(
+        "--budget", metavar="TIME", help="fail if it may take longer, such as 30min or 6h"
+    )
+    estimate.add_argument(
+        "--check", action="store_true", help="compare estimates with measured times"
+    )
     estimate.add_argument("--json", action="store_true", help="print JSON")
     tables = command("table", "table:run_command", TABLE_HELP)
     tables.add_argument("name", metavar="NAME")
     tables.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE")
     tables.add_argument("--json", action="store_true", help="print the cells as JSON")
-    tables.add_argument("--page", type=Path, metavar="FILE.md", help="write a page of the records")
-    status = command("status", "sweeps:status", "the state of all sweeps, or of each job of one")
-    status.add_argument("sweep", nargs="?", metavar="SWEEP", help="a sweep's name, or latest")
+    tables.add_argument(
+        "--page", type=Path, metavar="FILE.md", help="write a page from existing records"
+    )
+    status = command(
+        "status", "sweeps:status", "show the state of all sweeps, or of each job of one"
+    )
+    status.add_argument("sweep", nargs="?", metavar="SWEEP", help="the name of a sweep, or latest")
     resume = command("resume", "sweeps:resume", "run the missing and failed jobs of a sweep")
-    resume.add_argument("sweep", metavar="SWEEP", help="a sweep's name, or latest")
-    _add_allowed(resume, "an argument of the plan that no plan can allow")
-    garbage = command("gc", "gc:run_command", "remove unreferenced files, after asking")
+    resume.add_argument("sweep", metavar="SWEEP", help="the name of a sweep, or latest")
+    _add_allowed(
+        resume, "an argument of the sweep that a stored plan cannot allow, such as packages=[...]"
+    )
+    garbage = command("gc", "gc:run_command", "delete files that nothing refers to, after asking")
     garbage.add_argument("--yes", action="store_true", help="do not ask")
-    verify = command("verify", "verify:run_command", "repeat part of a run and compare the results")
+    verify = command(
+        "verify", "verify:run_command", "repeat a part of a run and compare the results"
+    )
     verify.add_argument("run", metavar="RUN", help=RUN_WORDS)
-    verify.add_argument("--samples", type=int, default=20, metavar="N", help="per task (20)")
     verify.add_argument(
-        "--tolerance", type=_non_negative_number, default=None, help="relative difference allowed"
+        "--samples", type=int, default=20, metavar="N", help="number of samples per task (20)"
+    )
+    verify.add_argument(
+        "--tolerance", type=_non_negative_number, default=None, help="allowed relative difference"
     )
     _add_allowed(verify, ALLOWED_HELP)
     rescore = command(
-        "rescore", "rescore:run_command", "apply the harness's present metrics to stored answers"
+        "rescore", "rescore:run_command", "apply the harness's current metrics to stored answers"
     )
     rescore.add_argument("run", metavar="RUN", help=RUN_WORDS)
     _add_allowed(rescore, ALLOWED_HELP)
-    export = command("export", "export:run_command", "write the model of a run as a folder")
+    export = command(
+        "export", "export:run_command", "write the model of a run as a Hugging Face folder"
+    )
     export.add_argument("run", metavar="RUN", help=RUN_WORDS)
-    export.add_argument("folder", type=Path, metavar="DIR")
+    export.add_argument("folder", type=Path, metavar="DIR", help="the new folder to write")
     export.add_argument("--for", dest="engine", metavar="ENGINE", help=ENGINE_HELP)
-    export.add_argument("--align", type=int, metavar="N", help="multiple of widths: 64 or 128")
+    export.add_argument(
+        "--align", type=int, metavar="N", help="make widths a multiple of N: 64 or 128"
+    )
     export.add_argument("--onnx", action="store_true", help="also write a classifier as ONNX")
     _add_allowed(export, ALLOWED_HELP)
-    convert = command("convert", "convert:run_command", "rewrite a llava_llama checkpoint")
-    convert.add_argument("source", type=Path, metavar="FOLDER", help="in LLaVA's own layout")
-    convert.add_argument("folder", type=Path, metavar="DIR", help="a new folder")
-    convert.add_argument("--tower", type=Path, required=True, help="a folder with its CLIP model")
+    convert = command(
+        "convert",
+        "convert:run_command",
+        "convert a LLaVA checkpoint from the old layout for transformers",
+    )
+    convert.add_argument(
+        "source", type=Path, metavar="FOLDER", help="the checkpoint in LLaVA's own layout"
+    )
+    convert.add_argument("folder", type=Path, metavar="DIR", help="the new folder to write")
+    convert.add_argument("--tower", type=Path, required=True, help="the folder of its CLIP model")
     carve = command("carve", "carve:run_command", CARVE_HELP)
-    carve.add_argument("folder", type=Path, metavar="DIR", help="a new folder")
+    carve.add_argument("folder", type=Path, metavar="DIR", help="the new folder to write")
     carve.add_argument(
         "overrides",
         nargs="*",
         default=[],
         metavar="KEY=VALUE",
-        help="of model and calibration, as in a run",
+        help="model and calibration, as for a run",
     )
     for option, number, words in (
-        ("--experts", 16, "routed experts in a layer"),
-        ("--shared", 8, "width of the shared expert, in experts"),
-        ("--chosen", 14, "routed experts of a token"),
+        ("--experts", 16, "routed experts per layer"),
+        ("--shared", 8, "width of the shared expert, as a number of experts"),
+        ("--chosen", 14, "routed experts per token"),
     ):
         carve.add_argument(
             option, type=_positive_integer, default=number, metavar="N", help=f"{words} ({number})"
         )
-    prefetch = command("prefetch", "prefetch:run_command", "download what a run or table needs")
+    prefetch = command("prefetch", "prefetch:run_command", "download what a run or a table needs")
     prefetch.add_argument("overrides", nargs="*", default=[], metavar="TABLE|KEY=VALUE")
     for added in (status, resume, garbage, verify, rescore, export):
         _add_results_dir(added)
@@ -244,44 +273,68 @@ def _add_record_commands(command: AddCommand) -> None:
     """Add the commands that read records or inspect the installation."""
     listing = command("ls", "records:ls", "list models, methods, benchmarks, tables or runs")
     listing.add_argument("what", metavar="|".join(LISTABLE))
-    show = command("show", "records:show", "show one record")
+    show = command("show", "records:show", "show one record: its metrics, costs and command")
     show.add_argument("run", metavar="RUN", help=RUN_WORDS)
-    show.add_argument("--command", action="store_true", help="print only the command of the run")
+    show.add_argument(
+        "--command", action="store_true", help="print only the command that repeats the run"
+    )
     show.add_argument("--why", metavar="OTHER", help="show only why OTHER has a different id")
     compare = command(
-        "compare", "records:compare", "paired statistics between runs over shared samples"
+        "compare", "records:compare", "compare runs with paired statistics over shared samples"
     )
     compare.add_argument("runs", nargs="*", default=[], metavar="RUN", help=RUN_WORDS)
     compare.add_argument(
-        "--baseline", metavar="RUN", help="the run to compare with (the dense run)"
+        "--baseline", metavar="RUN", help="the run to compare with (default: the dense run)"
     )
     compare.add_argument(
         "--seeds",
         action="store_true",
-        help="compare settings in pairs of seeds, of the named runs or of all",
+        help="compare settings over paired seeds, of the named runs or of all",
     )
     compare.add_argument(
         "--flips",
         type=_non_negative_integer,
         default=0,
         metavar="N",
-        help="show N flipped samples each way",
+        help="show N samples that became wrong, and N that became right",
     )
     plot = command("plot", "records:plot", PLOT_HELP)
-    plot.add_argument("kind", metavar="KIND")
-    plot.add_argument("runs", nargs="*", default=[], metavar="RUN")
-    plot.add_argument("--task", default="average", help="the headline metric to show (average)")
-    plot.add_argument("--cost", default="flops", help="flops, seconds, bytes, ... (flops)")
-    plot.add_argument("--scope", help="the scope of the cost, as in `bench show`")
+    plot.add_argument("kind", metavar="KIND", help="the kind of figure, as above")
+    plot.add_argument("runs", nargs="*", default=[], metavar="RUN", help=RUN_WORDS)
     plot.add_argument(
-        "--knob", default="ratio", help="such as ratio, camera_p.alpha, calibration.rows (ratio)"
+        "--task", default="average", help="the task whose headline metric is shown (average)"
     )
-    plot.add_argument("--output", type=Path, action="append", default=[], metavar="FILE")
+    plot.add_argument(
+        "--cost", default="flops", help="the cost to show, such as flops, seconds or bytes (flops)"
+    )
+    plot.add_argument("--scope", help="the scope of the cost, as `bench show` prints it")
+    plot.add_argument(
+        "--knob",
+        default="ratio",
+        help="the knob to show, such as ratio, camera_p.alpha or calibration.rows (ratio)",
+    )
+    plot.add_argument(
+        "--output",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="the file to write, .png, .svg or .pdf; can be repeated",
+    )
     report = command("report", "records:report", "write one HTML file with all records")
-    report.add_argument("--out", type=Path, metavar="FILE", help="default: RESULTS_DIR/report.html")
+    report.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the file to write (default: RESULTS_DIR/report.html)",
+    )
     report.add_argument("--open", action="store_true", help="open it in the browser")
     report.add_argument(
-        "--samples", type=_non_negative_integer, default=40, metavar="N", help="per run (40)"
+        "--samples",
+        type=_non_negative_integer,
+        default=40,
+        metavar="N",
+        help="samples to include per run (40)",
     )
     report.add_argument(
         "--sample-runs",
@@ -291,34 +344,43 @@ def _add_record_commands(command: AddCommand) -> None:
         help="include samples of the N newest runs (200)",
     )
     report.add_argument(
-        "--images", action="store_true", help="include thumbnails of the images of these samples"
+        "--images", action="store_true", help="include thumbnails of these samples' images"
     )
     track = command(
-        "track", "records:track", "send records to W&B again; without RUN: all, and an overview"
+        "track",
+        "records:track",
+        "upload records to W&B again; without RUN, upload all and an overview",
     )
     track.add_argument(
         "runs",
         nargs="*",
         default=[],
         metavar="RUN",
-        help="or tracker.entity=NAME, for records that name it",
+        help="a run, or tracker.entity=NAME for records that name it",
     )
     track.add_argument(
-        "--model", type=Path, metavar="DIR", help="also send the exported model of the one RUN"
+        "--model",
+        type=Path,
+        metavar="DIR",
+        help="also upload the exported model of RUN (one run only)",
     )
     track.add_argument(
         "--workspace",
         action="store_true",
-        help="save a W&B workspace that opens on score against cost; only without RUN",
+        help="save a W&B workspace that opens on score against cost (only without RUN)",
     )
     doctor = command(
-        "doctor", "doctor:run_command", "installed packages, devices, and what works offline"
+        "doctor", "doctor:run_command", "show installed packages, devices, and what works offline"
     )
     consent = command(
-        "trust", "trust:run_command", "allow the packages and configs of a project file"
+        "trust", "trust:run_command", "allow the packages and configs of a project file to run"
     )
     consent.add_argument(
-        "file", nargs="?", type=Path, metavar="FILE", help="default: the nearest slimbench.toml"
+        "file",
+        nargs="?",
+        type=Path,
+        metavar="FILE",
+        help="the project file (default: the nearest slimbench.toml)",
     )
     consent.add_argument("--yes", action="store_true", help="do not ask")
     for added in (listing, show, compare, plot, report, track):
@@ -334,7 +396,13 @@ def _add_allowed(added: argparse.ArgumentParser, text: str) -> None:
 
 def _add_results_dir(added: argparse.ArgumentParser) -> None:
     cast(CommandParser, added).takes_results_dir = True
-    added.add_argument(RESULTS_DIR_FLAG, type=_folder, default=Path("results"))
+    added.add_argument(
+        RESULTS_DIR_FLAG,
+        type=_folder,
+        default=Path("results"),
+        metavar="FOLDER",
+        help="where the records are (results)",
+    )
 
 
 def _add_json_flag(added: argparse.ArgumentParser) -> None:

@@ -22,6 +22,10 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"
 
 
+def _board(name: str) -> str:
+    return "this machine" if name == "here" else name
+
+
 def time_range(low: float, high: float) -> str:
     """Return bounds of a time, in one unit where both have it."""
     least, most = duration(low), duration(high)
@@ -32,16 +36,16 @@ def time_range(low: float, high: float) -> str:
 def sweep_line(estimate: SweepEstimate) -> str:
     """Return one line for a run or a sweep: its time, and whether it fits."""
     runs, to_do = estimate.runs, estimate.to_do
-    hardware = runs[0].hardware.name
+    hardware = _board(runs[0].hardware.name)
     done = len(runs) - len(to_do)
-    kept = f", {done} of {len(runs)} recorded or the same as another" if done else ""
+    kept = f", {done} of {len(runs)} recorded already or duplicates" if done else ""
     took = time_range(estimate.low, estimate.high)
     first = "" if estimate.whole else "the first "
     line = f"estimate: {first}{len(to_do)} run{'s' * (len(to_do) != 1)} on {hardware}, {took}{kept}"
     large = [run for run in to_do if not run.fits]
     if large:
         need = max(run.memory for run in large)
-        line += f"; {len(large)} need up to {format_quantity(need)}B, more than there is"
+        line += f"; {len(large)} need up to {format_quantity(need)}B, more memory than there is"
     return line
 
 
@@ -75,20 +79,20 @@ def _tokens(phase: PhaseEstimate) -> str:
 
 def notes(run: RunEstimate) -> Iterator[str]:
     """Yield what stands below the phases of a run: its sum, downloads, energy, what is missing."""
-    line = f"in all {time_range(run.low, run.high)} on {run.hardware.name} in {run.dtype}"
+    line = f"total: {time_range(run.low, run.high)} on {_board(run.hardware.name)} in {run.dtype}"
     if run.joules is not None:
         low, high = (joules / 3.6e6 for joules in run.joules)
         line += f", {low:.2g} to {high:.2g} kWh at {run.hardware.power:.0f} W"
     yield line
     if run.download is None:
-        yield "weights are not here; their size on the hub is not known"
+        yield "the weights are not on this machine, and their size on the hub is unknown"
     elif run.download:
-        yield f"{format_quantity(run.download)}B to download"
+        yield f"download: {format_quantity(run.download)}B"
     room = f"{format_quantity(run.memory)}B of {format_quantity(run.hardware.memory)}B"
     if run.fits:
-        yield f"fits: {room}"
+        yield f"fits in memory: {room}"
     else:
         cures = " or ".join(run.cures) or "a smaller model, or hardware with more memory"
-        yield f"does not fit: {room}; {cures}"
+        yield f"does not fit in memory: {room}; {cures}"
     for gap in run.missing:
         yield f"missing: {gap}"

@@ -109,7 +109,7 @@ class TokenBudget:
 
 def _report_halving(device: torch.device, progress: Progress, tried: str, remaining: int) -> None:
     devices.release_memory(device)
-    progress.warn(f"out of memory with a batch of {tried}: continuing with {remaining}")
+    progress.warn(f"out of memory with a batch size of {tried}: continuing with {remaining}")
 
 
 MAX_TOKENS_BY_DEVICE = {"cpu": 2048}

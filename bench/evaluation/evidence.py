@@ -153,29 +153,29 @@ def warn_about(evidence: Sequence[TaskEvidence], longest: int, progress: Progres
     if truncated:
         most = max(each.longest_cut for each in evidence)
         progress.warn(
-            f"prompts longer than the model's {longest} tokens lost up to {most} on the left, as "
-            f"in lm-eval ({truncated}); benchmark.overlong=skip leaves them out"
+            f"prompts longer than the model's {longest} tokens were cut on the left, by up to "
+            f"{most} tokens, as in lm-eval ({truncated}); benchmark.overlong=skip leaves them out"
         )
     spanning = concerned(lambda each: each.spanning)
     if spanning:
         progress.warn(
-            f"a token spans the join of question and answer ({spanning}): what lm-eval's split "
-            "leaves of the answer is scored; where it leaves nothing, the whole answer is encoded "
-            "alone and scored"
+            f"a token spans the join of question and answer ({spanning}): the part of the answer "
+            "that lm-eval's split leaves is scored; if it leaves nothing, the whole answer is "
+            "encoded alone and scored"
         )
     tied = concerned(lambda each: each.tied, MIN_TIED_SHARE)
     if tied:
         progress.warn(
-            "the most likely answers are equally likely, and the first of them counts, as in "
-            f"lm-eval ({tied})"
+            "the best answers are equally likely, and the first of them counts, as in lm-eval "
+            f"({tied})"
         )
     repeated = concerned(lambda each: each.repeated_examples)
     if repeated:
-        progress.warn(f"a few-shot example repeats the question, with its answer ({repeated})")
+        progress.warn(f"a few-shot example contains the question and its answer ({repeated})")
     for settings in _inherited(evidence):
         progress.warn(
-            f"the model's generation_config.json stays in force: {settings}; remove it for plain "
-            "decoding"
+            f"the model's generation_config.json is in effect: {settings}; delete the file for "
+            "plain decoding"
         )
 
 

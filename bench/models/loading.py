@@ -95,7 +95,7 @@ def _attention(given: ModelConfig, config: NetworkConfig) -> str:
 
 @functools.cache  # Once: a run builds its network several times.
 def _say_eager(architecture: str) -> None:
-    note(f"{architecture} has no SDPA in transformers: model.attention=eager is used")
+    note(f"{architecture} has no SDPA in transformers, so model.attention=eager is used")
 
 
 @functools.lru_cache(maxsize=4)

@@ -97,7 +97,7 @@ def warn_once(path: Path, reason: str | Exception) -> None:
     if len(known) <= MAX_WARNINGS:
         warn(f"{path} is left out: {text}")
     elif len(known) == MAX_WARNINGS + 1:
-        warn(f"more in {path.parent} is left out; the first {MAX_WARNINGS} are named above")
+        warn(f"more files of {path.parent} are left out; the first {MAX_WARNINGS} are named above")
 
 
 def refuse_unstorable(node: object, key: str) -> None:

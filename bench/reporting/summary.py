@@ -68,7 +68,7 @@ def print_summary(records: Sequence[Record], reused: int = 0) -> None:
             ordered = ordered[shown:]
     for record in records:
         print_costs(record)
-    out.print(f"{_outcome(records, reused)}. One run: bench show RUN; all runs: bench ls runs")
+    out.print(f"{_outcome(records, reused)}. Details: bench show RUN. All runs: bench ls runs.")
 
 
 def _alike(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:

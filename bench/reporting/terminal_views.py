@@ -201,7 +201,7 @@ def print_record(record: Record) -> None:
     counts = [each.model_dump(include={"task", "documents", *names}) for each in record.evidence]
     caveats = [row for row in counts if any(row[name] for name in names)]
     if caveats:
-        draw_rows(caveats, "documents with a caveat")
+        draw_rows(caveats, "documents with caveats")
     # Parts and notes are too wide for this table; `print_costs` shows the ones that matter.
     rows = [c.model_dump(exclude={"parts", "note"}) for c in record.costs]
     draw_rows(rows, "all costs")
@@ -228,7 +228,7 @@ def print_search(folder: Path) -> None:
         if state in states
     )  # fmt: skip
     where = f"{folder / 'pareto.csv'}" + (f" and {folder / 'pareto.svg'}" if drawn else "")
-    console().print(f"{len(states)} trials: {counts}. {where}")
+    console().print(f"{len(states)} trials: {counts}; wrote {where}")
 
 
 def plot_trials(study: StudyReport, path: Path) -> bool:

@@ -57,7 +57,7 @@ def test_a_sweep_says_its_estimate_and_a_budget_refuses_it(known, tmp_path, caps
     words = ["-m", *QUICK, results, "method=random_micro_experts", "ratio=0.1,0.2"]
     assert main(["run", *words, "--budget=0.001s"]) == 2
     error = capsys.readouterr().err
-    assert "estimate: 2 runs on here" in error
+    assert "estimate: 2 runs on this machine" in error
     assert "--budget 0.001 s is too low: 2 runs take" in error
     assert not Store(tmp_path / "results").all()
 

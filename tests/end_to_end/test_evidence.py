@@ -26,7 +26,7 @@ def test_a_run_keeps_what_was_seen_and_is_scored_again(bench, tmp_path):
         "offline=true",
     )  # fmt: skip
     assert code == 0, err
-    (warning,) = (line for line in err.splitlines() if "lost up to" in line)
+    (warning,) = (line for line in err.splitlines() if "were cut on the left" in line)
     assert "boolq 2 of 4" in warning
     (record,) = Store(bench.results).all()
     (evidence,) = record.evidence

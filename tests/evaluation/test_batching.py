@@ -34,7 +34,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_this_is_said(error):
 
     assert flat(batches.map(range(5), work)) == [0, 10, 20, 30, 40]
     assert tried == [5, 2, 2, 1]
-    assert "out of memory with a batch of 5: continuing with 2" in said.getvalue()
+    assert "out of memory with a batch size of 5: continuing with 2" in said.getvalue()
 
 
 @settings(max_examples=25, deadline=None)  # every halving collects garbage

@@ -523,7 +523,7 @@ def test_the_command_says_why_two_runs_differ(tmp_path, capsys):
     assert "methods.mine" in shown
     assert "torch" not in shown
     assert main(["show", "aaaa", "--why", "aaaa", *where]) == 0
-    assert "differ in no part" in capsys.readouterr().out
+    assert "do not differ in any part" in capsys.readouterr().out
 
 
 @pytest.mark.sample(1)

@@ -77,7 +77,7 @@ def test_everything_is_named_and_nothing_goes_unasked(results, capsys):
     assert find_unreferenced(root).kept == ()
     before = sorted(root.rglob("*"))
     assert main(["gc", "--results-dir", str(root)]) == 0
-    assert "nothing was removed" in capsys.readouterr().err
+    assert "nothing was deleted" in capsys.readouterr().err
     assert sorted(root.rglob("*")) == before
     assert main(["gc", "--json", "--results-dir", str(root)]) == 0
     assert len(json.loads(capsys.readouterr().out)) == len(expected(kept, gone))
@@ -86,7 +86,7 @@ def test_everything_is_named_and_nothing_goes_unasked(results, capsys):
 def test_yes_removes_it_and_a_second_time_there_is_nothing(results, capsys):
     root, kept, gone = results
     assert main(["gc", "--yes", "--results-dir", str(root)]) == 0
-    assert f"removed {len(expected(kept, gone))}" in capsys.readouterr().err
+    assert f"deleted {len(expected(kept, gone))}" in capsys.readouterr().err
     assert find_unreferenced(root) == gc.Findings((), ())
     assert [record.id for record in Store(root).all()] == [RUN]
     assert (kept.folder / "jobs" / "00000.json").is_file()
@@ -144,7 +144,7 @@ def test_what_we_did_not_write_is_left_by_name(results, place, capsys):
     assert main(["gc", "--yes", "--results-dir", str(root)]) == 0
     assert (root / place).read_text() == "mine"
     first = "/".join(place.split("/")[:2])
-    assert f"left {root / first}" in capsys.readouterr().err
+    assert f"kept {root / first}" in capsys.readouterr().err
 
 
 def test_a_queued_sweep_and_one_of_a_newer_program_stay(results):

@@ -82,7 +82,7 @@ def test_a_project_is_rebuilt_from_its_records(store, monkeypatch, capsys):
     assert main.main(["track", "--results-dir", str(store.root)]) == 0
     printed = capsys.readouterr()
     said = printed.out.split("\n")
-    assert "nothing has left this machine: wandb sync" in printed.err
+    assert "nothing has left this machine; to upload: wandb sync" in printed.err
     # Offline nothing is sent, and the words do not say so.
     assert [f"kept {record.id}" in said for record in store.all()] == [True] * 6
     assert "kept overview of slimbench" in said

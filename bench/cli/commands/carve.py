@@ -41,6 +41,6 @@ def run_command(given: argparse.Namespace) -> int:
     write_folder(target, fill)
     print_text(
         f"wrote {target}: each layer has a shared expert and {layout.experts} routed ones, of "
-        f"which a token takes {given.chosen}"
+        f"which a token uses {given.chosen}"
     )
     return EXIT_DONE

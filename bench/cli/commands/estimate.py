@@ -53,7 +53,7 @@ def _show(estimate: SweepEstimate) -> None:
     for line in notes(run):
         print_text(line)
     if run.state == "recorded":
-        print_text("recorded already: it costs nothing again")
+        print_text("recorded already: running it again takes no time")
 
 
 def _run_rows(estimate: SweepEstimate) -> Iterator[dict[str, object]]:
@@ -79,6 +79,6 @@ def _check(words: list[str], as_json: bool) -> int:
         raise UserError(f"results_dir={folder}: no such folder, so there are no records")
     rows = accuracy_rows(Store(folder).all())
     if not rows and not as_json:
-        print_text("no record has an estimate beside its measured phases")
+        print_text("no record has an estimate next to its measured phases")
         return EXIT_DONE
     return print_rows(rows, as_json)

@@ -148,7 +148,7 @@ def _half_written_run(path: Path, store: Store) -> str | None:
         return None
     run = found["run"]
     if _is_locked(store.root / "locks" / f"{run}.lock"):
-        raise _Keep(f"a process is at work on run {run}")
+        raise _Keep(f"a process is working on run {run}")
     if found["old"] and not store.folder(run).exists():
         raise _Keep(f"the only copy of run {run}: repeat its command, which puts it back")
     replaced = path / run if found["old"] else None
@@ -158,7 +158,7 @@ def _half_written_run(path: Path, store: Store) -> str | None:
     if replaced is not None and replaced.is_dir():
         for entry in foreign_entries(replaced, RECORD_FILES):
             raise _holds_foreign(entry)
-    return "incomplete write of a process that ended"
+    return "left over from a process that ended while writing"
 
 
 def _free_lock(path: Path, store: Store) -> str | None:
@@ -183,7 +183,7 @@ def _recorded_by_now(path: Path, store: Store) -> str | None:
     if store.find(path.name) is None:
         return None
     if _is_locked(store.root / "locks" / f"{path.name}.lock"):
-        raise _Keep(f"a process is at work on run {path.name}")
+        raise _Keep(f"a process is working on run {path.name}")
     # What is newer belongs to a run that is to replace the record, and goes on from here.
     if _newest(path) > record.lstat().st_mtime_ns:
         raise _Keep(f"newer than the record of run {path.name}, which it may replace")
@@ -196,9 +196,9 @@ def _forgotten_sweep(folder: Path, store: Store) -> str | None:
     try:
         plan = load_plan(folder.absolute())
     except FileNotFoundError:
-        raise _Keep("a sweep without a plan") from None
+        raise _Keep("this sweep has no plan") from None
     except (OSError, ValueError) as error:
-        raise _Keep(f"a sweep that this program cannot read: {reason_of(error)}") from None
+        raise _Keep(f"this version cannot read the sweep: {reason_of(error)}") from None
     jobs = sweep_jobs(plan)
     # A job without a status may be in a queue, for days. A failed one has no record, but its note
     # and log still explain the failure.
@@ -216,7 +216,7 @@ def _part_of_sweep(path: Path, store: Store) -> str | None:
     folder = path.parent.parent if path.parent.name == "jobs" else path.parent
     if path.name.startswith("."):
         if _HALF_WRITTEN_FILE.fullmatch(path.name) and _is_regular(path):
-            return "incomplete write of a process that ended"
+            return "left over from a process that ended while writing"
         raise _Keep("not written by slimbench")
     try:
         jobs = sweep_jobs(load_plan(folder.absolute()))
@@ -237,7 +237,7 @@ def _refuse_foreign_queue_files(folder: Path) -> None:
 
 
 def _holds_foreign(entry: Path) -> _Keep:
-    return _Keep(f"holds {entry.name}, which slimbench did not write: move it away first")
+    return _Keep(f"contains {entry.name}, which slimbench did not write: move it away first")
 
 
 def _is_locked(path: Path) -> bool:
@@ -343,23 +343,23 @@ def run_command(given: argparse.Namespace) -> int:
     ]
     print_rows(rows, given.json)
     for entry in found.kept:
-        note(f"left {given.results_dir / entry.path}: {entry.reason}")
+        note(f"kept {given.results_dir / entry.path}: {entry.reason}")
     # With --json the output is for a program, which cannot answer a question.
     if not rows or (given.json and not given.yes):
         return EXIT_DONE
     # Without a terminal nobody can confirm, so nothing is removed.
     if not given.yes and not (sys.stdin.isatty() and _confirmed(len(rows))):
-        note("nothing was removed; `bench gc --yes` removes them")
+        note("nothing was deleted; `bench gc --yes` deletes them")
         return EXIT_DONE
     removed = 0
     for entry, fault in remove(given.results_dir, found.removable):
         if fault is None:
             removed += 1
         else:
-            warn(f"left {given.results_dir / entry.path}: {fault}")
-    note(f"removed {removed}")
+            warn(f"kept {given.results_dir / entry.path}: {fault}")
+    note(f"deleted {removed}")
     return EXIT_DONE
 
 
 def _confirmed(count: int) -> bool:
-    return input(f"Remove these {count}? [y/N] ").lower() == "y"
+    return input(f"Delete these {count}? [y/N] ").lower() == "y"

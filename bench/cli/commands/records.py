@@ -51,7 +51,7 @@ def show(given: argparse.Namespace) -> int:
         other = store.get(given.why)
         rows = identity_differences(record, other, shortened=not given.json)
         if not rows and not given.json:
-            print(f"runs {record.id} and {other.id} differ in no part of their identity")
+            print(f"runs {record.id} and {other.id} do not differ in any part of their ids")
             return EXIT_DONE
         return print_rows(rows, given.json)
     if given.command:
@@ -70,7 +70,7 @@ def compare(given: argparse.Namespace) -> int:
     if given.seeds:
         return _compare_seeds(given)
     if not given.runs:
-        raise UserError("compare needs the runs to compare: bench compare RUN RUN")
+        raise UserError("compare needs runs to compare: bench compare RUN RUN")
     found, flipped = named_runs.compare_runs(
         given.runs, given.baseline, given.results_dir, flips=given.flips
     )
@@ -205,7 +205,10 @@ def _report_sent(
         failed = failed or warning is not None
     if offline:
         place = store.root / "wandb_home" / "wandb"
-        note(f"W&B is offline here, so nothing has left this machine: wandb sync {place}/offline-*")
+        note(
+            f"W&B is offline, so nothing has left this machine; to upload: wandb sync "
+            f"{place}/offline-*"
+        )
     return EXIT_FAILED if failed else EXIT_DONE
 
 

@@ -141,7 +141,7 @@ def print_rescored(rescored: Rescored) -> None:
     if more > 0:
         out.print(f"and {more} more; --json lists them")
     if not rescored.samples:
-        out.print("all samples are scored as stored")
+        out.print("all samples have the same scores as stored")
 
 
 def run_command(given: argparse.Namespace) -> int:

@@ -19,14 +19,16 @@ def run_command(given: argparse.Namespace) -> int:
             "file that you trust"
         )
     asked = plugins.read_project(file)
-    print_text(f"{file.absolute()} lets these packages run, and adds these configs and methods:")
+    print_text(
+        f"{file.absolute()} allows these packages to run, and adds these configs and methods:"
+    )
     print_rows([{"adds": kind, "value": value} for kind, value in plugins.described(asked)], False)
     # Without a terminal nobody can confirm.
     if not given.yes and not (sys.stdin.isatty() and _confirmed()):
         note("nothing was allowed; `bench trust --yes` allows it")
         return EXIT_DONE
     plugins.trust(file)
-    note(f"{file} is trusted until it changes; {plugins.consents_file()} keeps this consent")
+    note(f"{file} is trusted until it changes; your consent is stored in {plugins.consents_file()}")
     return EXIT_DONE
 
 

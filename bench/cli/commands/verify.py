@@ -200,7 +200,7 @@ def print_verdict(verdict: Verdict) -> None:
     """Print whether the run agrees, within which tolerance, and where it does not."""
     out = console()
     samples = ", ".join(f"{task} {count}" for task, count in verdict.tasks.items())
-    out.print(f"run {verdict.run}, samples repeated: {samples}")
+    out.print(f"run {verdict.run}, repeated samples: {samples}")
     for change in verdict.changed:
         out.print(f"changed since the run: {change}")
     for fault in verdict.faults[:MAX_SHOWN_FAULTS]:

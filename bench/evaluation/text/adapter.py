@@ -118,7 +118,7 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
         if appended:
             progress.warn(
                 f"the tokenizer of {model.name} appends {self.tokenizer.decode(appended)} to every "
-                "text; it is left out, since no answer can follow it (lm-eval scores only what "
+                "text; it is left out, because no answer can follow it (lm-eval scores only what "
                 "comes after it)"
             )
 
@@ -313,7 +313,7 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
             named = ", ".join(f"{task} {count} of {asked[task]}" for task, count in endless.items())
             self._progress.warn(
                 f"answers without {self._think_end} are scored whole, as in lm-eval ({named}); "
-                "benchmark.gen_kwargs.max_gen_toks gives thoughts more room"
+                "a larger benchmark.gen_kwargs.max_gen_toks leaves more room for thoughts"
             )
 
     def _fit_prompt(self, request: Instance) -> FittedPrompt:

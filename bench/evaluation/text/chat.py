@@ -114,8 +114,8 @@ class ChatRenderer:
         if not self._without_system:
             self._without_system = True
             self.progress.warn(
-                "the chat template takes no system message: the tasks' descriptions are left out, "
-                "as in lm-eval"
+                "the chat template takes no system message, so the tasks' descriptions are left "
+                "out, as in lm-eval"
             )
         return prompt
 

@@ -142,7 +142,7 @@ def carve_words(dense_folder, target, *more):
 def test_the_command_writes_a_folder_that_methods_for_experts_take(dense_folder, tmp_path, capsys):
     target = tmp_path / "carved"
     assert main(carve_words(dense_folder, target, "--chosen", "3")) == 0
-    assert "a shared expert and 4 routed ones, of which a token takes 3" in capsys.readouterr().out
+    assert "a shared expert and 4 routed ones, of which a token uses 3" in capsys.readouterr().out
     source = resolve_model(ModelConfig(name="c", source="local", path=str(target)), offline=True)
     structure = load_model(source).structure
     assert [(b.num_experts, b.top_k, b.d_shared) for b in structure.moe] == [(4, 3, 8)] * 3

@@ -37,7 +37,7 @@ def report(tmp_path_factory):
 def settled(opened, address):
     """Open a page and wait until nothing is left to unpack."""
     page = opened.open(address)
-    page.wait_for_function("() => !document.querySelector('main').innerText.includes('Unpacking')")
+    page.wait_for_function("() => !document.querySelector('main').innerText.includes('Loading')")
     page.wait_for_timeout(150)  # figures are drawn once their width is known
     return page
 

@@ -111,7 +111,7 @@ function Compare({ route }) {
     <ul class="legend" aria-label="Runs compared with the baseline">${byScore.filter((run) => run !== baseline).slice(0, LISTED).map((run) => html`
       <li><button aria-pressed=${candidates.includes(run)} onClick=${() => flip(run)}><${Mark} family=${run.family} /> ${run.label}</button></li>`)}</ul>
     ${!candidates.length && html`<p class="empty">Choose up to ${MAX_CANDIDATES} runs above.</p>`}
-    ${candidates.length > 0 && (loaded === undefined || loaded.length !== ids.length ? html`<p class="quiet">Unpacking…</p>` : html`<${Compared} setting=${setting} runs=${loaded} />`)}
+    ${candidates.length > 0 && (loaded === undefined || loaded.length !== ids.length ? html`<p class="quiet">Loading…</p>` : html`<${Compared} setting=${setting} runs=${loaded} />`)}
   </main>`;
 }
 
@@ -121,7 +121,7 @@ function Compared({ setting, runs: [baseline, ...candidates] }) {
   return html`
     ${drawn.length > 0 && html`<${Figure} label="Differences to ${baseline.run.label} with 95 % intervals; the numbers are in the table below"
       draw=${(width) => drawDifferences(drawn, width)} inputs=${[drawn]} />
-    <p class="quiet note">Points: difference to <b>${baseline.run.label}</b> in percentage points, to the right is better; bars: 95 % intervals over the same questions.</p>`}
+    <p class="quiet note">Points are differences to <b>${baseline.run.label}</b> in percentage points; further right is better. Bars are 95 % intervals over the same questions.</p>`}
     <${Plain} caption="Differences to ${baseline.run.label}" rows=${rows.map((row) => ({ ...row, emphasis: row.task.task === "average" }))} columns=${[
       { title: "Task", cell: ({ task }) => html`${words(task.task)} <span class="quiet">${task.metric === "mean" ? "" : task.metric}${task.percent ? " %" : ""}${task.higher_is_better ? "" : ", lower is better"}</span>` },
       { title: baseline.run.label, number: true, cell: ({ before, task }) => html`<${Scored} pair=${before} task=${task} />` },
@@ -129,8 +129,8 @@ function Compared({ setting, runs: [baseline, ...candidates] }) {
         title: candidate.run.label, number: true, cell: ({ cells, task }) => html`<${Difference} cell=${cells[at]} task=${task} />`,
       })),
     ]} />
-    <p class="quiet note">Below each score: the difference, its 95 % interval, and the questions won and lost. <b>Bold</b>: the exact McNemar test, corrected by Holm over this table, gives a p-value below 0.05.${" "}
-      A difference without an interval is not paired here; <code>bench compare</code> has intervals for every metric.</p>
+    <p class="quiet note">Below each score are the difference, its 95 % interval, and the numbers of questions won and lost. A difference is <b>bold</b> if the exact McNemar test, with Holm correction over this table, gives a p-value below 0.05.${" "}
+      Differences without an interval are not paired here; <code>bench compare</code> gives intervals for every metric.</p>
     <h2>Costs</h2>
     <${Plain} caption="Costs side by side" rows=${setting.costs.map((one, at) => ({ ...one, at }))} columns=${[
       { title: "Cost", cell: ({ quantity: name, scope }) => html`${words(name)} <span class="quiet">${scope === "model" ? "" : scopeWords(scope)}</span>` },
@@ -150,7 +150,7 @@ function Difference({ cell, task }) {
   const sign = (value) => `${value > 0 ? "+" : ""}${fixed(value * scale, digits)}`;
   const sure = pair?.holm !== undefined && pair.holm < 0.05;
   const kind = by === null || by === 0 ? "" : (by > 0) === task.higher_is_better ? "better" : "worse";
-  return html`<span class="beside">${score(now[0], task)}<small>${by === null ? "another identity" : html`
+  return html`<span class="beside">${score(now[0], task)}<small>${by === null ? "not comparable" : html`
     <span class="${kind} ${sure ? "outside" : ""}" title=${pair?.p === undefined ? "" : `p ${pair.p.toPrecision(2)}, corrected ${pair.holm.toPrecision(2)}`}>${sign(by)}</span>${
     pair ? ` [${sign(by - 1.96 * pair.error)}, ${sign(by + 1.96 * pair.error)}]` : ""}${
     pair?.gained === undefined ? "" : ` +${pair.gained} −${pair.lost}`}`}</small></span>`;
@@ -173,7 +173,7 @@ function Flips({ baseline, candidate }) {
     .filter(({ now, before: then }) => now !== null && then !== null && now !== then);
   if (!changed.length) return null;
   return html`<h2>Changed answers of ${candidate.run.label}</h2>
-    <p class="quiet">${count(changed.length, "change")} among the ${samples[0].samples.length} questions that this file holds of this run.</p>
+    <p class="quiet">${count(changed.length, "change")} among the ${samples[0].samples.length} questions of this run that this file contains.</p>
     <ol class="samples">${changed.slice(0, limit).map((row) => html`<${Sample} key=${keyOf(row.sample)} against=${baseline.run.label} ...${row} />`)}</ol>
     ${changed.length > limit && html`<p><button class="plain-button" onClick=${() => setLimit(limit + 10)}>Show more, ${changed.length - limit} left</button></p>`}`;
 }

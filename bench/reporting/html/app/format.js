@@ -76,8 +76,8 @@ const EFFECTS = {
   removed: "removed",
   zeroed: "zeroed: no gain in time or memory",
   masked: "masked: no gain in time or memory",
-  quantized: "stored in fewer bits",
+  quantized: "stored with fewer bits",
   skipped: "unchanged: computation is skipped",
-  unconfirmed: "unconfirmed: a saving is claimed that the counts do not show",
+  unconfirmed: "unconfirmed: the method claims a saving that the counts do not show",
 };
 const explained = (effect) => effect.split("+").map((kind) => EFFECTS[kind] ?? kind).join(" + ");

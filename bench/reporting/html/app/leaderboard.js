@@ -1,8 +1,8 @@
 // All runs, sorted and filtered; the URL holds the choices, so that a view can be shared.
 
 const WEIGHED = [
-  ["flops", "FLOPs", "FLOPs of one forward or prefill, relative to the dense run"],
-  ["seconds", "Time", "measured time, relative to the dense run; empty if weights are only zeroed or masked"],
+  ["flops", "FLOPs", "FLOPs of one forward pass or prefill, relative to the dense run"],
+  ["seconds", "Time", "measured time relative to the dense run; empty if weights are only zeroed or masked"],
   ["bytes", "Bytes", "memory of the weights, relative to the dense run"],
 ];
 

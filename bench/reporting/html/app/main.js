@@ -49,7 +49,7 @@ function App() {
       <${ThemeSwitch} /></div></header>
     ${page ? page() : html`<main id="main" tabindex="-1"><h1>Page not found</h1><p><a href="#/">Overview</a></p></main>`}
     <footer><p>Written ${when(INDEX.generated)} UTC by slimbench ${INDEX.version} from <code>${INDEX.results}</code>.${" "}
-      This file holds up to ${INDEX.share.per_run} samples per run for the newest ${count(INDEX.share.runs, "run")};${" "}<code>bench report --samples N --sample-runs N</code> changes that.${" "}
+      This file contains up to ${INDEX.share.per_run} samples per run for the newest ${count(INDEX.share.runs, "run")};${" "}<code>bench report --samples N --sample-runs N</code> changes that.${" "}
       It loads nothing from the network. Drawn with Observable Plot and D3 (ISC), Preact (MIT) and htm (Apache-2.0).</p></footer>`;
 }
 

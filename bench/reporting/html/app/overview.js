@@ -11,7 +11,7 @@ function Overview() {
   const shown = all ? order : order.slice(0, 12);
   if (!runs.length) {
     return html`<main id="main" tabindex="-1"><h1>No runs yet</h1>
-      <p class="lead">Nothing is recorded in <code>${INDEX.results}</code>. A first run: <code>bench run model=micro_moe method=camera_p ratio=0.4</code></p><${Unreadable} /></main>`;
+      <p class="lead"><code>${INDEX.results}</code> has no records. Start with a first run: <code>bench run model=micro_moe method=camera_p ratio=0.4</code></p><${Unreadable} /></main>`;
   }
   return html`<main id="main" tabindex="-1">
     <h1>Quality and cost of compression</h1>
@@ -41,7 +41,7 @@ function Legend() {
   const items = FAMILIES.map((family) => html`<li><${Mark} family=${family} size=${70} /> <a href=${address("leaderboard", { family })}>${family}</a></li>`);
   const hollow = INDEX.runs.some((run) => !run.real);
   return html`<section class="key" aria-label="Legend"><ul>${items}</ul>
-    <p class="quiet">Filled marks: the saving is real.${hollow ? " Hollow marks: weights are only zeroed or masked, or the saving is not confirmed." : ""} The line is the Pareto front.</p></section>`;
+    <p class="quiet">Filled marks are real savings.${hollow ? " Hollow marks are runs whose weights are only zeroed or masked, or whose saving is not confirmed." : ""} The line is the Pareto front.</p></section>`;
 }
 
 // What each method is, by the sentence of its config.
@@ -71,9 +71,9 @@ function SettingCard({ index, runs }) {
       <${Figure} label="${words(task.task)} against ${setting.costs[costAt].quantity} of ${points.length} runs"
         draw=${(width) => drawPareto(points, front, task, setting.costs[costAt], width, { small: true })} inputs=${[index]} /></a>
       <p class="axes quiet">↑ ${scoreName(task)} ${unit(task)}, ${direction(task)}. → ${words(setting.costs[costAt].quantity)} of ${scopeWords(setting.costs[costAt].scope)}${spread(points) ? ", logarithmic" : ""}, lower is cheaper.</p>`}
-    ${trade && html`<p>Cheapest above 95 % of dense: <${RunLink} run=${trade.run} /> keeps ${fixed(trade.run.retention * 100, 1)} % at ${factor(trade.share)} the ${words(setting.costs[costAt].quantity)}.</p>`}
-    ${!trade && dense && runs.length > 1 && html`<p class="quiet">No run keeps 95 % of dense at a lower cost.</p>`}
-    ${!dense && html`<p class="quiet">No dense run here to compare with.</p>`}
+    ${trade && html`<p>Cheapest run that keeps 95 % of the dense score: <${RunLink} run=${trade.run} /> keeps ${fixed(trade.run.retention * 100, 1)} % at ${factor(trade.share)} the ${words(setting.costs[costAt].quantity)}.</p>`}
+    ${!trade && dense && runs.length > 1 && html`<p class="quiet">No run keeps 95 % of the dense score at a lower cost.</p>`}
+    ${!dense && html`<p class="quiet">There is no dense run to compare with.</p>`}
   </article>`;
 }
 
@@ -99,10 +99,10 @@ function shareOf(run, costAt) {
 function Reading() {
   return html`<section class="reading"><h2>How to read this</h2><ul>
     <li><b>±</b> is one standard error; bars in plots are 95 % intervals (1.96 standard errors).</li>
-    <li><b>Kept</b> is the score relative to the dense run with the same weights and questions; only numbers of the same task, metric, filter, shots, split and version are compared.</li>
-    <li><b>Removed</b> weights are no longer stored. <b>Zeroed</b> or <b>masked</b> ones still cost time and memory, so no gain in time is shown for them; in plots they are hollow. So are <b>unconfirmed</b> ones: the method claims a saving that the counts do not show.</li>
-    <li>FLOPs are counted; times are measured on the machine named on each run's page.</li>
-    <li>Keys: <kbd>Tab</kbd> to move, <kbd>Enter</kbd> to open or sort, <kbd>↑</kbd> <kbd>↓</kbd> from run to run in the leaderboard, <kbd>/</kbd> to search.</li></ul></section>`;
+    <li><b>Kept</b> is the score as a share of the score of the dense run with the same weights and questions. Numbers are compared only if task, metric, filter, shots, split and version are the same.</li>
+    <li><b>Removed</b> weights are no longer stored. <b>Zeroed</b> or <b>masked</b> weights still cost time and memory, so no gain in time is shown for them, and their marks are hollow. Marks are also hollow for <b>unconfirmed</b> savings, which a method claims but the counts do not show.</li>
+    <li>FLOPs are counted; times are measured on the machine that each run's page names.</li>
+    <li>Keys: <kbd>Tab</kbd> to move, <kbd>Enter</kbd> to open or sort, <kbd>↑</kbd> <kbd>↓</kbd> to move between runs in the leaderboard, <kbd>/</kbd> to search.</li></ul></section>`;
 }
 
 function Unreadable() {

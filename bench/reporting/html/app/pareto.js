@@ -42,8 +42,8 @@ function Pareto({ route }) {
     ${points.length ? html`<${Figure} label="${words(task.task)} against ${quantityOf.quantity}; the points of the front are in the table below"
       draw=${(width) => drawPareto(points, front, task, quantityOf, width, { logarithmic })} inputs=${[index, taskAt, costAt, query.hide, logarithmic]}
       onPick=${(point) => { location.hash = runAddress(point.run.id); }} />` : html`<p class="empty">None of these runs has both numbers.</p>`}
-    <p class="quiet note">Filled: the saving is real. Hollow: weights are only zeroed or masked, or the saving is unconfirmed; such runs are never on the front.${" "}
-      ${points.length > 150 ? "Intervals are left out above 150 points; hover for them. " : "Bars: 95 % intervals. "}${task.higher_is_better ? "" : "Lower is better. "}${
+    <p class="quiet note">Filled marks are real savings. Hollow marks are runs whose weights are only zeroed or masked, or whose saving is not confirmed; they are never on the front.${" "}
+      ${points.length > 150 ? "Intervals are left out above 150 points; hover for them. " : "Bars are 95 % intervals. "}${task.higher_is_better ? "" : "Lower is better. "}${
       left > 0 ? `${count(left, "run")} without ${quantityOf.unit === "s" ? "a score or a time that could be a gain" : "one of the two numbers"} left out.` : ""}</p>
     <h2>On the front</h2>
     <${Plain} caption="Runs on the Pareto front, cheapest first" rows=${front} columns=${[

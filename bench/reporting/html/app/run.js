@@ -6,7 +6,7 @@ function RunPage({ id }) {
   const denseRun = run && run.dense !== run.id ? RUNS.get(run.dense) : null;
   const dense = useLater(() => (denseRun ? detailsOf(denseRun) : Promise.resolve(null)), [id]);
   if (!run) {
-    return html`<main id="main" tabindex="-1"><h1>No such run</h1><p class="lead">This report has no run <code>${id}</code>. <a href="#/leaderboard">All runs</a></p></main>`;
+    return html`<main id="main" tabindex="-1"><h1>No such run</h1><p class="lead">This report does not contain the run <code>${id}</code>. <a href="#/leaderboard">All runs</a></p></main>`;
   }
   const task = run.where.tasks[0];
   const search = INDEX.searches.find((one) => one.sweeps.includes(run.sweep));
@@ -20,7 +20,7 @@ function RunPage({ id }) {
       ${denseRun && shareColumns([run]).filter((column) => column.value(run) !== null).map((column) => html`<div><dt>${column.title} of dense</dt><dd>${column.cell(run)}</dd></div>`)}
       <div><dt>weights</dt><dd class="words">${explained(run.effect)}</dd></div>
     </dl>
-    ${record && dense !== undefined ? html`<${Record} run=${run} record=${record} dense=${dense} />` : html`<p class="quiet">Unpacking…</p>`}
+    ${record && dense !== undefined ? html`<${Record} run=${run} record=${record} dense=${dense} />` : html`<p class="quiet">Loading…</p>`}
   </main>`;
 }
 
@@ -73,8 +73,8 @@ function Metrics({ record, dense }) {
     ...(dense ? [
       { title: "Dense", number: true, cell: (metric) => score(before.get(identity(metric))?.value, metric) },
       { title: "Change", number: true, cell: change }] : []),
-    { title: "n", number: true, hint: "samples that the value is over, or tasks of an average; rows without an answer are missing", cell: (metric) => html`${metric.n.toLocaleString("en")}${metric.missing ? html` <span class="quiet">${metric.missing.toLocaleString("en")} ${metric.task === "average" ? "rows " : ""}missing</span>` : ""}` },
-    { title: "Identity", hint: "numbers with different identities are never subtracted", cell: (metric) => html`<span class="quiet identity">${metric.shots}-shot, ${metric.split}${
+    { title: "n", number: true, hint: "number of samples, or of tasks for an average; rows without an answer are missing", cell: (metric) => html`${metric.n.toLocaleString("en")}${metric.missing ? html` <span class="quiet">${metric.missing.toLocaleString("en")} ${metric.task === "average" ? "rows " : ""}missing</span>` : ""}` },
+    { title: "Setting", hint: "numbers with different settings are never subtracted", cell: (metric) => html`<span class="quiet identity">${metric.shots}-shot, ${metric.split}${
       metric.filter === "none" ? "" : `, filter ${metric.filter}`}${metric.task_version ? `, version ${metric.task_version}` : ""}</span>` },
   ];
   const rows = heads.map((metric) => ({ ...metric, emphasis: metric.task === "average" }))

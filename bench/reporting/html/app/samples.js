@@ -25,9 +25,9 @@ function Samples({ run, record }) {
   const [outcome, setOutcome] = useState("");
   const [limit, setLimit] = useState(10);
   const folder = `${INDEX.results}/runs/${run.id}/samples.parquet`;
-  if (own === undefined || dense === undefined) return html`<p class="quiet">Unpacking…</p>`;
+  if (own === undefined || dense === undefined) return html`<p class="quiet">Loading…</p>`;
   if (own === null || !own.samples.length) {
-    return html`<p class="quiet">None of this run's samples are in this file. All of them: <code>${folder}</code></p>`;
+    return html`<p class="quiet">This file contains no samples of this run. They are in <code>${folder}</code></p>`;
   }
   const before = new Map((dense?.samples ?? []).map((sample) => [keyOf(sample), rightness(sample, record.metrics)]));
   const rows = own.samples.map((sample) => ({ sample, now: rightness(sample, record.metrics), before: before.get(keyOf(sample)) ?? null }));
@@ -37,7 +37,7 @@ function Samples({ run, record }) {
   const shown = rows.filter(fits);
   const tasks = [...new Set(own.samples.map((sample) => sample.task))];
   return html`
-    <p class="quiet">${own.samples.length} of ${count(own.total, "sample")}, evenly spaced within each task, whatever the answers were. All of them: <code>${folder}</code></p>
+    <p class="quiet">${own.samples.length} of ${count(own.total, "sample")}, evenly spaced within each task and chosen regardless of the answers. All samples are in <code>${folder}</code></p>
     ${own.noImages && html`<p class="quiet">Images are not shown: ${own.noImages}</p>`}
     <div class="filters">
       <${Choice} label="Task" value=${task} onChange=${setTask} options=${[["", "all"], ...tasks.map((one) => [one, one])]} />
@@ -64,7 +64,7 @@ function Sample({ sample, now, before, against = "dense" }) {
   return html`<li class="sample">
     <header><span>${sample.task} <span class="quiet">#${sample.doc}</span></span><span><${Verdict} value=${now} />
       ${before !== null && before !== now && html`<span class="quiet">${against}: ${before === 1 ? "right" : before === 0 ? "wrong" : before.toFixed(2)}</span>`}</span></header>
-    ${sample.cut > 0 && html`<p class="quiet">${count(sample.cut, "token")} cut on the left; the model saw only this</p>`}
+    ${sample.cut > 0 && html`<p class="quiet">${count(sample.cut, "token")} cut on the left; the model saw only the following</p>`}
     ${sample.images.length > 0 && html`<div class="seen">${sample.images.map((image, at) => html`
       <img src=${image} alt="image ${at + 1} of ${sample.task} #${sample.doc}" loading="lazy" onLoad=${showPixels} />`)}</div>`}
     ${sample.prompt !== null && html`<pre class="prompt">${sample.prompt}</pre>`}

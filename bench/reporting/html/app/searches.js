@@ -5,14 +5,14 @@ function Searches({ route }) {
   const named = INDEX.searches[at];
   const search = useLater(() => (named ? unpack(`search-${at}`) : Promise.resolve(null)), [at]);
   if (!named) {
-    return html`<main id="main" tabindex="-1"><h1>Searches</h1><p class="lead">No search has written its trials here.${" "}
-      <code>bench run sweep=camera_p_pareto</code> is one; then write the report again.</p></main>`;
+    return html`<main id="main" tabindex="-1"><h1>Searches</h1><p class="lead">There are no trials of a search yet.${" "}
+      Run one with <code>bench run sweep=camera_p_pareto</code>, then write the report again.</p></main>`;
   }
   return html`<main id="main" tabindex="-1">
     <h1>Searches</h1>
     <nav class="tabs" aria-label="Searches">${INDEX.searches.map((one) => html`<a href=${searchAddress(one)}
       aria-current=${one === named ? "page" : undefined}>${one.name}</a>`)}</nav>
-    ${search ? html`<${Search} key=${at} search=${search} />` : html`<p class="quiet">Unpacking…</p>`}
+    ${search ? html`<${Search} key=${at} search=${search} />` : html`<p class="quiet">Loading…</p>`}
   </main>`;
 }
 
@@ -37,8 +37,8 @@ function Search({ search }) {
         <h2>Front</h2>
         <${Figure} label="${words(objectives[0].name)} against ${words(objectives[1].name)} of ${complete.length} trials; those on the front are in the table below"
           draw=${(width) => drawTrials(objectives, complete, front, width)} inputs=${[search]} />
-        <p class="quiet note">Filled: no other trial is as good in every objective and better in one.${
-          objectives.length > 2 ? ` The front is of all ${objectives.length} objectives, of which the first two are drawn.` : ""}</p>`}
+        <p class="quiet note">Filled marks are trials on the front: no other trial is as good in every objective and better in one.${
+          objectives.length > 2 ? ` The front is that of all ${objectives.length} objectives; only the first two are drawn.` : ""}</p>`}
       <h2>${objectives.length > 1 ? "On the front" : "Best trial"}</h2>
       <${Plain} caption="Trials on the front, best ${words(objectives[0].name)} first" rows=${front} columns=${trialColumns(objectives, front)} />`}`;
 }

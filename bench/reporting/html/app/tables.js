@@ -4,7 +4,7 @@ function Tables({ route }) {
   const table = INDEX.tables.find((one) => one.name === route.name) ?? INDEX.tables[0];
   if (!table) {
     return html`<main id="main" tabindex="-1"><h1>Paper tables</h1><p class="lead">None of these runs belongs to a paper's table.${" "}
-      <code>bench table NAME</code> runs what a table needs; then write the report again.</p></main>`;
+      Run <code>bench table NAME</code>, then write the report again.</p></main>`;
   }
   const reasons = [...new Set(table.lines.flatMap((line) => line.cells.map((cell) => cell.refusal)).filter(Boolean))];
   return html`<main id="main" tabindex="-1" class="wide">
@@ -12,7 +12,7 @@ function Tables({ route }) {
     <nav class="tabs" aria-label="Tables">${INDEX.tables.map((one) => html`<a href=${address(`tables/${encodeURIComponent(one.name)}`)}
       aria-current=${one === table ? "page" : undefined}>${words(one.name)}</a>`)}</nav>
     <p class="lead">${table.title}</p>
-    ${table.stand_in && html`<p class="notice">A stand-in on the embedded models: neither the paper's models nor its data, so nothing is subtracted from the paper; only the order of methods is compared.</p>`}
+    ${table.stand_in && html`<p class="notice">This table uses the embedded models instead of the paper's models and data. Only the order of methods is compared with the paper; no differences are shown.</p>`}
     ${d3.groups(table.lines, (line) => line.section).map(([section, lines]) => html`<h2>${section}</h2>
       <${Plain} caption="${table.title}: ${section}" rows=${lines} columns=${[
         { title: "", cell: (line) => line.label },
@@ -21,8 +21,8 @@ function Tables({ route }) {
           cell: (line) => html`<${Beside} cell=${line.cells[at]} head=${head} reasons=${reasons} />`,
         })),
       ]} />`)}
-    <p class="quiet note">Above: ours, ± one standard error. Below: the published number (unmarked from the paper, ᶜ its authors' repository, ˢ a note about the paper, ᵗ others; ! suspicious), then ours minus theirs, <b class="outside">bold</b> where theirs lies outside our 95 % interval.</p>
-    ${reasons.length > 0 && html`<ol class="quiet note">${reasons.map((reason) => html`<li>Not subtracted: ${reason}</li>`)}</ol>`}
+    <p class="quiet note">Above: our number, ± one standard error. Below: the published number (unmarked: from the paper; ᶜ from its authors' repository; ˢ from a note about the paper; ᵗ from others; !: suspicious), then ours minus theirs, <b class="outside">bold</b> if theirs is outside our 95 % interval.</p>
+    ${reasons.length > 0 && html`<ol class="quiet note">${reasons.map((reason) => html`<li>Not compared: ${reason}</li>`)}</ol>`}
     ${table.notes.map((note) => html`<p class="quiet note">${note}</p>`)}
   </main>`;
 }

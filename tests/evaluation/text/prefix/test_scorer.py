@@ -179,7 +179,7 @@ def test_out_of_memory_halves_the_budget_says_so_and_changes_nothing(llama, room
     assert_same([found[number] for number in range(len(SHORT_PREFIXES))], whole)
     assert report.halved >= 1
     assert budget.tokens < 2048
-    assert "out of memory with a batch of" in said.getvalue()
+    assert "out of memory with a batch size of" in said.getvalue()
 
 
 def test_one_path_that_does_not_fit_is_refused(llama):
