@@ -1,1 +1,1 @@
-"""A plug-in of slimbench: a method and a benchmark outside its repository."""
+"""A plug-in for slimbench: a method and a benchmark outside its repository."""

@@ -1,4 +1,4 @@
-"""An example of a method: the weakest columns of every expert become zero."""
+"""An example of a method: it sets the weakest columns of every expert to zero."""
 
 import torch
 from pydantic import Field
