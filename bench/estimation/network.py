@@ -122,10 +122,8 @@ class NetworkWork:
         )
 
     def met_share(self, tokens: float) -> float:
-        """Return the share of routed experts that at least one of a call's tokens chooses.
-
-        Of experts that tokens choose independently, each is missed by all with (1 - k/E)^T.
-        """
+        """Return the share of routed experts that at least one of a call's tokens chooses."""
+        # If T tokens choose independently, all of them miss an expert with (1 - k/E)^T.
         return float(1 - (1 - self.met) ** tokens)
 
     def head_only(self, rows: float) -> Work:
