@@ -32,13 +32,13 @@ TRUST_MARKS: dict[Trust, str] = {
 }
 SUSPICIOUS, EMPTY = "!", "-"
 STAND_IN = (
-    "STAND-IN on the embedded models: not the paper's models or data, so nothing is subtracted "
-    "from the paper; only the order of methods is compared"
+    "STAND-IN on the embedded models, not the paper's models or data: only the order of methods is "
+    "compared with the paper; nothing is subtracted"
 )
 LEGEND = (
-    "theirs: unmarked from the paper, ᶜ from its authors' repository, ˢ from a note about the "
-    "paper, ᵗ run or reprinted by others, ! suspicious. ± is one standard error; in, out: theirs "
-    "lies inside, outside our 95 % interval"
+    "theirs: without a mark from the paper, ᶜ from its authors' repository, ˢ from a note about "
+    "the paper, ᵗ run or reprinted by others, ! suspicious. ± is one standard error. in or out: "
+    "theirs is inside or outside our 95 % interval"
 )
 CELL_KINDS = ("ours", "theirs", "difference")
 

@@ -60,7 +60,7 @@ def results_page(
         f"# {cell_text.heading_text(table)}",
         *_findings(families),
         *([config.about.strip()] if config.about else []),
-        f"Written by `{command}` from {len(records)} records; an edit would be lost.",
+        f"Written by `{command}` from {len(records)} records; manual edits will be lost.",
         _pipe_table(("", ""), _basis_rows(records)),
         *_numbers(table),
         *_caveats(config, records),
@@ -130,7 +130,7 @@ def _numbers(table: Table) -> Iterator[str]:
         yield f"## {section}" if len(sections) > 1 else "## Numbers"
         rows = [list(_line_texts(table.columns, line)) for line in lines if line.runs]
         yield _pipe_table(heads, rows, numbers=len(heads) - 1)
-    yield "± is one standard error over the samples; - stands for a number that was not obtained."
+    yield "± is one standard error over the samples; - marks a missing number."
 
 
 def _caveats(config: TableConfig, records: Iterable[Record]) -> Iterator[str]:
@@ -226,9 +226,9 @@ def _findings(families: Sequence[_Family]) -> Iterator[str]:
         for c in family.contrasts
         if c.p_holm is not None and c.p_holm < SIGNIFICANCE_LEVEL
     ]
-    told = f"{len(shown) or 'none'} can be told from chance"
+    told = f"{len(shown) or 'none'} {'are' if len(shown) > 1 else 'is'} significant"
     yield (
-        f"This page rests on {basis}. Of {len(contrasts)} paired differences, {told} "
+        f"This page is based on {basis}. Of {len(contrasts)} paired differences, {told} "
         f"(p below {SIGNIFICANCE_LEVEL:g} after Holm's correction){':' if shown else '.'}"
     )
     if shown:
@@ -242,9 +242,9 @@ def _comparisons(families: Sequence[_Family]) -> Iterator[str]:
     yield "## Paired tests"
     yield (
         "Differences are paired by sample, with a 95 % bootstrap interval; p is corrected by Holm "
-        "within a table. *detectable* is the difference that these samples show with 80 % power: "
-        "where p is above 0.05, a smaller one cannot be ruled out. Fewer than six samples can show "
-        "none at the 5 % level."
+        "within a table. *detectable* is the difference that these samples detect with 80 % "
+        "power: if p is above 0.05, smaller ones cannot be ruled out. With fewer than six samples, "
+        "no difference is significant at the 5 % level."
     )
     for family in families:
         yield f"### Against {family.base}"

@@ -133,7 +133,7 @@ def rows_of(page, heading):
 
 def test_the_page_states_what_its_numbers_rest_on(found):
     page = results_page(CONFIG, found, samples, "bench table mine --page mine.md")
-    basis = rows_of(page, "from 3 records; an edit would be lost.")
+    basis = rows_of(page, "from 3 records; manual edits will be lost.")
     assert basis["runs"] == ["2031-01-02 03:04 to 2031-01-02 06:04 UTC"]
     assert basis["commit"] == ["abc-dirty"]
     assert basis["machine"] == ["a processor, cores: 2, threads: 1, 8.00 GB"]
@@ -143,7 +143,7 @@ def test_the_page_states_what_its_numbers_rest_on(found):
     assert basis["calibration"] == ["4 rows of 32 tokens of prose"]
     assert basis["libraries"] == ["torch 2.9, lm-eval 0.4.13"]
     start, rest = page.split("A share is of the weights.\n\n")
-    assert start.startswith("# One model, two methods\n\nThis page rests on ")
+    assert start.startswith("# One model, two methods\n\nThis page is based on ")
     assert rest.startswith("Written by `bench table mine --page mine.md`")
 
 
@@ -155,15 +155,15 @@ def test_the_page_begins_with_what_chance_does_not_explain(found):
     assert first.p_holm < 0.05
     said = page.split("A share is")[0].split("\n\n")[1:]
     assert said[0] == (
-        "This page rests on 20 documents and 2 windows of wiki. Of 6 paired differences, "
-        f"{said[1].count('- ')} can be told from chance (p below 0.05 after Holm's correction):"
+        "This page is based on 20 documents and 2 windows of wiki. Of 6 paired differences, "
+        f"{said[1].count('- ')} are significant (p below 0.05 after Holm's correction):"
     )
     line = f"- first 20 % against dense: mean of the tasks, % {difference_text(first)}, p "
     assert said[1].startswith(line)
     # Two windows are no test.
     assert "perplexity" not in said[1]
     page = results_page(CONFIG, found, lambda run: samples("dense"), "")
-    assert "Of 6 paired differences, none can be told from chance (p below 0.05" in page
+    assert "Of 6 paired differences, none is significant (p below 0.05" in page
 
 
 def test_the_page_shows_every_number_and_the_caveats_of_costs(found):

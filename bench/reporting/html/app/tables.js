@@ -12,7 +12,7 @@ function Tables({ route }) {
     <nav class="tabs" aria-label="Tables">${INDEX.tables.map((one) => html`<a href=${address(`tables/${encodeURIComponent(one.name)}`)}
       aria-current=${one === table ? "page" : undefined}>${words(one.name)}</a>`)}</nav>
     <p class="lead">${table.title}</p>
-    ${table.stand_in && html`<p class="notice">This table uses the embedded models instead of the paper's models and data. Only the order of methods is compared with the paper; no differences are shown.</p>`}
+    ${table.stand_in && html`<p class="notice">This table uses the embedded models instead of the paper's models and data. Only the order of methods is compared with the paper; nothing is subtracted.</p>`}
     ${d3.groups(table.lines, (line) => line.section).map(([section, lines]) => html`<h2>${section}</h2>
       <${Plain} caption="${table.title}: ${section}" rows=${lines} columns=${[
         { title: "", cell: (line) => line.label },
@@ -22,7 +22,7 @@ function Tables({ route }) {
         })),
       ]} />`)}
     <p class="quiet note">Above: our number, ± one standard error. Below: the published number (unmarked: from the paper; ᶜ from its authors' repository; ˢ from a note about the paper; ᵗ from others; !: suspicious), then ours minus theirs, <b class="outside">bold</b> if theirs is outside our 95 % interval.</p>
-    ${reasons.length > 0 && html`<ol class="quiet note">${reasons.map((reason) => html`<li>Not compared: ${reason}</li>`)}</ol>`}
+    ${reasons.length > 0 && html`<ol class="quiet note">${reasons.map((reason) => html`<li>Not subtracted: ${reason}</li>`)}</ol>`}
     ${table.notes.map((note) => html`<p class="quiet note">${note}</p>`)}
   </main>`;
 }
