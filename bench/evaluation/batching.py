@@ -21,8 +21,8 @@ Result = TypeVar("Result")
 
 def attempt(work: Callable[[], Result]) -> Result | None:
     """Return the result of `work`, or None if memory ran out."""
-    # A frame of its own, left before memory is released: as long as the exception is being handled,
-    # its traceback references the failed attempt's tensors, and nothing can be freed.
+    # A separate function, because the traceback of an exception that is being handled refers to the
+    # tensors of the failed attempt, which could not be freed.
     try:
         return work()
     except RuntimeError as error:
@@ -51,16 +51,16 @@ class AdaptiveBatches:
         work: Callable[[Sequence[Item]], list[Result]],
         lengths: Sequence[int] = (),
     ) -> Iterator[list[Result]]:
-        """Yield the results of one batch after the other, in the order of the items.
+        """Yield the results batch by batch, in the order of the items.
 
-        `lengths` are the tokens of the items, the longest first; without them tokens are unbounded.
+        `lengths` are the tokens of the items, the longest first; without them, tokens are not
+        limited.
         """
         begin = 0
         while begin < len(items):
             batch = items[begin : begin + self.size_for(lengths[begin] if lengths else None)]
-            # A batch is retried from its first item, so results keep the order of the items
-            # whatever the sizes. The size never grows back: memory that ran out once will run out
-            # again.
+            # A failed batch is retried from its first item, so results keep the order of the items.
+            # The size never grows again, because memory would run out again.
             results = attempt(partial(work, batch))
             if results is None:
                 self._halve(len(batch))
@@ -69,7 +69,7 @@ class AdaptiveBatches:
             yield results
 
     def size_for(self, length: int | None) -> int:
-        """Return the items of a batch whose longest has this many tokens; None: unbounded."""
+        """Return the size of a batch whose longest item has `length` tokens (None: no limit)."""
         if self._tokens is None or length is None:
             return self.size
         return max(1, min(self.size, self._tokens // max(1, length)))
@@ -77,8 +77,8 @@ class AdaptiveBatches:
     def _halve(self, tried: int) -> None:
         if tried == 1:
             raise UserError(
-                "benchmark.batch_size: a single sample does not fit into memory; choose a smaller "
-                "model, or model.dtype=bfloat16"
+                "benchmark.batch_size=1: a single sample does not fit into memory; choose a "
+                "smaller model, or model.dtype=bfloat16"
             )
         self.size = tried // 2
         _report_halving(self._device, self._progress, str(tried), self.size)
@@ -93,9 +93,8 @@ class TokenBudget:
         self._progress = progress
 
     def halve(self, tried: int) -> None:
-        """Continue with half of the `tried` tokens, and tell the user."""
-        # Half of what was tried, not of the budget: a batch is often smaller than the budget
-        # allows.
+        """Continue with half of the `tried` tokens, with a warning."""
+        # Half of the tried tokens, because a batch is often smaller than the budget.
         self.tokens = max(1, tried // 2)
         _report_halving(self._device, self._progress, f"{tried} tokens", self.tokens)
 
@@ -113,41 +112,41 @@ def _report_halving(device: torch.device, progress: Progress, tried: str, remain
 
 
 MAX_TOKENS_BY_DEVICE = {"cpu": 2048}
-"""Batches beyond this many tokens are no faster: the caches of a CPU are full."""
+"""Tokens per batch above which batches are no faster, because a CPU's caches are full."""
 MAX_TOKENS = 32768
 
-# The floor holds even if the estimate says less: below it batches are too small to be worth
-# anything, and running out of memory is handled by halving anyway.
+# Used even if the estimate is lower: smaller batches are inefficient, and if memory runs out the
+# batch is halved.
 MIN_TOKENS = 256
 
-# Half, because `bytes_per_token` counts tensors and not what the allocator loses to fragmentation
-# and rounding, nor the workspace of kernels. A budget that is too large only costs a halving.
+# Half, because `bytes_per_token` counts only tensors, without fragmentation, rounding and
+# workspaces of kernels. A budget that is too large only costs a halving.
 FREE_MEMORY_SHARE = 0.5
-"""Share of the free memory that activations may take; the estimate ignores the allocator."""
+"""Share of the free memory that activations may take."""
 
 
 def estimate_token_budget(
     config: NetworkConfig, dtype: torch.dtype, device: torch.device, progress: Progress
 ) -> TokenBudget:
-    """Estimate the token budget of a language model from the memory that is free now."""
+    """Estimate the token budget of a language model from the memory that is currently free."""
     tokens = fitting_tokens(config, dtype, device.type, devices.free_bytes(device))
     return TokenBudget(tokens, device, progress)
 
 
 def fitting_tokens(config: NetworkConfig, dtype: torch.dtype, device: str, free: float) -> int:
-    """Return the tokens of a batch on a type of device with this many free bytes."""
+    """Return the token budget of a batch on a type of device with `free` bytes."""
     fitting = int(FREE_MEMORY_SHARE * max(0.0, free) / bytes_per_token(config, dtype))
     return min(MAX_TOKENS_BY_DEVICE.get(device, MAX_TOKENS), max(MIN_TOKENS, fitting))
 
 
 MAX_AUTO_ROWS = 512
-"""Rows of a batch of short texts with `batch_size=auto`; more are no faster."""
+"""Maximum rows of a batch of short texts with `batch_size=auto`; more are no faster."""
 MAX_AUTO_IMAGES = 64
-"""Rows of a first batch of images, whose memory nobody knows before they are encoded."""
+"""Rows of the first batch of images, whose memory is unknown before they are encoded."""
 
 
 def batches_for(model: Model, size: int | Literal["auto"], progress: Progress) -> AdaptiveBatches:
-    """Return batches of texts of the size asked for; `auto` fills the free memory with tokens."""
+    """Return batches of texts of the given size; `auto` fills the free memory with tokens."""
     if size != "auto":
         return AdaptiveBatches(size, model.device, progress)
     network = model.network
@@ -159,19 +158,19 @@ def batches_for(model: Model, size: int | Literal["auto"], progress: Progress) -
 def bytes_per_token(config: NetworkConfig, dtype: torch.dtype) -> int:
     """Estimate the bytes that one token needs in the widest layer and at the output head.
 
-    16 vectors of the residual width (queries, keys, values, norms, copies); gate, up and their
-    product in the feed-forward, for every expert that a token is routed to; and three vectors over
-    the vocabulary in float32, as if every position were scored.
+    The estimate has 16 vectors of the residual width (queries, keys, values, norms, copies); gate,
+    up and their product in the feed-forward, for every expert of a token; and three float32 vectors
+    over the vocabulary, as if every position were scored.
     """
-    # The 3 * 4 bytes per vocabulary entry are the logits, their float32 copy and its log-softmax.
-    # Only one layer counts, since activations of a layer are freed before the next one runs under
-    # `no_grad`.
+    # The 3 * 4 bytes per vocabulary entry are for the logits, their float32 copy and its
+    # log-softmax. Only one layer counts, because under `no_grad` its activations are freed before
+    # the next layer runs.
     residual, feed_forward = 16 * int(config.hidden_size), 3 * _feed_forward_width(config)
     return dtype.itemsize * (residual + feed_forward) + 3 * 4 * int(config.vocab_size)
 
 
 def _feed_forward_width(config: NetworkConfig) -> int:
-    """Return the number of neurons that a token passes in the widest feed-forward."""
+    """Return the number of neurons that process a token in the widest feed-forward."""
 
     def field(name: str) -> int:
         return int(getattr(config, name, None) or 0)
@@ -179,10 +178,10 @@ def _feed_forward_width(config: NetworkConfig) -> int:
     dense, experts = field("intermediate_size"), field("num_experts_per_tok")
     expert = field("moe_intermediate_size")
     if not expert:
-        # Mixtral has one width only, which is that of an expert.
+        # In Mixtral the only width is that of an expert.
         return max(1, experts) * dense
-    # Qwen MoE and DeepSeek have an expert width, and a dense width that some layers use instead.
-    # Shared experts come on top of the routed ones: as a width of their own (Qwen2 MoE), or as a
-    # number of experts (DeepSeek).
+    # Qwen MoE and DeepSeek have a width of experts and one of dense layers. Shared experts are
+    # added to the routed ones, as a separate width (Qwen2 MoE) or as a number of experts
+    # (DeepSeek).
     shared = field("shared_expert_intermediate_size") + field("n_shared_experts") * expert
     return max(dense, max(1, experts) * expert + shared)

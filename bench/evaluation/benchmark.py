@@ -1,4 +1,4 @@
-"""A planned benchmark, on which any model can be evaluated; the harnesses by name."""
+"""Plan a benchmark with its harness, and evaluate models on it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from bench.models.model import Model
     from bench.schema import ModelConfig
 
-# Names, not functions: resolving one imports its harness, and lmms-eval alone takes seconds.
+# Names instead of functions, because importing a harness takes seconds.
 PLANNERS = {
     "lm_eval": "bench.evaluation.text.lm_eval:plan_text",
     "lmms_eval": "bench.evaluation.multimodal.lmms_eval:plan_multimodal",
@@ -32,7 +32,7 @@ PLANNERS = {
 
 
 class Planner(Protocol):
-    """Function that finds the data of one harness's benchmarks."""
+    """Function that finds the data of a benchmark for one harness."""
 
     def __call__(self, benchmark: BenchmarkConfig, *, offline: bool) -> Harness:
         """Return the benchmark, ready to score any model."""
@@ -80,13 +80,14 @@ class PlannedBenchmark:
 
 
 def plan(benchmark: BenchmarkConfig, *, offline: bool) -> PlannedBenchmark:
-    """Find and load all data of a benchmark; everything that is missing is reported at once.
+    """Find and load all data of a benchmark, and report everything that is missing at once.
 
-    Without a network, or with `offline`, the process stays off the hub from then on.
+    Without a network, or with `offline`, the process does not use the hub from then on.
 
     Raises:
         MissingData: data are neither cached nor reachable on the hub.
-        UserError: the config names a task, a metric, a file or a text that does not exist or fit.
+        UserError: the config names a task, metric, file or text that does not exist or does not
+            fit.
     """
     return PlannedBenchmark(benchmark, _planned_harness(benchmark, offline=offline))
 
@@ -97,23 +98,23 @@ def _planned_harness(benchmark: BenchmarkConfig, *, offline: bool) -> Harness:
 
 
 class PlanCache:
-    """The last plans, reused while their local files are unchanged.
+    """Recent plans, which are reused as long as their local files are unchanged.
 
-    The runs of a sweep share their benchmark, and building its tasks takes longer than many runs.
+    The runs of a sweep share their benchmark, and building its tasks can take longer than a run.
     """
 
     def __init__(self) -> None:
         self._plans: OrderedDict[tuple[object, ...], PlannedBenchmark] = OrderedDict()
 
     def plan(self, benchmark: BenchmarkConfig, *, offline: bool) -> PlannedBenchmark:
-        """Return `plan(...)`, or the result of an earlier call with the same arguments."""
+        """Return `plan(...)`, cached by its arguments."""
         paths = [*benchmark.include, *filter(None, benchmark.data.values())]
         paths += [text.path for text in benchmark.perplexity.values() if text.path]
-        # A million pictures are not looked at before every run of a sweep.
+        # ImageNet has too many files to check before every run of a sweep.
         if benchmark.images.folder and benchmark.images.data != "imagenet":
             paths.append(benchmark.images.folder)
         stamps = [stamp for path in sorted(paths) for stamp in _stamps(Path(path).expanduser())]
-        # A config is not hashable (it holds dicts), so its JSON is the key of the cache.
+        # JSON is the key, because a config is not hashable.
         key = benchmark.model_dump_json(), tuple(stamps), offline
         if key not in self._plans:
             self._plans[key] = plan(benchmark, offline=offline)
@@ -134,9 +135,9 @@ def _stamps(path: Path) -> Iterator[tuple[str, FileStamp]]:
 
 
 def prefetch_benchmark(benchmark: BenchmarkConfig) -> list[str]:
-    """Download what a benchmark needs into the usual caches; return the data sets now present.
+    """Download the data of a benchmark into the usual caches; return the hub data sets.
 
-    Each entry names a hub data set and its commit; data that need no network are not listed.
+    Each entry has the name of a hub data set and its commit.
     """
     sources = plan(benchmark, offline=False).sources.values()
     return sorted({f"{s.location}@{s.revision or 'main'}" for s in sources if s.origin == "hub"})
@@ -150,15 +151,14 @@ def evaluate(
 ) -> Evaluation:
     """Score the model on every task of the plan.
 
-    `cache` holds the responses of an interrupted attempt of this run. It is never shared between
-    models.
+    `cache` holds the responses of an interrupted attempt of this run. Models must not share it.
     """
-    # Imported late: planning and `bench --help` import this package and must not load torch.
+    # Imported here, because planning and `bench --help` must not load torch.
     from bench.device.devices import seed_everything
     from bench.evaluation.response_cache import ResponseCache
 
     seed_everything(SEED)
-    # The cache is keyed by requests alone, not by weights, so the default is an empty one per call.
+    # The default is an empty cache, because keys do not depend on the weights.
     return _evaluation(plan, plan.harness.score(model, progress, cache or ResponseCache()))
 
 

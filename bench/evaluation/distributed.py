@@ -1,9 +1,9 @@
 """Distributed evaluation: several processes, one per device, each with a copy of the model.
 
-They are started by `accelerate launch --no_python bench run ...` or `torchrun`. Each process
-gets all requests from the harness and computes its share; responses are then exchanged, so that
-every process has all of them, and the first process writes. Python objects are exchanged, a few
-bytes per response.
+The processes are started by `accelerate launch --no_python bench run ...` or `torchrun`. Each of
+them gets all requests from the harness and computes the responses to its share. Responses are then
+exchanged as Python objects, a few bytes each, so that every process has all of them. The first
+process writes the record.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import TypeVar
 
 Value = TypeVar("Value")
 
-# torch's default is 10 minutes (NCCL) or 30 (Gloo), but processes meet only at the end of a task,
-# and their shares may differ by hours where estimates of the work are off.
+# torch's default is 10 minutes (NCCL) or 30 (Gloo). Processes synchronise only at the end of a
+# task, and if estimates of the work are wrong, their times may differ by hours.
 COLLECTIVE_TIMEOUT = timedelta(days=2)
 """Timeout of collectives: how long a process waits for the slowest one."""
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-"""Environment variables by which launchers tell a process its place."""
+"""Environment variables in which launchers pass a process its rank."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,15 @@ class ProcessGroup:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes."""
+        """Whether this is the process that writes files and messages."""
         return self.rank == 0
 
     def shard(self, work: Sequence[int]) -> range:
-        """Return the indices of this process's items: neighbours with an equal part of the work."""
-        # Contiguous, because callers sort by length or by prefix: neighbours pad little in one
-        # batch and share prefixes. An item belongs to the process in whose part its midpoint lies,
-        # which assigns every item exactly once without communication. `or 1` covers items that all
-        # have no work.
+        """Return the indices of this process's items: consecutive ones with equal work."""
+        # Consecutive, because callers sort by length or prefix, so that neighbours need little
+        # padding and share prefixes. An item belongs to the process in whose part of the work its
+        # midpoint lies, which assigns every item once without communication. `or 1` is for items
+        # without any work.
         ends = [0, *accumulate(work)]
         owner = [
             min(self.world_size - 1, (begin + end) * self.world_size // (2 * ends[-1] or 1))
@@ -61,8 +61,8 @@ class ProcessGroup:
     ) -> Iterator[list[tuple[int, Value]]]:
         """Yield the responses to all indices, batch by batch.
 
-        This process's own come first, then those of all others at once. Indices are partitioned in
-        the given `order`, each weighted by its `work`; `compute` yields the responses to one part,
+        Those of this process come first, then those of all others at once. Indices are partitioned
+        in the given `order`, weighted by their `work`; `compute` yields the responses to a part,
         with their indices.
         """
         mine = [order[index] for index in self.shard(work)]
@@ -70,9 +70,9 @@ class ProcessGroup:
         for batch in compute(mine):
             own += batch
             yield batch
-        # The exchange is a barrier: every process must reach it, even one with an empty share. If
-        # one raises before it, the others wait until the timeout, which the launcher cuts short by
-        # killing all processes when one exits.
+        # The exchange is a barrier that every process must reach, even with an empty share. If one
+        # raises an exception before it, the launcher kills the others, which would otherwise wait
+        # for the timeout.
         known = set(mine)
         others = [response for response in self.all_gather(own) if response[0] not in known]
         if others:
@@ -94,7 +94,7 @@ class ProcessGroup:
 
 @cache
 def current_process_group() -> ProcessGroup:
-    """Return this process's place in the group; the first call connects to the other processes."""
+    """Return the process group; the first call connects to the other processes."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ProcessGroup()
     import torch
@@ -105,7 +105,7 @@ def current_process_group() -> ProcessGroup:
 
 
 def leave_process_group() -> None:
-    """Disconnect from the other processes; the next call for the group connects again."""
+    """Disconnect from the other processes; `current_process_group` connects again."""
     connected = current_process_group.cache_info().currsize > 0
     if connected and current_process_group().world_size > 1:
         from accelerate import PartialState

@@ -1,7 +1,8 @@
-"""What a model really saw of every question, how its answers ended, and what that says per task.
+"""Evidence of an evaluation: what the model got of every question, and how its answers ended.
 
-Where a number follows the harness and still means little (prompts cut on the left, tokens across
-the join of question and answer, answers that are equally likely), it is counted and said once.
+Some cases make a number less meaningful although it is computed as in the harness: prompts cut on
+the left, tokens that span question and answer, or equally likely answers. They are counted per
+task, with one warning per kind.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from bench.schema import Overlong
 from bench.ui import Progress
 
 Finish: TypeAlias = Literal["stop", "eos", "length"]
-"""How a generated answer ended: a stop string, an end token, or the maximal length."""
+"""How a generated answer ended: by a stop string, an end token, or the maximum length."""
 MIN_TIED_SHARE = 0.05
-"""Share of questions with ties from which they are worth a warning: half precision makes a few."""
+"""Share of questions with ties above which a warning is given; half precision causes a few."""
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """One request as the model saw it.
+    """One request as the model got it.
 
-    `cut` tokens were removed on the left; `prompt` is then the text that was left. `spans` says
-    that a token lies across the join of prompt and answer. `unanswered` is the reason why there is
-    no answer. `thoughts` came before the answer and are no part of it.
+    `cut` is the number of tokens removed on the left; `prompt` is then the remaining text. `spans`
+    says that a token contains the end of the prompt and the start of the answer. `unanswered` is
+    the reason if there is no answer. `thoughts` came before the answer and are not a part of it.
     """
 
     prompt_tokens: int
@@ -46,14 +47,14 @@ class Seen:
 
 @dataclass
 class EvidenceLog:
-    """What was seen per (task, document), in the order of the requests."""
+    """Requests as the model got them, by (task, document), in their order."""
 
     requests: dict[tuple[str, int], list[Seen]] = field(default_factory=lambda: defaultdict(list))
     settings: dict[str, JsonObject] = field(default_factory=dict)
-    """Generation settings in force, by task."""
+    """Effective generation settings, by task."""
 
     def columns(self, task: str, document: int) -> SampleRow:
-        """Return what was seen of a document as columns of its row, one entry per request."""
+        """Return the evidence of a document as columns of its row, with one entry per request."""
         seen = self.requests.get((task, document), [])
         if not seen:
             return {}
@@ -68,13 +69,13 @@ class EvidenceLog:
             columns["image_sizes"] = list(seen[0].image_sizes)
         if seen[0].thoughts is not None:
             columns["thoughts"] = [each.thoughts or "" for each in seen]
-        # Otherwise the prompt stays the harness's text, all of which the model saw.
+        # Otherwise the prompt is the harness's text, which the model got unchanged.
         if seen[0].prompt is not None:
             columns["prompt"] = seen[0].prompt
         return columns
 
     def unanswered(self, task: str, document: int) -> str | None:
-        """Return why a document has no answer, as far as its responses do not show it."""
+        """Return why a document has no answer, if its responses do not show the reason."""
         seen = self.requests.get((task, document), [])
         return next((each.unanswered for each in seen if each.unanswered is not None), None)
 
@@ -82,7 +83,7 @@ class EvidenceLog:
 def task_evidence(
     task: str, rows: Iterable[SampleRow], generation: JsonObject | None = None
 ) -> TaskEvidence:
-    """Count over the documents of a task; `rows` are its sample rows of all filters."""
+    """Count the evidence over the documents of a task, from its sample rows of all filters."""
     documents = {row["doc_id"]: row for row in rows}.values()
 
     def count(column: str, least: int = 1) -> int:
@@ -103,9 +104,9 @@ def task_evidence(
 def check_length(
     overlong: Overlong, where: str, tokens: int, longest: int, model: str
 ) -> str | None:
-    """Return why a prompt is left out, None if it is asked, whole or truncated.
+    """Return the reason why an overlong prompt is skipped, or None if it is asked.
 
-    The reason is the same for all prompts: the columns of a row hold its own number of tokens.
+    The reason is the same for all prompts; the number of tokens is in a column of the row.
 
     Raises:
         UserError: the prompt does not fit and `benchmark.overlong` refuses such prompts.
@@ -116,17 +117,18 @@ def check_length(
     if overlong == "skip":
         return f"the prompt's {reason}"
     raise UserError(
-        f"{where}: {tokens} {reason}; benchmark.overlong=truncate cuts on the left, skip "
-        "leaves it out"
+        f"{where}: {tokens} {reason}; benchmark.overlong=truncate cuts prompts on the left, skip "
+        "leaves them out"
     )
 
 
 def tokens_until_stop(
     tokens: Sequence[int], decode: Callable[[Sequence[int]], str], stops: Sequence[str]
 ) -> int:
-    """Return after how many tokens the first stop string is complete."""
+    """Return the number of tokens after which the first stop string is complete."""
 
-    # The row of a batch is no help: it goes on until all rows of the batch are done.
+    # The length of the generated row cannot be used, because all rows of a batch have the length of
+    # the longest one.
     def stopped(count: int) -> bool:
         text = decode(tokens[:count])
         return any(stop in text for stop in stops if stop)
@@ -135,12 +137,12 @@ def tokens_until_stop(
 
 
 def count_ties(loglikelihoods: Sequence[float]) -> int:
-    """Return how many choices have the greatest log-likelihood: 1 unless there is a tie."""
+    """Return how many choices have the largest log-likelihood: 1 unless there is a tie."""
     return sum(value == max(loglikelihoods) for value in loglikelihoods)
 
 
 def warn_about(evidence: Sequence[TaskEvidence], longest: int, progress: Progress) -> None:
-    """Warn once per kind of finding, naming all tasks that it concerns."""
+    """Give one warning per kind of finding, with all tasks to which it applies."""
 
     def concerned(count: Callable[[TaskEvidence], int], share: float = 0.0) -> str:
         return ", ".join(
@@ -180,7 +182,7 @@ def warn_about(evidence: Sequence[TaskEvidence], longest: int, progress: Progres
 
 
 def _inherited(evidence: Sequence[TaskEvidence]) -> list[str]:
-    """Return the distinct settings that tasks did not ask for."""
+    """Return the distinct settings that come from the checkpoint and not from a task."""
     found = [(each.generation or {}).get("from_checkpoint", {}) for each in evidence]
     texts = [", ".join(f"{name}={value}" for name, value in each.items()) for each in found]
     return list(dict.fromkeys(filter(None, texts)))
@@ -196,15 +198,15 @@ _OTHER_SETTINGS = frozenset(
         "output_hidden_states", "return_dict_in_generate", "max_length", "remove_invalid_values",
     }
 )  # fmt: skip
-"""Settings of a checkpoint that change no answer, or that a task always gives itself."""
+"""Settings of a checkpoint that change no answer, or that every task sets itself."""
 
 
 def settings_in_force(
     checkpoint: Mapping[str, object], requested: Mapping[str, object], **always: object
 ) -> JsonObject:
-    """Return the settings of a generation: those asked for, and what a checkpoint adds to them.
+    """Return the effective settings of a generation: the requested ones and the checkpoint's.
 
-    `checkpoint` holds the settings of its generation config that differ from the defaults.
+    `checkpoint` are the settings of its generation config that differ from the defaults.
     """
     ignored = _OTHER_SETTINGS | requested.keys() | always.keys()
     if not requested.get("do_sample"):

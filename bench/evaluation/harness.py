@@ -1,4 +1,4 @@
-"""The interface of a harness, and what it returns: scores, backend report, document sources."""
+"""The interface of a harness, and its results: scores, backend report, document sources."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ SEED = 1234
 
 
 def number_within(limit: float | None, available: int) -> int:
-    """Return how many of the available documents a limit leaves, by lm-eval's rule for shares."""
+    """Return the number of documents within a limit, with lm-eval's rule for fractions."""
     if limit is None:
         return available
     return min(available, limit if isinstance(limit, int) else math.ceil(available * limit))
 
 
 ATTEMPT_FIELDS = ("tokens_per_batch", "halved", "padded_tokens", "computed_tokens")
-"""Fields of a backend report that depend on free memory and on what an interrupted attempt did."""
+"""Fields of a backend report that depend on free memory or on an interrupted attempt."""
 
 
 @dataclass
 class BackendReport:
     """The requested backend, the one used, and the `reasons` if they differ.
 
-    `tokens_per_batch` is the token budget of the prefix-sharing backend as first estimated,
-    `halved` the number of times memory then ran out. `computed_tokens` went through the network,
-    `padded_tokens` is the number that the padded backend would have sent.
+    `tokens_per_batch` is the first estimate of the prefix-sharing backend's token budget, and
+    `halved` how often memory ran out afterwards. `computed_tokens` is the number of tokens that
+    went through the network, `padded_tokens` the number with the padded backend.
     """
 
     requested: Backend
@@ -57,10 +57,9 @@ class BackendReport:
     computed_tokens: int = 0
 
     def as_json(self) -> dict[str, object]:
-        """Return JSON values, with the fields of this attempt alone nested under `spent`."""
+        """Return JSON values, with `ATTEMPT_FIELDS` nested under `spent`."""
         values = asdict(self)
-        # The remaining fields are equal whenever a run is repeated or resumed; these are not, so
-        # they are kept apart.
+        # The other fields are the same whenever a run is repeated or resumed.
         spent = {name: values.pop(name) for name in ATTEMPT_FIELDS}
         return {**values, "spent": spent}
 
@@ -70,7 +69,7 @@ def select_backend(
 ) -> BackendReport:
     """Return the backend to use: the requested one, or the padded one with the reason.
 
-    `unsupported` states why the model does not support prefix sharing, None if it does.
+    `unsupported` is the reason if the model does not support prefix sharing, or else None.
     """
     report = BackendReport(requested)
     if requested == "prefix_sharing" and unsupported is None:
@@ -84,8 +83,8 @@ def select_backend(
 class ScoredBenchmark(NamedTuple):
     """The metrics of a model, one row per scored sample, and the backend report if there is one.
 
-    `missing` names the headlines without a value, with the reason. `evidence` says per task what
-    its numbers rest on.
+    `missing` lists the headlines without a value, with the reason. `evidence` is that of each task
+    (`bench.evaluation.evidence`).
     """
 
     metrics: list[Metric]
@@ -106,7 +105,7 @@ class ScoredBenchmark(NamedTuple):
 
 
 def tell_results(metrics: Iterable[Metric], progress: Progress) -> None:
-    """Tell who watches the run the headline numbers of what has been scored."""
+    """Send the headline numbers to the watcher of the run."""
     for metric in metrics:
         if metric.headline and metric.value is not None:
             progress.result(metric.task, metric.value, metric.stderr)
@@ -124,7 +123,7 @@ class Harness(Protocol):
         """Where the documents of each task came from."""
 
     def check_tokenizer(self, model: ModelConfig, tokenizer: Tokenizer, network: nn.Module) -> None:
-        """Raise UserError unless the tasks can be put to a network, given without weights."""
+        """Raise UserError unless the tasks fit the tokenizer and the network (without weights)."""
 
     @property
     def definitions(self) -> dict[str, str]:
@@ -138,7 +137,7 @@ class Harness(Protocol):
         """Return the images of a document, given its index in the data set; empty for text."""
 
     def score(self, model: Model, progress: Progress, cache: ResponseCache) -> ScoredBenchmark:
-        """Score a model; requests found in the response cache are skipped, new ones added to it."""
+        """Score a model; cached responses are reused, and new ones are added to the cache."""
 
     def rescore(self, rows: Sequence[SampleRow]) -> ScoredBenchmark:
         """Score the answers in sample rows; raise UserError if they do not suffice."""
@@ -165,7 +164,7 @@ class DocumentSource:
 def file_source(files: list[Path]) -> DocumentSource:
     """Describe local files; the fingerprint of one is the SHA-256 of its bytes.
 
-    That of several names them too, since their names say which split they are.
+    That of several files includes their names, which determine the splits.
     """
     if len(files) == 1:
         return DocumentSource("file", str(files[0]), None, digest(files[0]))

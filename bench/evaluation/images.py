@@ -50,7 +50,7 @@ ACCURACY = "acc"
 
 
 MAX_AUTO_CLASSIFIED = 1024
-"""Images of a first batch with `batch_size=auto`; more are no faster."""
+"""Images of the first batch with `batch_size=auto`; more are no faster."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class ImageHarness:
 
     @property
     def definitions(self) -> dict[str, str]:
-        """Return nothing: top-1 accuracy is code of our own."""
+        """Return nothing, because top-1 accuracy is computed by the suite itself."""
         return {}
 
     @property
@@ -75,10 +75,10 @@ class ImageHarness:
         return frozenset()
 
     def images(self, task: str, document: int) -> list[Image]:
-        """Return an image as the network sees it, its values stretched to those of a picture.
+        """Return an image as the network gets it, scaled to the value range of a picture.
 
         Raises:
-            UserError: the benchmark scores no such image, or it cannot be decoded.
+            UserError: the benchmark does not score this image, or it cannot be decoded.
         """
         if task != self.splits.name or document not in range(len(self.scored)):
             raise UserError(f"benchmark={self.benchmark.name} has no image {document} of {task}")
@@ -86,13 +86,14 @@ class ImageHarness:
         return [_picture(image_BCHH[0])]
 
     def check_tokenizer(self, model: ModelConfig, tokenizer: Tokenizer, network: nn.Module) -> None:
-        """Check nothing: classifiers read no text."""
+        """Do nothing, because classifiers read no text."""
 
     def score(self, model: Model, progress: Progress, cache: ResponseCache) -> ScoredBenchmark:
         """Return the accuracy and one row per image.
 
         Raises:
-            UserError: the network is built for images of a different shape or classes.
+            UserError: the network expects images of a different shape or a different number of
+                classes.
         """
         network = model.network
         assert isinstance(network, Classifier)
@@ -109,8 +110,7 @@ class ImageHarness:
             # The weights set device and dtype, whatever a method did to the network.
             weight = next(network.parameters())
             with torch.inference_mode():
-                # Softmax in float32: in half precision, the probabilities of close classes would
-                # round to a tie.
+                # Softmax in float32, because in half precision close probabilities would be equal.
                 logit_BK = network(image_BCHH.to(weight)).float()
                 probability_BK = logit_BK.softmax(-1).cpu()
             finite_B = logit_BK.isfinite().all(-1).cpu()
@@ -137,10 +137,10 @@ class ImageHarness:
         return ScoredBenchmark(metrics, rows, missing=missing)
 
     def rescore(self, rows: Sequence[SampleRow]) -> ScoredBenchmark:
-        """Raise: a predicted class passes through no filter, and its metric is ours."""
+        """Raise, because predicted classes have no filters or metrics that could change."""
         raise UserError(
-            f"benchmark {self.benchmark.name} classifies images: no harness scores their answers, "
-            "so there is nothing to score again"
+            f"benchmark={self.benchmark.name} classifies images, whose answers cannot be scored "
+            "again: choose a run on text or image-text tasks"
         )
 
 
@@ -148,16 +148,16 @@ def plan_images(benchmark: BenchmarkConfig, *, offline: bool) -> ImageHarness:
     """Find and read the images that a benchmark scores.
 
     Raises:
-        MissingData: the folder is not given or does not hold the data set.
-        UserError: no data set has this name, or it has no held-out images.
+        MissingData: the folder is not given or does not contain the data set.
+        UserError: there is no data set of this name, or it has no held-out images.
     """
     config = benchmark.images
     splits = image_catalogue.load_image_set(
         config.data, config.folder, download=config.download and not offline, size=config.size
     )
     if config.split == "validation":
-        # From here on the held-out part of the training set plays the role of the test set, so that
-        # choosing hyperparameters never sees test images.
+        # The held-out part of the training set replaces the test set, so that hyperparameters are
+        # never chosen on test images.
         splits = splits.for_selection()
     scored = splits.test
     if benchmark.limit is not None:
@@ -166,10 +166,9 @@ def plan_images(benchmark: BenchmarkConfig, *, offline: bool) -> ImageHarness:
 
 
 def _sources(splits: Splits, scored: ImageSet) -> dict[str, DocumentSource]:
-    """Describe the images that are scored, and those that methods train on."""
+    """Describe the scored images, and the images on which methods train."""
     origin: Origin = "embedded" if splits.name == "digits" else "file"
-    # The training images enter the run's identity too: a method that trains gives other weights on
-    # other images, although the benchmark scores the same.
+    # The training images are part of the run's identity, because methods may train on them.
     parts = {splits.name: scored, f"{splits.name} train": splits.train}
     return {
         name: DocumentSource(
@@ -189,7 +188,7 @@ def _sample_rows(
     probability_BK: Tensor,
     finite_B: Tensor,
 ) -> list[SampleRow]:
-    """Return one row per image; `probability` is that of the predicted class."""
+    """Return one row per image, with the probability of the predicted class."""
     highest_B, predicted_B = probability_BK.max(-1)
     correct_B = (predicted_B == label_B).double()
     columns = (label_B.tolist(), predicted_B.tolist(), highest_B.tolist(), correct_B.tolist())
@@ -216,12 +215,12 @@ def _blank_row(task: str, index: int) -> SampleRow:
 
 
 def _picture(image_CHH: Tensor) -> Image:
-    """Return normalized values as a picture: the least is black, the greatest is white."""
+    """Convert normalized values into a picture; the smallest is black, the largest is white."""
     from PIL import Image
 
     low, high = image_CHH.aminmax()
     byte_CHH = ((image_CHH - low) * (255 / (high - low).clamp_min(1e-12))).round().byte().cpu()
-    # Channels that are no colours are shown as their first one.
+    # If the channels are not RGB, the first one is shown.
     values = byte_CHH.movedim(0, -1) if len(byte_CHH) == 3 else byte_CHH[0]
     return Image.fromarray(values.numpy())
 

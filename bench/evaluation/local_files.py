@@ -1,4 +1,4 @@
-"""A user's own files in place of a task's data set, for both harnesses."""
+"""Local files of the user that replace a task's data set, for both harnesses."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ IMAGE_TASK_COLUMNS = {
 }  # fmt: skip
 """Columns of the real data sets that each image task reads."""
 IMAGE_COLUMNS = ("id", "image")
-"""Columns of a file with the images of documents that only name them."""
+"""Columns of a file of images to which documents refer by id."""
 
 
 @dataclass(frozen=True)
 class LocalDocuments:
-    """The splits of a user's files, where they came from, and the scored rows without a label.
+    """The splits of a user's files, their source, and the scored rows without a label.
 
-    The rows `unlabelled` stand in the data with a label that is valid and means nothing.
+    In the data, the rows `unlabelled` have a valid but meaningless label.
     """
 
     splits: datasets.DatasetDict
@@ -77,10 +77,11 @@ class LocalDocuments:
 
 @dataclass(frozen=True)
 class RowUse:
-    """What a run reads of a task's files.
+    """The part of a task's files that a run reads.
 
-    `split` is scored, the first `scored` rows of it (None: all), and all other splits are read too
-    if the prompts hold `examples`. `allow_missing` is the share of rows that may have no label.
+    The first `scored` rows (None: all) of `split` are scored. All other splits are read too if the
+    prompts contain few-shot `examples`. `allow_missing` is the share of rows that may have no
+    label.
     """
 
     split: str
@@ -92,8 +93,8 @@ class RowUse:
 def load_local_rows(task: str, path: str, use: RowUse) -> LocalDocuments:
     """Read a file as the scored split, or a folder's files as one split each.
 
-    Every row of a file that is read is parsed and must have the task's columns; the values of a row
-    and its label are checked, and the row is kept, only if the run uses it.
+    Every row of these files is parsed and must have the task's columns. Values and label are
+    checked only for rows that the run uses, and only these are returned.
 
     Raises:
         UserError: the path does not exist, a file cannot be read, a column is missing, or a row
@@ -105,14 +106,13 @@ def load_local_rows(task: str, path: str, use: RowUse) -> LocalDocuments:
     splits: dict[str, datasets.Dataset] = {}
     unlabelled: list[int] = []
     for name, file in read.items():
-        # Examples are drawn from all rows, so fewer would be other examples; and an example without
-        # a label would show a wrong one.
+        # Few-shot examples are drawn from all rows, and all of them need a correct label.
         kept, allowed = (None, 0.0) if use.examples else (use.scored, use.allow_missing)
         rows, unlabelled = _checked_rows(task, file, key, kept, allowed)
         splits[name] = _as_dataset(rows, f"{key}: {file.name}")
-    # All files of the folder, whether they are read or not: the identity of data names a folder.
+    # All files of the folder are part of the data's identity, whether they are read or not.
     source = file_source(list(files.values()))
-    # One list: without examples only the scored split is read, with examples none is accepted.
+    # The rows are those of the scored split: with examples, no row may be unlabelled.
     return LocalDocuments(datasets.DatasetDict(splits), source, tuple(unlabelled))
 
 
@@ -121,13 +121,13 @@ def _files_by_split(path: Path, key: str, split: str) -> dict[str, Path]:
         return {split: path}
     files: dict[str, Path] = {}
     for file in sorted(path.iterdir()):
-        # Up to the first dot: `test.jsonl.gz` is the split `test`.
+        # The split of `test.jsonl.gz` is `test`.
         name = file.name.partition(".")[0]
         if file.suffix not in SUFFIXES or not file.is_file():
             continue
         if name in files:
             raise UserError(
-                f"{key}: {files[name].name} and {file.name} are both the split {name}; keep one"
+                f"{key}: {files[name].name} and {file.name} are both the split {name}; remove one"
             )
         files[name] = file
     if split not in files:
@@ -137,7 +137,7 @@ def _files_by_split(path: Path, key: str, split: str) -> dict[str, Path]:
 
 HELLASWAG_ENDINGS = 4
 SHOWN_CHARS = 60
-"""Characters of a faulty value that a message shows."""
+"""Maximum number of characters of an invalid value in a message."""
 Label: TypeAlias = tuple[str, Callable[[DataRow], Iterable[object]]]
 """The column of a task's correct answer, and a function from a row to the values it may have."""
 
@@ -155,7 +155,7 @@ def _maths_letters(row: DataRow) -> Iterable[object]:
 
 
 def _count_options(text: str) -> int:
-    """Return how many options the harness finds in MathQA's `a ) 1 , b ) 2 , ... e ) 5`."""
+    """Return the number of options that the harness finds in `a ) 1 , b ) 2 , ...` (MathQA)."""
     return len(re.findall(r"[abcd] \) .*?, |e \) .*?$", text))
 
 
@@ -167,7 +167,7 @@ LABELS: dict[str, Label] = {
     "arc_challenge": ("answerKey", _option_letters),
     "openbookqa": ("answerKey", _option_letters),
     "winogrande": ("answer", lambda row: ("1", "2")),
-    # A string in the real data set, an integer in some copies of it; the harness reads both.
+    # A string in the original data set and an integer in some copies; the harness accepts both.
     "hellaswag": ("label", lambda row: [*range(4), *map(str, range(4))]),
     "mathqa": ("correct", _maths_letters),
 }
@@ -177,10 +177,10 @@ LABEL_COLUMNS = frozenset(column for column, _ in LABELS.values())
 def _checked_rows(
     task: str, path: Path, key: str, kept: int | None, allow_missing: float
 ) -> tuple[list[DataRow], list[int]]:
-    """Read a file to its end; return the `kept` first rows, and the indices of unlabelled ones.
+    """Read a file to its end; return the first `kept` rows, and the indices of unlabelled ones.
 
-    The files of public test splits hold -1 or an empty string. The harness would score such a row
-    as wrong for every model, and report an accuracy of 0.
+    In public test splits the label is -1 or an empty string. The harness would score such rows as
+    wrong for every model.
     """
     columns = TEXT_COLUMNS.get(task, ())
     file = RowFile(path, key, columns, kept)
@@ -199,7 +199,7 @@ def _checked_rows(
                 if not allow_missing:
                     raise first_fault
                 unlabelled.append(len(rows))
-            # The harness needs a valid label in every row; scores of unlabelled rows are dropped.
+            # The harness needs a valid label in every row; scores of unlabelled rows are discarded.
             row[column] = values[0] if label is None else label
         rows.append(row)
     if first_fault and not TaskAnswers(
@@ -210,7 +210,7 @@ def _checked_rows(
 
 
 def _refuse_misfit(row: DataRow, file: RowFile, columns: Sequence[str]) -> None:
-    """Raise UserError unless the values of a row have the types that the task's prompt needs."""
+    """Raise UserError if a value of a row does not have the form that the task's prompt needs."""
     for column in columns:
         fits, needed = COLUMN_FORMS.get(column, TEXT_FORM)
         if column not in LABEL_COLUMNS and not fits(row[column]):
@@ -222,7 +222,7 @@ def _is_text(value: object) -> bool:
 
 
 def _are_texts(value: object) -> bool:
-    # Of one answer a model always chooses the right one.
+    # At least two, because of a single answer a model always chooses the right one.
     return (
         isinstance(value, list)
         and len(value) > 1
@@ -234,7 +234,7 @@ def _are_choices(value: object) -> bool:
     if not isinstance(value, dict):
         return False
     texts, labels = value.get("text"), value.get("label")
-    # A letter that stands twice says nothing of which answer is right.
+    # Without duplicate labels, which would be ambiguous.
     return (
         _are_texts(texts)
         and _are_texts(labels)
@@ -265,7 +265,7 @@ COLUMN_FORMS = {
     "sentence": (_has_blank, "a string with _ in place of the word that is asked for"),
     "options": (_are_lettered, "a string such as 'a ) 1 , b ) 2 , c ) 3 , d ) 4 , e ) 5'"),
 }
-"""Columns that hold more than plain text: what their values must be, as a check and in words."""
+"""Columns that are not plain text: a check of their values, and a description of valid ones."""
 
 
 def _shortened(value: object) -> str:
@@ -274,9 +274,9 @@ def _shortened(value: object) -> str:
 
 
 def _canonical_label(value: object, values: Sequence[object]) -> object | None:
-    """Return the label among `values` that is meant, None if none is.
+    """Return the label among `values` that a value denotes, or None.
 
-    Tables written by other programs hold 1 as 1.0, true, "1" or " 1".
+    Tables written by other programs may have 1 as 1.0, true, "1" or " 1".
     """
     if isinstance(value, str):
         value = value.strip()
@@ -295,14 +295,14 @@ def _unlabelled_error(
 ) -> UserError:
     return file.fault(
         f"has {column}={_shortened(row[column])}, which is no answer; this task needs one of "
-        f"{', '.join(map(repr, values))}. Give a split that holds the answers"
+        f"{', '.join(map(repr, values))}: use a split with answers"
     )
 
 
 def _as_dataset(rows: list[DataRow], where: str) -> datasets.Dataset:
     try:
         return datasets.Dataset.from_list(rows)
-    # A number beside a string, half of a surrogate pair, an integer of more than 64 bits.
+    # Such as mixed types, half of a surrogate pair, or an integer of more than 64 bits.
     except (pyarrow.ArrowException, ValueError, TypeError, OverflowError) as error:
         raise UserError(
             f"{where}: {_table_fault(rows) or str(error).partition(chr(10))[0]}"
@@ -310,14 +310,14 @@ def _as_dataset(rows: list[DataRow], where: str) -> datasets.Dataset:
 
 
 def _table_fault(rows: list[DataRow]) -> str | None:
-    """Return which row keeps the rows from being a table."""
+    """Return a sentence about the first row that does not fit into a table, or None."""
     kinds: dict[str, tuple[str, int]] = {}
     for index, row in enumerate(rows):
         try:
             pyarrow.Table.from_pylist([row])
         except (pyarrow.ArrowException, ValueError, TypeError, OverflowError) as error:
             reason = str(error).partition("\n")[0]
-            return f"row {index} holds a value that no table can hold: {reason}"
+            return f"row {index} has a value that cannot be stored in a table: {reason}"
         for column, value in row.items():
             if value is None:
                 continue
@@ -356,10 +356,10 @@ def read_image_rows(
 def read_separate_images(
     name: str, path: str, part: str, split: str
 ) -> tuple[datasets.Dataset, DocumentSource]:
-    """Read the images of documents that only name them, from a folder that holds both.
+    """Read the images to which documents refer by id, from the folder of the documents.
 
     Raises:
-        UserError: the path is no folder, a file cannot be read, or a column is missing.
+        UserError: the path is not a folder, a file cannot be read, or a column is missing.
     """
     key = f"benchmark.data.{name}={path}"
     folder = existing_path(path, key)
@@ -380,8 +380,8 @@ def _parquet_files(path: Path, key: str, part: str | None, split: str) -> list[P
     patterns = [f"{split}.parquet", f"{split}-*.parquet"]
     if part is not None:
         patterns = [f"{part}.parquet", *(f"{part}/{each}" for each in patterns), *patterns]
-    # The first pattern that matches wins: a folder may hold several configurations of a data set,
-    # and the more specific names come first.
+    # The first pattern that matches is used. A folder may contain several configurations of a data
+    # set, so the more specific names come first.
     for pattern in patterns:
         files = sorted(path.glob(pattern))
         if files:
@@ -412,7 +412,7 @@ def _read_parquet_table(files: list[Path], key: str) -> datasets.Dataset:
 
 
 def _stored_images(rows: datasets.Dataset) -> dict[str, datasets.Image | datasets.List]:
-    """Return the columns whose values are those of image files, and what they are to become."""
+    """Return the columns that contain image files, with the feature types to decode them."""
     found: dict[str, datasets.Image | datasets.List] = {}
     for name, kind in rows.features.items():
         inner = kind.feature if isinstance(kind, datasets.List) else kind

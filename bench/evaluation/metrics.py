@@ -1,4 +1,4 @@
-"""Metrics and sample rows of an evaluation, and the one number that stands for a benchmark."""
+"""Metrics and sample rows of an evaluation, and the average that summarises a benchmark."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bench.schema import BenchmarkConfig
 LoggedSample: TypeAlias = Mapping[str, Any]
 """A scored document as a harness logs it; each task adds its metrics as keys."""
 SampleRow: TypeAlias = dict[str, Any]
-"""One scored sample: the columns of `SAMPLE_COLUMNS`, its metrics, and what its task adds."""
+"""One scored sample: the columns of `SAMPLE_COLUMNS`, its metrics, and columns of its task."""
 
 
 def task_metric(
@@ -35,7 +35,7 @@ def task_metric(
     truncated: int | None = None,
     missing: int = 0,
 ) -> Metric:
-    """Return a metric of a task; `through` is its filter, `none` if there is no choice."""
+    """Return a metric of a task; `through` is the name of its filter, or `none`."""
     return Metric(
         benchmark=benchmark.name,
         task=task,
@@ -58,28 +58,28 @@ NON_FINITE_LOGLIKELIHOOD = "a log-likelihood is not finite"
 NON_FINITE_LOGITS = "the logits are not finite"
 EMPTY_ANSWER = "the generated text is empty"
 NO_LABEL = "the row has no label"
-NO_NUMBER = "what the harness makes of the answers is no finite number"
-"""Reasons why a sample has no answer, or a task no number."""
+NO_NUMBER = "the harness's result for the answers is not a finite number"
+"""Reason why a sample has no score, or a task no value."""
 NAMED_ROWS = 5
-"""Rows that a sentence about missing answers names; the samples of a run name all of them."""
+"""Maximum number of rows in a message about missing answers; samples.parquet has all of them."""
 NAMED_REASONS = 5
-"""Reasons that it names: those of most rows, since a reason may name a row's own file."""
+"""Maximum number of reasons in such a message, the most frequent ones."""
 
 
 @dataclass(frozen=True)
 class TaskAnswers:
-    """The number of scored rows of a task, and those without an answer, each with the reason.
+    """The number of scored rows of a task, and the reasons of those without an answer.
 
-    A row is named by its document id; in a group of tasks, by its task and document id.
+    The key of a row is its document id or, in a group of tasks, its task and document id.
     """
 
     total: int
     unanswered: Mapping[str, str] = field(default_factory=dict)
 
     def suffice(self, allowed: float) -> bool:
-        """Whether a number over the answered rows may stand for the task."""
+        """Whether enough rows are answered for a value of the task."""
         missing = len(self.unanswered)
-        # Divided, not multiplied: 29 / 100 is the float 0.29, while 0.29 * 100 is below 29.
+        # Divided instead of multiplied, because 29 / 100 == 0.29, but 0.29 * 100 < 29.
         return missing < self.total and missing / self.total <= allowed
 
     def describe(self) -> str:
@@ -103,9 +103,9 @@ def _row_names(rows: Sequence[str]) -> str:
 def settle_metrics(
     metrics: Sequence[Metric], answers: TaskAnswers, allowed: float
 ) -> tuple[list[Metric], list[MissingMeasurement]]:
-    """Count missing answers in a task's metrics; drop the values if too many are missing.
+    """Add the number of missing answers to a task's metrics; drop values if too many are missing.
 
-    `metrics` are over the answered rows. Returns them, and what is missing from the headlines.
+    `metrics` are computed over the answered rows. Return the metrics, and the missing headlines.
     """
     metrics, gaps = _finite_only(metrics)
     if not answers.unanswered:
@@ -126,7 +126,7 @@ def settle_metrics(
 
 
 def aggregate_number(value: Any) -> float:
-    """Return an aggregate of a harness as a number; NaN for a table by subject or a text."""
+    """Convert an aggregate of a harness to a number; NaN for a table by subject or a string."""
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -134,7 +134,7 @@ def aggregate_number(value: Any) -> float:
 
 
 def _finite_only(metrics: Sequence[Metric]) -> tuple[list[Metric], list[MissingMeasurement]]:
-    """Drop values that are no finite number, and return what headlines lose by that."""
+    """Drop values that are not finite; return the metrics, and the missing headlines."""
     finite = [metric.value is not None and math.isfinite(metric.value) for metric in metrics]
     none = {"value": None, "stderr": None}
     gaps = [
@@ -153,9 +153,9 @@ def _finite_only(metrics: Sequence[Metric]) -> tuple[list[Metric], list[MissingM
 class Evaluation:
     """All metrics of one model on one benchmark, and one row per scored sample.
 
-    `missing` names the headlines without a value, with the reason.
-    `backend` is the backend report as JSON, None for harnesses without a choice of backend.
-    `evidence` says per task what its numbers rest on.
+    `missing` lists the headlines without a value, with the reason. `backend` is the backend report
+    as JSON, or None for harnesses with a single backend. `evidence` is that of each task
+    (`bench.evaluation.evidence`).
     """
 
     metrics: tuple[Metric, ...]
@@ -166,18 +166,18 @@ class Evaluation:
 
 
 SHARE_METRICS = {"mme_perception_score": "mme_perception_share"}
-"""Headline metrics that are sums of points, and the metric of the same task that scales them."""
+"""Headline metrics that are sums of points, and the metric of the task with their share."""
 
 
 def headline_average(benchmark: BenchmarkConfig, rows: Sequence[Metric]) -> list[Metric]:
     """Return the unweighted mean of the headline metrics as a list of one, or an empty list.
 
-    Perplexities are left out. A sum of points (MME, up to 2000) enters as its share of the maximum,
-    since it cannot be averaged with accuracies in [0, 1]. There is no average of fewer than two
-    headline metrics, nor of metrics of which some are better high and some better low, nor of
-    numbers above 1 (BLEU, the F1 of SQuAD v2), which are no shares. Its value is
-    None if a headline has none: a mean of the remaining tasks would be a different number. Its `n`
-    counts the tasks, its `missing` the rows without an answer in all of them.
+    Perplexities are left out. A sum of points (MME, up to 2000) is averaged as its share of the
+    maximum. There is no average of fewer than two headline metrics, of metrics with different
+    directions (higher or lower is better), or of numbers above 1 (BLEU, the F1 of SQuAD v2), which
+    are not shares. The value is None if a headline has no value, because a mean of the other tasks
+    would be a different quantity. `n` is the number of tasks, `missing` the number of rows without
+    an answer in all of them.
     """
     shown = averaged_headlines(rows, benchmark.perplexity)
     if not shown:
@@ -193,8 +193,8 @@ def headline_average(benchmark: BenchmarkConfig, rows: Sequence[Metric]) -> list
             math.fsum(values) / len(shown) if len(values) == len(shown) else None,
             split=common_split({row.split for row in shown}),
             shots=max(row.shots for row in shown),
-            # Standard error of a mean of independent estimates: sqrt(sum of squares) / n. One
-            # unknown error makes the whole unknown; treating it as 0 would understate it.
+            # The standard error of a mean of independent estimates is sqrt(sum of squares) / n. It
+            # is unknown if one of them is, because treating that one as 0 would understate it.
             stderr=math.hypot(*errors) / len(shown) if known else None,
             n=len(shown),
             higher_is_better=shown[0].higher_is_better,
@@ -213,8 +213,8 @@ def missing_average(average: Metric, rows: Sequence[Metric]) -> MissingMeasureme
 def averaged_headlines(rows: Sequence[Metric], perplexity: Container[str]) -> list[Metric]:
     """Return the metrics whose mean is the average; empty if no average is defined.
 
-    `perplexity` holds the names of the perplexities. `rows` are metrics fresh from a harness, or
-    those of a record; an average that is already among them is skipped.
+    `perplexity` has the names of the perplexities. `rows` are metrics of a harness or of a record;
+    an average among them is skipped.
     """
     shown = [
         _comparable(row, rows)
@@ -222,7 +222,7 @@ def averaged_headlines(rows: Sequence[Metric], perplexity: Container[str]) -> li
         if row.headline and row.task != AVERAGE and row.task not in perplexity
     ]
     mixed = len({row.higher_is_better for row in shown}) > 1
-    # An accuracy and a BLEU of 31 have no mean; and every mean is shown in %.
+    # An accuracy and a BLEU of 31 cannot be averaged; averages are displayed in %.
     no_share = any(row.value is not None and abs(row.value) > 1 for row in shown)
     return [] if len(shown) < 2 or mixed or no_share else shown
 
@@ -240,9 +240,9 @@ def common_split(splits: set[str]) -> str:
 
 
 def sample_score(value: object) -> float | None:
-    """Return a sample's own score, or None if the metric is defined over several samples only."""
-    # lm-eval logs a tuple of references and predictions for corpus metrics (BLEU, F1 and the like),
-    # lmms-eval a mapping with the score and what it is aggregated by.
+    """Return a sample's own score, or None if the metric is defined only over several samples."""
+    # For corpus metrics (such as BLEU and F1) lm-eval logs a tuple of references and predictions.
+    # lmms-eval logs a mapping with the score and the key by which it is aggregated.
     if isinstance(value, dict):
         value = value.get("score")
     return float(value) if isinstance(value, int | float) else None
@@ -271,9 +271,9 @@ SAMPLE_COLUMNS: dict[str, object] = {
     "n_tokens": None,
     "missing": None,
 }
-"""First columns of every sample row, with the value used where a task has none."""
+"""First columns of every sample row, with the default value of each."""
 SAMPLE_METRICS = ("acc", "acc_norm", "exact_match")
-"""Metric columns that are always present; further metrics append theirs."""
+"""Metric columns that are always present; those of other metrics follow."""
 
 
 ASKED = {
@@ -282,14 +282,14 @@ ASKED = {
     "question_hash": "prompt",
     "choices": "choices",
 }
-"""Columns that say what was asked, and what each is called; those that a row lacks are empty."""
+"""Columns that describe the question, with a word for each; a row may lack some of them."""
 
 
 def refuse_changed_questions(stored: Sequence[SampleRow], found: Sequence[SampleRow]) -> None:
-    """Raise if the rows of a run and those that are made now ask for different things.
+    """Raise if stored rows and newly built rows have different questions.
 
     Raises:
-        UserError: a task was edited since, so that the stored answers are to other questions.
+        UserError: a task was edited since the run, so that its answers do not fit the questions.
     """
     present = {(row["task"], row["doc_id"]): row for row in found}
     tasks = {task for task, _ in present}
@@ -303,14 +303,14 @@ def refuse_changed_questions(stored: Sequence[SampleRow], found: Sequence[Sample
         )
         if changed:
             raise UserError(
-                f"task {task}, document {document}: not what the run asked (different: "
-                f"{', '.join(changed)}), so its stored answers cannot be scored: undo the edit of "
+                f"task {task}, document {document}: the question differs from that of the run "
+                f"({', '.join(changed)}), so the stored answers cannot be scored: undo the edit of "
                 "the task, or evaluate again with `bench run`"
             )
 
 
 def _asked(row: SampleRow) -> dict[str, str]:
-    # A prompt that the model's own template rendered cannot be rendered again without the model.
+    # A prompt rendered with the model's own template cannot be rendered without the model.
     rendered = row.get("question_hash")
     return {
         column: word for column, word in ASKED.items() if column != "prompt_hash" or not rendered
@@ -318,11 +318,11 @@ def _asked(row: SampleRow) -> dict[str, str]:
 
 
 def align_rows(rows: Sequence[SampleRow]) -> tuple[SampleRow, ...]:
-    """Give all rows the same columns in the same order; a missing list is empty, the rest None."""
+    """Give all rows the same columns in the same order; missing values are [] or None."""
     extra = dict.fromkeys(key for row in rows for key in row if key not in SAMPLE_COLUMNS)
     blank = {**SAMPLE_COLUMNS, **dict.fromkeys(SAMPLE_METRICS), **dict.fromkeys(extra)}
     whole = ({**blank, **row} for row in rows)
-    # Blanks are tuples, and every row gets a list of its own: a shared list would alias all rows.
+    # Default lists are stored as tuples and copied, so that rows do not share a list.
     return tuple(
         {name: list(value) if value == () else value for name, value in row.items()}
         for row in whole

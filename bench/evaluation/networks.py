@@ -1,7 +1,6 @@
 """Protocols for the parts of a transformers network that the backends use.
 
-transformers has no types that a checker could read, so the shapes that evaluation relies on are
-declared here, once.
+transformers has no type annotations, so the interfaces that evaluation relies on are declared here.
 
 Suffixes: B batch, G key-value heads, C cached tokens, T tokens of a call, d width of a head, V
 vocabulary.
@@ -34,7 +33,7 @@ class CacheLayer(Protocol):
 
 
 class KeyValueCache(Protocol):
-    """The KV cache of a network, one layer after the other."""
+    """The KV cache of a network, layer by layer."""
 
     layers: list[CacheLayer]
 
@@ -43,21 +42,21 @@ class KeyValueCache(Protocol):
 
 
 class NetworkOutput(Protocol):
-    """Output of a forward: logits [B, T, V], and the cache if one was asked for."""
+    """Output of a forward: logits [B, T, V], and the cache if requested."""
 
     logits: Tensor
     past_key_values: KeyValueCache
 
 
 class NetworkConfig(Protocol):
-    """The config of a network; only those that see images have an image token."""
+    """The config of a network; only vision-language models have an image token."""
 
     _attn_implementation: str
     image_token_id: int
 
 
 class GenerationConfig(Protocol):
-    """Defaults of `generate` that a checkpoint comes with."""
+    """A checkpoint's defaults for `generate`."""
 
     eos_token_id: int | list[int] | None
 
@@ -87,9 +86,9 @@ class LanguageModel(Protocol):
 
 
 def language_model(model: Model) -> LanguageModel:
-    """Return a model's network, typed by what evaluation uses of it."""
-    # Harnesses admit only models of a kind that has these members; a network of remote code that
-    # lacks one fails at its first use, with its name in the message.
+    """Return a model's network, typed with the interface that evaluation uses."""
+    # Harnesses accept only kinds of models with these members. If a network of remote code lacks
+    # one, its first use fails with the name in the message.
     return cast("LanguageModel", model.network)
 
 
@@ -102,10 +101,10 @@ def pad_left(rows: list[Tensor], fill: int) -> Tensor:
 
 
 class NonFiniteRows(LogitsProcessor):  # type: ignore[misc]  # transformers is not typed here
-    """Ends the rows of a generation whose logits are not finite, and notes where they end.
+    """Ends the rows of a generation whose logits are not finite, and records where.
 
-    `tokens_B` holds the number of tokens that a row had generated before; -1 if all were finite.
-    With beams, a row's beams count as one.
+    `tokens_B` is the number of tokens that a row had generated before, or -1 if all logits were
+    finite. The beams of a row count as one.
     """
 
     def __init__(self, rows: int, width: int, end_token: int) -> None:
@@ -114,12 +113,12 @@ class NonFiniteRows(LogitsProcessor):  # type: ignore[misc]  # transformers is n
         self._end_token = end_token
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return the logits, with nothing but the end token possible in rows without any."""
-        # One reduction tells all: the maximum is NaN or infinite if a logit is NaN or +inf, or if
-        # all are -inf. Some -inf is no fault; other processors rule tokens out with it.
+        """Return the logits; rows without finite logits can only generate the end token."""
+        # The maximum is NaN or infinite if a logit is NaN or +inf, or if all are -inf. Single -inf
+        # are valid; other processors exclude tokens with them.
         lost_N = ~scores.amax(-1).isfinite()
         if lost_N.any():
-            # Sampling from NaN raises, on a GPU as an assertion that ends the process.
+            # Sampling from NaN raises; on a GPU it ends the process.
             scores[lost_N] = -torch.inf
             scores[lost_N, self._end_token] = 0.0
             lost_B = lost_N.reshape(len(self.tokens_B), -1).any(-1).cpu()

@@ -1,9 +1,8 @@
-"""Response cache that lets an interrupted evaluation resume; all harness adapters go through it.
+"""Response cache with which an interrupted evaluation resumes; all harness adapters use it.
 
-An adapter names its requests by keys and supplies a function that computes the responses that are
-missing; responses are stored batch by batch as they arrive. A cache belongs to one run and one
-state of the weights (the identity of its journal), so a key need only distinguish the requests of
-that run.
+An adapter identifies its requests by keys and supplies a function that computes missing responses,
+which are stored batch by batch. A cache belongs to one run and one state of the weights (the
+identity of its journal), so a key only needs to distinguish the requests of that run.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 Response = TypeVar("Response")
-"""A response as JSON, for instance a list and not a tuple: a resumed run reads it from a file."""
+"""A response as JSON values (a list, not a tuple), because a resumed run reads it from a file."""
 IndexedResponses: TypeAlias = list[tuple[int, Response]]
 """Responses of one batch with the indices of their requests."""
 
 
 def request_key(*parts: object) -> str:
-    """Return the name of a request: a hash of everything that distinguishes it from others."""
+    """Return the key of a request: a hash of everything that distinguishes it from others."""
     return hashlib.blake2b(json.dumps(parts, default=str).encode(), digest_size=16).hexdigest()
 
 
@@ -35,18 +34,18 @@ def _is_response(pair: object) -> bool:
 
 
 class ResponseCache:
-    """Responses by key: those read from a journal, and those computed since."""
+    """Responses by key: those read from a journal, and those computed by this process."""
 
     def __init__(self, journal: Journal | None = None) -> None:
         from bench.evaluation.distributed import current_process_group
 
         self._journal = journal
         entries = journal.entries if journal else []
-        # A journal of the right identity may still hold anything: the folder may be a stranger's.
+        # The entries are checked, because the folder may come from an untrusted source.
         batches = (batch for batch in entries if isinstance(batch, list))
         own = [pair for batch in batches for pair in batch if _is_response(pair)]
-        # Every process has a journal of its own. They are merged, because all processes must see
-        # the same requests as missing: they partition that list without communicating.
+        # Every process has its own journal. They are merged, because processes partition the list
+        # of missing requests without communicating, so it must be the same for all.
         self._known: dict[str, object] = dict(current_process_group().all_gather(own))
 
     def get_or_compute(
@@ -55,26 +54,25 @@ class ResponseCache:
         compute: Callable[[list[int]], Iterable[IndexedResponses[Response]]],
         progress: Progress,
     ) -> list[Response]:
-        """Return the response to every key; those that are not cached are computed, each once.
+        """Return the response to every key; responses that are not cached are computed once.
 
-        `compute` is given the indices of the missing requests and yields their responses batch by
+        `compute` gets the indices of the missing requests and yields their responses batch by
         batch, in any order.
         """
-        # Reversed, so that of equal requests the index of the first one stays. Each distinct
-        # request is computed once, and `missing` keeps the caller's order, on which batching and
-        # prefix sharing rely.
+        # Reversed, so that of equal requests the first index is kept. `missing` has the caller's
+        # order, on which batching and prefix sharing rely.
         index_of = {key: index for index, key in reversed(list(enumerate(keys)))}
         missing = sorted(index for key, index in index_of.items() if key not in self._known)
         progress.total(len(index_of))
         progress.step(len(index_of) - len(missing))
         for batch in compute(missing):
             answered = [(keys[index], response) for index, response in batch]
-            # Written before the next batch is computed, so a kill costs at most one batch.
+            # Written before the next batch is computed, so that a kill loses at most one batch.
             if self._journal is not None and answered:
                 self._journal.append(answered)
             self._known.update(answered)
             progress.step(len(answered))
-        # The journal holds what `compute` gave in an earlier attempt, so the type is the same.
+        # The journal has results of `compute` from an earlier attempt, so the type is the same.
         return [cast("Response", self._known[key]) for key in keys]
 
     def get_or_compute_batched(
@@ -86,12 +84,12 @@ class ResponseCache:
         work: Callable[[Sequence[Item]], list[Response]],
         progress: Progress,
     ) -> list[Response]:
-        """Return the responses to `items`, computed in their order in batches.
+        """Return the responses to `items`, computed in batches in their order.
 
-        `sizes` are the tokens of each item. In a distributed evaluation, processes partition the
-        items by them and exchange responses at the end. In a single process, the responses of an
-        interrupted run are a prefix of that order, so a resumed run forms the batches that the
-        interrupted one would have formed, and its numbers are bit-identical.
+        `sizes` are the tokens of each item, by which the processes of a distributed evaluation
+        partition the items. In a single process, a resumed run forms the same batches as an
+        uninterrupted one, because the cached responses are a prefix of the items. Its numbers are
+        therefore bit-identical.
         """
         from bench.evaluation.distributed import current_process_group
 
@@ -99,14 +97,14 @@ class ResponseCache:
             indices = iter(shard)
             lengths = [sizes[index] for index in shard]
             for responses in batches.map([items[index] for index in shard], work, lengths):
-                # zip stops at the end of a batch without consuming the next index, since
-                # `responses` comes first.
+                # `responses` must be first, so that zip does not consume an index of the next
+                # batch.
                 yield [(i, response) for response, i in zip(responses, indices, strict=False)]
 
         def compute(missing: list[int]) -> Iterable[IndexedResponses[Response]]:
-            # What is cached is a whole number of batches. That guarantee ends where memory ran out
-            # (a resumed run starts again at the configured batch size) and with several processes,
-            # whose shares of the missing items depend on how many are missing.
+            # Whole batches are cached. Batches can differ if memory ran out (a resumed run starts
+            # with the configured size), and with several processes, whose shares depend on the
+            # number of missing items.
             work_of = [sizes[index] for index in missing]
             return current_process_group().scatter_work(missing, work_of, compute_shard)
 

@@ -1,6 +1,6 @@
-"""Rows of JSON Lines, JSON and parquet files, read one after the other.
+"""Read the rows of JSON Lines, JSON and parquet files one by one.
 
-A file of a million rows is read in a bounded amount of memory: what is kept is up to the caller.
+Files of any length are read in a bounded amount of memory.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from pyarrow import parquet
 from bench.errors import UserError
 
 DataRow: TypeAlias = dict[str, Any]
-"""One document: values by column, as JSON or parquet gives them."""
+"""One document: values by column, as read from JSON or parquet."""
 SUFFIXES = (".parquet", ".jsonl", ".json", ".gz")
-"""Supported formats: parquet, JSON Lines, a JSON list, and the latter two compressed."""
+"""Supported formats: parquet, JSON Lines, a JSON list; the latter two also compressed."""
 UNREADABLE = (OSError, ValueError, EOFError, zlib.error, pyarrow.ArrowException, RecursionError)
 """Errors of readers on a damaged file.
 
-JSONDecodeError and UnicodeDecodeError are ValueErrors, BadGzipFile is an OSError; EOFError and
-zlib.error are raised on a `.gz` file that is cut off or damaged inside, RecursionError on JSON that
-is nested a thousand levels deep.
+JSONDecodeError and UnicodeDecodeError are ValueErrors, BadGzipFile is an OSError. EOFError and
+zlib.error are raised for a truncated or damaged `.gz` file, RecursionError for JSON that is nested
+a thousand levels deep.
 """
 MAX_ROW_BYTES = 1 << 26
-"""64 MiB: a longer row is no document, but a file without line ends or with a broken bracket."""
+"""64 MiB; a longer row is a sign of a file without line ends or with a missing bracket."""
 _CHUNK = 1 << 20
 _START = 1 << 16
-"""Bytes within which a JSON list must have begun, and is lines otherwise."""
+"""Number of bytes within which a JSON list must begin; otherwise the file is JSON Lines."""
 _PARQUET_BATCH = 1024
 _BOM = b"\xef\xbb\xbf"
 _SPACE = " \t\r\n"
@@ -44,15 +44,15 @@ _SCAN = cast("Any", _DECODER).scan_once
 
 
 def existing_path(path: str, key: str) -> Path:
-    """Return the file or folder that the setting `key` names.
+    """Return the file or folder at a path; `key` names the user's setting in messages.
 
     Raises:
-        UserError: there is nothing at the path, or a device or a pipe, which may never end.
+        UserError: there is nothing at the path, or a device or pipe, which may never end.
     """
     try:
         existing = Path(path).expanduser()
         found = existing.exists()
-    except (OSError, RuntimeError):  # a name that is too long, the home of an unknown user
+    except (OSError, RuntimeError):  # A name that is too long, or the home of an unknown user.
         found = False
     if not found:
         raise UserError(f"{key}: no such file or folder")
@@ -62,20 +62,20 @@ def existing_path(path: str, key: str) -> Path:
 
 
 def read_rows(file: Path, key: str) -> list[DataRow]:
-    """Read all rows of a table; `key` names the user's setting in error messages.
+    """Read all rows of a table; `key` names the user's setting in messages.
 
     Raises:
-        UserError: the format is not supported, the file cannot be read or has no rows.
+        UserError: the format is not supported, or the file cannot be read or has no rows.
     """
     return list(RowFile(file, key))
 
 
 class RowFile:
-    """The rows of a file in order; `place` names the row that was read last.
+    """Iterates over the rows of a file; `place` names the row that was read last.
 
-    All rows are parsed and must hold a value in `columns`; the first `kept` of them are yielded,
-    all by default. Iterating raises UserError where the file cannot be read, where a value is
-    absent, and if there are no rows.
+    All rows are parsed and must have a value in all `columns`; the first `kept` rows (None: all)
+    are yielded. Iterating raises UserError if the file cannot be read, a value is missing, or there
+    are no rows.
     """
 
     def __init__(
@@ -105,8 +105,8 @@ class RowFile:
         with self._errors():
             for row in self._rows():
                 self._row += 1
-                # None counts as absent: parquet and a list of dictionaries fill absent values with
-                # it, and a prompt template would render it as the word None.
+                # None counts as missing: parquet uses it for absent values, and a prompt template
+                # would render it as the word None.
                 for column in self._columns:
                     if row.get(column) is None:
                         raise self._absent(column)
@@ -117,7 +117,7 @@ class RowFile:
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """Turn the readers' errors into one sentence with the line, where there are lines."""
+        """Convert errors of the readers into one sentence, with the line if there are lines."""
         try:
             yield
         except UNREADABLE as error:
@@ -125,7 +125,7 @@ class RowFile:
             if isinstance(error, RecursionError):
                 reason = "it is nested too deeply"
             elif isinstance(error, json.JSONDecodeError):
-                # The decoder counts within the text that it was given, a line as a rule.
+                # The decoder's position is relative to its input, usually one line.
                 reason = f"{error.msg} at column {error.colno}"
             where = "" if self._line is None else f", line {self._line},"
             raise UserError(
@@ -151,7 +151,7 @@ class RowFile:
                 yield row
 
     def _parquet_rows(self) -> Iterator[DataRow]:
-        # No thread pool: its read-ahead would hold several row groups in memory.
+        # Without threads, whose read-ahead would keep several row groups in memory.
         batches = parquet.ParquetFile(self.file, memory_map=True).iter_batches(
             _PARQUET_BATCH, use_threads=False
         )
@@ -159,8 +159,8 @@ class RowFile:
             if self._row + 1 < self._kept:
                 yield from cast("list[DataRow]", batch.to_pylist())
                 continue
-            # Values of a column are of one type, so only absent ones are looked for; as Python
-            # objects, a million rows would take a minute.
+            # Values of a column have one type, so only absent ones must be found. Doing that with
+            # Python objects would take a minute for a million rows.
             for column in self._columns:
                 values = batch[column]
                 if values.null_count:
@@ -171,14 +171,14 @@ class RowFile:
     def _line_rows(self, stream: BinaryIO) -> Iterator[object]:
         """Yield the value of every line that is not blank."""
         self._line = 0
-        # Bytes: as text, U+2028, U+0085 and others would end a line in the middle of a string.
+        # Read as bytes, because U+2028, U+0085 and others would end lines of text.
         while line := stream.readline(MAX_ROW_BYTES):
             self._line += 1
             if len(line) == MAX_ROW_BYTES:
                 raise ValueError(f"the line is longer than {MAX_ROW_BYTES >> 20} MiB")
             text = line.decode()
             try:
-                # Twice as fast as `json.loads`; what it does not take as it is goes there.
+                # Twice as fast as `json.loads`, which is the fallback.
                 row, end = _SCAN(text, 0)
             except (StopIteration, ValueError):
                 end = 0
@@ -199,7 +199,7 @@ class RowFile:
 
 
 class _JsonList:
-    """The elements of a JSON list, read in chunks; `line` is that of the element read last."""
+    """Iterates over a JSON list in chunks; `line` is that of the element read last."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.line = 1
@@ -211,7 +211,7 @@ class _JsonList:
 
     def __iter__(self) -> Iterator[object]:
         self._next_character()
-        self._advance(self._at + 1)  # the opening bracket, which the caller has seen
+        self._advance(self._at + 1)  # Skips the opening bracket, which the caller has checked.
         closed = self._next_character() == "]"
         while not closed:
             row = self._element()
@@ -232,7 +232,7 @@ class _JsonList:
             try:
                 row, end = _DECODER.raw_decode(self._text, self._at)
             except json.JSONDecodeError as error:
-                # The rest of the element may not have been read yet.
+                # The element may be incomplete.
                 if len(self._text) - self._at > MAX_ROW_BYTES or not self._read():
                     self.line += self._text.count("\n", self._at, error.pos)
                     raise
@@ -242,7 +242,7 @@ class _JsonList:
             return row
 
     def _next_character(self) -> str:
-        """Skip white space; return the character that follows, or nothing at the end."""
+        """Skip white space; return the next character, or an empty string at the end."""
         while True:
             at = self._at
             while at < len(self._text) and self._text[at] in _SPACE:
@@ -258,10 +258,10 @@ class _JsonList:
         self._at = at
 
     def _read(self) -> bool:
-        """Drop what has been read and append a chunk; return whether there was one."""
+        """Drop consumed text and append a chunk; return whether there was one."""
         chunk = self._stream.read(self._size)
         self._text = self._text[self._at :] + self._decoder.decode(chunk, final=not chunk)
         self._at = 0
-        # Doubled while one element goes on: parsing it again for every chunk would be quadratic.
+        # Doubled within one element, because parsing it again for every chunk would be quadratic.
         self._size *= 2
         return bool(chunk)

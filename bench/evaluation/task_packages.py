@@ -1,4 +1,4 @@
-"""Packages that a harness's task needs and that are not installed, with the pip command."""
+"""Errors for packages that a task needs but that are not installed, with the pip command."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DISTRIBUTIONS = {
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",
 }
-"""Modules whose distribution has another name, as far as tasks import them."""
+"""Modules that tasks import and whose distribution has a different name."""
 _EXTRA = re.compile(r"""extra\s*==\s*["']([\w.-]+)["']""")
 _NAME = re.compile(r"[\w.-]+")
 
@@ -26,11 +26,11 @@ _NAME = re.compile(r"[\w.-]+")
 def missing_package(harness: str, task: str, error: ImportError) -> UserError:
     """Build the error for a task whose code imports a module that is not installed.
 
-    `harness` is the name that pip knows the harness by.
+    `harness` is the name of the harness's distribution.
     """
     module = (error.name or "").partition(".")[0]
     reason = " ".join(str(error).split())
-    # Some tasks give the command themselves; others import a name that a module does not have.
+    # Some tasks state the command in their error; others import a missing name of a module.
     if "pip install" in reason:
         return UserError(f"task {task!r} of {harness} needs what is not installed: {reason}")
     if not module or module in packages_distributions():
@@ -42,7 +42,7 @@ def missing_package(harness: str, task: str, error: ImportError) -> UserError:
 
 
 def pip_command(harness: str, module: str) -> str:
-    """Return the command that installs a module: with the harness's extra that lists it, if any."""
+    """Return the command that installs a module, by an extra of the harness if one lists it."""
     distribution = DISTRIBUTIONS.get(module, module)
     extras = sorted(_extras_with(harness, distribution), key=lambda extra: (len(extra), extra))
     wanted = f"{harness}[{extras[0]}]" if extras else distribution
@@ -56,7 +56,7 @@ def _extras_with(harness: str, distribution: str) -> Iterator[str]:
         return
     for requirement in requirements:
         name, extra = _NAME.match(requirement), _EXTRA.search(requirement)
-        # `dev` and its like install far more than a task needs.
+        # `dev` and `all` install far more than a task needs.
         if name and extra and _same(name[0], distribution) and extra[1] not in ("dev", "all"):
             yield extra[1]
 

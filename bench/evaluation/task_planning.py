@@ -1,8 +1,8 @@
-"""Planning shared by both harnesses: task files, splits, missing data; lm-eval's logs suppressed.
+"""Planning shared by both harnesses: task files, splits, missing data.
 
-The harnesses' own logs, prints and progress bars are silent: progress is shown by `bench.ui`, and a
-second bar on the same terminal would break it. lmms-eval, which imports for seconds, stays out of
-here: a run on text does without.
+The logs and progress bars of lm-eval are suppressed, because `bench.ui` shows the progress and a
+second bar would break its display. lmms-eval must not be imported here: it takes seconds, and runs
+on text do not need it.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ from bench.security import CONFIG_DIR
 
 Planned = TypeVar("Planned")
 TaskDefinition: TypeAlias = dict[str, Any]
-"""A task file with its includes merged; the harness decides which keys there are."""
+"""A task file with its includes merged; its keys are defined by the harness."""
 Splits: TypeAlias = dict[str, Any]
-"""Data sets by name of split: a `datasets.DatasetDict`, or what a task's own code returns."""
+"""Data sets by split: a `datasets.DatasetDict`, or the result of a task's own code."""
 
 
 @dataclass(frozen=True)
 class TaskFiles:
-    """Task files of an installed harness, and ours for the embedded data.
+    """Task files of an installed harness, and those of the suite for the embedded data.
 
-    Each file in the folder `ours` includes one of the harness's, and replaces the source of its
-    data. `distribution` is the name that pip knows the `package` by.
+    Each file in the folder `ours` includes a file of the harness and replaces the source of its
+    data. `distribution` is the distribution name of `package`.
     """
 
     package: str
@@ -62,7 +62,7 @@ class TaskFiles:
 
     @property
     def harness_folder(self) -> Path:
-        """The folder of the harness's task files, wherever it is installed."""
+        """The folder of the installed harness's task files."""
         return _installed_tasks(self.package, self.distribution)
 
     def micro_names(self) -> tuple[str, ...]:
@@ -70,7 +70,7 @@ class TaskFiles:
         return tuple(sorted(file.stem for file in self.ours.glob("*.yaml")))
 
     def find_micro(self, name: str) -> Path:
-        """Return our task file for `name`.
+        """Return the suite's task file for `name`.
 
         Raises:
             UserError: the task has no embedded data.
@@ -80,9 +80,9 @@ class TaskFiles:
         return self.ours / f"{name}.yaml"
 
     def find_included(self, name: str) -> Path | None:
-        """Return the harness's file that ours for `name` includes, None if there is no such file.
+        """Return the harness's file that the suite's file for `name` includes, or None.
 
-        These names are found without a search through the harness's files.
+        This avoids a search through all files of the harness.
         """
         ours = self.ours / f"{name}.yaml"
         if not ours.is_file():
@@ -98,7 +98,7 @@ def folders_of(file: Path) -> frozenset[Path]:
 
 
 def included_files(file: Path) -> frozenset[Path]:
-    """Return a task file and the files that it includes, and those that these include."""
+    """Return a task file and the files that it includes, recursively."""
     seen: set[Path] = set()
     waiting = [file]
     while waiting:
@@ -115,7 +115,7 @@ def _included_names(text: str) -> list[str]:
     return [name for names in _INCLUDE.findall(text) for name in _FILE_NAME.findall(names)]
 
 
-# Read by a pattern: task files contain `!function` tags, which a plain YAML loader rejects.
+# A pattern, because a plain YAML loader rejects the `!function` tags of task files.
 _INCLUDE = re.compile(
     r"^[\"']?include[\"']?[ \t]*:((?:[ \t]*[^\s#][^\r\n]*)|(?:\s*\n[ \t]*-[^\r\n]+)+)", re.MULTILINE
 )
@@ -133,12 +133,12 @@ def _installed_tasks(package: str, distribution: str) -> Path:
 
 def evaluated_split(definition: Mapping[str, Any]) -> str:
     """Return the split that the harness scores: test if the task has one, else validation."""
-    # Stripped, because some of lmms-eval's files have a space behind the name.
+    # Stripped, because some files of lmms-eval have a space after the name.
     return str(definition.get("test_split") or definition.get("validation_split")).strip()
 
 
 def refuse_unknown_tasks(benchmark: BenchmarkConfig, tasks: Iterable[str]) -> None:
-    """Raise UserError if a mapping from tasks names one that is not scored."""
+    """Raise UserError if a setting per task names a task that is not scored."""
     known = list(tasks)
     shots = benchmark.num_fewshot
     for key, mapping in {"data": benchmark.data, "num_fewshot": shots}.items():
@@ -148,13 +148,13 @@ def refuse_unknown_tasks(benchmark: BenchmarkConfig, tasks: Iterable[str]) -> No
 
 
 def reads_hub(benchmark: BenchmarkConfig) -> bool:
-    """Tell whether a task of the benchmark needs data of the hub."""
+    """Return whether a task of the benchmark needs data of the hub."""
     return benchmark.suite == "real" and bool(set(benchmark.tasks) - set(benchmark.data))
 
 
 def go_offline_if_needed(*, offline: bool, needs_hub: bool) -> None:
-    """Keep the process off the hub if the user says so, or if it does not answer."""
-    # Decided once for the process: without this, every data set would wait for its own timeout.
+    """Stop the process from using the hub if the user asks for that or the hub is unreachable."""
+    # Decided once, because otherwise every data set would wait for its own timeout.
     if offline or (needs_hub and not hub.is_reachable()):
         hub.go_offline()
 
@@ -162,9 +162,8 @@ def go_offline_if_needed(*, offline: bool, needs_hub: bool) -> None:
 def collect(
     names: Iterable[str], build: Callable[[str], Planned], missing: list[str]
 ) -> list[Planned]:
-    """Build what each name stands for; data that cannot be reached are added to `missing`."""
-    # All failures are collected before any is reported: a user should not have to fix them one run
-    # at a time.
+    """Call `build` for each name; data that cannot be reached are added to `missing`."""
+    # All failures are collected, so that a user need not fix them one run at a time.
     built = []
     for name in names:
         try:
@@ -186,18 +185,18 @@ def refuse_missing_data(benchmark: BenchmarkConfig, missing: list[str], local_ke
 
 
 def prefetch_command(benchmark: BenchmarkConfig) -> str:
-    """Return the command that downloads the data of a benchmark as it was chosen."""
-    # The name of a harness's benchmark goes on with its tasks.
+    """Return the command that downloads the data of a benchmark."""
+    # The name of a harness's benchmark is followed by `:` and its tasks.
     choice = benchmark.name.partition(":")[0]
     command = f"bench prefetch benchmark={choice}"
-    # What the shipped file says itself would only make the command long.
+    # Tasks are left out if they are those of the shipped config.
     if _shipped_tasks(choice) != list(benchmark.tasks):
         command += f' "benchmark.tasks=[{",".join(benchmark.tasks)}]"'
     return command
 
 
 def _shipped_tasks(name: str) -> list[str] | None:
-    """Return the tasks in a shipped benchmark's file, or in those that it extends."""
+    """Return the tasks of a shipped benchmark's config, or of the configs that it extends."""
     file = CONFIG_DIR / "benchmark" / f"{name}.yaml"
     content = OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else None
     if not isinstance(content, dict):
@@ -210,14 +209,15 @@ def _shipped_tasks(name: str) -> list[str] | None:
 
 @contextmanager
 def task_code_errors(harness: str, task: str) -> Iterator[None]:
-    """Turn what a task's own code raises while it is set up into one sentence with its name.
+    """Convert errors of a task's own code during its setup into one sentence with its name.
 
-    Such code may want a judge's key, a variable of the environment, or simply call `sys.exit`.
-    Only calls into the harness belong inside the block: it takes every error for the task's.
+    Such code may need the API key of a judge or an environment variable, or may call `sys.exit`.
+    Every error in the `with` block is attributed to the task, so it must contain only calls into
+    the harness.
     """
     try:
         yield
-    # Their callers have sentences of their own for packages and data that are missing.
+    # Callers have their own messages for missing packages and data.
     except (UserError, hub.DatasetUnreachable, ImportError, OSError):
         raise
     except (Exception, SystemExit) as error:
@@ -226,11 +226,11 @@ def task_code_errors(harness: str, task: str) -> Iterator[None]:
 
 
 def task_fault(error: Exception | SystemExit) -> str:
-    """Return why a task's own code failed, in words that name what it lacks."""
+    """Return the reason why a task's own code failed."""
     if isinstance(error, SystemExit):
         return f"its code ended the program ({exit_reason(error)})"
     name = error.args[0] if isinstance(error, KeyError) and error.args else None
-    # A task that looks up `os.environ["HF_HOME"]` says no more than the name.
+    # The message of `os.environ["HF_HOME"]` is only the name.
     if isinstance(name, str) and name.isupper() and name not in os.environ:
         return f"it needs the environment variable {name}"
     return error_sentence(error)
@@ -239,8 +239,8 @@ def task_fault(error: Exception | SystemExit) -> str:
 def hub_options(definition: TaskDefinition) -> dict[str, Any]:
     """Return the options with which `datasets` loads a task's data."""
     options = dict(definition.get("dataset_kwargs") or {})
-    # `datasets` rejects the first by now; task files set the second, which demands a login, even
-    # for public data sets.
+    # `datasets` rejects the first. The second requires a login, and task files set it even for
+    # public data sets.
     for name in ("trust_remote_code", "token"):
         options.pop(name, None)
     return options
@@ -250,7 +250,7 @@ def load_from_hub(definition: TaskDefinition) -> tuple[Splits, DocumentSource]:
     """Load a task's data set from the hub or its cache.
 
     Raises:
-        DatasetUnreachable: it is neither cached nor downloadable.
+        DatasetUnreachable: the data set is neither cached nor reachable.
     """
     location = (definition["dataset_path"], definition.get("dataset_name"))
     data = hub.load_dataset(*location, **hub_options(definition))
@@ -259,9 +259,9 @@ def load_from_hub(definition: TaskDefinition) -> tuple[Splits, DocumentSource]:
 
 
 def content_fingerprint(data: Splits) -> str:
-    """Return the identity of loaded documents."""
-    # The library's own hash of how the data came to be. It is there already, whereas hashing the
-    # rows could mean reading gigabytes. A task's own code may also return plain rows.
+    """Return a fingerprint of loaded documents."""
+    # The fingerprint of `datasets`, because hashing the rows could take reading gigabytes. The code
+    # of a task may also return plain rows.
     return "-".join(
         str(getattr(split, "_fingerprint", None) or rows_hash(split))
         for _, split in sorted(data.items())
@@ -275,22 +275,22 @@ def rows_hash(rows: Iterable[object]) -> str:
 
 
 CONFIG_SOURCE = "config_source"
-"""Metadata in which lm-eval says where a task file lies, which is no part of the task."""
+"""Metadata key in which lm-eval stores the path of a task file, which is not a part of the task."""
 
 
 def definition_hash(definition: object, files: TaskFiles) -> str:
-    """Return a hash of a task as its harness resolved it: settings, and the code that they name.
+    """Return a hash of a task as resolved by its harness: settings, and the code that they name.
 
-    Code in the harness's task folders, and in a user's own, counts by its content, with all that
-    lies in its folder; the rest of the harness by its version. Libraries that the code uses, such
-    as the one that computes a metric, count by theirs.
+    Code in the task folders of the harness or of the user is hashed, with everything in its folder.
+    The rest of the harness, and libraries that the code uses, such as one that computes a metric,
+    are identified by their versions.
     """
     described = json.dumps(_described(definition, files), sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()
 
 
 def _described(value: object, files: TaskFiles) -> object:
-    """Return JSON values that differ whenever two parts of a definition do."""
+    """Convert a part of a definition to JSON values that differ if the parts differ."""
     if value is None or isinstance(value, str | int | float | bool):
         return value
     # lm-eval's own classes of settings are empty mappings with fields.
@@ -308,19 +308,19 @@ def _described(value: object, files: TaskFiles) -> object:
         return _described_code(value, files)
     if not hasattr(value, "__dict__"):
         return repr(value)
-    # An object of the harness, such as the settings of few-shot examples: its own text may show
-    # where it is in memory.
+    # An object of the harness, such as the settings of few-shot examples, whose `repr` may contain
+    # its memory address.
     return [_described_code(type(value), files), _described(vars(value), files)]
 
 
 def _described_code(value: Any, files: TaskFiles) -> str:
-    """Return the name of a function or a class, with a hash of its code unless a version tells."""
+    """Return the name of a function or class, with a hash of its code or the library's version."""
     module, name = str(value.__module__), f"{value.__module__}.{value.__qualname__}"
     code = getattr(inspect.unwrap(value), "__code__", None)
     source = code.co_filename if code else getattr(sys.modules.get(module), "__file__", None)
     file = Path(str(source))
     if file.is_relative_to(files.harness_folder):
-        # Harnesses load these files by path, under names by which Python does not find them.
+        # Harnesses load these files by path, under names that cannot be imported.
         inside = file.with_suffix("").relative_to(files.harness_folder.parents[1])
         return f"{name} {_content(file, '.'.join(inside.parts), f'{files.package}.tasks')}"
     # lm-eval names the modules of a user's folder by their paths.
@@ -333,7 +333,7 @@ def _described_code(value: Any, files: TaskFiles) -> str:
 
 
 def _content(file: Path, module: str, own: str) -> str:
-    """Return a hash of code and of what it reads, with the versions of what it imports."""
+    """Return a hash of code and the files it reads, with the versions of imported libraries."""
     libraries = imported_libraries(file, module, own)
     return " ".join([code_hash(file, module, own), *_versions(libraries)])
 
@@ -363,7 +363,7 @@ def quiet_lm_eval() -> Iterator[None]:
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     bar = lm_eval.api.task.tqdm
-    # This bar has no switch, neither an argument nor a setting, so the name is patched.
+    # This bar cannot be disabled by an argument or a setting, so its name is patched.
     lm_eval.api.task.tqdm = functools.partial(bar, disable=True)
     try:
         yield

@@ -116,8 +116,8 @@ def test_rows_that_are_not_scored_are_read_all_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"sol1": "half \ud800"}, "row 3 holds a value that no table can hold"),
-        ({"extra": 1 << 70}, "row 3 holds a value that no table can hold"),
+        ({"sol1": "half \ud800"}, "row 3 has a value that cannot be stored in a table"),
+        ({"extra": 1 << 70}, "row 3 has a value that cannot be stored in a table"),
         ({"extra": [1]}, "row 3 has a list in column 'extra', row 0 has a string"),
         ({"extra": {"a": 1}}, "row 3 has an object in column 'extra', row 0 has a string"),
     ],

@@ -199,7 +199,7 @@ def test_methods_of_a_third_party_are_verified_and_exported_on_the_users_word(
     assert "which no record can allow" in capsys.readouterr().err
     # A run on images has no answers for a harness: it is refused for that, and not for its code.
     assert main([*rescore, *third_party]) == 2
-    assert "nothing to score again" in capsys.readouterr().err
+    assert "cannot be scored again" in capsys.readouterr().err
     with pytest.raises(UserError, match="only packages"):
         recorded_config(record, ["seed=2"])
 
