@@ -304,8 +304,8 @@ def refuse_changed_questions(stored: Sequence[SampleRow], found: Sequence[Sample
         if changed:
             raise UserError(
                 f"task {task}, document {document}: the question differs from that of the run "
-                f"({', '.join(changed)}), so the stored answers cannot be scored: undo the edit of "
-                "the task, or evaluate again with `bench run`"
+                f"(different: {', '.join(changed)}), so the stored answers cannot be scored: undo "
+                "the edit of the task, or evaluate again with `bench run`"
             )
 
 

@@ -139,7 +139,7 @@ def test_a_letter_beyond_the_options_and_options_without_letters_are_named(tmp_p
     message = refusal("mathqa", write(tmp_path / "four.jsonl", rows))
     # The harness reads option d only up to a comma.
     assert "row 2 (line 3) has correct='e', which is no answer" in message
-    assert "one of 'a', 'b', 'c'. Give" in message
+    assert "one of 'a', 'b', 'c': use" in message
     rows[2] |= {"options": "see the picture", "correct": "a"}
     message = refusal("mathqa", write(tmp_path / "none.jsonl", rows))
     assert "row 2 (line 3) has options='see the picture'; this task needs a string such" in message

@@ -1,9 +1,9 @@
-"""A loaded, possibly compressed model as lm-eval's language model, and stored answers as one.
+"""Adapters to lm-eval's language model interface: for a loaded model, and for stored answers.
 
-Tokenization, truncation and log-likelihoods are those of lm-eval's own `hf` model, except where it
-has none: it stops at an answer that has no token of its own, and scores EOS after EOS if the
-tokenizer appends one. Only the cost differs: all texts are tokenized in one call, each once, and a
-scorer decides what goes through the network.
+Tokenization, truncation and log-likelihoods are those of lm-eval's own `hf` model, with two
+exceptions: `hf` stops at an answer that has no token of its own, and scores EOS after EOS if the
+tokenizer appends one. This adapter is faster, because it tokenizes every text once and all of them
+in one call, and a scorer decides what goes through the network.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ from bench.schema import Backend, Overlong
 from bench.ui import Progress
 
 NO_ANSWER = (math.nan, False)
-"""Response to a request that was not put to the model."""
+"""Response to a request that was not sent to the model."""
 EMPTY_ANSWER = "the answer is empty: it has no tokens"
 
 
 class EncodedRequest(NamedTuple):
-    """A request as tokens; `spans` says that a token lies across the join of its two texts."""
+    """A request as tokens; `spans` says that a token contains the end of the context."""
 
     context: Tokens
     answer: Tokens
@@ -64,7 +64,7 @@ class EncodedRequest(NamedTuple):
 
 
 class FittedPrompt(NamedTuple):
-    """A prompt without the `cut` tokens on its left; `left_out` is why it is not asked."""
+    """A prompt without the `cut` tokens on its left; `left_out` is the reason if it is skipped."""
 
     tokens: Tokens
     cut: int
@@ -74,10 +74,10 @@ class FittedPrompt(NamedTuple):
 class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no types
     """Serves the harness's requests with a `Model` and reports the backend used.
 
-    `scorer` computes the log-likelihoods that the response cache does not hold; by default it is
-    the one that `backend` names, chosen after a forward that tries the model. `evidence` holds
-    what the model saw of each request. `chat` renders prompts that are conversations, and
-    `think_end` is the token that ends the thoughts before an answer.
+    `scorer` computes the log-likelihoods that are not in the response cache; the default is that of
+    `backend`, which is chosen after a trial forward. `evidence` records each request as the model
+    got it. `chat` renders conversations, and `think_end` is the token that ends the thoughts before
+    an answer.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
         )
         self._cache = cache or ResponseCache()
         self._model = model
-        # Asked of every request, and transformers' configs take microseconds to answer anything.
+        # Stored, because it is needed for every request and attributes of configs are slow.
         self._longest = model.max_length
         self._progress = progress
         begin = self._begin_or_end
@@ -129,7 +129,7 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
 
     @property
     def conversations(self) -> Mapping[str, Conversation]:
-        """The conversations behind prompts that a chat template rendered."""
+        """The conversations of the prompts rendered with a chat template."""
         return self._chat.conversations
 
     def apply_chat_template(
@@ -151,17 +151,16 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that stands for an empty context: BOS if the tokenizer has one, else EOS."""
+        """The token that replaces an empty context: BOS if the tokenizer has one, else EOS."""
         if self._begin_or_end is None:
             raise UserError(
                 f"the tokenizer of model {self._model.name} has neither a BOS nor an end-of-text "
-                "token to put in place of an empty context: set eos_token in its "
-                "tokenizer_config.json"
+                "token to replace an empty context: set eos_token in its tokenizer_config.json"
             )
         return int(self._begin_or_end)
 
     def _begins(self, text: str) -> bool:
-        """Tell whether a text already begins with the token that begins texts."""
+        """Return whether a text already begins with the BOS token."""
         return self._prefix_text is not None and text.startswith(self._prefix_text)
 
     def tok_encode(
@@ -169,14 +168,14 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
     ) -> list[int]:
         """Tokenize text; BOS is added as the model config or the tokenizer says, never twice."""
         if add_special_tokens is None:
-            # The harness encodes context and whole text of every request one by one; the lookup
-            # lets a fast tokenizer do all of them in parallel instead.
+            # The harness encodes texts one by one. The lookup allows for encoding all of them
+            # before, in parallel.
             encoded = self._encoded.get(string)
             return self._encode([string])[0] if encoded is None else encoded
         return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokenize texts, which must all start with the BOS text or all not."""
+        """Tokenize texts; either all of them or none must start with the BOS text."""
         special = self._model.config.add_bos
         # lm-eval's rule: a chat template that wrote BOS itself must not get a second one.
         if self._begins(texts[0]):
@@ -190,7 +189,7 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
         for with_bos in (True, False):
             group = [text for text in distinct if self._begins(text) == with_bos]
             if group:
-                # One call takes one value of `add_special_tokens`, hence two calls at most.
+                # `add_special_tokens` is the same for all texts of a call, hence up to two calls.
                 self._encoded |= zip(group, self._encode(group), strict=True)
 
     def loglikelihood(
@@ -211,13 +210,13 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
         return [responses.get(index, NO_ANSWER) for index in range(len(requests))]
 
     def _encode_request(self, context: str, answer: str) -> EncodedRequest:
-        """Return a request as tokens, split as lm-eval splits it.
+        """Return a request as tokens, split as in lm-eval.
 
-        A token may span the join. lm-eval cuts the tokens of the whole at the number of tokens of
-        the context: what is left of the answer is scored after the context alone. It stops where
-        nothing is left; the answer is then encoded on its own.
+        A token may contain the end of the context and the start of the answer. lm-eval splits the
+        tokens of the whole text after as many tokens as the context alone has, and scores the rest.
+        If nothing is left, lm-eval fails; here the answer is then encoded alone.
         """
-        # Spaces alone are no context either: they go to the answer, and nothing is left.
+        # A context of spaces counts as empty, because lm-eval moves them to the answer.
         if not context or (not context.strip() and not self.tok_encode("")):
             return self._encode_alone(context + answer)
         context_ids, answer_ids = self._encode_pair(context, answer)
@@ -228,21 +227,21 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
         return EncodedRequest(context_ids, answer_ids, spans)
 
     def _encode_alone(self, answer: str) -> EncodedRequest:
-        """Return the tokens of an answer to nothing, after BOS or EOS."""
+        """Return the tokens of an answer without context, after BOS or EOS."""
         ids, prefix = self.tok_encode(answer, add_special_tokens=False), self.prefix_token_id
-        # As in lm-eval: an answer that begins with that token has it once.
+        # As in lm-eval, an answer that begins with that token does not get it twice.
         return EncodedRequest([prefix], ids[1:] if ids[:1] == [prefix] else ids)
 
     def _record(
         self, request: Instance, context: Tokens, answer: Tokens, spans: bool
     ) -> str | None:
-        """Log what the model sees of a request; return why it is not asked, None if it is."""
+        """Record a request as the model gets it; return the reason if it is skipped, or None."""
         longest, tokens = self._longest, len(context) + len(answer)
         reason = None if answer else EMPTY_ANSWER
         if len(answer) > longest:
-            reason = f"the answer alone is longer than the {longest} tokens that the model takes"
+            reason = f"the answer alone is longer than the model's {longest} tokens"
         elif answer:
-            # One more than the network takes: the last token is predicted and never an input.
+            # One token more than the network takes, because the last one is never an input.
             where, name = _place(request), self._model.name
             reason = check_length(self._overlong, where, tokens, longest + 1, name)
         cut = 0 if reason else max(0, tokens - longest - 1)
@@ -263,7 +262,7 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
                 self.tok_encode(request.args[0]), self.prefix_token_id, self._longest, 1
             )
             windows += [(None, *make_disjoint_window(pair)) for pair in rolling]
-            # The windows of all texts are scored together, so short texts fill batches too.
+            # The windows of all texts are scored together, so that short texts share batches.
             owners += [index] * (len(windows) - len(owners))
         totals = [0.0] * len(requests)
         for owner, (value, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
@@ -305,7 +304,7 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
     def _warn_about_thoughts(
         self, requests: Sequence[Instance], answers: Sequence[Generated | None]
     ) -> None:
-        """Say which tasks have answers without the token that ends the thoughts."""
+        """Warn about tasks with answers in which the thoughts do not end."""
         pairs = [pair for pair in zip(requests, answers, strict=True) if pair[1] is not None]
         endless = Counter(r.task_name for r, answer in pairs if answer and answer.thoughts == "")
         if endless:
@@ -345,16 +344,16 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
     ) -> Iterator[IndexedResponses[list[float]]]:
         """Yield the responses of each batch, with indices into the full list of requests."""
         for batch in self.scorer.score(requests):
-            # A list, because the journal is JSON: a resumed run must see what a fresh one sees.
+            # A list, as read from the JSON of the journal in a resumed run.
             yield [(indices[index], list(result)) for index, result in batch]
 
 
 class StoredAnswers(LM):  # type: ignore[misc]  # the harness has no types
-    """The answers in sample rows, given again to the harness's requests."""
+    """Answers the harness's requests from the answers in sample rows."""
 
     def __init__(self, rows: Sequence[SampleRow]) -> None:
         super().__init__()
-        # The rows of a document's other filters hold the same answers.
+        # All rows of a document, one per filter, have the same answers.
         self._rows = {(row["task"], row["doc_id"]): row for row in rows}
         self.conversations: dict[str, Conversation] = {}
         self.evidence = EvidenceLog()
@@ -367,7 +366,7 @@ class StoredAnswers(LM):  # type: ignore[misc]  # the harness has no types
     def apply_chat_template(
         self, chat_history: list[TextMessage], add_generation_prompt: bool = True
     ) -> str:
-        """Return the messages as they are, since the model's template is not at hand."""
+        """Return the messages without a template, because that of the model is not available."""
         text = conversation_text(chat_history, add_generation_prompt)
         self.conversations[text] = conversation_of(chat_history, add_generation_prompt)
         return text
@@ -384,11 +383,11 @@ class StoredAnswers(LM):  # type: ignore[misc]  # the harness has no types
         return [self._stored(request, "loglikelihoods") for request in requests]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Return the texts as they were before any filter."""
+        """Return the texts before any filter."""
         repetitions: Counter[tuple[str, int]] = Counter()
         texts = []
         for request in requests:
-            # Several answers of a document have the same request, one after the other.
+            # Repeated requests of a document ask for its answers one by one.
             document = (request.task_name, request.doc_id)
             texts.append(self._stored(request, "generations", repetitions[document]))
             repetitions[document] += 1
@@ -407,12 +406,12 @@ class StoredAnswers(LM):  # type: ignore[misc]  # the harness has no types
 
 
 def _texts_to_encode(context: str, continuation: str) -> tuple[str, ...]:
-    """Return the strings that lm-eval tokenizes for a request: the context, and all of it."""
-    # `TemplateLM._encode_pair` moves trailing spaces of the context to the continuation before it
-    # tokenizes. An empty context takes another path, which is not worth preparing.
+    """Return the strings that lm-eval tokenizes for a request: the context and the whole text."""
+    # `TemplateLM._encode_pair` moves trailing spaces of the context to the continuation first. An
+    # empty context is rare and not prepared.
     return (context.rstrip(), context + continuation) if context else ()
 
 
 def _place(request: Instance) -> str:
-    """Name the document of a request in a sentence."""
+    """Return the document of a request for use in messages."""
     return f"task {request.task_name}, document {request.doc_id}"

@@ -1,6 +1,6 @@
-"""Prompts of text tasks as conversations: rendered by a tokenizer's chat template, and known again.
+"""Text prompts as conversations, rendered with a tokenizer's chat template and found by prompt.
 
-The harness builds the messages; how they become a prompt is that of lm-eval's own `hf` model.
+The harness builds the messages; they are rendered as by lm-eval's own `hf` model.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from bench.ui import Progress
 
 TextMessage = Mapping[str, str]
-"""`role` and `content` of one turn, as lm-eval writes them."""
+"""`role` and `content` of one turn, the form of messages in lm-eval."""
 
 
 class ChatTokenizer(Protocol):
-    """A tokenizer, as far as conversations are rendered with it."""
+    """The interface of a tokenizer that renders conversations."""
 
     chat_template: str | dict[str, str] | None
 
@@ -33,9 +33,9 @@ class ChatTokenizer(Protocol):
 
 
 class Conversation(NamedTuple):
-    """What is known of the messages behind a prompt.
+    """Facts about the messages of a prompt.
 
-    `question` is their hash, and `repeats` says that a shot asks the question itself.
+    `question` is their hash; `repeats` says that a few-shot example is the question itself.
     """
 
     question: str
@@ -43,10 +43,10 @@ class Conversation(NamedTuple):
 
 
 def select_template(benchmark: BenchmarkConfig, tokenizer: Any, model: str) -> str | None:
-    """Return the chat template that a benchmark asks of a tokenizer, None if it asks for none.
+    """Return the chat template that a benchmark selects from a tokenizer, or None.
 
     Raises:
-        UserError: there is none, or none of this name.
+        UserError: the tokenizer has no template, or none of this name.
     """
     asked = benchmark.chat_template
     if asked is False:
@@ -66,7 +66,7 @@ def select_template(benchmark: BenchmarkConfig, tokenizer: Any, model: str) -> s
 
 @dataclass
 class ChatRenderer:
-    """Renders conversations by one template, and keeps what they were by their prompts."""
+    """Renders conversations with one template, and stores facts about them by prompt."""
 
     tokenizer: ChatTokenizer
     template: str | None
@@ -78,7 +78,7 @@ class ChatRenderer:
         self._without_system = False
 
     def render(self, messages: Sequence[TextMessage], *, add_generation_prompt: bool) -> str:
-        """Return the prompt; a system message is left out if the template takes none.
+        """Return the prompt; a system message is left out if the template does not support it.
 
         Raises:
             UserError: the template fails.
@@ -127,7 +127,7 @@ def _failing(error: Exception) -> UserError:
 
 
 def conversation_of(messages: Sequence[TextMessage], add_generation_prompt: bool) -> Conversation:
-    """Describe the messages of a prompt, whatever template renders them."""
+    """Return facts about the messages of a prompt, which do not depend on the template."""
     users = [message["content"] for message in messages if message["role"] == "user"]
     asked = hashlib.sha256(conversation_text(messages, add_generation_prompt).encode()).hexdigest()
     return Conversation(asked, bool(users) and users[-1] in users[:-1])
@@ -140,7 +140,7 @@ def conversation_text(messages: Sequence[TextMessage], add_generation_prompt: bo
 
 
 def check_chat(benchmark: BenchmarkConfig, tokenizer: Any, model: str) -> None:
-    """Raise UserError unless a tokenizer can render what a benchmark asks of it."""
+    """Raise UserError unless a tokenizer supports the chat settings of a benchmark."""
     from bench.ui import SILENT
 
     template = select_template(benchmark, tokenizer, model)
@@ -155,6 +155,6 @@ def check_chat(benchmark: BenchmarkConfig, tokenizer: Any, model: str) -> None:
         renderer._apply([{"role": "system", "content": benchmark.system_prompt}, *question], True)
     except TemplateError as error:
         raise UserError(
-            f"benchmark.system_prompt: the chat template of model {model} takes no system message "
-            f"({error_sentence(error)}): leave it null"
+            f"benchmark.system_prompt: the chat template of model {model} does not support a "
+            f"system message ({error_sentence(error)}): set it to null"
         ) from error

@@ -66,7 +66,7 @@ def context_limit(options: Mapping[str, object], longest: int, name: str) -> int
 
 
 def check_generation(benchmark: BenchmarkConfig, tasks: Sequence[str]) -> None:
-    """Raise UserError unless settings of generation have a task, and transformers knows them."""
+    """Raise UserError if generation settings apply to no task, or transformers has none such."""
     for key in ("gen_kwargs", "think_end_token"):
         if getattr(benchmark, key) and not tasks:
             raise UserError(f"benchmark.{key}: none of benchmark.tasks generates a text")
@@ -83,7 +83,7 @@ def check_generation(benchmark: BenchmarkConfig, tasks: Sequence[str]) -> None:
 HARNESS_SETTINGS = (
     "until", "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens",
 )  # fmt: skip
-"""Settings of generation that lm-eval reads itself."""
+"""Generation settings that lm-eval handles itself."""
 
 
 def generate(
@@ -96,18 +96,16 @@ def generate(
 ) -> list[Generated | None]:
     """Return one continuation per context; contexts with equal settings share batches.
 
-    None stands for a continuation that the network cannot compute: its logits are not finite.
-    `think_end` is the token that ends the thoughts before an answer.
-
-    A task that samples several answers repeats its request, and each repetition is drawn
-    independently.
+    A continuation is None if the network's logits are not finite. `think_end` is the token that
+    ends the thoughts before an answer. If a task repeats a request to sample several answers, each
+    repetition is sampled independently.
     """
     groups: dict[str, list[int]] = defaultdict(list)
     for index, request in enumerate(requests):
         groups[json.dumps(request.options, sort_keys=True, default=str)].append(index)
     generated: dict[int, Generated | None] = {}
     for group in groups.values():
-        # Longest first: padding stays small, and a batch that does not fit fails at the start.
+        # Longest first, for little padding, and so that memory runs out at the start if at all.
         group.sort(key=lambda index: -len(requests[index].context))
         options = requests[group[0]].options
         settings = GenerationSettings(model, options, think_end)
@@ -126,12 +124,11 @@ def generate(
 
 
 def _request_keys(contexts: Sequence[list[int]], options: Mapping[str, object]) -> list[str]:
-    """Name each request by its context, its settings and the number of equal requests before it."""
+    """Return a key per request: its context, settings and the number of equal earlier requests."""
     repetitions: Counter[tuple[int, ...]] = Counter()
     keys = []
     for context in contexts:
-        # Without the count, repetitions would be one request to the response cache, and a task that
-        # takes several samples would get one sample several times.
+        # Without the number, the response cache would return the same sample for all repetitions.
         keys.append(request_key("generation", context, options, repetitions[tuple(context)]))
         repetitions[tuple(context)] += 1
     return keys
@@ -148,15 +145,14 @@ class GenerationSettings:
         settings = dict(normalize_gen_kwargs(options))
         self.new_tokens = int(settings.pop("max_gen_toks"))
         tokenizer, own = model.tokenizer, language_model(model).generation_config
-        # The model's own end tokens end a row as well, whatever the tokenizer calls EOS.
+        # The model's own end tokens end a row in addition to the tokenizer's EOS.
         ends = own.eos_token_id
         self._ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
         end = tokenizer.decode(tokenizer.eos_token_id, skip_special_tokens=False)
         self._stop: list[str] = handle_stop_sequences(settings.pop("until", None), eos=end)
-        # Replaced in `run`: the limit there counts from the padded width, as in lm-eval's `hf`
-        # model.
+        # Replaced in `run`, where the limit starts from the padded width, as in lm-eval's `hf`.
         settings.pop("max_length", None)
-        # transformers warns about a temperature that greedy decoding does not read.
+        # transformers warns about a temperature in greedy decoding.
         if not settings.get("do_sample"):
             settings.pop("temperature", None)
         self._options: dict[str, object] = settings
@@ -169,14 +165,14 @@ class GenerationSettings:
     def run(self, keyed: Sequence[tuple[str, list[int]]]) -> list[list[Any] | None]:
         """Continue (key, context) pairs of any length, padded on the left.
 
-        Returns the fields of `Generated` as JSON values. Sampling depends on the batch and not on
-        what was drawn before it. None stands for a row whose logits are not finite.
+        Return the fields of `Generated` as JSON values, or None for rows with logits that are not
+        finite. Samples depend on the batch but not on earlier draws.
         """
         texts = self._continue(keyed)
         if len(keyed) == 1:
             return texts
-        # Alone, without padding: the batch must not decide which rows have an answer, and a NaN at
-        # a padding token reaches the row, although it is masked.
+        # Repeated alone and without padding, because NaN at a padding token spreads although it is
+        # masked, and results must not depend on the batch.
         return [
             self._continue([pair])[0] if text is None else text
             for pair, text in zip(keyed, texts, strict=True)
@@ -186,11 +182,10 @@ class GenerationSettings:
     def _continue(self, keyed: Sequence[tuple[str, list[int]]]) -> list[list[Any] | None]:
         contexts = [context for _, context in keyed]
         if self._options.get("do_sample"):
-            # The seed is a hash of the batch's keys: a resumed run must draw for a batch what the
-            # interrupted run would have drawn, although it did not draw for the batches before. 15
-            # hexadecimal digits, since torch takes a signed 64-bit seed.
+            # Seeded by the batch's keys, so that a resumed run, which skips earlier batches, draws
+            # the same samples. 15 hexadecimal digits, since torch takes a signed 64-bit seed.
             torch.manual_seed(int(request_key(SEED, *(key for key, _ in keyed))[:15], 16))
-        # On the left, so that all rows end at one column and `generate` appends there.
+        # Padded on the left, because `generate` appends to the right end of all rows.
         rows = [torch.tensor([context], dtype=torch.long) for context in contexts]
         ids_BT, device = pad_left(rows, self._pad_token), self._model.device
         mask_BT = pad_left([torch.ones_like(row) for row in rows], 0)
@@ -202,7 +197,7 @@ class GenerationSettings:
             max_length=width + self.new_tokens,
             stopping_criteria=stop_sequences_criteria(tokenizer, self._stop, width, len(contexts)),
             logits_processor=LogitsProcessorList([lost]),
-            # A checkpoint's generation config may ask to replace NaN by 0, which is no answer.
+            # Overrides a checkpoint's generation config, which may replace NaN by 0.
             remove_invalid_values=False,
             pad_token_id=self._pad_token,
             use_cache=True,
@@ -216,13 +211,13 @@ class GenerationSettings:
         ]
 
     def _generated(self, row: list[int], finite: int) -> list[Any] | None:
-        """Return the fields of `Generated`, cut at the first stop string; padding may follow.
+        """Return the fields of `Generated`, cut at the first stop string, without padding.
 
-        None if logits were not finite before that: `finite` is the number of tokens up to there, -1
-        if all logits were finite.
+        Return None if logits before that were not finite: `finite` is the number of tokens before
+        the first such logits, or -1 if all were finite.
         """
         decode = self._model.tokenizer.decode
-        # A row that has stopped goes on until its batch is done; what comes then is cut anyway.
+        # A finished row continues until its batch is done; tokens after its end do not matter.
         before = decode(row[:finite], skip_special_tokens=False) if finite >= 0 else ""
         if finite >= 0 and not any(stop in before for stop in self._stop):
             return None
@@ -239,15 +234,15 @@ class GenerationSettings:
     def _without_thoughts(self, row: Sequence[int]) -> tuple[int, str | None, str]:
         """Return the number of tokens of the thoughts before an answer, their text, and the answer.
 
-        As in lm-eval, the last of several ends counts, and thoughts that have not ended are the
-        answer. The text is None if no thoughts are looked for.
+        As in lm-eval, the last of several end tokens counts, and thoughts that do not end are the
+        answer. The text is None without `think_end`.
         """
         whole, end = self._text(row), self._think_end
         if end is None:
             return 0, None, whole
 
         def ends(count: int) -> int:
-            # With special tokens: some tokenizers call the end of thoughts one, and drop it.
+            # With special tokens, because `think_end` may be one, which would be dropped.
             text: str = self._model.tokenizer.decode(row[:count], skip_special_tokens=False)
             return text.count(end)
 

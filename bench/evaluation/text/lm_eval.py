@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from bench.data.chat import Tokenizer
 
 _BOOTSTRAP_RESAMPLES = 1000
-"""Resamples for metrics without a closed-form standard error; others ignore it."""
+"""Bootstrap resamples for metrics without a closed-form standard error."""
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,12 @@ class TextHarness:
         if thinks and chosen:
             raise UserError(
                 f"benchmark.chat_template_args.enable_thinking: task {chosen[0]} scores given "
-                "answers, before which no thoughts can be written; name generating tasks only"
+                "answers, before which no thoughts can be generated; use only generative tasks"
             )
         if leaves and tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
             raise UserError(
                 f"the tokenizer of model {model.name} has neither an end-of-text nor a BOS token, "
-                "and lm-eval puts one of them in place of an empty context: set eos_token in its "
+                "one of which must replace an empty context: set eos_token in its "
                 "tokenizer_config.json"
             )
         if generating and tokenizer.eos_token_id is None:
@@ -139,8 +139,8 @@ class TextHarness:
     def score(self, model: Model, progress: Progress, cache: ResponseCache) -> ScoredBenchmark:
         """Score the model on every task and text; cached requests are skipped."""
         benchmark = self.benchmark
-        # One adapter for all tasks: choosing its scorer runs a numerical probe and estimates free
-        # memory.
+        # One adapter for all tasks, because choosing its scorer takes a trial forward and an
+        # estimate of the free memory.
         template = select_template(benchmark, model.tokenizer, model.name)
         chat = ChatRenderer(model.tokenizer, template, benchmark.chat_template_args, progress)
         adapter = LmEvalAdapter(
@@ -166,7 +166,7 @@ class TextHarness:
         """Apply the harness's filters and metrics to the answers in sample rows.
 
         Raises:
-            UserError: the rows lack answers that the metrics need, or answer other questions.
+            UserError: the rows lack answers that the metrics need, or have different questions.
         """
         stored = StoredAnswers(rows)
         scored = self._score_tasks(stored, stored.evidence, "stored answers", SILENT)
@@ -179,7 +179,7 @@ class TextHarness:
     def _score_tasks(
         self, lm: LmEvalAdapter | StoredAnswers, log: EvidenceLog, name: str, progress: Progress
     ) -> ScoredBenchmark:
-        """Let the harness put its requests to a model of its kind; `log` is what was seen."""
+        """Let the harness send its requests to `lm`; `log` is the evidence of these requests."""
         scored = ScoredBenchmark([], [])
         for task in self.tasks:
             with progress.phase(f"{name} on {task.name}"), cached_templates():
@@ -222,7 +222,8 @@ def plan_text(benchmark: BenchmarkConfig, *, offline: bool) -> TextHarness:
 
     Raises:
         MissingData: data are neither cached nor reachable on the hub.
-        UserError: the config names a task, a metric, a file or a text that does not exist or fit.
+        UserError: the config names a task, metric, file or text that does not exist or does not
+            fit.
     """
     use_sandboxed_templates()
     outlines = planned_tasks.outline_tasks(benchmark)
@@ -254,7 +255,7 @@ def _run_harness(lm: LM, planned: PlannedTask, benchmark: BenchmarkConfig) -> Ha
 
     for task in planned.tasks.values():
         task.set_fewshot_seed(SEED)
-    # The bootstrap also prints, and standard output belongs to our caller (`--json`).
+    # The bootstrap prints, but standard output is reserved for the command (`--json`).
     with quiet_lm_eval(), redirect_stdout(io.StringIO()), bootstrap_in_this_process():
         result: HarnessResult = evaluate(
             lm,
@@ -271,7 +272,7 @@ def _run_harness(lm: LM, planned: PlannedTask, benchmark: BenchmarkConfig) -> Ha
 
 @contextmanager
 def bootstrap_in_this_process() -> Iterator[None]:
-    """Keep lm-eval from forking this process, which holds a device and threads."""
+    """Prevent lm-eval from forking this process, which uses a device and threads."""
     name = "DISABLE_MULTIPROC"
     before = os.environ.get(name)
     os.environ[name] = "1"
@@ -286,10 +287,10 @@ def bootstrap_in_this_process() -> Iterator[None]:
 def answered_only(
     planned: PlannedTask, result: HarnessResult, unanswered: Unanswered
 ) -> HarnessResult:
-    """Let lm-eval aggregate again, over the documents that have an answer.
+    """Let lm-eval aggregate again over the documents with an answer.
 
-    A task that has none keeps its numbers: lm-eval cannot aggregate nothing. `settled_metrics`
-    drops them.
+    The numbers of a task without any answer are kept, because lm-eval cannot aggregate an empty
+    set; `settled_metrics` drops them.
     """
     from lm_eval.evaluator_utils import _process_results
 
@@ -323,7 +324,7 @@ def settled_metrics(
         by_name[metric.task].append(metric)
     for name, found in by_name.items():
         parts = [_answers(planned, leaf, result, unanswered) for leaf in _leaf_tasks(planned, name)]
-        # A group whose task has no answer at all is a group without that task: another number.
+        # If a task of a group has no answer at all, the group's number would be without that task.
         whole = all(part.suffice(1.0) for part in parts)
         settled, gaps = settle_metrics(
             found,
@@ -338,7 +339,7 @@ def settled_metrics(
 def _answers(
     planned: PlannedTask, name: str, result: HarnessResult, unanswered: Unanswered
 ) -> TaskAnswers:
-    """Count the rows of a task, or of all tasks of a group, and name those without an answer."""
+    """Count the rows of a task, or of all tasks of a group, and list those without an answer."""
     leaves = _leaf_tasks(planned, name)
     scored = [{sample["doc_id"] for sample in result["samples"][leaf]} for leaf in leaves]
     return TaskAnswers(
@@ -357,8 +358,8 @@ def task_metrics(
     """Return every metric that the harness reports for a task, or for a group and its tasks."""
     metrics: list[Metric] = []
     for name, scores in result["results"].items():
-        # Results are keyed `METRIC,FILTER`; standard errors stand among them as
-        # `METRIC_stderr,FILTER`, and keys without a comma are labels and counts.
+        # Keys are `METRIC,FILTER` for values, `METRIC_stderr,FILTER` for standard errors, and
+        # without a comma for labels and counts.
         keys = [key for key in scores if "," in key and "_stderr," not in key]
         headline = _headline_key(planned, name, keys)
         metrics += [
@@ -386,7 +387,7 @@ def _metric(
 ) -> Metric:
     metric, _, through = key.partition(",")
     scores = result["results"][name]
-    # The value is "N/A" where the harness computed none.
+    # "N/A" if the harness has computed no value.
     error = scores.get(f"{metric}_stderr,{through}")
     better = result["higher_is_better"].get(name, {}).get(metric)
     version = result["versions"].get(name)
@@ -401,7 +402,7 @@ def _metric(
         split=common_split({evaluated_split(vars(planned.tasks[leaf].config)) for leaf in leaves}),
         stderr=float(error) if isinstance(error, float) else None,
         n=sum(result["n-samples"][leaf]["effective"] for leaf in leaves),
-        # Undeclared counts as True, the rule of nearly all metrics of lm-eval.
+        # None counts as True, which holds for nearly all metrics of lm-eval.
         higher_is_better=better is not False,
         headline=headline,
         task_version=None if version in (None, "N/A") else str(version),
@@ -409,14 +410,14 @@ def _metric(
 
 
 def _leaf_tasks(planned: PlannedTask, name: str) -> list[str]:
-    """Return the tasks that a row covers: itself, or the tasks below a group."""
+    """Return the tasks of a row: the task itself, or the tasks of a group."""
     if name in planned.tasks:
         return [name]
     return [task.task_name for task in planned.groups[name].get_all_tasks()]
 
 
 def use_sandboxed_templates() -> None:
-    """Render lm-eval's templates without access to Python: those of a user's folder are foreign."""
+    """Sandbox lm-eval's templates, because those of a task folder may be untrusted."""
     plain = lm_eval.utils.env
     if isinstance(plain, SandboxedEnvironment):
         return
@@ -431,12 +432,11 @@ def use_sandboxed_templates() -> None:
 
 @contextmanager
 def cached_templates() -> Iterator[None]:
-    """Cache compiled templates while the block runs; prompts do not change."""
+    """Cache compiled templates inside the `with` block, which does not change prompts."""
     environment = lm_eval.utils.env
-    # Safe, because a compiled template holds no state of a document, and the environment is a
-    # module global that lives as long as lm-eval.
+    # Safe, because a compiled template has no state and the environment is a module global.
     environment.from_string = functools.cache(environment.from_string)
     try:
         yield
     finally:
-        del environment.from_string  # the instance attribute; the method of the class is back
+        del environment.from_string  # The instance attribute, which hides the class's method.

@@ -34,9 +34,9 @@ NON_FINITE_LOSS = "the loss of the window is not finite"
 C4_WINDOWS = 256
 """Number of windows that the GPTQ scripts draw from C4."""
 _TOKENS_PER_BATCH = 8192
-"""Every position meets the output head, so logits rather than activations bound the batch."""
+"""Logits are computed at every position, so they and not activations limit the batch."""
 _TOKENS_PER_CPU_BATCH = batching.MAX_TOKENS_BY_DEVICE["cpu"]
-"""On a CPU, more tokens than its caches hold are no faster."""
+"""On a CPU, larger batches exceed the caches and are no faster."""
 
 
 def measure_perplexity(
@@ -64,7 +64,7 @@ def measure_perplexity(
 
 
 def windows_per_batch(text: PlannedText, benchmark: BenchmarkConfig, device: torch.device) -> int:
-    """Return the windows of a forward; memory may still halve them."""
+    """Return the number of windows per forward, which is halved if memory runs out."""
     tokens = _TOKENS_PER_CPU_BATCH if device.type == "cpu" else _TOKENS_PER_BATCH
     fitting = max(1, tokens // text.config.window)
     return fitting if benchmark.batch_size == "auto" else min(benchmark.batch_size, fitting)
@@ -74,7 +74,7 @@ def cut_windows(model: Model, text: PlannedText, limit: float | None) -> list[li
     """Cut the text into the windows of its protocol; keep the first `limit`.
 
     Raises:
-        UserError: the window exceeds the model's length, or no document fills one.
+        UserError: the window exceeds the model's length, or no document is long enough.
     """
     window = text.config.window
     check_window(text, model.max_length, model.name)
@@ -117,7 +117,7 @@ def rescore_windows(
 def window_losses(network: LanguageModel, ids_BT: torch.Tensor) -> list[float]:
     """Return each window's mean cross-entropy over its T - 1 predictions, in float32."""
     logits_BTV = network(ids_BT, use_cache=False).logits
-    # Window by window: float32 logits of the whole batch would dominate the peak memory.
+    # Window by window, because float32 logits of the whole batch would dominate the peak memory.
     losses = [
         functional.cross_entropy(logits_TV[:-1].float(), ids_T[1:])
         for logits_TV, ids_T in zip(logits_BTV, ids_BT, strict=True)
@@ -135,7 +135,7 @@ def perplexity(losses: Sequence[float]) -> tuple[float, float | None]:
     try:
         value = math.exp(mean_loss(losses))
     except OverflowError:
-        # A network ruined by compression has losses beyond 709; its perplexity is inf, not a crash.
+        # A network destroyed by compression can have losses above 709, for which exp overflows.
         value = math.inf
     if len(losses) < 2 or not math.isfinite(value):
         return value, None
@@ -145,19 +145,19 @@ def perplexity(losses: Sequence[float]) -> tuple[float, float | None]:
 def _settled(
     benchmark: BenchmarkConfig, text: PlannedText, losses: Sequence[float], progress: Progress
 ) -> tuple[list[Metric], list[MissingMeasurement]]:
-    """Return the perplexity over the windows whose loss is finite, and why it is missing if so."""
+    """Return the perplexity over the windows with a finite loss, or the reason if it is missing."""
     finite = [loss for loss in losses if math.isfinite(loss)]
     lost = {
         str(index): NON_FINITE_LOSS for index, loss in enumerate(losses) if not math.isfinite(loss)
     }
     answers = TaskAnswers(len(losses), lost)
-    # With no finite loss at all the value is that of the others, and dropped below.
+    # Without any finite loss, the value is computed over all windows, and dropped below.
     metric = _metric(benchmark, text, finite or losses)
     metrics, missing = settle_metrics([metric], answers, benchmark.allow_missing)
     if lost:
         progress.warn(f"{text.name}: {answers.describe()}")
     elif metric.value is None or not math.isfinite(metric.value):
-        # Losses beyond 709 are answers, very bad ones; only their exponential is no double.
+        # Losses above 709 are valid, but their exponential is not a finite double.
         reason = (
             f"the perplexity is beyond floating point: the mean loss is {mean_loss(losses):.4g}"
         )
@@ -200,8 +200,8 @@ def _sample_rows(
 
 def consecutive_windows(documents: Sequence[str], encode: Encode, window: int) -> list[list[int]]:
     """Join documents by blank lines, tokenize once and cut; the remainder is dropped."""
-    # Tokenized as one string, not per document: BOS appears once, and tokens may span a border.
-    # Published perplexities of WikiText-2 depend on both.
+    # Tokenized as one string: there is one BOS, and tokens may span documents. Published
+    # perplexities of WikiText-2 depend on both.
     tokens = encode("\n\n".join(documents))
     count = len(tokens) // window
     if count == 0:
@@ -213,17 +213,15 @@ def random_windows(
     documents: Sequence[str], encode: Encode, window: int, count: int = C4_WINDOWS
 ) -> list[list[int]]:
     """Draw windows at random from documents longer than a window, with seed 0."""
-    # The order of draws is that of `get_c4` in GPTQ's datautils.py (a document until one is long
-    # enough, then an offset), from the same generator: any other order gives other windows and
-    # other perplexities. The offset's bound, too, is the script's, although it never draws the last
-    # window.
+    # The same draws as `get_c4` in GPTQ's datautils.py (documents until one is long enough, then an
+    # offset), because other windows have other perplexities. The bound of the offset is also that
+    # of the script, although it excludes the last window.
     draw = random.Random(0)
     too_short: set[int] = set()
     windows: list[list[int]] = []
     while len(windows) < count:
         number = draw.randint(0, len(documents) - 1)
-        # A short document is not tokenized again, but still takes its draw, or the sequence would
-        # change.
+        # A short document is not tokenized again but still uses up a draw, as in the script.
         tokens = [] if number in too_short else encode(documents[number])
         if len(tokens) <= window:
             too_short.add(number)

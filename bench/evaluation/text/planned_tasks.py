@@ -1,4 +1,4 @@
-"""lm-eval's task objects for the names that a benchmark lists, built on the data found."""
+"""Build lm-eval's task objects for the tasks of a benchmark."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from bench.schema import BenchmarkConfig
 
 
 class TextTask(Protocol):
-    """A task of lm-eval, as far as we use it ourselves."""
+    """The interface of a task of lm-eval."""
 
     OUTPUT_TYPE: str
     multiple_input: int
@@ -99,12 +99,11 @@ class TaskGroup(Protocol):
 class PlannedTask:
     """One scored name: a task, or a group of tasks whose scores the harness aggregates.
 
-    `groups` is empty unless the name is that of a group. `headlines` are the metric that represents
-    the name, and the filter through which it is read; filter None means the first one. A group that
-    the harness gives no score is represented by those of its members.
-    `definitions` holds a hash of each task's and each group's definition, `folders` those of the
-    task files and of their code. `unlabelled` are, by task, the documents whose label means
-    nothing.
+    `groups` is empty unless the name is that of a group. `headlines` are the metrics that represent
+    the name, with their filter (None: the first one). A group without a score of its own is
+    represented by the scores of its members. `definitions` are hashes of the definitions of tasks
+    and groups, `folders` those of the task files and their code. `unlabelled` are, by task, the
+    documents without a valid label.
     """
 
     name: str
@@ -118,7 +117,7 @@ class PlannedTask:
 
 
 class BuiltTask(TypedDict):
-    """A task on its data, with what is known of them."""
+    """A task that has been built, with facts about its data."""
 
     task: TextTask
     source: DocumentSource
@@ -126,7 +125,7 @@ class BuiltTask(TypedDict):
 
 
 def outline_tasks(benchmark: BenchmarkConfig) -> list[Outline]:
-    """Return what a benchmark's names stand for, with each tag expanded; no data are loaded.
+    """Return the tasks and groups that a benchmark names, with tags expanded; loads no data.
 
     Raises:
         UserError: a name is unknown, or a task is named twice.
@@ -140,7 +139,7 @@ def outline_tasks(benchmark: BenchmarkConfig) -> list[Outline]:
                 task_index.FILES.find_micro(name)
             for outline in task_index.outlines(name, index):
                 for leaf in outline.leaves:
-                    # Twice under one name, its samples would be counted twice.
+                    # A task that is listed twice would have its samples counted twice.
                     owner = owners.setdefault(leaf.task_name, name)
                     if owner != name:
                         raise UserError(
@@ -193,7 +192,7 @@ def _definition(leaf: Leaf, outline: Outline, benchmark: BenchmarkConfig) -> Tas
     chain, own = outline.chain(leaf.task_name), definition.get("num_fewshot")
     asked = task_definitions.requested_shots(benchmark, chain, own)
     shots = task_definitions.num_shots(own, asked)
-    # A Python class has its settings in itself, where None says nothing about its own shots.
+    # A Python class has its own settings.
     return definition if "class" in definition else {**definition, "num_fewshot": shots}
 
 
@@ -222,7 +221,7 @@ def _member_data(folder: Path, task: str, key: str) -> Path:
     found = next((each for each in candidates if each.exists()), None)
     if found is None:
         raise UserError(
-            f"{key}: the folder of a group holds a file or a folder for each of its tasks, and "
+            f"{key}: the folder of a group must have a file or a folder for each of its tasks, but "
             f"there is no {task}.jsonl"
         )
     return found
@@ -242,8 +241,8 @@ def _build_one(
     data, source, unlabelled = task_data.load_documents(
         name, definition, benchmark, local=local, folder=file.parent if file else None
     )
-    # With zero shots only the scored split is kept: the harness would process every document of
-    # a training split, however large, before it scores the first question.
+    # With zero shots only the scored split is kept, because the harness would process all documents
+    # of a training split first.
     present = set(data) if definition["num_fewshot"] else {evaluated_split(definition)}
     fitted = _with_documents(task_definitions.restrict_to_splits(definition, present), data)
     if local:
@@ -251,14 +250,14 @@ def _build_one(
     else:
         with task_code_errors("lm-eval", name):
             task = _construct(fitted)
-    # The embedded data have their labels, and a file of a known task has been checked.
+    # Embedded data have labels, and files of known tasks were checked when they were read.
     if benchmark.suite != "micro" and not (name in LABELS and local):
         unlabelled = _unlabelled_documents(name, task, benchmark)
     return {"task": task, "source": source, "unlabelled": unlabelled}
 
 
 def _with_documents(definition: TaskDefinition, data: Splits) -> TaskDefinition:
-    """Make the harness take our data, by the hook that it offers for data sets made in code."""
+    """Pass loaded data to the harness, by its hook for data sets created in code."""
     return definition | {"custom_dataset": lambda **_: data}
 
 
@@ -266,7 +265,7 @@ def _build_python(definition: TaskDefinition) -> tuple[TextTask, DocumentSource]
     """Build a task that is a Python class of the harness and loads its data itself."""
     try:
         task = _construct(definition)
-    except (OSError, ValueError) as error:  # raised by `datasets` when data are missing
+    except (OSError, ValueError) as error:  # Raised by `datasets` if data are missing.
         raise hub.unreachable_error(str(definition["class"].DATASET_PATH), error) from error
     return task, _source_of(task)
 
@@ -275,8 +274,7 @@ def _source_of(task: TextTask) -> DocumentSource:
     """Describe the data of a task that the harness loaded itself."""
     data = getattr(task, "dataset", None)
     location = hub.dataset_name(task.DATASET_PATH or "", task.DATASET_NAME)
-    # No data set of `datasets`, for instance documents made in code: the task's name must identify
-    # it.
+    # Documents that are created in code are identified by the task's name.
     if not isinstance(data, dict):
         return DocumentSource("harness", location, None, task.task_name)
     return hub_source(location, hub.commit_of(data), content_fingerprint(data))
@@ -285,27 +283,26 @@ def _source_of(task: TextTask) -> DocumentSource:
 def _construct_local(definition: TaskDefinition, key: str) -> TextTask:
     try:
         return _construct(definition)
-    # Templates and task functions raise anything on such rows.
+    # Templates and task functions may raise anything for such rows.
     except (Exception, SystemExit) as error:
         reason = task_fault(error)
         raise UserError(f"{key}: the rows do not fit {definition['task']}: {reason}") from error
 
 
 def _construct(definition: TaskDefinition) -> TextTask:
-    # Without its default index, which takes seconds to build and is not needed for a full
-    # definition.
+    # Without lm-eval's index of tasks, which takes seconds and is not needed here.
     task: TextTask
     (task,) = TaskManager(include_defaults=False).load([definition])["tasks"].values()
     return task
 
 
 def _unlabelled_documents(name: str, task: TextTask, benchmark: BenchmarkConfig) -> tuple[int, ...]:
-    """Return the scored documents whose label means nothing: no choice, or an empty answer.
+    """Return the scored documents without a valid label: not a choice, or an empty answer.
 
-    The harness counts them as wrong, so that a public test split scores 0 %.
+    The harness counts them as wrong, so that a public test split would score 0 %.
 
     Raises:
-        UserError: they are more than the benchmark allows.
+        UserError: there are more than the benchmark allows.
     """
     scored = number_within(benchmark.limit, len(task.eval_docs))
     documents = list(islice(task.eval_docs, scored))
@@ -313,16 +310,15 @@ def _unlabelled_documents(name: str, task: TextTask, benchmark: BenchmarkConfig)
     answers = TaskAnswers(len(documents), {str(index): NO_LABEL for index in unlabelled})
     if unlabelled and not answers.suffice(benchmark.allow_missing):
         raise UserError(
-            f"task {name}: {answers.describe()}; give a split that holds the answers, or accept a "
-            f"share by benchmark.allow_missing, now {benchmark.allow_missing:g}"
+            f"task {name}: {answers.describe()}; use a split with answers, or allow a larger share "
+            f"than benchmark.allow_missing={benchmark.allow_missing:g}"
         )
     return tuple(unlabelled)
 
 
 def _is_labelled(task: TextTask, document: object) -> bool:
     """Whether a document has an answer against which the harness can score."""
-    # Code of the task compares with whatever it finds in the document: its target may be a word
-    # that stands for nothing, as in ifeval.
+    # Such tasks score with their own code, and their target may be meaningless, as in ifeval.
     if callable(task.get_config("process_results")) or task.OUTPUT_TYPE == "loglikelihood_rolling":
         return True
     if task.multiple_input:
@@ -339,12 +335,12 @@ def _is_label(target: object, choices: Sequence[str]) -> bool:
         return bool(target) and all(_is_label(each, choices) for each in target)
     if isinstance(target, int):
         return 0 <= target < len(choices)
-    # Other types, such as numpy's, are left to the harness.
+    # Other types, such as those of numpy, are not checked.
     return target in choices if isinstance(target, str) else target is not None
 
 
 def _is_blank(target: object) -> bool:
-    """Whether a target is an empty text, or a list of nothing else: no answer equals it."""
+    """Whether a target is an empty string or a list of empty strings."""
     if isinstance(target, list):
         return all(map(_is_blank, target))
     return target is None or (isinstance(target, str) and not target.strip())
@@ -358,7 +354,7 @@ def _planned_task(
     groups = cast("dict[str, TaskGroup]", outline.groups)
     for leaf, task in tasks.items():
         _refuse_unsupported(leaf, task)
-        # Set on the built task, since Python classes have their own settings.
+        # Set on the built task, because Python classes have their own settings.
         own = task.get_config("num_fewshot")
         asked = task_definitions.requested_shots(benchmark, outline.chain(leaf), own)
         task.set_config("num_fewshot", task_definitions.num_shots(own, asked))
@@ -384,8 +380,8 @@ def _planned_task(
 
 
 def _definitions(tasks: dict[str, TextTask], groups: dict[str, TaskGroup]) -> dict[str, str]:
-    """Return the hash of every task as the harness built it, and of what a group makes of them."""
-    # The functions of metrics besides their names, for the libraries that compute them.
+    """Return a hash of every task as built by the harness, and of every group's aggregation."""
+    # Functions of metrics are included, for the versions of the libraries that they use.
     told: dict[str, object] = {
         leaf: [type(task), task.config, task.aggregation()] for leaf, task in tasks.items()
     }
@@ -405,7 +401,7 @@ def _refuse_unsupported(name: str, task: TextTask) -> None:
 def _shown_metrics(
     name: str, tasks: dict[str, TextTask], groups: dict[str, TaskGroup]
 ) -> Iterator[tuple[str, list[str]]]:
-    """Yield the rows that stand for a name, with the metrics that the harness reports there."""
+    """Yield the names of result rows for a task or group, with the metrics reported in each."""
     if name not in groups:
         yield name, list(tasks[name].aggregation())
     elif aggregated := groups[name].aggregate_metric_list:

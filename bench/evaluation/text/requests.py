@@ -30,17 +30,15 @@ class Scorer(Protocol):
     """Scores requests batch by batch, in an order of its choice."""
 
     def score(self, requests: Sequence[LoglikelihoodRequest]) -> Iterator[Loglikelihoods]:
-        """Yield the results of each batch as soon as they are there; every index exactly once."""
+        """Yield the results of each batch when it is done; every index exactly once."""
 
 
 def truncated_request(longest: int, context: Tokens, continuation: Tokens) -> LoglikelihoodRequest:
-    """Return a request as the network sees it, truncated on the left to the `longest` it takes.
+    """Return a request truncated on the left to at most `longest` input tokens.
 
-    The continuation has at least one token and fits into the model.
+    The continuation must have at least one token and fit into the model.
     """
-    # The rule of lm-eval's `hf` model, which must be matched to the token: keep the last max_length
-    # + 1 tokens, then drop the last one. That one is only ever predicted, never an input, which is
-    # why one token more than the network takes still fits; the left end goes, so the continuation
-    # stays whole.
+    # As in lm-eval's `hf` model: keep the last max_length + 1 tokens, then drop the last one, which
+    # is predicted and never an input. Truncation on the left keeps the whole continuation.
     tokens = (context + continuation)[-(longest + 1) :]
     return LoglikelihoodRequest(tokens[:-1], continuation)

@@ -1,4 +1,4 @@
-"""Sample rows of text tasks: responses, what the model saw of a document, and missing answers."""
+"""Sample rows of text tasks: responses, evidence of each document, and missing answers."""
 
 from __future__ import annotations
 
@@ -31,20 +31,21 @@ HarnessResult = TypedDict(
 )
 """Results of lm-eval: scores by task or group, their labels, and the scored documents."""
 Unanswered: TypeAlias = dict[str, dict[int, str]]
-"""By task: the document ids of the samples without an answer, each with the reason."""
+"""Reasons why samples have no answer, by task and document id."""
 
 
 def unanswered_documents(
     planned: PlannedTask, result: HarnessResult, log: EvidenceLog
 ) -> Unanswered:
-    """Find the documents without an answer or a label, in the responses and in what was seen."""
+    """Find the documents without an answer or a label, from the responses and the evidence."""
     found: Unanswered = {
         name: dict.fromkeys(planned.unlabelled.get(name, ()), NO_LABEL) for name in planned.tasks
     }
     for name, samples in result["samples"].items():
         for sample in samples:
             document = sample["doc_id"]
-            # First what was seen: a response of NaN does not say that the prompt was too long.
+            # The evidence comes first, because a response of NaN does not show that the prompt was
+            # too long.
             reason = log.unanswered(name, document) or _no_answer(planned.tasks[name], sample)
             if reason is not None:
                 found[name].setdefault(document, reason)
@@ -52,14 +53,14 @@ def unanswered_documents(
 
 
 def _no_answer(task: TextTask, sample: LoggedSample) -> str | None:
-    """Return why the responses of a sample are no answer, or None if they are one."""
+    """Return the reason if the responses of a sample are not a valid answer, or None."""
     responses = [response for repeats in sample["resps"] for response in repeats]
     if task.OUTPUT_TYPE == "generate_until":
-        # Of several answers to one question some may be empty; the filters expect that.
+        # If there are several answers, filters accept that some are empty.
         return None if any(text.strip() for text in responses) else EMPTY_ANSWER
     rolling = task.OUTPUT_TYPE == "loglikelihood_rolling"
     values = responses if rolling else [value for value, _ in responses]
-    # argmax over NaN is a choice all the same: the first one, for every question.
+    # Not left to argmax, which over NaN chooses the first answer of every question.
     return None if all(map(math.isfinite, values)) else NON_FINITE_LOGLIKELIHOOD
 
 
@@ -70,9 +71,9 @@ def sample_rows(
     unanswered: Unanswered,
     conversations: Mapping[str, Conversation],
 ) -> list[SampleRow]:
-    """Return one row per scored document and filter; without an answer it has no scores.
+    """Return one row per scored document and filter; rows without an answer have no scores.
 
-    `conversations` are those behind the prompts that a chat template rendered.
+    `conversations` are those of the prompts rendered with a chat template, by prompt.
     """
     return [
         _sample_row(
@@ -103,7 +104,7 @@ def _sample_row(
         "doc_id": sample["doc_id"],
         "doc_hash": sample["doc_hash"],
         "prompt_hash": sample["prompt_hash"],
-        # Without the model's template no prompt can be rendered to compare.
+        # For `refuse_changed_questions`, which cannot render prompts without the model's template.
         **({} if conversation is None else {"question_hash": conversation.question}),
         "target": str(sample["target"]),
         "prompt": first[0],
@@ -134,7 +135,7 @@ def _responses(task: TextTask, sample: LoggedSample) -> SampleRow:
         filtered = sample["filtered_resps"][0]
         return {
             "response": filtered if isinstance(filtered, str) else raw[0],
-            # All of them: a task may draw several answers and let a filter vote.
+            # All answers, because a task may sample several and let a filter vote.
             "generations": list(sample["resps"][0]),
         }
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
@@ -146,7 +147,7 @@ def _responses(task: TextTask, sample: LoggedSample) -> SampleRow:
     }
     if task.OUTPUT_TYPE != "multiple_choice":
         return responses
-    # Metrics that correct for a prior ask for every choice again, without the question.
+    # Metrics with a prior repeat every choice without the question, after the normal requests.
     asked = loglikelihoods[: len(task.doc_to_choice(sample["doc"]))]
     return {**responses, "tied_choices": count_ties(asked)}
 
@@ -158,12 +159,12 @@ def _in_examples(
     examples = getattr(task, "fewshot_cfg", None)
     if not task.get_config("num_fewshot") or examples is None:
         return None
-    # Between turns stands what the template puts there.
+    # In a rendered conversation, turns are separated by text of the template.
     if conversation is not None and conversation.repeats:
         return True
-    # Rendered as an example, exactly as the harness does it in `fewshot_context`: it leaves out the
-    # document itself, but not a second row of the same text. That row may have another answer, but
-    # the question alone may also be the beginning of a longer one.
+    # Rendered as an example, as in the harness's `fewshot_context`, which excludes the document but
+    # not another row of the same text. With its answer, because the question alone may also be the
+    # beginning of a longer one.
     own = examples.doc_to_choice
     question = task.doc_to_text(document, examples.doc_to_text)
     choices = task.doc_to_choice(document, own) if own else None

@@ -40,7 +40,7 @@ from bench.ui import Progress
 def select_scorer(
     model: Model, backend: Backend, batches: AdaptiveBatches, progress: Progress
 ) -> tuple[Scorer, BackendReport]:
-    """Return a scorer for a model, and the report on the backend that it belongs to."""
+    """Return a scorer for a model, and the report on its backend."""
     scorer, report = _local_scorer(model, backend, batches, progress)
     group = current_process_group()
     return (scorer if group.world_size == 1 else DistributedScorer(scorer, group)), report
@@ -70,9 +70,9 @@ ScoredInput: TypeAlias = tuple[tuple[int, ...], list[tuple[int, Tokens]]]
 
 
 class PaddedScorer:
-    """Scores inputs in batches sorted by length; only positions of continuations meet the head.
+    """Scores inputs in batches sorted by length; logits are computed only for continuations.
 
-    Softmax is in float32 whatever the model's dtype.
+    The softmax is in float32, whatever the model's dtype.
     """
 
     def __init__(self, model: Model, batches: AdaptiveBatches) -> None:
@@ -92,13 +92,12 @@ class PaddedScorer:
     def _score(self, batch: Sequence[ScoredInput]) -> list[Loglikelihoods]:
         """Score one batch, padded on the right."""
         width = len(batch[0][0])
-        # Padding on the right needs no attention mask: under causal attention no token sees what
-        # follows it. Positions count from 0 in every row, as without padding.
+        # Padding on the right needs no attention mask, because attention is causal. Positions start
+        # at 0 in every row, as without padding.
         ids_BT = torch.tensor([[*inputs, *[0] * (width - len(inputs))] for inputs, _ in batch])
         longest = [max(len(tokens) for _, tokens in scored) for _, scored in batch]
-        # The smallest position that any row of the batch scores; from there on logits are computed.
-        # The head then meets few positions, which matters because V is far larger than the hidden
-        # width.
+        # Logits are computed from the first position that any row scores. V is much larger than the
+        # hidden width, so logits of other positions would be expensive.
         first = min(len(inputs) - n for (inputs, _), n in zip(batch, longest, strict=True))
         logits_BKV = self._logits(ids_BT.to(self._model.device), width - first)
         results: list[torch.Tensor] = []
@@ -106,7 +105,7 @@ class PaddedScorer:
             end = len(inputs) - first
             logp_KV = logits_KV[end - n : end].float().log_softmax(-1)
             results += [_continuation_loglikelihood(logp_KV, tokens) for _, tokens in scored]
-        # One transfer from the device per batch; a transfer per continuation would synchronize it.
+        # One transfer from the device per batch instead of one per continuation.
         pairs = iter(torch.stack(results).tolist())
         return [
             [
@@ -122,7 +121,7 @@ class PaddedScorer:
         """Return the logits at the last `keep` positions."""
         if self._cuts_head:
             return self._network(ids_BT, logits_to_keep=keep, use_cache=False).logits
-        # Remote code may lack the argument: all logits are computed, then cut.
+        # Remote code may lack the argument for the number of logits.
         return self._network(ids_BT, use_cache=False).logits[:, -keep:]
 
 
@@ -130,7 +129,7 @@ def _group_by_input(requests: Sequence[LoglikelihoodRequest]) -> list[ScoredInpu
     """Group continuations by network input, longest first."""
     grouped: dict[tuple[int, ...], list[tuple[int, Tokens]]] = defaultdict(list)
     for index, (inputs, targets) in enumerate(requests):
-        # The last token of a continuation is no input, so choices of one token have the same input,
+        # The last token of a continuation is not an input, so choices of one token share an input,
         # as in lm-eval's single-token shortcut.
         grouped[tuple(inputs)].append((index, targets))
     return sorted(grouped.items(), key=lambda item: (-len(item[0]), item[0]))
@@ -149,11 +148,11 @@ def _continuation_loglikelihood(logp_KV: torch.Tensor, tokens: Tokens) -> torch.
 
 
 class IsolatingScorer:
-    """Scores again, in rows without padding or neighbours, what is not finite the first time.
+    """Repeats requests with results that are not finite in separate rows without padding.
 
-    An attention weight of zero times a value of NaN is NaN: one prompt that the network cannot
-    compute spoils all that share a packed sequence with it, and a NaN in the embedding of the
-    padding token all padded rows. Which rows have no answer must not depend on the backend.
+    A zero attention weight times NaN is NaN, so a prompt with NaN affects all prompts of the same
+    packed sequence, and NaN in the embedding of the padding token all padded rows. Which rows have
+    no answer must not depend on the backend.
     """
 
     def __init__(self, scorer: Scorer, padded: PaddedScorer) -> None:
@@ -161,7 +160,7 @@ class IsolatingScorer:
         self._padded = padded
 
     def score(self, requests: Sequence[LoglikelihoodRequest]) -> Iterator[Loglikelihoods]:
-        """Yield the finite results of each batch as they come, then all others."""
+        """Yield the finite results of each batch when it is done, then all others."""
         spoiled: list[int] = []
         for batch in self._scorer.score(requests):
             spoiled += [index for index, result in batch if not math.isfinite(result.value)]
@@ -183,8 +182,8 @@ class DistributedScorer:
 
     def score(self, requests: Sequence[LoglikelihoodRequest]) -> Iterator[Loglikelihoods]:
         """Yield the results of each batch, those of other processes last."""
-        # Sorted by tokens, so that a contiguous shard keeps requests with a common prefix together:
-        # a prefix cut by a border is computed twice, all others once.
+        # Sorted by tokens, so that requests with a common prefix are in the same shard; only a
+        # prefix at the border of two shards is computed twice.
         order = sorted(range(len(requests)), key=lambda index: requests[index].inputs)
 
         def score_shard(shard: list[int]) -> Iterator[Loglikelihoods]:

@@ -1,4 +1,4 @@
-"""Documents of one task and texts of perplexities: a file, the embedded world, the hub."""
+"""Load the documents of a task or a perplexity text from a file, the embedded world or the hub."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from bench.schema import BenchmarkConfig, PerplexityConfig
 
 
 class Documents(NamedTuple):
-    """The splits of a task and where they came from; `unlabelled` rows have no valid label."""
+    """The splits of a task and their source; `unlabelled` rows have no valid label."""
 
     splits: Splits
     source: DocumentSource
@@ -47,10 +47,10 @@ def load_documents(
     local: str | None = None,
     folder: Path | None = None,
 ) -> Documents:
-    """Return the splits that the benchmark gives a task, and where they came from.
+    """Return the splits of a task in a benchmark, and their source.
 
-    `local` is the user's file or folder for it; `folder` that of the task file, in which the files
-    lie that the task itself names.
+    `local` is the user's file or folder for the task. `folder` is that of the task file, which may
+    contain data files that the task names.
     """
     if local:
         found = local_files.load_local_rows(name, local, _row_use(name, definition, benchmark))
@@ -69,12 +69,12 @@ def load_documents(
 
 
 def _row_use(name: str, definition: TaskDefinition, benchmark: BenchmarkConfig) -> RowUse:
-    # The harness applies the limit after a task's own code, which may drop rows; those of the known
-    # tasks keep them all.
+    # The harness applies the limit after the task's own code, which may drop rows. The code of the
+    # known tasks does not.
     keeps_rows = name in TEXT_COLUMNS or "process_docs" not in definition
     return RowUse(
         evaluated_split(definition),
-        # A share is of all rows, however many there are.
+        # A fraction refers to all rows, whose number is not known yet.
         scored=benchmark.limit if keeps_rows and isinstance(benchmark.limit, int) else None,
         examples=bool(definition.get("num_fewshot")),
         allow_missing=benchmark.allow_missing,
@@ -93,10 +93,10 @@ def _documents_from_function(definition: TaskDefinition, **options: str | None) 
 
 
 def embedded_splits(*, world: str, only: str | None = None, **_: object) -> datasets.DatasetDict:
-    """Return the splits of one task of the world; our task files name this as `custom_dataset`.
+    """Return the splits of one embedded task; the suite's task files use it as `custom_dataset`.
 
-    `only` restricts the result to the scored split, so that nothing else is generated. Further
-    arguments are metadata of the task, which the harness passes along; they are ignored.
+    `only` restricts the result to the scored split, so that nothing else is generated. Other
+    arguments are metadata of the task, which the harness passes as well; they are ignored.
     """
     rows = {only: documents(world, "test")} if only else world_splits(world)
     return datasets.DatasetDict(
@@ -111,8 +111,7 @@ def world_source(task: str) -> DocumentSource:
 
 _WIKITEXT2 = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 
-# C4 is measured on the first validation shard alone, as in GPTQ's scripts: the published numbers
-# depend on it.
+# As in GPTQ's scripts, and hence in published results, C4 is its first validation shard.
 _C4_SHARD = ("allenai/c4", "en/c4-validation.00000-of-00008.json.gz")
 
 
@@ -128,7 +127,7 @@ class PlannedText:
 
 
 def load_perplexity_text(name: str, config: PerplexityConfig) -> PlannedText:
-    """Read the text that a perplexity names, or the file that replaces it."""
+    """Read the text of a perplexity, or the file that replaces it."""
     split = "validation" if config.text == "c4" else "test"
     if config.path is not None:
         documents, source = _text_from_file(
@@ -169,7 +168,7 @@ def _text_from_file(key: str, path: str) -> tuple[Sequence[str], DocumentSource]
             documents.append(row["text"])
     else:
         try:
-            # Without a byte order mark, which would be a token of its own.
+            # Without a byte order mark, which would become a token.
             documents = [file.read_text(encoding="utf-8-sig")]
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{key}: {file.name} is not UTF-8 text: {error}") from error
@@ -184,11 +183,11 @@ BUILDERS = frozenset({"arrow", "csv", "json", "parquet", "text"})
 
 @dataclass(frozen=True)
 class NamedFiles:
-    """Files that a task file names itself, and what is handed to `datasets` to load them.
+    """Local data files named in a task file, with the arguments of `datasets` to load them.
 
-    lm-eval leaves them to `datasets`, which takes relative names from the working folder and
-    remembers files by path and time. Here they are taken from the task file's own folder first, and
-    are identified by their content.
+    lm-eval passes them to `datasets`, which resolves relative names against the working folder and
+    caches files by path and time. Here names are first resolved against the folder of the task
+    file, and files are identified by their content.
     """
 
     task: str
@@ -203,27 +202,26 @@ class NamedFiles:
             UserError: `datasets` cannot read the files.
         """
         content = state_hash({str(file): file for file in self.files})
-        # `datasets` knows a file again by its path, size and time, and would return what the file
-        # held before.
+        # A cache folder per content, because `datasets` caches files by path, size and time.
         cache = Path(datasets.config.HF_DATASETS_CACHE) / "slimbench" / content
         path, part = definition["dataset_path"], definition.get("dataset_name")
         try:
             data: Splits = datasets.load_dataset(
                 self.options.pop("path", path), part, cache_dir=str(cache), **self.options
             )
-        except Exception as error:  # of a reader for each format
+        except Exception as error:  # Each format has its own reader.
             reason = error_sentence(error.__cause__ or error)
             raise UserError(
                 f"task {self.task}: its data {self.location} cannot be read: {reason}"
             ) from error
-        # Where the folder lies is no part of its content.
+        # Relative to the common folder, whose location is not part of the content.
         root = os.path.commonpath([file.parent for file in self.files])
         named = {os.path.relpath(file, root): file for file in self.files}
         return data, DocumentSource("file", self.location, None, state_hash(named))
 
 
 def named_files(task: str, definition: TaskDefinition, folder: Path | None) -> NamedFiles | None:
-    """Return the files of this machine that a task names, None if it names a data set of the hub.
+    """Return the local files that a task names, or None if it names a data set of the hub.
 
     Raises:
         UserError: a file does not exist.
@@ -257,7 +255,7 @@ def _names(files: object) -> Iterator[str]:
 
 
 def _resolved(task: str, files: Any, folder: Path | None) -> Any:
-    """Return the same structure with absolute names, wildcards written out."""
+    """Return the same structure with absolute names and expanded wildcards."""
     if isinstance(files, Mapping):
         return {split: _resolved(task, each, folder) for split, each in files.items()}
     found = [file for name in _names(files) for file in _matches(task, name, folder)]

@@ -292,7 +292,7 @@ def test_a_template_without_system_messages_is_told(tokenizer, folder, monkeypat
     options = {"apply_chat_template": True}
     assert_equal(found, plainly(model, folder, monkeypatch, ["colour_choice"], **options))
     prompted = config.model_copy(update={"system_prompt": "Be brief."})
-    with pytest.raises(UserError, match=r"benchmark.system_prompt: .* takes no system message"):
+    with pytest.raises(UserError, match=r"benchmark.system_prompt: .* does not support a system"):
         checked(model, prompted)
 
 
