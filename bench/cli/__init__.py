@@ -1,1 +1,1 @@
-"""Empty face of the package."""
+"""The command line: parser, entry point, and one module per command."""

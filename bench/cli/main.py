@@ -1,4 +1,4 @@
-"""Entry point of the command line; each command imports what it needs when it is called.
+"""Entry point of the command line; commands import their dependencies only when they are called.
 
 Exit codes: 0 done; 1 some runs failed; 2 the user's input is wrong; 75 interrupted, run the same
 command again to resume.
@@ -46,15 +46,15 @@ from bench.security import redact
 from bench.ui import fail
 
 _GC_THRESHOLD = 100_000
-"""Allocations between two garbage collections. Importing creates millions of objects that stay;
-with the default threshold of 700, GC takes a fifth of start-up."""
+"""Allocations between two garbage collections. Imports create millions of permanent objects; with
+the default threshold of 700, garbage collection takes a fifth of the start-up time."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     _open_missing_streams()
     given = list(sys.argv[1:] if arguments is None else arguments)
-    # Of every command, and of no argparse parser: `run` and `table` read their words themselves.
+    # Handled here for every command, because `run` and `table` do not use argparse.
     whole = TRACEBACK_FLAG in given
     try:
         with _process_settings(), _tracebacks_shown() if whole else nullcontext():
@@ -84,10 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _open_missing_streams() -> None:
-    """Give a process that was started without standard streams (`>&-`) the null device instead.
+    """Open the null device for standard streams that are closed (`>&-`).
 
-    The next file that is opened would otherwise get the number of the closed stream, and what a
-    library writes to stderr would end up in a record.
+    Otherwise the next opened file would get the number of the closed stream, and output of a
+    library to stderr could end up in a record.
     """
     while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(handle, True)
@@ -98,20 +98,20 @@ def _open_missing_streams() -> None:
 
 
 def _run_command(given: list[str]) -> int:
-    # argparse would reject Hydra's flags such as -m and --cfg, so commands that take overrides
-    # bypass it and read their arguments themselves. argparse only answers --help for them.
+    # argparse would reject Hydra's flags such as -m and --cfg, so commands with overrides read
+    # their arguments themselves and use argparse only for --help.
     if given and given[0] in RAW_COMMANDS and not {"-h", "--help"} & set(given):
         raw_handler: Callable[[list[str]], int] = pkgutil.resolve_name(RAW_COMMANDS[given[0]])
         words = given[1:]
-        # Hydra takes overrides only.
+        # Hydra accepts only overrides.
         if any(word.startswith(RESULTS_DIR_FLAG) for word in words):
             words = results_dir_as_override(words)
         return raw_handler(words)
-    # argparse would list all commands instead of naming the nearest one.
+    # argparse would list all commands instead of suggesting the nearest one.
     if given and not given[0].startswith("-") and given[0] not in COMMANDS:
         raise unknown_name("command", given[0], COMMANDS)
     parsed = build_parser().parse_args(given)
-    # `ls` takes a results folder for one of its lists only.
+    # `ls` needs a results folder only for its list of runs.
     if getattr(parsed, "what", "runs") == "runs" and "results_dir" in parsed:
         _refuse_absent_folder(parsed.results_dir)
     return int(pkgutil.resolve_name(parsed.handler)(parsed))
@@ -119,7 +119,7 @@ def _run_command(given: list[str]) -> int:
 
 @contextmanager
 def _tracebacks_shown() -> Iterator[None]:
-    """Print the traceback of any error inside the block, before its sentence."""
+    """Print the traceback of any error in the `with` block, before its one-sentence message."""
     import traceback
 
     try:
@@ -130,9 +130,9 @@ def _tracebacks_shown() -> Iterator[None]:
 
 
 def _refuse_unreadable_bytes(given: Sequence[str]) -> None:
-    """Raise if an argument has bytes that the locale's encoding cannot read, as in the C locale."""
+    """Raise if an argument has bytes that the locale's encoding cannot decode."""
     for argument in given:
-        # Python hides such bytes as lone surrogates, which no record and no message can hold.
+        # Python decodes such bytes as lone surrogates, which cannot be written anywhere.
         if any("\ud800" <= letter <= "\udfff" for letter in argument):
             shown = argument.encode("ascii", "replace").decode()
             raise UserError(
@@ -142,20 +142,20 @@ def _refuse_unreadable_bytes(given: Sequence[str]) -> None:
 
 
 def _refuse_absent_folder(results_dir: Path) -> None:
-    """Raise if there is no results folder, where an empty answer would hide a misspelt path."""
+    """Raise if the results folder does not exist, because an empty list would hide a typo."""
     if not results_dir.is_dir():
         fault = "is not a folder" if results_dir.exists() else "no such folder"
         raise UserError(
-            f"results_dir={results_dir}: {fault}, so there are no records: name the folder that "
-            "`bench run` wrote"
+            f"results_dir={results_dir}: {fault}, so there are no records: name a folder written "
+            "by `bench run`"
         )
 
 
 @contextmanager
 def _process_settings() -> Iterator[None]:
-    """Set up the process for a command and restore its settings afterwards.
+    """Set up the process for a command, and restore its settings afterwards.
 
-    `main` may be called in a process that goes on, such as a notebook or a test.
+    `main` may be called in a long-lived process, such as a notebook or a test.
     """
     threshold = gc.get_threshold()
     frozen = gc.get_freeze_count()
@@ -164,7 +164,7 @@ def _process_settings() -> Iterator[None]:
     # Python delivers signals to the main thread only, and refuses handlers set in other threads.
     in_main_thread = threading.current_thread() is threading.main_thread()
     interruptible = _interrupts_raised() if in_main_thread else nullcontext()
-    # In a C locale a table with an accented name would otherwise end in an encoding error.
+    # In a C locale, a table with an accented name would otherwise cause an encoding error.
     stream, errors = sys.stdout, getattr(sys.stdout, "errors", None)
     if isinstance(stream, TextIOWrapper) and errors in ("strict", "surrogateescape"):
         stream.reconfigure(errors="replace")
@@ -174,9 +174,9 @@ def _process_settings() -> Iterator[None]:
     finally:
         if isinstance(stream, TextIOWrapper) and errors is not None:
             stream.reconfigure(errors=errors)
-        # All that was allocated becomes old without being looked at: with the threshold back, the
-        # next allocation would start a collection of a million young objects. What a caller froze
-        # would be thawed with it.
+        # Moves all objects into the old generation. Otherwise the next allocation, with the
+        # restored threshold, would start a collection of a million objects. Skipped if the caller
+        # has frozen objects, which would be unfrozen.
         if not frozen:
             gc.freeze()
             gc.unfreeze()
@@ -184,30 +184,30 @@ def _process_settings() -> Iterator[None]:
 
 
 def _skip_collections_at_exit() -> None:
-    """Let the interpreter end without collecting what the operating system frees anyway.
+    """Skip the garbage collections of the interpreter's exit.
 
-    It looks at every object several times, which takes two seconds after torch and transformers
-    were imported. Files and folders that objects own are closed by exit handlers of their own.
+    They take two seconds once torch and transformers are imported. Files and temporary folders have
+    their own exit handlers.
     """
-    # Once, however often `main` is called. Handlers run last in, first out: this one comes last.
+    # Registered once, however often `main` is called.
     atexit.unregister(gc.freeze)
     atexit.register(gc.freeze)
 
 
 _REPEATED_AFTER = 0.05
-"""Seconds; long enough for the destructor that lost an interrupt to have ended."""
+"""Seconds after which a lost interrupt is raised again, when the destructor has ended."""
 _MOST_REPEATS = 100
-"""Times that an import puts an interrupt off: 5 seconds, of the 30 that Slurm leaves."""
+"""Maximum number of times that an import delays an interrupt: 5 of the 30 seconds of Slurm."""
 
 
 @contextmanager
 def _interrupts_raised() -> Iterator[None]:
-    """Raise signals as interrupts inside the block, where nothing swallows them.
+    """Raise signals as KeyboardInterrupt in the `with` block, and repeat those that are lost.
 
-    What is raised in `__del__` or in a callback of a weak reference is printed and forgotten.
-    Within an import, libraries take it for a package that is broken or missing, and one in C ends
-    the process. A scheduler sends its signal only once: the run would work on until it is killed,
-    or blame its config. Such a signal is raised again a moment later.
+    Python ignores exceptions in `__del__` and in callbacks of weak references. During an import,
+    libraries may treat an interrupt as a missing package or even end the process. Schedulers send a
+    signal only once, so the run would continue until it is killed. Such an interrupt is therefore
+    raised again shortly after.
     """
     before, timers, raised = sys.unraisablehook, list[threading.Timer](), list[int]()
 
@@ -232,8 +232,8 @@ def _interrupts_raised() -> Iterator[None]:
         else:
             before(lost)
 
-    # Schedulers send one of these before they kill a job: raised as an interrupt, they leave time
-    # to save what a later run resumes from. A Ctrl-C that the caller ignores or handles stays so.
+    # Schedulers send one of these before they kill a job. An interrupt leaves time to save the
+    # state from which a later run resumes. A SIGINT that the caller ignores or handles is left.
     numbers = [signal.SIGTERM, signal.SIGUSR1]
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         numbers.append(signal.SIGINT)
@@ -242,7 +242,7 @@ def _interrupts_raised() -> Iterator[None]:
     try:
         yield
     except Exception:
-        # A library has made an error of its own of the interrupt.
+        # A library has converted the interrupt to another error.
         if raised:
             raise KeyboardInterrupt from None
         raise
@@ -251,13 +251,13 @@ def _interrupts_raised() -> Iterator[None]:
         for timer in timers:
             timer.cancel()
         for number, handler in handlers.items():
-            # None: the handler was not installed from Python and cannot be set again.
+            # None means that the handler was not installed from Python and cannot be restored.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _is_importing(frame: FrameType | None) -> bool:
-    """Tell whether a module is being imported on behalf of a command."""
-    # A program may call `main` while it is imported itself.
+    """Return whether a module is being imported by a command."""
+    # Frames outside `main` do not count, because a program may call it while being imported.
     while frame is not None and frame.f_code is not main.__code__:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             return True
@@ -266,8 +266,8 @@ def _is_importing(frame: FrameType | None) -> bool:
 
 
 def _report_exit(error: SystemExit) -> int:
-    """Return the exit code for a library that ended the program."""
-    # argparse and Hydra exit like this after --help, and after a usage error that they printed.
+    """Return the exit code after a library has exited the program."""
+    # argparse and Hydra exit like this after --help, or after they have printed a usage error.
     if error.code in (0, None):
         return EXIT_DONE
     if error.code == EXIT_WRONG_INPUT:
@@ -279,12 +279,12 @@ def _report_exit(error: SystemExit) -> int:
 
 def _report_unexpected(error: BaseException) -> int:
     """Report an unexpected error and return the exit code."""
-    # A run turns a full disk into `Stopped` itself; this one met a sweep's plan or status files.
+    # A run converts a full disk into `Stopped`; here it happened with files of a sweep.
     if isinstance(error, OSError) and error.errno in UNWRITABLE_ERRNOS:
         cause = f"{error.filename or 'the disk'}: {error.strerror}; free some space"
         fail(f"{cause} and run the same command to resume")
         return EXIT_INTERRUPTED
-    # A path that no system takes, in whatever option it was given.
+    # An invalid path in some option.
     if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
         fail(f"{str(error.filename)[:60]}...: {error.strerror}")
         return EXIT_WRONG_INPUT
@@ -295,16 +295,16 @@ def _report_unexpected(error: BaseException) -> int:
 
 
 def _save_traceback(error: BaseException) -> str:
-    """Write the traceback to a file, secrets redacted, and return a one-sentence error."""
+    """Write the traceback, without secrets, to a file; return a one-sentence error."""
     import tempfile
     import traceback
 
     text = redact("".join(traceback.format_exception(error)))
     try:
-        # Not below results/: the error may be that nothing can be written there.
+        # Not in the results folder, which may not be writable.
         with tempfile.NamedTemporaryFile("w", prefix="bench-", suffix=".log", delete=False) as file:
             file.write(text)
-    except OSError:  # a read-only container has no folder for it
+    except OSError:  # For example in a read-only container.
         print(text, file=sys.stderr)
         return redact(error_sentence(error))
     return redact(f"{error_sentence(error)} (details: {file.name})")

@@ -1,8 +1,8 @@
 """Command-line parser.
 
-A command names its handler by string, and the handler is imported only when its command is given:
-importing all of them would take most of the time of `bench --help`. Commands that read a results
-folder take `--results-dir`; those that print rows take `--json`.
+A command names its handler by a string, which is imported only when the command is used, because
+importing all handlers would take most of the time of `bench --help`. Commands that read a results
+folder have `--results-dir`; those that print rows have `--json`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RAW_COMMANDS = {
     "run": "bench.cli.commands.run:run_command",
     "table": "bench.cli.commands.table:run_command",
 }
-"""Commands whose handlers read their arguments themselves."""
+"""Commands whose handlers parse their own arguments."""
 PLOT_HELP = """\
 draw figures of records (PNG, SVG, PDF); of all records if no RUN is given
 
@@ -89,9 +89,9 @@ AddCommand = Callable[[str, str, str], argparse.ArgumentParser]
 
 
 class CommandParser(argparse.ArgumentParser):
-    """argparse whose errors are raised as `UserError`, like all others.
+    """argparse parser whose errors are raised as `UserError`.
 
-    `results_dir=FOLDER` and `--results-dir FOLDER` mean the same for every command.
+    `results_dir=FOLDER` and `--results-dir FOLDER` are equivalent for every command.
     """
 
     takes_results_dir = False
@@ -102,7 +102,7 @@ class CommandParser(argparse.ArgumentParser):
 
     # The signature of argparse, whose stubs overload it.
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse arguments as far as they are known."""
+        """Parse the known arguments; return the others as well."""
         if args is not None and self.takes_results_dir:
             args = [re.sub(r"^results_dir=", "--results-dir=", word) for word in args]
         elif args is not None and any(action.dest == "overrides" for action in self._actions):
@@ -110,8 +110,8 @@ class CommandParser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse arguments, with the overrides of a command anywhere among its options."""
-        # argparse fills a list of positionals once, so those after an option are left over.
+        """Parse arguments; the overrides of a command may be anywhere among its options."""
+        # argparse collects positional arguments only once, so those after an option are left over.
         parsed, rest = self.parse_known_args(args, namespace)
         places = [name for name in ("allowed", "overrides") if hasattr(parsed, name)]
         if any(word.startswith("-") for word in rest) or (rest and not places):
@@ -122,7 +122,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def results_dir_as_override(words: Sequence[str]) -> list[str]:
-    """Return the words with `--results-dir FOLDER` as the override that it means."""
+    """Replace `--results-dir FOLDER` in the arguments by the equivalent override."""
     found, rest = list[str](), iter(words)
     for word in rest:
         name, equals, value = word.partition("=")
@@ -137,7 +137,7 @@ def results_dir_as_override(words: Sequence[str]) -> list[str]:
 class _PrintVersion(argparse.Action):
     """Print the version and exit."""
 
-    # argparse's own action takes a text, and to read it takes as long as building the parser.
+    # argparse's own action needs the version when the parser is built, and reading it is slow.
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         from importlib.metadata import version
 
@@ -146,9 +146,10 @@ class _PrintVersion(argparse.Action):
 
 
 def build_parser() -> CommandParser:
-    """Return the parser of all commands; `handler` is the name of a function below `commands`.
+    """Return the parser of all commands.
 
-    The function takes the parsed arguments and returns the exit code.
+    `handler` is the name of a function in `commands`, which takes the parsed arguments and returns
+    the exit code.
     """
     top = CommandParser(
         prog="bench",
@@ -175,7 +176,7 @@ def build_parser() -> CommandParser:
 
 def _add_run_commands(command: AddCommand) -> None:
     """Add the commands that compute something."""
-    # Only for the help text and the list of commands: see `RAW_COMMANDS`.
+    # `run` and `table` are added only for the help text: see `RAW_COMMANDS`.
     command("run", "run:run_command", RUN_HELP).add_argument(
         "overrides", nargs="*", default=[], metavar="KEY=VALUE"
     )
@@ -390,7 +391,7 @@ def _add_record_commands(command: AddCommand) -> None:
 
 
 def _add_allowed(added: argparse.ArgumentParser, text: str) -> None:
-    """Add the overrides by which the user allows what a stored file only asks for."""
+    """Add the overrides with which the user allows code that a stored file needs."""
     added.add_argument("allowed", nargs="*", default=[], metavar="KEY=VALUE", help=text)
 
 
@@ -422,14 +423,14 @@ def _non_negative_number(text: str) -> float:
         number = float(text)
     except ValueError:
         number = math.nan
-    # Nothing would agree within a tolerance that is no number, and everything within infinity.
+    # NaN and infinity are no valid tolerances.
     if not 0 <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on, such as 1e-4")
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of at least 0, such as 1e-4")
     return number
 
 
 def _non_negative_integer(text: str) -> int:
-    # Nothing that is listed has so many entries; larger numbers fail in the libraries they reach.
+    # Larger numbers make no sense here, and would fail in libraries.
     if not (text.isascii() and text.isdecimal() and len(text) < 10):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, such as 0 or 40")
     return int(text)

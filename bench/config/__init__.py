@@ -1,1 +1,1 @@
-"""Empty face of the package."""
+"""The config of a run: composition with Hydra, validation, and checks of untrusted configs."""

@@ -1,1 +1,1 @@
-"""Empty face of the package."""
+"""Handlers of the commands."""

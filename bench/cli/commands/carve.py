@@ -1,4 +1,4 @@
-"""`bench carve`: a dense decoder as one with experts, without training."""
+"""`bench carve`: convert a dense decoder into a MoE model, without training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def run_command(given: argparse.Namespace) -> int:
     target: Path = given.folder
     config = compose_run_config(given.overrides)
     refuse_filled_folder(target)
-    # Imported here: they load torch, which a wrong override or folder is refused without.
+    # Imported here, because they load torch, which is not needed to refuse a wrong override.
     from bench.models.carving.carved_model import carve_model, refuse_uncarvable
     from bench.models.carving.neurons import ExpertLayout
     from bench.models.loading import load_model, skeleton

@@ -1,4 +1,4 @@
-"""`bench convert`: a LLaVA checkpoint in its repository's own layout, as transformers reads it."""
+"""`bench convert`: convert a LLaVA checkpoint from its original layout to that of transformers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bench.ui import print_text
 
 def run_command(given: argparse.Namespace) -> int:
     """`bench convert FOLDER DIR --tower CLIP`."""
-    # Imported here: it loads transformers, which wrong folders are refused without.
+    # Imported here, because it loads transformers, which is not needed to refuse wrong folders.
     from bench.models.vlm.original_llava import convert_original_llava, read_original_config
 
     source, target = given.source, given.folder

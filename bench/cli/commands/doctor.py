@@ -35,7 +35,7 @@ NAMED_BY_USERS = {
     "module": "model=module model._target_=PACKAGE.CLASS",
     "torchvision": "model=torchvision/NAME",
 }
-"""Entries of conf/model that are no model by themselves, and how one is named with them."""
+"""Entries of conf/model that need the name of a model, and how to give it."""
 
 
 def diagnose() -> list[dict[str, str]]:
@@ -83,7 +83,7 @@ def _find_model(name: str) -> str:
     if name in NAMED_BY_USERS:
         return f"is named in the command: {NAMED_BY_USERS[name]}"
     config = _shipped("model", name, ModelConfig)
-    # What code draws needs no file; to look at the code as well takes the import of torch.
+    # A model with fresh weights needs no file; checking its code would import torch.
     return str(fresh_folder() if is_fresh(config) else resolve_model(config, offline=True).folder)
 
 
@@ -96,7 +96,7 @@ def _find_data(name: str) -> str:
         embedded = config.images.data == "digits"
     else:
         embedded = texts <= {"english"} and (config.suite == "micro" or not config.tasks)
-    # Planning imports a harness, which takes longer than all other checks together.
+    # Not by planning, because importing a harness takes longer than all other checks together.
     if embedded:
         return "embedded"
     if config.harness != "images" and not hub.has_cached_data_sets():
@@ -119,8 +119,8 @@ Section = TypeVar("Section", ModelConfig, BenchmarkConfig)
 
 
 def _shipped(group: str, name: str, kind: type[Section]) -> Section:
-    """Compose a config of a group without the rest of a run's config, which takes far longer."""
-    # A fresh model takes its seed from the run.
+    """Compose a config of a group alone, which is much faster than the config of a run."""
+    # A model with fresh weights uses the seed of the run.
     whole = OmegaConf.merge(_run_settings(), compose_section(group, name))
     content = OmegaConf.to_container(OmegaConf.select(whole, group), resolve=True)
     try:

@@ -1,4 +1,4 @@
-"""`bench estimate`: what a run or a sweep costs before it runs, and how good estimates were."""
+"""`bench estimate`: the cost of a run or sweep in advance, and the accuracy of past estimates."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run_command(given: argparse.Namespace) -> int:
     """`bench estimate KEY=VALUE ... [-m] [hardware=NAME] [--budget 6h] [--json] [--check]`."""
     if given.check:
         return _check(given.overrides, given.json)
-    # First, so that a misspelt one is refused before anything is composed.
+    # First, so that an invalid budget is refused before anything is composed.
     budget = None if given.budget is None else read_budget(given.budget)
     names = [word.removeprefix(KEY) for word in given.overrides if word.startswith(KEY)]
     if len(names) > 1:
@@ -67,7 +67,7 @@ def _run_rows(estimate: SweepEstimate) -> Iterator[dict[str, object]]:
 
 
 def _check(words: list[str], as_json: bool) -> int:
-    """Show per kind of phase how often its time lay between the bounds, over all records."""
+    """Print, per kind of phase, how often the measured time was within the estimated bounds."""
     from bench.estimation.accuracy import accuracy_rows
     from bench.records import Store
 

@@ -1,8 +1,8 @@
-"""`bench export`: the model of a run, as a Hugging Face folder.
+"""`bench export`: write the model of a run as a Hugging Face folder.
 
-A trained image classifier lies beside its record (keep_weights). Of other runs the methods are
-applied again, with the recorded settings, to the same weights and the same calibration text;
-evaluation is skipped.
+A trained image classifier is stored with its record (keep_weights). For other runs the methods are
+applied again, with the recorded settings, to the same weights and the same calibration text,
+without evaluation.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ def export(
 ) -> ExportFormat:
     """Write the model of a run to a new folder, atomically, and return its format.
 
-    `run` is a record's id or a prefix of it. For an `engine` (`bench.models.serving.engines`) all
-    experts get one width, a multiple of `align`, and packed weights are written as
-    compressed-tensors; what this removes is said before anything is written. `onnx` also writes an
-    image classifier as ONNX. `allowed` are the overrides by which the user lets code run that the
-    record cannot allow; see `bench.runner.replay.recorded_config`.
+    `run` is a record's id or a prefix of it. For an `engine` (`bench.models.serving.engines`), all
+    experts get the same width, a multiple of `align`, and packed weights are written as
+    compressed-tensors; weights that this removes are reported first. `onnx` also writes an image
+    classifier as ONNX. `allowed` are the overrides with which the user allows code of the run; see
+    `bench.runner.replay.recorded_config`.
 
     Raises:
         UserError: there is no such run, the folder is not empty, the run cannot be repeated because
             its weights, text or methods have changed, or its model cannot be written.
     """
-    # Imported here: it loads torch, and a wrong run or folder is refused without.
+    # Imported here, because it loads torch, which is not needed to refuse a wrong run or folder.
     from bench.models.saving import plan_export, write_model
     from bench.models.serving.engines import find_engine, loading_engines
 
     if align is not None and engine is None:
         raise UserError(
-            "--align is the multiple of widths for an engine: give --for vllm or sglang"
+            "--align sets the widths for an inference engine: add --for vllm or --for sglang"
         )
     wanted = None if engine is None else find_engine(engine, align)
     store = Store(results_dir)
@@ -68,7 +68,7 @@ def export(
         raise UserError(f"--for {engine} is for language models; {record.model.name} is a {kind}")
     if wanted is not None:
         _refuse_grids(record, wanted)
-    # The cheap refusals come first: repeating the methods may take hours.
+    # After all cheap checks, because repeating the methods may take hours.
     model = rebuild_model(record, store, session, allowed)
     plan = plan_export(model, wanted, onnx=onnx)
     if plan.removal is not None:
@@ -87,12 +87,12 @@ def export(
 
 
 def _refuse_grids(record: Record, engine: Engine) -> None:
-    """Raise if a method of the run quantized on grids that no engine has, before it is repeated."""
+    """Raise if a method of the run quantized on grids that the engine does not support."""
     for name, knobs in record.config.get("method", {}).items():
         if knobs.get("grid") == "offset":
             raise UserError(
                 f"run {record.id} quantized with method.{name}.grid=offset, which {engine.name} "
-                f"has not: run it with method.{name}.grid=symmetric"
+                f"does not support: run it with method.{name}.grid=symmetric"
             )
 
 

@@ -1,8 +1,8 @@
-"""`bench gc`: remove what slimbench wrote into a results folder and nothing refers to any more.
+"""`bench gc`: remove files of slimbench in a results folder that are not needed.
 
-A results folder is known by a marker file, and every entry by its name: what is not surely ours is
-left. Records, samples and studies are never removed, nor is anything younger than an hour, locked,
-queued, written by a newer program, or reached through a link.
+A results folder is recognised by a marker file and its entries by their names; files that slimbench
+may not have written are kept. Records, samples and studies are never removed, nor is anything that
+is younger than an hour, locked, queued, written by a newer version, or reached through a link.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ _PROBE = re.compile(r"\.probe-\d+")
 _SWEEP = re.compile(r"\d{8}-\d{6}-\d{6}")
 _SWEEP_FILES = re.compile(r"plan\.json(\.lock)?|study\.json|pareto\.(csv|svg)|jobs|submitit")
 _QUEUE_FILES = re.compile(r"\d+(_\d+)*_\w+\.(pkl|sh|out|err)|\.?\w*[0-9a-f]{32}\.(pkl|sh)")
-"""What submitit writes for a job, and for all jobs of an array."""
+"""Files that submitit writes for a job, and for all jobs of an array."""
 _JOB_FILES = re.compile(r"\d{5,9}\.(json|lock|log)")
 _FOLDERS = ("runs", "locks", "tracked", "unfinished", SWEEPS)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A file or folder below a results folder, by its path there, and what becomes of it.
+    """A file or folder in a results folder, by its relative path, and why it is removed or kept.
 
     `stamp` identifies its content, so that exactly what was listed is removed.
     """
@@ -59,21 +59,21 @@ class Entry:
 
 @dataclass(frozen=True)
 class Findings:
-    """What can be removed, largest first, and what stays although nothing seems to need it."""
+    """Entries that can be removed, largest first, and unneeded ones that are kept."""
 
     removable: tuple[Entry, ...]
     kept: tuple[Entry, ...]
 
 
 class _Keep(Exception):
-    """An entry has to stay; the message is the reason."""
+    """Raised if an entry must be kept; the message is the reason."""
 
 
 def find_unreferenced(results_dir: Path) -> Findings:
-    """Return what nothing in a results folder refers to.
+    """Return the entries of a results folder that are not needed.
 
     Raises:
-        UserError: the folder is not there, or not one that slimbench wrote.
+        UserError: the folder does not exist, or was not written by slimbench.
     """
     if not results_dir.is_dir():
         raise UserError(f"--results-dir={results_dir}: no such folder")
@@ -90,7 +90,7 @@ def find_unreferenced(results_dir: Path) -> Findings:
             kept.append(Entry(name, "a link, and what it leads to may be anything"))
             continue
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-            # The parts of a sweep come after the sweep, and go with it.
+            # The parts of a sweep come after the sweep, and are removed with it.
             whole = False
             for place in _places(path, name):
                 if whole:
@@ -110,7 +110,7 @@ def find_unreferenced(results_dir: Path) -> Findings:
 
 
 def _places(path: Path, folder: str) -> Iterator[Path]:
-    """Yield an entry of a folder and, of a sweep, what may go although the sweep stays."""
+    """Yield an entry of a folder and, for a sweep, its parts that can be removed separately."""
     yield path
     if folder != SWEEPS or path.is_symlink() or not path.is_dir():
         return
@@ -122,7 +122,7 @@ def _places(path: Path, folder: str) -> Iterator[Path]:
 
 
 def _reason_to_remove(path: Path, root: Path) -> str | None:
-    """Return why an entry can go, or None if it is in use as it should be; raises `_Keep`."""
+    """Return why an entry can be removed, or None if it is needed; may raise `_Keep`."""
     if path.is_symlink():
         raise _Keep("a link, which slimbench does not write")
     kind = path.parent.name if path.parent.parent == root else "in a sweep"
@@ -133,8 +133,8 @@ def _reason_to_remove(path: Path, root: Path) -> str | None:
     reason = reasons[kind](path, Store(root))
     if reason is not None and _age(path) < MIN_AGE_SECONDS:
         if kind == "locks":
-            return None  # every run leaves one
-        raise _Keep("younger than an hour: a process may be at work on it")
+            return None  # Every run leaves one.
+        raise _Keep("younger than an hour: a process may be using it")
     return reason
 
 
@@ -164,7 +164,7 @@ def _half_written_run(path: Path, store: Store) -> str | None:
 def _free_lock(path: Path, store: Store) -> str | None:
     if not re.fullmatch(rf"{_RUN}\.lock", path.name) or not _is_regular(path):
         raise _Keep("not written by slimbench")
-    # The file stays after its process ends; only taking the lock shows that it is free.
+    # The file remains when its process ends, so only taking the lock shows that it is free.
     return None if _is_locked(path) else "unused lock"
 
 

@@ -192,7 +192,7 @@ def _refuse_unlabelled_rows(
     if faults:
         raise UserError(
             f"benchmark.data.{name}={benchmark.data[name]}: "
-            f"{TaskAnswers(len(indices), faults).describe()}; give a split that holds the answers"
+            f"{TaskAnswers(len(indices), faults).describe()}; use a split with answers"
         )
 
 
