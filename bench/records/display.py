@@ -1,4 +1,4 @@
-"""Records as HTML for notebooks: one run as a table, several side by side."""
+"""Records as HTML for notebooks: one run, or a table of several runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.ui import clean, format_quantity
 
-# Records, metrics and costs are not typed here: their module imports this one to show itself.
+# Records, metrics and costs are not typed here, because their module imports this one.
 
 
 def runs_html(records: Sequence[Any]) -> str:
@@ -27,7 +27,7 @@ def runs_html(records: Sequence[Any]) -> str:
 
 
 def record_html(record: Any) -> str:
-    """Return one run: what it was, its metrics, and its costs."""
+    """Return one run: its model and methods, its metrics, and its costs."""
     title = f"{record.id} {record.model.name} {record.label}"
     effects = [[m.name, m.effect, f"{m.seconds:.1f} s"] for m in record.methods]
     metrics = [[m.task, m.metric, _score(m), str(m.n)] for m in record.metrics]
@@ -41,7 +41,7 @@ def record_html(record: Any) -> str:
 
 
 def html_table(header: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table of texts; whatever they hold is shown and never markup."""
+    """Return a table of strings, with markup escaped."""
     head = "".join(f"<th>{_cell(name)}</th>" for name in header)
     body = "".join(
         "<tr>" + "".join(f"<td>{_cell(value)}</td>" for value in row) + "</tr>" for row in rows
@@ -64,5 +64,5 @@ def _amount(cost: Any) -> str:
 
 
 def _cell(text: str) -> str:
-    # Names and commands may come from a stranger's record.
+    # Names and commands may come from an untrusted record.
     return escape(clean(text))

@@ -1,8 +1,8 @@
-"""Files of a results folder: written atomically, and read within bounds.
+"""Files of a results folder: atomic writes, and reads of untrusted files.
 
-A write goes to a temporary in the same folder, then flush, fsync, rename. What is read may come
-from somebody else: nothing here waits, follows a link or fills the memory. What is no regular file
-or too large is refused by its kind, before it is opened or read.
+A file is written to a temporary in the same folder, flushed, synced and renamed. Files that are
+read may be untrusted: reading never blocks, follows a link or fills the memory. Anything that is
+not a regular file, or is too large, is refused before it is read.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 MAX_JSON_BYTES = 64 * 2**20
 MAX_TABLE_BYTES = 2**33
-"""Bytes of a table when it is unpacked; compression makes a small file of any amount of zeros."""
+"""Maximum size of an unpacked table, which compression can hide in a small file."""
 SAMPLE_COLUMNS = {
     **dict.fromkeys(
         ("task", "filter", "doc_hash", "prompt_hash", "image_hash", "prompt", "response"), "text"
@@ -39,7 +39,7 @@ SAMPLE_COLUMNS = {
     "choices": "lists of text",
     "loglikelihoods": "lists of numbers",
 }
-"""What the columns of `samples.parquet` hold; metrics add numbers of their own."""
+"""Types of the columns of `samples.parquet`; metrics add columns of numbers."""
 _KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link", stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
@@ -52,10 +52,10 @@ def read_regular_file(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
     Raises:
         FileNotFoundError: there is no such file.
         OSError: it cannot be read.
-        ValueError: it is something else, or too large.
+        ValueError: it is not a regular file, or too large.
     """
     _require_regular(path, path.lstat().st_mode)
-    # Without blocking and following, since the name may be exchanged between the two calls.
+    # Without blocking or following links, because the file may be replaced between the two calls.
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(handle, "rb") as file:
         _require_regular(path, os.fstat(handle).st_mode)
@@ -76,24 +76,24 @@ def read_json(path: Path) -> object:
 
 
 def reason_of(error: Exception) -> str:
-    """Return in one line, without control characters, why a file was not read."""
+    """Return the reason why a file was not read, in one line without control characters."""
     reason = error.strerror if isinstance(error, OSError) else None
     return clean((reason or str(error) or type(error).__name__).splitlines()[0])
 
 
 MAX_WARNINGS = 20
-"""Files of one folder that warnings name."""
+"""Maximum number of warnings about files of one folder."""
 _warned: dict[Path, set[tuple[str, str]]] = {}
 
 
 def warn_once(path: Path, reason: str | Exception) -> None:
-    """Warn that a file or folder is left out; a command may come across it more than once."""
+    """Warn that a file or folder is left out, once per command."""
     text = reason_of(reason) if isinstance(reason, Exception) else reason
     known = _warned.setdefault(path.parent, set())
     if (path.name, text) in known:
         return
     known.add((path.name, text))
-    # Thousands of records of a newer version would push what the command says off the screen.
+    # Warnings about thousands of records would hide the output of the command.
     if len(known) <= MAX_WARNINGS:
         warn(f"{path} is left out: {text}")
     elif len(known) == MAX_WARNINGS + 1:
@@ -129,19 +129,19 @@ def _has_controls(text: str) -> bool:
 
 
 def read_table(path: Path, kinds: Mapping[str, str]) -> pa.Table:
-    """Return a Parquet table; `kinds` says what a column holds, if it is there.
+    """Return a Parquet table; `kinds` are the types of columns, if they are present.
 
     Raises:
         FileNotFoundError: there is no such file.
         OSError: it cannot be read.
-        ValueError: it is no such table; the message is one sentence.
+        ValueError: it is not such a table; the message is one sentence.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     content = read_regular_file(path, MAX_TABLE_BYTES)
     try:
-        # Without page checksums, a flipped bit in a value would go unnoticed.
+        # Without page checksums, a flipped bit in a value would not be noticed.
         file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
         groups = range(file.metadata.num_row_groups)
         size = sum(file.metadata.row_group(group).total_byte_size for group in groups)
@@ -174,32 +174,32 @@ def _holds(kind: pa.DataType, wanted: str) -> bool:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically: a reader sees either the old content or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, because a rename is atomic within one file system only.
+    # In the same folder, because a rename is atomic only within a file system.
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
-            # Before the rename: otherwise a power cut could leave the new name with empty content.
+            # Before the rename, because a power cut could otherwise leave an empty file.
             os.fsync(file.fileno())
         Path(name).replace(path)
-    except BaseException:  # Ctrl-C included: no temporary file may stay behind
+    except BaseException:  # Includes Ctrl-C, so that no temporary file is left.
         Path(name).unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
 
 
 def write_folder(path: Path, fill: Callable[[Path], None], own: Collection[str] = ()) -> None:
-    """Create a folder in one step: `fill` writes into a temporary one, which is then renamed.
+    """Create a folder atomically: `fill` writes into a temporary one, which is then renamed.
 
     An existing folder is replaced: it is moved aside first and removed last. `own` names all files
-    that `fill` may write; whatever else stands in the existing folder is moved to the new one.
+    that `fill` may write; other files of the existing folder are moved to the new one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         fill(temporary)
-        # A folder has to be synced as well: its entries are its content.
+        # Folders are synced as well, because their content are their entries.
         for path_inside in temporary.rglob("*"):
             _sync(path_inside)
         # mkdtemp makes folders private (0700); records are shared like any other file.
@@ -214,11 +214,11 @@ def write_folder(path: Path, fill: Callable[[Path], None], own: Collection[str] 
 def refuse_unwritable(key: str, target: Path, *, folder: bool = False) -> None:
     """Raise if a file, or a folder, cannot be written at `target`; called before any work.
 
-    `key` is the option that the user gave. Nothing stays behind.
+    `key` is the user's option, for the message.
 
     Raises:
-        UserError: it cannot be written, whatever is freed.
-        OSError: the disk is full at the moment.
+        UserError: it cannot be written for a reason other than a full disk.
+        OSError: the disk is full.
     """
     due, other = (target.is_dir, "file") if folder else (target.is_file, "folder")
     if os.path.lexists(target) and not due():
@@ -227,10 +227,10 @@ def refuse_unwritable(key: str, target: Path, *, folder: bool = False) -> None:
     while not os.path.lexists(parent) and parent != parent.parent:
         parent = parent.parent
     try:
-        # Writes a file, since permission bits do not tell (read-only mounts, quotas, root).
+        # Writes a file, because permission bits do not show read-only mounts or quotas.
         with tempfile.TemporaryFile(dir=parent) as probe:
             probe.write(b"\0")
-    except (OSError, ValueError) as error:  # ValueError: a name that no system takes
+    except (OSError, ValueError) as error:  # ValueError: an invalid name.
         if isinstance(error, OSError) and error.errno in FULL_DISK_ERRNOS:
             raise
         reason = getattr(error, "strerror", None) or str(error)
@@ -238,10 +238,10 @@ def refuse_unwritable(key: str, target: Path, *, folder: bool = False) -> None:
 
 
 def refuse_filled_folder(target: Path) -> None:
-    """Raise unless a command can write a folder at its DIR, where nothing is so far.
+    """Raise unless a command can write a folder at `target`, which must be absent or empty.
 
     Raises:
-        UserError, OSError: as `refuse_unwritable`, or something is there.
+        UserError, OSError: see `refuse_unwritable`, or the folder is not empty.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not an empty folder: choose a different one")
@@ -253,8 +253,8 @@ def _swap(new: Path, path: Path, own: Collection[str]) -> None:
     if not path.exists():
         new.rename(path)
         return
-    # POSIX cannot replace a non-empty folder by a rename, so two renames are needed. A kill between
-    # them leaves `path` missing; `repair_interrupted_write` brings the old folder back.
+    # POSIX cannot replace a non-empty folder by a rename, so two renames are needed. After a kill
+    # between them `path` is missing; `repair_interrupted_write` restores the old folder.
     old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".old-{path.name}."))
     path.rename(old / path.name)
     new.rename(path)
@@ -264,8 +264,8 @@ def _swap(new: Path, path: Path, own: Collection[str]) -> None:
 def repair_interrupted_write(path: Path, own: Collection[str]) -> None:
     """Clean up after a kill in the middle of `write_folder`; call with exclusive access to `path`.
 
-    The old folder is restored if the kill came between the two renames. Of temporary folders only
-    the files that `own` names are deleted: what else is there, somebody else has put there.
+    The old folder is restored if the kill was between the two renames. Only the files named in
+    `own` are deleted from temporary folders, because others were written by somebody else.
     """
     for old in _temporary_folders(path, f".old-{path.name}"):
         if not path.exists() and (old / path.name).is_dir():
@@ -276,9 +276,10 @@ def repair_interrupted_write(path: Path, own: Collection[str]) -> None:
 
 
 def foreign_entries(folder: Path, own: Collection[str]) -> list[Path]:
-    """Return what is in a folder besides regular files of these names, which may be `FOLDER/NAME`.
+    """Return the entries of a folder other than regular files named in `own`.
 
-    A folder that these names pass through is looked into; of another one only itself is returned.
+    Names may be `FOLDER/NAME`; such a folder is searched, while any other folder is itself an
+    entry.
     """
     inner: dict[str, list[str]] = {}
     for name in own:
@@ -295,7 +296,7 @@ def foreign_entries(folder: Path, own: Collection[str]) -> list[Path]:
 
 
 RANDOM_END = "[a-z0-9_]{8}"
-"""The end of names that Python's tempfile makes."""
+"""Pattern of the random end of names made by Python's tempfile."""
 
 
 def _temporary_folders(path: Path, prefix: str) -> list[Path]:
@@ -321,10 +322,10 @@ def _discard_old(old: Path, path: Path, own: Collection[str]) -> None:
 
 def _discard(folder: Path, own: Collection[str]) -> None:
     """Delete `own` files of a folder, and the folder if nothing else is in it."""
-    # What is left takes a little space; `bench gc` names it.
+    # Remaining files take little space; `bench gc` lists them.
     with suppress(OSError):
         inner = {(folder / name).parent for name in own} - {folder}
-        # A link in place of a folder leads to files of somebody else.
+        # A link instead of a folder may lead to files of somebody else.
         linked = {path for path in inner if path.is_symlink()}
         for name in own:
             if (folder / name).parent not in linked:
@@ -337,12 +338,12 @@ def _discard(folder: Path, own: Collection[str]) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Make a rename inside the folder survive a power cut."""
-    # On POSIX a rename is an entry of the folder, which has to be synced in addition to the file.
+    # On POSIX a rename changes the folder, which must be synced in addition to the file.
     _sync(folder)
 
 
 def _sync(path: Path) -> None:
-    # By descriptor, since a folder cannot be opened as a Python file.
+    # With a descriptor, because a folder cannot be opened as a Python file.
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,9 +1,9 @@
 """Index of all records as one Parquet file, so that thousands of them load as one data frame.
 
-The index is a cache and can be deleted at any time. A row is used only while the file of its record
-is the one it was read from (same inode, size and modification time) and the code that makes rows of
-records is the same. New or changed records are read from their files, and the index is rewritten if
-the folder is writable.
+The index is a cache and can be deleted at any time. A row is used only if the file of its record
+has not changed (inode, size and modification time) and the code that converts records to rows is
+the same. New or changed records are read from their files, and the index is rewritten if the folder
+is writable.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ def index_table(store: Store) -> pa.Table:
     """Return one row per metric and per cost of every readable record, oldest record first."""
     stamps = _record_stamps(store)
     indexed = _read_index(store.root / INDEX)
-    # A run has many rows. Lists of Python, since functions of pyarrow import pandas, which would
-    # take a third of the time of `bench ls`.
+    # Python lists, because functions of pyarrow import pandas, which would take a third of the time
+    # of `bench ls`.
     pairs = set(zip(indexed["run"].to_pylist(), indexed["stamp"].to_pylist(), strict=True))
     valid = {run for run, stamp in pairs if stamps.get(run) == stamp}
     fresh = {run: store.find(run) for run in stamps.keys() - valid}
     rows: list[JsonObject] = []
     for run, record in fresh.items():
-        # An unreadable record gets a row as well, or its file would be parsed on every call.
+        # An unreadable record gets a row as well, so that its file is not parsed on every call.
         unreadable = [{"run": run, "kind": UNREADABLE, "stamp": stamps[run]}]
         rows += _rows_of_record(record, stamps[run]) if record else unreadable
-    # The second test finds deleted records, whose rows must leave the index.
+    # The second condition detects deleted records, whose rows must be removed from the index.
     if rows or len(valid) < len(pairs):
         import pyarrow as pa
         import pyarrow.compute as pc
@@ -53,21 +53,21 @@ def index_table(store: Store) -> pa.Table:
         _write_index(store.root / INDEX, indexed)
     if UNREADABLE not in indexed["kind"].to_pylist():
         return indexed
-    # Imported only where it is needed, since it takes as long as reading the index.
+    # Imported here, because it takes as long as reading the index.
     import pyarrow.compute as pc
 
     return indexed.filter(pc.not_equal(indexed["kind"], UNREADABLE))
 
 
 def _record_stamps(store: Store) -> dict[str, str]:
-    """Return per run a stamp that identifies the current file of its record."""
-    # Inode, size and time together: records are replaced by renaming a new file into place, which
-    # may happen within one tick of the clock and leave the size equal, but never the inode.
+    """Return a stamp per run that identifies the current file of its record."""
+    # A record is replaced by renaming a new file, which may have the same size and time, but never
+    # the same inode.
     stamps, code = {}, _code()
     for run in store.ids():
         try:
             state = (store.folder(run) / RECORD).lstat()
-        except OSError:  # removed since the listing, or a folder without a record
+        except OSError:  # Removed since the listing, or a folder without a record.
             continue
         stamps[run] = f"{code}.{state.st_ino}.{state.st_size}.{state.st_mtime_ns}"
     return stamps
@@ -75,7 +75,7 @@ def _record_stamps(store: Store) -> dict[str, str]:
 
 @functools.cache
 def _code() -> str:
-    """Return a hash of the modules that say what a row holds, such as the label of a run."""
+    """Return a hash of the modules that determine the content of rows, such as labels of runs."""
     here = Path(__file__)
     sources = here.read_bytes() + here.with_name("record.py").read_bytes()
     return hashlib.sha256(sources).hexdigest()[:16]
@@ -125,8 +125,8 @@ def _sorted_by_start(rows: pa.Table) -> pa.Table:
     """Sort records by start time; the rows of a record keep their order."""
     import numpy as np
 
-    # np.lexsort is stable and takes the primary key last. Ties in time are broken by run, so that
-    # rows of two records never mix.
+    # np.lexsort is stable, and its last key is the primary one. Equal times are ordered by run, so
+    # that rows of two records are not mixed.
     begun = rows["started"].to_numpy(zero_copy_only=False).astype(str)
     return rows.take(np.lexsort((rows["run"].to_numpy(zero_copy_only=False).astype(str), begun)))
 

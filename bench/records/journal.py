@@ -1,4 +1,4 @@
-"""Append-only file with the results of an unfinished run; it survives a kill at any moment.
+"""Append-only file with the results of an unfinished run, which survives a kill at any time.
 
 Each line is an entry: the CRC-32 of its JSON in hex, a blank, the JSON. The first line names format
 and identity. A torn last line is cut off, a damaged line is skipped, and a file of a different
@@ -25,7 +25,7 @@ from bench.records.files import read_regular_file
 
 FORMAT = 1
 MAX_BYTES = 2**33
-"""Of a file that is read whole; a run of a million long answers writes a hundredth of it."""
+"""Maximum size of a journal, which is read whole; a million long answers take 1 % of it."""
 SYNC_SECONDS = 1.0
 
 
@@ -39,7 +39,7 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._end = self._read(identity) if os.path.lexists(path) else 0
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        # Cut off a torn last line, or the next entry would be glued to it and be damaged as well.
+        # Truncate an incomplete last line, to which the next entry would otherwise be appended.
         os.ftruncate(self._file, self._end)
         self._synced = 0.0
         if self._end == 0:
@@ -54,8 +54,8 @@ class Journal:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        # `append` syncs only while entries come in, so the last ones may not be on the disk yet. A
-        # full disk must not hide the error that ended the block: a kill needs no sync.
+        # The last entries may not be synced yet. A failure of the sync must not hide the error that
+        # ended the block.
         with suppress(OSError):
             os.fsync(self._file)
         os.close(self._file)
@@ -68,15 +68,14 @@ class Journal:
         """
         line = _encode_entry(entry)
         try:
-            # Written at a known offset instead of in append mode: if the disk takes only a part of
-            # the line, truncating to the old end removes it. So a torn line can only be the last
-            # one, left by a kill.
+            # Written at a known offset instead of in append mode, so that a line that does not fit
+            # on the disk can be truncated. Only a kill can leave an incomplete last line.
             written = 0
             while written < len(line):
                 written += os.pwrite(self._file, line[written:], self._end + written)
             if time.monotonic() - self._synced > SYNC_SECONDS:
-                # A kill needs no fsync, and one per entry would cost more than computing a short
-                # response. Once per second bounds what a power cut loses; that is computed again.
+                # Only a power cut makes fsync necessary. Once per second, because one per entry
+                # would take longer than computing a short response.
                 os.fsync(self._file)
                 self._synced = time.monotonic()
         except OSError:
@@ -99,8 +98,7 @@ class Journal:
         if reason:
             self._move_aside(reason)
             return 0
-        # A damaged line does not invalidate the ones after it: entries are independent, and the
-        # response it held is computed again.
+        # Entries are independent, so only the response of a damaged line is computed again.
         for number, line in enumerate(lines[1:], 2):
             try:
                 self.entries.append(_decode_entry(line))
@@ -109,7 +107,7 @@ class Journal:
         return end
 
     def _move_aside(self, reason: str) -> None:
-        """Rename the file, so that nothing is lost and nothing wrong is read."""
+        """Rename the file instead of deleting it."""
         names = (self.path.with_name(f"{self.path.name}.aside{n}") for n in count(1))
         free = next(name for name in names if not name.exists())
         self.path.rename(free)

@@ -1,4 +1,4 @@
-"""JSON from somebody else, parsed into values that every part of the program can hold."""
+"""Parse untrusted JSON into values that can be stored and read by every part of the program."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ _NO_STRUCTURE = bytes(set(range(256)) - set(b'[]{}"\\'))
 _ALL_DIGITS_ZERO = bytes.maketrans(b"123456789E", b"000000000e")
 _TEXT = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _MAY_OVERFLOW = re.compile(rb"\d{19}|[eE]\+?\d{3}")
-"""Numbers so long, or with such an exponent, that they may not fit; all others fit."""
+"""Matches numbers that may not fit, by their length or exponent; all others do."""
 _LARGE_EXPONENT = re.compile(rb"0e0000*(?:[\s,\]}]|\Z)")
 """Of a number whose digits are zeros; in a hash, another letter or a quote follows."""
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def parse_json(content: bytes) -> object:
-    """Parse JSON whose values every part of the program can hold.
+    """Parse JSON whose values can be stored and read by every part of the program.
 
     Raises:
-        ValueError: it is no JSON, is nested deeper than `MAX_DEPTH`, or holds a number or text
-            that cannot be stored again.
+        ValueError: it is not JSON, is nested deeper than `MAX_DEPTH`, or has a number or string
+            that cannot be stored.
     """
-    # A third of the time of Python's own parser; that one says what is wrong.
+    # Takes a third of the time of Python's own parser, which is used for error messages.
     try:
         found: object = from_json(content, allow_inf_nan=False)
     except ValueError:
@@ -41,8 +41,8 @@ def parse_json(content: bytes) -> object:
 
 
 def is_surely_storable(content: bytes) -> bool:
-    """Tell from its text alone that `parse_json` returns valid JSON as it is; False if in doubt."""
-    # A fifth of the time of a walk over the values, and true of nearly every file.
+    """Return whether the values of JSON are certainly storable, judged by its text alone."""
+    # Takes a fifth of the time of a walk over the values, and is true of nearly every file.
     numbers = content.translate(_ALL_DIGITS_ZERO, b"+")
     if b"0" * 19 in numbers or b"NaN" in content or b"Infinity" in content:
         return False
@@ -51,15 +51,16 @@ def is_surely_storable(content: bytes) -> bool:
     marks = content.translate(None, _NO_STRUCTURE)
     if b"\\" in marks:
         return False
-    # Quotes in pairs enclose no bracket. Where all are in pairs, every bracket is structure.
+    # Adjacent quotes enclose no bracket. If all quotes are adjacent pairs, every bracket is
+    # structure.
     marks = marks.replace(b'""', b"")
     return b'"' not in marks and _is_shallow(marks)
 
 
 def _is_storable(parsed: object) -> bool:
-    """Tell whether values are nested at most `MAX_DEPTH` deep, and all numbers fit."""
+    """Return whether values are nested at most `MAX_DEPTH` deep and all numbers fit."""
     level: list[Any] = [[parsed]]
-    # One level more: that of the list around the whole.
+    # One more level for the list around the whole.
     for _ in range(MAX_DEPTH + 1):
         below = []
         for values in level:
@@ -83,11 +84,11 @@ def _is_storable(parsed: object) -> bool:
 
 
 def _parse_json_slowly(content: bytes) -> object:
-    """Parse JSON as `parse_json` does, and say what is wrong with it."""
+    """Parse JSON like `parse_json`, with a message about what is wrong with it."""
     without_texts = _TEXT.sub(b"", content)
     if not _is_shallow(without_texts):
         raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
-    # A call for every number takes half as long again as all of the parsing.
+    # Numbers are checked only if necessary, because a call per number adds half of the time.
     checked = _MAY_OVERFLOW.search(without_texts) is not None
     try:
         found = json.loads(
@@ -101,7 +102,7 @@ def _parse_json_slowly(content: bytes) -> object:
     except RecursionError:
         raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels") from None
     if _SURROGATE.search(content):
-        # Half a character can be written in JSON, and nowhere else.
+        # A lone surrogate is valid in JSON, but cannot be encoded.
         try:
             json.dumps(found, ensure_ascii=False).encode()
         except UnicodeEncodeError:
@@ -110,8 +111,8 @@ def _parse_json_slowly(content: bytes) -> object:
 
 
 def _is_shallow(without_texts: bytes) -> bool:
-    """Tell whether brackets are nested at most `MAX_DEPTH` deep, without parsing."""
-    # All of it by functions in C: the brackets alone, and then pair by pair from the inside.
+    """Return whether brackets are nested at most `MAX_DEPTH` deep, without parsing."""
+    # With functions in C: keep only brackets, then remove pairs from the inside.
     left = without_texts.translate(None, _NO_BRACKETS)
     for _ in range(MAX_DEPTH):
         if not left:
@@ -119,7 +120,7 @@ def _is_shallow(without_texts: bytes) -> bool:
         left = left.replace(b"{}", b"").replace(b"[]", b"")
     if b"{}" in left or b"[]" in left:
         return False
-    # What does not match up is no JSON; the parser says where.
+    # Unbalanced brackets are not JSON, which the parser reports.
     return left.count(b"[") + left.count(b"{") <= MAX_DEPTH
 
 
@@ -135,7 +136,7 @@ def _finite(text: str) -> float:
 
 
 def _bounded(text: str) -> int:
-    # By its length first: Python refuses to convert thousands of digits, in words of its own.
+    # The length is tested first, because Python refuses to convert thousands of digits.
     if len(text) > 20 or abs(int(text)) > MAX_INTEGER:
         raise ValueError(f"it holds {text[:20]}..., which needs more than 64 bits")
     return int(text)

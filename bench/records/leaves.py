@@ -1,4 +1,4 @@
-"""Types of what reports read in the free JSON objects of a record: config, provenance, identity."""
+"""Types of the values that reports read from a record's config, provenance and environment."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ SHOWN_ORIGINS = frozenset({"embedded", "file"})
 """Origins of data that reports name together with its location."""
 
 
-# A literal would be copied deeply for each record that lacks it.
+# A literal default would be copied for each record that lacks the value.
 _EMPTY: Any = Field(default_factory=dict)
 
 
 class Leaves(BaseModel):
-    """The values of a free JSON object that reports read; any may be absent, others are kept.
+    """The values of a JSON object that reports read; all are optional, and others are kept.
 
-    A record may come from somebody else. What has another type would stop the reports of all runs,
-    so its record is set aside when it is read.
+    A record may be untrusted. A value of the wrong type would break the reports of all runs, so
+    such a record is refused when it is read.
     """
 
     model_config = ConfigDict(extra="ignore", strict=True)

@@ -4,8 +4,8 @@ Schema 1 stores missing FLOPs as `flops_gaps` costs with the reasons as their pa
 them in `gaps`. Schema 3 renames fields (`effect`, `missing`, `sweep`, `provenance.backend`) and two
 quantities, and keeps what a method reports per layer apart from the rest of its report.
 
-A migration works on the JSON content, since the fields of an old record are not those of `Record`.
-The config is never changed: a record states what the run was given.
+Migrations convert the JSON content, because the fields of an old record are not those of `Record`.
+The config is never changed, because a record states the config that the run was given.
 """
 
 from __future__ import annotations
