@@ -83,7 +83,7 @@ def find_units(
     """
     if not structure.layers:
         raise UserError(f"{method} needs a decoder; {structure.architecture} has no decoder layers")
-    if structure.moe and "neurons" in kinds:
+    if "neurons" in kinds and structure.moe:
         raise UserError(
             f"{method} removes neurons of dense feed-forwards, but {structure.architecture} has "
             "experts: choose a method for experts such as camera_p, or units=heads"

@@ -1,6 +1,7 @@
 """FLAP and LLM-Pruner against slow transcriptions; removed units equal zeroed ones."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from bench.method import Context
 from bench.models.model import Model
 from bench.models.saving import save_model
 from bench.models.structure.dense_layer import find_heads, weight_of
+from bench.models.structure.model_structure import inspect_model
 from bench.schema import ModelConfig
 from bench.ui import SILENT
 from methods.dense.structured import (
@@ -312,3 +314,9 @@ def test_a_mixture_of_experts_is_refused_by_name():
         UserError, match=r"flap removes neurons of dense .*, but Mixtral\w* has experts"
     ):
         pruned(tiny_networks.build("mixtral"), Flap(ratio=0.2))
+
+
+def test_heads_are_found_beside_experts_of_a_form_that_has_no_neurons():
+    known = inspect_model(tiny_networks.build("qwen2_moe"))
+    shared_base = dataclasses.replace(known, refusal="experts in an unsupported form")
+    assert len(list(find_units(shared_base, "flap", ("heads",)))) == len(known.layers)
