@@ -35,10 +35,14 @@ def state_hash(network: nn.Module) -> str:
 
 
 def refuse_not_finite(network: nn.Module, method: str) -> None:
-    """Raise if a method left NaN or infinity in a weight, before anything is scored."""
+    """Raise if a method left NaN or infinity in a weight or NaN in a buffer, before scoring."""
     for name, weight in _named_weights(network):
         if weight.is_floating_point() and not bool(weight.isfinite().all()):
             raise UserError(f"method {method} left numbers in {name} that are NaN or infinite")
+    for name, held in network.named_buffers():
+        # Masks hold infinity. The statistics of a batch norm decide as much as its weights.
+        if held.is_floating_point() and not held.is_meta and bool(held.isnan().any()):
+            raise UserError(f"method {method} left numbers in {name} that are NaN")
 
 
 def _named_weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -73,6 +73,11 @@ class Model:
 
         return inspect_model(self.network)
 
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if name == "network":
+            self.invalidate_structure()
+
     def invalidate_structure(self) -> None:
         """Discard the cached structure; call it after replacing modules or changing shapes."""
         # Without this, the next reader sees modules that are no longer in the network. A

@@ -104,6 +104,7 @@ def plan_export(model: Model, engine: Engine | None = None, *, onnx: bool = Fals
     """Decide how a network is written, before anything is; see `save_model`."""
     network = model.network
     if isinstance(network, classifier.Classifier):
+        _refuse_code_on_modules(network)
         if engine is not None:
             raise UserError(
                 f"--for {engine.name} is for language models; {network.config.architecture} is an "
@@ -252,16 +253,23 @@ def _write_own_format(
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+def _refuse_code_on_modules(network: nn.Module) -> None:
+    """Raise if a module of the network computes by code that is on this object only."""
+    # Such as a decoder that skips work for visual tokens: the folder would be the dense model.
+    named = list(network.named_modules())
+    found = [name for name, module in named if "forward" in vars(module)]
+    found += [name for name, module in named if module._forward_hooks or module._forward_pre_hooks]
+    if found:
+        raise UserError(
+            f"what {found[0] or 'the network'} computes is replaced while it runs, which no folder "
+            "can hold: give the method in each run instead of exporting it"
+        )
+
+
 def refuse_unsavable(network: nn.Module, description: replaced_modules.Description | None) -> None:
     """Raise if config and description would not rebuild the network as it is."""
+    _refuse_code_on_modules(network)
     whole = cast(TransformersNetwork, network)
-    for name, module in network.named_modules():
-        # Such as a decoder that skips work for visual tokens: the folder would be the dense model.
-        if "forward" in vars(module):
-            raise UserError(
-                f"what {name or 'the network'} computes is replaced while it runs, which no folder "
-                "can hold: give the method in each run instead of exporting it"
-            )
     rebuilt = meta_network(whole.config, whole.dtype)
     if description is not None:
         with torch.device("meta"):
@@ -283,6 +291,27 @@ def refuse_unsavable(network: nn.Module, description: replaced_modules.Descripti
                 "all layers: remove the same share of each, by the method's own knob "
                 "(allocation=uniform, scope=layer, no protected layers, units=neurons)"
             )
+    for name, module in network.named_modules():
+        if name and (other := _different_number(module, known[name])) is not None:
+            raise UserError(
+                f"{name}.{other} is {getattr(module, other)} and would be loaded as "
+                f"{getattr(known[name], other)}: the method changed one of the network's config "
+                "and its modules, and not the other"
+            )
+
+
+def _different_number(module: nn.Module, rebuilt: nn.Module) -> str | None:
+    """Return the attribute in which a rebuilt module would compute differently, None if in none."""
+    for name, value in vars(module).items():
+        # Other whole numbers are sizes: the shapes of weights tell them, and methods that remove
+        # channels leave them as they were.
+        decides = isinstance(value, float | bool) or name in _ROUTING
+        if decides and name != "training" and getattr(rebuilt, name, value) != value:
+            return name
+    return None
+
+
+_ROUTING = ("top_k", "num_experts_per_tok", "n_group", "topk_group")
 
 
 # Replaced modules that a published network with wider experts can stand for.

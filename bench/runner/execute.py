@@ -189,7 +189,8 @@ def _execute_run(
         missing=(*evaluation.missing, *costs.missing),
         evidence=evaluation.evidence,
         provenance=provenance_of(config, inputs)
-        | {"backend": evaluation.backend, "chat_template": chat_template_of(config, model)},
+        | {"backend": evaluation.backend, "chat_template": chat_template_of(config, model)}
+        | {"network": weights},
         # The phases of a resumed run do not include the time of the interrupted process.
         estimate=() if resumed else estimate,
     )

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from bench.errors import UserError, class_line, source_line
+from bench.runner.session import shared_state_kept
 from bench.ui import format_quantity
 
 if TYPE_CHECKING:
@@ -94,7 +95,8 @@ def _apply_watched(
     """Apply one method; return its report, its seconds and, with `memory`, its peak bytes.
 
     Raises:
-        UserError: the method produced NaN or infinite weights, or did not return a report.
+        UserError: the method produced NaN or infinite weights, did not return a report, or changed
+            what other runs of this process share.
     """
     from bench.device.devices import LeakMonitor, synchronize
     from bench.device.memory import PeakMemory
@@ -102,20 +104,23 @@ def _apply_watched(
 
     leaks = LeakMonitor(model.network, model.device)
     monitor = PeakMemory(model.device) if memory else nullcontext()
+    knobs = method.model_dump(mode="json")
     with (
         context.progress.phase(f"applying {name}"),
+        shared_state_kept(model.network, name),
         _attribute_errors(name, method),
-        monitor as peak,
     ):
-        start = time.perf_counter()
-        report = method.apply(model, context)
-        _refuse_wrong_report(name, method, report)
-        synchronize(model.device)
-        seconds = time.perf_counter() - start
-    # A method that replaces modules may not invalidate the cached structure, which would then refer
-    # to modules that have been replaced.
-    model.invalidate_structure()
-    refuse_not_finite(model.network, name)
+        with monitor as peak:
+            start = time.perf_counter()
+            report = method.apply(model, context)
+            _refuse_wrong_report(name, method, report)
+            synchronize(model.device)
+            seconds = time.perf_counter() - start
+        # A method that replaces modules may not invalidate the cached structure, which would then
+        # refer to modules that have been replaced.
+        model.invalidate_structure()
+        refuse_not_finite(model.network, name)
+        _refuse_changed_knobs(name, method, knobs)
     if leaked := leaks.leaked_bytes(model.network):
         context.progress.warn(
             f"{name} leaks {leaked / 2**20:.0f} MiB in addition to the model's own memory: a long "
@@ -274,6 +279,17 @@ def _refuse_wrong_report(name: str, method: Method, report: object) -> None:
             f"{place}.apply reports details that are no JSON values ({error}): use numbers, "
             "strings and lists"
         ) from None
+
+
+def _refuse_changed_knobs(name: str, method: Method, before: JsonObject) -> None:
+    """Raise if a method changed its knobs, which the run's id and its labels hold as given."""
+    now = method.model_dump(mode="json")
+    for knob in before:
+        if now.get(knob) != before[knob]:
+            raise UserError(
+                f"method {name}: {class_line(type(method))}.apply changes its knob {knob} from "
+                f"{before[knob]} to {now.get(knob)}: keep what it computes in a variable"
+            )
 
 
 @contextmanager

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from bench import plugins
 from bench.config.overrides import Overrides, text_of
+from bench.data.digests import library_version
 from bench.errors import UserError
+from bench.runner.identity import method_identity
 from bench.runner.inputs import resolve_calibration_inputs
 from bench.runner.method_application import apply_methods
-from bench.ui import Progress
+from bench.ui import Progress, warn
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -79,6 +81,52 @@ def _load_kept_weights(model: Model, folder: Path, record: Record) -> None:
             f"{folder} is not the network that run {record.id} kept: remove the folder, so that "
             "the run's methods are applied again"
         )
+
+
+def refuse_other_network(record: Record, model: Model, allowed: Sequence[str] = ()) -> None:
+    """Raise if a model that was made again is not the one that a run scored, to the last bit.
+
+    Where versions or the machine have changed, or kernels have no fixed order, it may differ in the
+    last bits and is only warned of. Records of before weights were hashed are not checked.
+    """
+    from bench.models.hashing import state_hash
+
+    scored = record.provenance.get("network")
+    if scored is None or state_hash(model.network) == scored:
+        return
+    methods = recorded_config(record, allowed).method
+    recorded = (record.provenance.get("identity") or {}).get("methods", {})
+    for name, method in methods.items():
+        if recorded.get(name) != method_identity(method):
+            raise UserError(
+                f"the code of method {name} changed since run {record.id} and makes other weights "
+                "than it scored: run it again, which gives a new id"
+            )
+    changed = list(environment_changes(record))
+    if model.device.type == "cpu" and not changed:
+        raise UserError(
+            f"{' + '.join(methods)} makes other weights than run {record.id} scored, from the same "
+            "inputs: a method may draw from context.seed only, and keep nothing between runs"
+        )
+    reason = ", ".join(changed) or f"no fixed order of sums on {model.device.type}"
+    warn(
+        f"the weights are not to the last bit those that run {record.id} scored ({reason}): "
+        f"bench verify {record.id} compares what they answer"
+    )
+
+
+def environment_changes(record: Record) -> Iterator[str]:
+    """Yield the differences between the run's environment and this one."""
+    from bench.device.devices import describe_device
+
+    for name, was in record.environment.get("versions", {}).items():
+        now = library_version(name)
+        if was != now:
+            yield f"{name} was {was} and is {now}"
+    for name, fact in describe_device().items():
+        was = record.environment.get(name)
+        if was != fact:
+            yield f"{name} was {was} and is {fact}"
 
 
 def recorded_config(record: Record, allowed: Sequence[str] = ()) -> RunConfig:

@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import functools
 import gc
+import inspect
 import os
+import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from bench import plugins
 from bench.data import hub
 from bench.device.devices import generators_restored
+from bench.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from bench.estimation.run_estimate import Estimator
     from bench.evaluation import PlanCache
     from bench.evaluation.distributed import ProcessGroup
@@ -73,6 +78,122 @@ def _variables_restored() -> Iterator[None]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
+
+
+@contextmanager
+def shared_state_kept(network: nn.Module, method: str) -> Iterator[None]:
+    """Put back what a method changes outside its network, and refuse what decides numbers.
+
+    Settings of the process, such as the working folder or torch's default dtype, are only put back.
+    Functions of torch and of the network's classes are what the dense network and all later runs
+    compute by: a method that replaces one, or hooks all modules, would change their numbers too.
+
+    Raises:
+        UserError: the block replaced such a function, or left a hook on all modules.
+    """
+    settings = [(get(), get, put) for get, put in _process_settings()]
+    shared = [_Bindings(owner) for owner in _owners_of_shared_code(network)]
+    hooks = {name: set(held) for name, held in _hooks_of_all_modules().items()}
+    try:
+        yield
+    finally:
+        for before, get, put in settings:
+            if before is not None and get() != before:
+                put(before)
+        changed = [name for bindings in shared for name in bindings.restore()]
+        for name, held in _hooks_of_all_modules().items():
+            for key in set(held) - hooks.get(name, set()):
+                del held[key]
+                changed.append("what every module does (a global hook)")
+    if changed:
+        raise UserError(
+            f"method {method} changes {changed[0]}, by which all other networks of this process "
+            "compute, the dense one included: change modules of model.network alone, as "
+            "bench.models.network.replace_forward does"
+        )
+
+
+def _process_settings() -> list[tuple[Callable[[], Any], Callable[[Any], Any]]]:
+    """Return how settings of the process that decide numbers or places are read and set."""
+    import torch
+
+    return [
+        (_working_folder, os.chdir),
+        (torch.get_default_dtype, torch.set_default_dtype),
+        (torch.get_default_device, torch.set_default_device),
+        (torch.is_grad_enabled, torch.set_grad_enabled),
+        (torch.get_num_threads, torch.set_num_threads),
+        (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+        (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+    ]
+
+
+def _working_folder() -> str | None:
+    with suppress(OSError):  # it was removed
+        return os.getcwd()  # noqa: PTH109 (as os.chdir takes it)
+    return None
+
+
+def _hooks_of_all_modules() -> dict[str, dict[Any, Any]]:
+    """Return torch's dictionaries of hooks that run for every module of the process."""
+    from torch.nn.modules import module
+
+    return {
+        name: held
+        for name, held in vars(module).items()
+        if name.startswith("_global_") and isinstance(held, dict)
+    }
+
+
+def _owners_of_shared_code(network: nn.Module) -> list[Any]:
+    """Return the modules and classes whose functions other networks of the process run too."""
+    import torch
+    from torch.nn import functional
+
+    kinds = {kind for module in network.modules() for kind in type(module).__mro__[:-1]}
+    names = {kind.__module__ for kind in kinds}
+    modules = [sys.modules[name] for name in sorted(names) if name in sys.modules]
+    return [torch, functional, torch.Tensor, *modules, *kinds]
+
+
+class _Bindings:
+    """The functions and classes that a module or a class binds to its names."""
+
+    def __init__(self, owner: Any) -> None:
+        self._owner, self._before = owner, dict(vars(owner))
+
+    def restore(self) -> Iterator[str]:
+        """Put back what foreign code has replaced since, and yield the names of it."""
+        owner, now = self._owner, dict(vars(self._owner))
+        name_of = owner.__name__ if inspect.ismodule(owner) else _name_of_class(owner)
+        for name, was in self._before.items():
+            if now.get(name) is not was and _is_code(was) and not _of_libraries(now.get(name)):
+                setattr(owner, name, was)
+                yield f"{name_of}.{name}"
+        for name in now.keys() - self._before.keys():
+            # A new name matters only where it hides an inherited one.
+            inherited = inspect.isclass(owner) and any(name in vars(b) for b in owner.__mro__[1:])
+            if inherited and _is_code(now[name]) and not _of_libraries(now[name]):
+                delattr(owner, name)
+                yield f"{name_of}.{name}"
+
+
+def _name_of_class(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _is_code(value: object) -> bool:
+    return callable(value) or isinstance(value, property | staticmethod | classmethod)
+
+
+def _of_libraries(value: object) -> bool:
+    """Whether a function is torch's or transformers' own: they wrap some on their first use."""
+    if isinstance(value, property):
+        value = value.fget
+    value = getattr(value, "__func__", value)
+    # Of a wrapper `__module__` is that of what it wraps.
+    module = getattr(value, "__globals__", {}).get("__name__") or getattr(value, "__module__", "")
+    return str(module).partition(".")[0] in ("torch", "transformers")
 
 
 class Session:
@@ -185,6 +306,7 @@ class BaseModelCache:
     def __init__(self) -> None:
         self._source: ModelSource | None = None
         self._model: Model | None = None
+        self._reading: object = None
 
     def acquire(self, source: ModelSource, will_change: bool) -> Model:
         """Return the model of `source`, loading it unless it is already cached.
@@ -197,10 +319,13 @@ class BaseModelCache:
         from bench.device import devices
         from bench.models import loading
 
-        if self._model is None or self._source != source:
+        # Copies share the tokenizer, to which a method may have added tokens.
+        changed = self._model is not None and _reading(self._model) != self._reading
+        if self._model is None or self._source != source or changed:
             # Before loading, because two models may not fit into memory.
             self.release()
             self._source, self._model = source, _copied_if_room(loading.load_model(source))
+            self._reading = _reading(self._model)
             devices.release_memory(self._model.device)
         if not will_change:
             return self._model
@@ -221,6 +346,14 @@ class BaseModelCache:
             device = self._model.device
             self._source = self._model = None
             devices.release_memory(device)
+
+
+def _reading(model: Model) -> object:
+    """Return what a tokenizer and an image processor show of how they read."""
+    tokenizer, images = model.tokenizer, getattr(model.processor, "image_processor", None)
+    tokens = None if tokenizer is None else len(tokenizer)
+    template = repr(getattr(tokenizer, "chat_template", None))
+    return tokens, template, None if images is None else repr(images.to_dict())
 
 
 def _copied_if_room(loaded: Model) -> Model:

@@ -166,6 +166,15 @@ def test_refuses_parts_that_no_folder_can_hold(tmp_path):
     other.lm_head = torch.nn.Linear(16, 65, bias=False)
     with pytest.raises(UserError, match=r"lm_head.weight has a shape"):
         written(other, tmp_path / "other")
+    hooked = build("mixtral")
+    hooked.model.layers[0].register_forward_hook(lambda module, given, found: found)
+    with pytest.raises(UserError, match=r"what model\.layers\.0 computes is replaced"):
+        written(hooked, tmp_path / "hooked")
+    # The network was built with the number of experts that its router remembers.
+    narrowed = build("mixtral")
+    narrowed.config.num_experts_per_tok = 1
+    with pytest.raises(UserError, match=r"is 2 and would be loaded as 1: the method changed one"):
+        written(narrowed, tmp_path / "narrowed")
 
 
 def test_refuses_to_write_what_is_not_in_memory(tmp_path):

@@ -43,6 +43,15 @@ def test_is_loaded_once_and_lent_unchanged(source, loads):
     assert len(loads) == 1
 
 
+def test_a_tokenizer_that_a_method_changed_is_loaded_again(source, loads):
+    keeper = BaseModelCache()
+    lent = keeper.acquire(source, will_change=True)
+    known = len(lent.tokenizer)
+    lent.tokenizer.add_tokens(["of a method"])
+    assert len(keeper.acquire(source, will_change=True).tokenizer) == known
+    assert len(loads) == 2
+
+
 def test_what_is_kept_is_a_copy_like_those_that_are_lent(source, monkeypatch):
     """A loaded network lies scattered in memory and would lose against any copy of it."""
     first = []

@@ -1,5 +1,10 @@
 """What a method claims is held against the counts before and after it."""
 
+import copy
+import functools
+import os
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,15 +16,20 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.data.calibration import Calibration
+from bench.device.devices import describe_device
 from bench.errors import UserError
 from bench.method import Context, Method, MethodReport
 from bench.models.classifiers.architectures import build_classifier
 from bench.models.classifiers.classifier import VisionConfig
+from bench.models.hashing import state_hash
 from bench.models.network import replace_forward
 from bench.models.structure.model_structure import inspect_model
 from bench.records import SizeAndWork, without_real_saving
 from bench.records.record import lost_zeros, standing_effects
+from bench.runner import replay
+from bench.runner.identity import method_identity
 from bench.runner.method_application import apply_methods, check_effect, refuse_idle
+from bench.runner.replay import refuse_other_network
 from bench.runner.session import Session
 from bench.schema import CostsConfig
 from bench.ui import SILENT
@@ -282,6 +292,108 @@ def test_zeros_that_a_later_method_fills_no_longer_count_as_an_effect(said, does
     assert standing_effects(methods) == standing
     assert [*lost_zeros(methods)] == ([] if "zeroed" in standing else ["sparse"])
     assert said == [*lost_zeros(methods).values()]
+
+
+def patch_a_class(network):
+    type(network.model.layers[0].mlp).forward = lambda self, x: 0 * x
+
+
+def patch_an_inherited_name(network):
+    type(network.model.layers[0].mlp).__call__ = lambda self, x: 0 * x
+
+
+def patch_a_library(network):
+    torch.nn.functional.silu = functools.wraps(torch.relu)(lambda x, **_: torch.relu(x))
+
+
+def patch_the_code_of_the_class(network):
+    sys.modules[type(network).__module__].apply_rotary_pos_emb = lambda q, k, *_, **__: (q, k)
+
+
+def hook_all_modules(network):
+    nn.modules.module.register_module_forward_hook(lambda module, given, found: found)
+
+
+@pytest.mark.parametrize(
+    ("patch", "named"),
+    [
+        (patch_a_class, r"Qwen2Moe\w+\.forward"),
+        (patch_an_inherited_name, r"Qwen2Moe\w+\.__call__"),
+        (patch_a_library, r"torch\.nn\.functional\.silu"),
+        (patch_the_code_of_the_class, r"modeling_qwen2_moe\.apply_rotary_pos_emb"),
+        (hook_all_modules, "what every module does"),
+    ],
+)
+def test_code_that_other_networks_compute_by_is_put_back_and_the_method_refused(
+    monkeypatch, patch, named
+):
+    def answers():
+        torch.manual_seed(0)
+        return build("qwen2_moe")(tokens()).logits
+
+    before = answers()
+    monkeypatch.setitem(DEEDS, "patch", patch)
+    with pytest.raises(UserError, match=f"method fake changes .*{named}.*by which all other"):
+        applied(fake=Claimed(effect="none", does="patch", ratio=0))
+    assert torch.equal(answers(), before)
+
+
+def test_settings_of_the_process_are_put_back(monkeypatch, tmp_path):
+    def change(network):
+        os.chdir(tmp_path)
+        torch.set_default_dtype(torch.float64)
+        torch.set_grad_enabled(False)
+
+    folder = Path.cwd()
+    monkeypatch.setitem(DEEDS, "change", change)
+    applied(fake=Claimed(effect="none", does="change", ratio=0))
+    assert Path.cwd() == folder
+    assert (torch.get_default_dtype(), torch.is_grad_enabled()) == (torch.float32, True)
+
+
+def test_a_changed_knob_is_refused():
+    class Restless(Claimed):
+        def apply(self, model, context):
+            self.__dict__["ratio"] = 0.9
+            return MethodReport("none")
+
+    with pytest.raises(UserError, match=r"changes its knob ratio from 0\.5 to 0\.9: keep"):
+        applied(fake=Restless(effect="none"))
+
+
+def test_a_network_made_again_is_the_one_that_was_scored_or_is_refused(monkeypatch):
+    model = model_of(build("qwen2_moe"))
+    record = SimpleNamespace(id="abc", provenance={"network": state_hash(model.network)})
+    refuse_other_network(record, model)
+    zero(model.network)
+    own = Claimed(effect="zeroed", does="zero")
+    record.environment = {**describe_device(), "versions": {}}
+    record.provenance["identity"] = {"methods": {"fake": method_identity(own)}}
+    config = SimpleNamespace(method={"fake": own})
+    monkeypatch.setattr(replay, "recorded_config", lambda *_: config)
+    with pytest.raises(UserError, match=r"fake makes other weights than run abc scored, from the"):
+        refuse_other_network(record, model)
+    record.environment["threads"] = -1
+    refuse_other_network(record, model)  # only warned of: sums may be added up in another order
+    record.provenance["identity"] = {"methods": {"fake": "code of then"}}
+    with pytest.raises(UserError, match=r"the code of method fake changed since run abc"):
+        refuse_other_network(record, model)
+    refuse_other_network(SimpleNamespace(provenance={}), model)
+
+
+def test_a_network_that_a_method_exchanges_is_looked_at_anew():
+    model = model_of(build("qwen2_moe"))
+    before = model.structure
+    model.network = copy.deepcopy(model.network)
+    assert model.structure.moe[0].block is not before.moe[0].block
+
+
+def test_nan_in_a_buffer_is_refused(monkeypatch):
+    monkeypatch.setitem(
+        DEEDS, "blank", lambda network: [held.fill_(torch.nan) for held in network.buffers()]
+    )
+    with pytest.raises(UserError, match=r"method fake left numbers in .*inv_freq that are NaN"):
+        applied(fake=Claimed(effect="none", does="blank"))
 
 
 @pytest.mark.parametrize("effect", ["deleted", "Removed", "", "removed+quantized"])

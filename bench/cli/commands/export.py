@@ -16,7 +16,7 @@ from bench.errors import EXIT_DONE, UserError
 from bench.records import Record, Store
 from bench.records.files import refuse_filled_folder, write_folder
 from bench.reporting.model_card import Contents, model_card
-from bench.runner.replay import rebuild_model
+from bench.runner.replay import rebuild_model, refuse_other_network
 from bench.runner.session import Session
 from bench.ui import print_text
 
@@ -70,6 +70,7 @@ def export(
         _refuse_grids(record, wanted)
     # After all cheap checks, because repeating the methods may take hours.
     model = rebuild_model(record, store, session, allowed)
+    refuse_other_network(record, model, allowed)
     plan = plan_export(model, wanted, onnx=onnx)
     if plan.removal is not None:
         print_text(str(plan.removal))

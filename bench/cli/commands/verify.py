@@ -14,12 +14,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from bench.data.digests import library_version
 from bench.errors import EXIT_DONE, EXIT_FAILED, UserError
 from bench.evaluation import evaluate, plan
 from bench.records import Store
 from bench.records import samples as recorded_samples
-from bench.runner.replay import rebuild_model, recorded_config, refuse_changed_data
+from bench.runner.replay import (
+    environment_changes,
+    rebuild_model,
+    recorded_config,
+    refuse_changed_data,
+)
 from bench.runner.session import Session
 from bench.ui import console, print_json
 
@@ -144,7 +148,7 @@ def _compare(
                 faults.append(f"{where}: {name} was {was:.6g} and is {value:.6g}")
     if not numbers:
         faults.append("no sample of the run has a number to compare")
-    changed = tuple(_environment_changes(record))
+    changed = tuple(environment_changes(record))
     return Verdict(record.id, tasks, numbers, tolerance, worst, tuple(faults), changed)
 
 
@@ -180,20 +184,6 @@ def _number_pairs(old: SampleRow, row: SampleRow) -> Iterator[tuple[str, float, 
 
 def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not math.isnan(value)
-
-
-def _environment_changes(record: Record) -> Iterator[str]:
-    """Yield the differences between the run's environment and this one."""
-    from bench.device.devices import describe_device
-
-    for name, was in record.environment.get("versions", {}).items():
-        now = library_version(name)
-        if was != now:
-            yield f"{name} was {was} and is {now}"
-    for name, fact in describe_device().items():
-        was = record.environment.get(name)
-        if was != fact:
-            yield f"{name} was {was} and is {fact}"
 
 
 def print_verdict(verdict: Verdict) -> None:
