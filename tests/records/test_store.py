@@ -305,7 +305,7 @@ def test_of_many_unreadable_records_some_are_named_and_all_are_known(tmp_path, c
     assert len(store.unreadable) == 50
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 21
-    assert "more in" in warnings[-1]
+    assert "more files of" in warnings[-1]
     assert store.all() == []
     assert capsys.readouterr().err == ""
 
