@@ -64,7 +64,7 @@ def unfinished_jobs(plan: SweepPlan) -> list[SweepJob]:
 
 
 def job_results(plan: SweepPlan) -> Iterator[RunResult | str]:
-    """Yield each job's record, or an error summary; jobs without an outcome are skipped."""
+    """Yield each job's record, or an error summary; jobs that another process runs are skipped."""
     store = Store(plan.results_dir)
     for job in sweep_jobs(plan):
         note = read_status(plan.folder, job.number) or {}
@@ -75,10 +75,13 @@ def job_results(plan: SweepPlan) -> Iterator[RunResult | str]:
                 yield f"run {job.run} cannot be read: {reason}; move it away and resume the sweep"
                 continue
             yield RunResult(record, bool(note.get("reused")), note.get("warning"))
-        elif job.state == "failed":
+        # Nobody works on a job that waits here: a launcher left it out, or its record is gone. To
+        # leave it out as well would make a sweep of fewer runs look whole.
+        elif job.state in ("failed", "waiting"):
             log = f" (details: {job.log})" if job.log else ""
             command = note.get("command") or " ".join(job.overrides)
-            yield f"{command}: {job.reason}{log}"
+            waits = "was not run; run the same command to resume"
+            yield f"{command}: {job.reason or waits}{log}"
 
 
 def sweep_summary(plan: SweepPlan) -> dict[str, object]:

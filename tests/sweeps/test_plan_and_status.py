@@ -76,6 +76,7 @@ def test_each_way_a_job_can_go(plan):
     assert came[0].record.id == IDENTIFIER
     assert "the disk caught fire" in came[1]
     assert str(failed.log) in came[1]
+    assert came[2].endswith(": interrupted")
 
 
 def test_wrong_input_of_a_job_needs_no_log(plan):
@@ -109,6 +110,10 @@ def test_a_record_that_is_gone_is_missing_again(plan):
     (Store(plan.results_dir).folder(IDENTIFIER) / "record.json").unlink()
     assert states(plan)[0] == "waiting"
     assert IDENTIFIER in sweep_jobs(plan)[0].reason
+    # Not left out of the sweep's results, which would look whole without it.
+    gone, *never = job_results(plan)
+    assert gone.endswith(f"its record {IDENTIFIER} no longer exists")
+    assert all(text.endswith("was not run; run the same command to resume") for text in never)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"number": 0}', "\x00\x01"])
