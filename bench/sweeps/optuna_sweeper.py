@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from decimal import Decimal
@@ -92,7 +93,7 @@ class OptunaSweeper(LaunchingSweeper):
         try:
             # One process per study: requeueing takes every RUNNING trial for one of a dead process.
             with FileLock(journal.with_suffix(".lock"), blocking=False):
-                study = self._study(journal)
+                study = self._study(journal, fixed)
                 self._run_trials(study, folder, space, fixed)
         except Timeout:
             raise UserError(
@@ -104,7 +105,7 @@ class OptunaSweeper(LaunchingSweeper):
         if plan is not None:
             plan.with_jobs([], complete=True)
 
-    def _study(self, journal: Path) -> Study:
+    def _study(self, journal: Path, fixed: list[str]) -> Study:
         """Open or create the study; Optuna's journal is append-only text and survives a crash."""
         optuna = optional_module("optuna", "search")
         from optuna.storages import JournalStorage
@@ -125,6 +126,16 @@ class OptunaSweeper(LaunchingSweeper):
                 f"({study.user_attrs['objectives']}): choose another name"
             )
         study.set_user_attr("objectives", self.objectives)
+        # Nor what all its trials share: scores of different questions or models have no front.
+        shared = sorted(text for text in fixed if re.split("[.=]", text)[0] not in _NEUTRAL_KEYS)
+        before = study.user_attrs.get("shared", shared)
+        if before != shared:
+            found = " ".join(sorted({*before} ^ {*shared}))
+            raise UserError(
+                f"hydra.sweeper.study={self.name} exists with other overrides, whose numbers "
+                f"cannot be compared with these (different: {found}): choose another name"
+            )
+        study.set_user_attr("shared", shared)
         _requeue_interrupted(study)
         return study
 
@@ -135,7 +146,7 @@ class OptunaSweeper(LaunchingSweeper):
         # Failed trials count as proposed here, but not as ended: the next resume repeats them,
         # while this loop is guaranteed to stop.
         while remaining > 0:
-            trials = [study.ask(space) for _ in range(min(self.parallel, remaining))]
+            trials = [_asked(study, space) for _ in range(min(self.parallel, remaining))]
             remaining -= len(trials)
             jobs = {t.number: [*fixed, *_trial_overrides(t, space)] for t in trials}
             promising = self._drop_hopeless(study, folder, trials, jobs)
@@ -232,6 +243,21 @@ def _directions(objectives: list[str]) -> dict[str, str]:
             "hydra.sweeper.objectives is empty: set it, for example to [maximize average]"
         )
     return found
+
+
+_NEUTRAL_KEYS = ("results_dir", "tracker", "threads", "offline", "force", "keep_weights")
+"""Keys that decide no number of a trial."""
+
+
+def _asked(study: Study, space: Distributions) -> Trial:
+    """Return a new trial; raise `UserError` if the study knows a key by another kind of range."""
+    try:
+        return study.ask(space)
+    except ValueError as error:
+        raise UserError(
+            f"hydra.sweeper.study={study.study_name} exists with another kind of range for one of "
+            f"{', '.join(space)} ({error}): choose another name"
+        ) from None
 
 
 def _requeue_interrupted(study: Study) -> None:

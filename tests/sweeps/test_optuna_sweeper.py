@@ -4,14 +4,14 @@ import csv
 import json
 
 import pytest
-from optuna.distributions import FloatDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState
 
 from bench.cli.main import main
 from bench.errors import UserError
 from bench.records import Store
 from bench.reporting.study import pareto_trials
-from bench.sweeps.optuna_sweeper import OptunaSweeper, _requeue_interrupted
+from bench.sweeps.optuna_sweeper import OptunaSweeper, _asked, _requeue_interrupted
 
 TINY = [
     "method=random_experts", "benchmark.tasks=[arc_easy,boolq]", "~benchmark.perplexity",
@@ -89,9 +89,9 @@ def test_a_wrong_search_is_refused_before_its_first_trial(tmp_path, capsys, wron
     assert not list(tmp_path.rglob("record.json"))
 
 
-def opened(journal):
+def opened(journal, shared=()):
     search = OptunaSweeper("s", 3, 1, 7, ["maximize average", "minimize flops"], {}, [], 2.0)
-    return search._study(journal)
+    return search._study(journal, list(shared))
 
 
 def test_a_killed_search_asks_again_for_what_it_left_and_for_what_failed(tmp_path):
@@ -115,4 +115,14 @@ def test_a_study_with_other_objectives_is_not_mixed_in(tmp_path):
     opened(tmp_path / "s.log")
     other = OptunaSweeper("s", 3, 1, 7, ["maximize average", "minimize bytes"], {}, [], 2.0)
     with pytest.raises(UserError, match="different objectives"):
-        other._study(tmp_path / "s.log")
+        other._study(tmp_path / "s.log", [])
+
+
+def test_a_study_of_other_questions_or_ranges_is_not_mixed_in(tmp_path):
+    journal, shared = tmp_path / "s.log", ["model=micro_moe", "benchmark.limit=10"]
+    _asked(opened(journal, shared), {"ratio": FloatDistribution(0, 1)})
+    _asked(opened(journal, ["tracker=none", *shared]), {"ratio": FloatDistribution(0, 0.5)})
+    with pytest.raises(UserError, match=r"different: benchmark\.limit=10 benchmark\.limit=20\)"):
+        opened(journal, ["model=micro_moe", "benchmark.limit=20"])
+    with pytest.raises(UserError, match=r"another kind of range for one of ratio .*choose another"):
+        _asked(opened(journal, shared), {"ratio": CategoricalDistribution((0.1, 0.2))})
