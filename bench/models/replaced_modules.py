@@ -40,6 +40,7 @@ MODULE_OF_CLASS = {
     "NarrowedFeedForward": "bench.models.structure.ragged_experts",
     "SharedBaseExperts": "methods.baselines.d2_moe.shared_base_experts",
     "NoviceExperts": "methods.baselines.mone",
+    "SpectralExperts": "methods.quantization.spectral",
     "MaskedRouter": "methods.baselines.router_masks",
 }
 
@@ -47,6 +48,7 @@ FORM_OF_CLASS = {
     "RaggedExperts": "ragged",
     "SharedBaseExperts": "shared_base",
     "NoviceExperts": "novices",
+    "SpectralExperts": "spectral",
 }
 """Forms of weights, as methods name them, by replaced module; a masked router's are plain."""
 

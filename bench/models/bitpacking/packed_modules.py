@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from itertools import pairwise
 from typing import Any, TypedDict, cast
 
 import torch
@@ -31,7 +30,7 @@ from bench.models.bitpacking.packed_shape import (
     packed_size,
     unpack_codes,
 )
-from bench.models.structure.expert_view import Activation, sort_slots
+from bench.models.structure.expert_view import Activation, slots_per_expert
 
 # What a grid of each kind stores besides its scale.
 GRID_BUFFERS: dict[GridKind, dict[str, torch.dtype]] = {
@@ -68,6 +67,8 @@ class PackedLinear(nn.Linear):
         # linear layers are recognised by isinstance.
         nn.Module.__init__(self)
         self.in_features, self.out_features = shape.columns, shape.rows
+        if shape.transposed:
+            self.in_features, self.out_features = shape.rows, shape.columns
         self.shape, self.dtype = shape, dtype
         codes = torch.empty(shape.code_bytes, dtype=torch.uint8, device=device)
         self.register_buffer("codes", codes)
@@ -105,7 +106,11 @@ class PackedLinear(nn.Linear):
             self.order.copy_(order_C)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """Dequantize the weights, [R, C], with columns in the order of the input."""
+        """Dequantize the weights, [out, in], with columns in the order of the input."""
+        stored_RC = self._stored(dtype)
+        return stored_RC.T if self.shape.transposed else stored_RC
+
+    def _stored(self, dtype: torch.dtype) -> Tensor:
         if self.codes.is_meta:
             # FLOPs are counted by shapes alone, and unpacking takes 80 operators, none a product.
             return self.codes.new_empty(self.shape.rows, self.shape.columns, dtype=dtype)
@@ -169,7 +174,8 @@ class PackedLinear(nn.Linear):
         """Return the offsets of one block in float32, in which -scale · zero is exact."""
         if self.shape.grid == "offset":
             return self.offset[block.rows, block.groups].float()
-        zero_rg = torch.full_like(scale_rg, 2 ** (block.bits - 1))
+        # Two codes have none for 0: they are half a step to either side of it.
+        zero_rg = torch.full_like(scale_rg, 2 ** (block.bits - 1) if block.bits > 1 else 0.5)
         if self.shape.grid == "zero_point":
             zero_rg = self.zero_point[block.rows, block.groups].float()
         return -scale_rg * zero_rg
@@ -213,28 +219,14 @@ class PackedExperts(nn.ModuleList):
         x_TD, top_k = hidden_states, top_k_index.shape[1]
         # Summed in float32, so that the order of the experts does not show in half precision.
         y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
-        for expert, slots_S in self._assignments(top_k_index):
+        for expert, slots_S in enumerate(slots_per_expert(top_k_index, len(self))):
+            if not len(slots_S):
+                continue
             token_S = slots_S // top_k
             weight_S = top_k_weights.flatten()[slots_S]
             y_SD = self[expert](x_TD[token_S]) * weight_S[:, None]
             y_TD.index_add_(0, token_S, y_SD.float())
         return y_TD.to(x_TD.dtype)
-
-    def _assignments(self, index_TK: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Yield each expert that has tokens, with its slots in the flattened choice."""
-        flat = index_TK.flatten()
-        if flat.is_meta:
-            # On meta the choice has no values and only FLOPs are counted: tokens are distributed
-            # evenly. Real routing is uneven, but the FLOPs of equally wide experts add up to the
-            # same.
-            bounds = [flat.numel() * place // len(self) for place in range(len(self) + 1)]
-            counts = [stop - start for start, stop in pairwise(bounds)]
-            order = torch.arange(flat.numel(), device=flat.device)
-        else:
-            order, counts = sort_slots(flat, len(self))
-        for expert, slots_S in enumerate(torch.split(order, counts)):
-            if len(slots_S):
-                yield expert, slots_S
 
 
 EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")

@@ -8,7 +8,7 @@ A matrix has R rows and C columns (the input dimension). Its bits vary over rows
 runs called levels. Every row has a grid for each group of columns; a group never crosses a level.
 The last group of a level may be narrower. A grid of kind `offset` is a scale and an offset, 16 bits
 each; `zero_point` a scale and an integer of 8 bits, the code that stands for 0; `symmetric` a scale
-alone, with 0 at the code 2^(bits - 1). Shapes: N codes.
+alone, with 0 at the code 2^(bits - 1), or halfway between the two codes of 1 bit. Shapes: N codes.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class PackedShape:
     """Layout of a packed matrix; the levels run along `axis`.
 
     With `permuted`, columns are stored in a different order than the input's, and the order is
-    stored as well.
+    stored as well. A `transposed` matrix is the transpose of the weights: its rows are inputs.
     """
 
     rows: int
@@ -128,6 +128,7 @@ class PackedShape:
     group: int = 128
     permuted: bool = False
     grid: GridKind = "offset"
+    transposed: bool = False
 
     def __post_init__(self) -> None:
         length = self.rows if self.axis == "rows" else self.columns
@@ -137,8 +138,10 @@ class PackedShape:
             raise ValueError(f"levels {self.levels} must have 1 to 8 bits")
         if self.grid not in GRID_BITS_OF:
             raise ValueError(f"a grid {self.grid!r} is unknown, allowed: {', '.join(GRID_BITS_OF)}")
-        if self.grid != "offset" and any(level.bits < 2 for level in self.levels):
-            raise ValueError(f"a {self.grid} grid needs at least 2 bits, not {self.levels}")
+        if self.grid == "zero_point" and any(level.bits < 2 for level in self.levels):
+            raise ValueError(f"a zero_point grid needs at least 2 bits, not {self.levels}")
+        if self.permuted and self.transposed:
+            raise ValueError("a transposed matrix has no order of columns")
         if self.permuted and self.columns > MAX_PERMUTED_COLUMNS:
             raise ValueError(
                 f"{self.columns} columns cannot be permuted, at most {MAX_PERMUTED_COLUMNS}"

@@ -8,7 +8,7 @@ down matrix: 3·D weights (CAMERA, arXiv 2508.02322, section 3).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -118,6 +118,19 @@ def sort_slots(expert_S: Tensor, experts: int) -> tuple[Tensor, list[int]]:
     # device's sort. `tolist` is the one synchronisation: the host has to know the sizes.
     counts = torch.bincount(expert_S, minlength=experts).tolist()
     return torch.argsort(expert_S, stable=True), counts
+
+
+def slots_per_expert(index_TK: Tensor, experts: int) -> Sequence[Tensor]:
+    """Return, for each expert, the indices in the flat selection [T·K] that name it.
+
+    On the meta device, where only FLOPs are counted, no selection is known: even routing is
+    assumed.
+    """
+    flat = index_TK.flatten()
+    if flat.is_meta:
+        return torch.arange(len(flat), device="meta").tensor_split(experts)
+    order, counts = sort_slots(flat, experts)
+    return torch.split(order, counts)
 
 
 def fused_view(experts: nn.Module, expert: int) -> ExpertView:

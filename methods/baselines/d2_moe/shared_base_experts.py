@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from bench.models.replaced_modules import ModuleSpec, ReplacedModule
-from bench.models.structure.expert_view import activation_of, sort_slots
+from bench.models.structure.expert_view import activation_of, slots_per_expert
 
 MATRIX_NAMES = ("gate", "up", "down")
 
@@ -113,7 +113,7 @@ class SharedBaseExperts(ReplacedModule):
         # float32 sums: up to K terms per token, which would each be rounded in half precision.
         sum_TF = torch.zeros_like(gate_TF, dtype=torch.float32)
         own_TD = torch.zeros_like(x_TD, dtype=torch.float32)
-        for expert, slot_S in enumerate(_slots_per_expert(top_k_index, self.num_experts)):
+        for expert, slot_S in enumerate(slots_per_expert(top_k_index, self.num_experts)):
             if not len(slot_S):
                 continue
             token_S = slot_S // top_k_index.shape[1]
@@ -127,16 +127,3 @@ class SharedBaseExperts(ReplacedModule):
             sum_TF.index_add_(0, token_S, hidden_SF.float())
             own_TD.index_add_(0, token_S, down.expert_part(hidden_SF, expert).float())
         return down.base_part(sum_TF.to(x_TD.dtype)) + own_TD.to(x_TD.dtype)
-
-
-def _slots_per_expert(index_TK: Tensor, experts: int) -> Sequence[Tensor]:
-    """Return, for each expert, the indices in the flat selection [T·K] that name it.
-
-    On the meta device, where only FLOPs are counted, no selection is known: even routing is
-    assumed.
-    """
-    flat = index_TK.flatten()
-    if flat.is_meta:
-        return torch.arange(len(flat), device="meta").tensor_split(experts)
-    order, counts = sort_slots(flat, experts)
-    return torch.split(order, counts)

@@ -145,9 +145,13 @@ class BitCount:
     weight_bits: int = 0
     overhead_bits: int = 0
 
-    def add(self, weights: int, shapes: Iterable[PackedShape]) -> None:
-        """Add packed matrices that replace `weights` original weights, removed ones included."""
+    def add(self, weights: int, shapes: Iterable[PackedShape], beside: int = 0) -> None:
+        """Add matrices that replace `weights` weights, and the bits stored `beside` them.
+
+        Removed weights are included in `weights` but not in `shapes`.
+        """
         self.weights += weights
+        self.overhead_bits += beside
         for shape in shapes:
             self.weight_bits += shape.weight_bits
             self.overhead_bits += shape.overhead_bits

@@ -29,7 +29,12 @@ from methods.moe.calibration import Gram, observe_inputs
 from methods.moe.micro_experts import replace_child
 from methods.moe.quantizer.bit_budget import BitCount, weights_by_bits
 from methods.moe.quantizer.expert_plan import matrix_weights
-from methods.moe.quantizer.observers import BlockHessians, CompositeObserver, Planner
+from methods.moe.quantizer.observers import (
+    BlockHessians,
+    BlockPacker,
+    CompositeObserver,
+    Planner,
+)
 from methods.moe.quantizer.rounding import Rounder
 
 UNQUANTIZED_BITS = 16
@@ -46,7 +51,7 @@ class Quantizer:
     """
 
     rounder: Rounder
-    planner: Callable[[MoEBlock], Planner]
+    planner: Callable[[MoEBlock], Planner | BlockPacker]
     bits: Mapping[LinearRole, int]
     group: int
     batch: int
@@ -102,9 +107,11 @@ class Quantizer:
             # Hessians cost D² + F² floats per expert; rounding to nearest does not need them.
             if self.rounder.kind == "gptq":
                 inputs = {slot.linear: Gram.of_inputs(slot.linear) for slot in slots}
-                hessians = _LayerHessians({block: BlockHessians(block) for block in blocks}, inputs)
-            # The first of two runs of the layer: with its original weights, to measure its inputs,
-            # without advancing the hidden states.
+                # A planner that packs a block itself collects what it needs.
+                own = [block for block in blocks if not isinstance(planners[block], BlockPacker)]
+                hessians = _LayerHessians({block: BlockHessians(block) for block in own}, inputs)
+            # A layer runs twice. Once with its original weights, to measure its true inputs and
+            # hidden states; the hidden states between layers do not advance.
             with (
                 observe_experts(hessians.observers(planners), self.chunk),
                 observe_inputs(hessians.inputs),
@@ -121,28 +128,17 @@ class Quantizer:
             stream.run(index, advance=True)
 
     def _block(
-        self, block: MoEBlock, planner: Planner, observed: BlockHessians | None
+        self, block: MoEBlock, planner: Planner | BlockPacker, observed: BlockHessians | None
     ) -> dict[str, object]:
         """Replace a block's experts by packed ones; return its record entry."""
         if observed is not None:
             observed.require_finite()
-        plans, packed = planner.plans(), []
         before = self.rounder.counts.copy()
-        for expert, plan in enumerate(plans):
-            hessians = None if observed is None else observed.experts[expert]
-            packed.append(self.rounder.expert(block.expert(expert), plan, hessians))
-        if block.feed_forward is not None:
-            (matrices,) = packed
-            block.feed_forward.replace(matrices[:-1], matrices[-1])
-        else:
-            act = activation_of(block.experts)
-            experts = [PackedExpert(gate, up, down, act) for gate, up, down in packed]
-            replace_child(block.block, block.experts, PackedExperts(experts))
+        shapes, beside = self._pack(block, planner, observed)
         # Bits are relative to the weights before: removed micro-experts count as 0 bits.
-        shapes = [linear.shape for matrices in packed for linear in matrices]
-        block_count = BitCount()
-        for count in (block_count, self.bit_counts.setdefault("experts", BitCount())):
-            count.add(matrix_weights(block), shapes)
+        here = BitCount()
+        for tally in (here, self.bit_counts.setdefault("experts", BitCount())):
+            tally.add(matrix_weights(block), shapes, beside)
         return {
             "layer": block.layer,
             "name": block.name,
@@ -152,6 +148,30 @@ class Quantizer:
             "rounding": dict(self.rounder.counts - before),
             **planner.details(),
         }
+
+    def _pack(
+        self, block: MoEBlock, planner: Planner | BlockPacker, observed: BlockHessians | None
+    ) -> tuple[Sequence[PackedShape], int]:
+        """Replace a block's experts; return their packed shapes, and the bits stored beside them.
+
+        They become the planner's own module, or are packed one by one.
+        """
+        if isinstance(planner, BlockPacker):
+            whole = planner.pack(block)
+            replace_child(block.block, block.experts, whole.experts)
+            return whole.shapes, whole.bits_beside
+        packed = []
+        for expert, plan in enumerate(planner.plans()):
+            hessians = None if observed is None else observed.experts[expert]
+            packed.append(self.rounder.expert(block.expert(expert), plan, hessians))
+        if block.feed_forward is not None:
+            (matrices,) = packed
+            block.feed_forward.replace(matrices[:-1], matrices[-1])
+        else:
+            act = activation_of(block.experts)
+            experts = [PackedExpert(gate, up, down, act) for gate, up, down in packed]
+            replace_child(block.block, block.experts, PackedExperts(experts))
+        return [linear.shape for matrices in packed for linear in matrices], 0
 
     def _linear(self, slot: LinearSlot, hessian: Gram | None) -> None:
         rows, columns = shape_of(slot.linear)
@@ -189,7 +209,9 @@ class _LayerHessians:
     experts: dict[MoEBlock, BlockHessians]
     inputs: dict[nn.Module, Gram]
 
-    def observers(self, planners: Mapping[MoEBlock, Planner]) -> dict[MoEBlock, ExpertObserver]:
+    def observers(
+        self, planners: Mapping[MoEBlock, ExpertObserver]
+    ) -> dict[MoEBlock, ExpertObserver]:
         """Combine the planner and the Hessians of every block into one observer."""
         return {
             block: CompositeObserver(

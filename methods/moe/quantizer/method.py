@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -18,6 +18,7 @@ from bench.method import (
     Method,
     MethodReport,
     MethodWork,
+    RepeatedStep,
     WeightForm,
 )
 from bench.models.bitpacking.packed_shape import GridKind, Level, PackedShape
@@ -39,7 +40,7 @@ from methods.moe.quantizer.layer_walk import (
     Quantizer,
     find_linears,
 )
-from methods.moe.quantizer.observers import Planner
+from methods.moe.quantizer.observers import BlockPacker, Planner
 from methods.moe.quantizer.rounding import Rounder, dequantization_step, rounding_step
 
 BitWidth = Annotated[int, Field(ge=1, le=8)]
@@ -116,8 +117,10 @@ class MoEQuantization(Method):
         return "packed"
 
     @abstractmethod
-    def planners(self, model: Model, context: Context) -> Callable[[MoEBlock], Planner]:
-        """Return a factory that makes the planner of a block.
+    def planners(
+        self, model: Model, context: Context
+    ) -> Callable[[MoEBlock], Planner | BlockPacker]:
+        """Return the factory of planners: observers of a block that plan the bits of its experts.
 
         Called before any layer changes, so a method may measure the whole model first.
         """
@@ -129,7 +132,7 @@ class MoEQuantization(Method):
     def work(self, structure: ModelStructure, inputs: InputSize) -> MethodWork:
         """Return the walk, the rounding of every matrix, and the dequantization in later calls."""
         blocks = self.blocks(structure)
-        packed = self._packed_shapes(structure, blocks)
+        packed = self.packed_shapes(structure, blocks)
         walk = MethodWork(
             forwards=2.0 * self.uses_calibration,
             observed=1.0 * self.uses_calibration,
@@ -149,19 +152,24 @@ class MoEQuantization(Method):
                 2 * inputs.tokens * chosen * shape.columns**2 * count
                 for (shape, chosen), count in packed.items()
             ),
-            steps=tuple(
-                rounding_step(shape, count, self._rounder) for (shape, _), count in packed.items()
-            ),
+            steps=self.rounding_steps(packed),
             memory=4.0 * held,
         )
 
-    def _packed_shapes(
-        self, structure: ModelStructure, blocks: Sequence[MoEBlock]
+    def rounding_steps(
+        self, packed: Mapping[tuple[PackedShape, float], int]
+    ) -> tuple[RepeatedStep, ...]:
+        """Return the steps that round matrices by GPTQ."""
+        return tuple(rounding_step(shape, n, self._rounder) for (shape, _), n in packed.items())
+
+    def packed_shapes(
+        self, structure: ModelStructure, blocks: Sequence[MoEBlock], *, experts: bool = True
     ) -> Counter[tuple[PackedShape, float]]:
         """Count the matrices to pack by shape and by the share of tokens that they see.
 
-        Gate and up of an expert are one matrix, as they share a Hessian. Of bits that are chosen
-        among several, those in the middle stand for all.
+        Without `experts` only those outside the blocks. Gate and up of an expert are one matrix, as
+        they share a Hessian. Of bits that are chosen among several, those in the middle stand for
+        all.
         """
         own: int | tuple[int, ...] = getattr(self, "bits", 4)
         bits = own if isinstance(own, int) else own[len(own) // 2]
@@ -174,7 +182,7 @@ class MoEQuantization(Method):
                 shape = PackedShape(rows, columns, levels, group=self.group, grid=self.grid)
                 found[shape, chosen] += count
 
-        for block in blocks:
+        for block in blocks if experts else ():
             chosen = block.top_k / block.num_experts
             add(2 * block.d_ff, block.d_model, bits, chosen, block.num_experts)
             add(block.d_model, block.d_ff, bits, chosen, block.num_experts)
@@ -224,7 +232,7 @@ class MoEQuantization(Method):
             "head": self.head_bits,
         }
 
-    def _quantizer(self, planner: Callable[[MoEBlock], Planner]) -> Quantizer:
+    def _quantizer(self, planner: Callable[[MoEBlock], Planner | BlockPacker]) -> Quantizer:
         return Quantizer(
             rounder=self._rounder,
             planner=planner,

@@ -6,10 +6,12 @@ Shapes: T tokens, S tokens of one expert, D d_model, F an expert's width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from bench.models.bitpacking.packed_shape import PackedShape
 from bench.models.expert_hooks import ExpertObserver
 from bench.models.structure.moe_block import MoEBlock
 from methods.moe.calibration import Gram, NullObserver, require_finite
@@ -22,6 +24,29 @@ class Planner(ExpertObserver, Protocol):
 
     def plans(self) -> list[ExpertPlan]:
         """Return a plan for every routed expert, in order."""
+
+    def details(self) -> dict[str, object]:
+        """Return JSON values about the choice, for the record."""
+
+
+@dataclass(frozen=True)
+class PackedBlock:
+    """How a block's routed experts are packed: the shapes, and `bits_beside` them.
+
+    `experts` is the module that computes them.
+    """
+
+    experts: nn.Module
+    shapes: Sequence[PackedShape]
+    bits_beside: int = 0
+
+
+@runtime_checkable
+class BlockPacker(ExpertObserver, Protocol):
+    """An observer of a block that then packs all of its routed experts together."""
+
+    def pack(self, block: MoEBlock) -> PackedBlock:
+        """Return the packed experts in a module of their own."""
 
     def details(self) -> dict[str, object]:
         """Return JSON values about the choice, for the record."""

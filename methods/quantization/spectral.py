@@ -1,0 +1,517 @@
+"""Experts in a shared spectral basis with bits per direction, after BitsMoE (arXiv 2606.00079).
+
+BitsMoE stores one basis per layer and projection that all experts share, and of every expert the
+factor that belongs to it: W_e = A_e V for gate and up, W_e = U B_e for down. A direction (a row of
+V, a column of U) has its own number of bits in every expert, or none at all. Its release
+(zjiayu064/BitsMoE @ 8b2b52d) has the storage, the quantizer and its error per direction. The input
+of the decomposition, the rank and the objective are not released. Those here are ours, so results
+are not BitsMoE's.
+
+Shapes: E experts, T tokens, S tokens of one expert, D d_model, F an expert's width, K directions,
+k those that an expert stores, G groups of a direction's F values, B choices of bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import groupby
+from typing import ClassVar, Self, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from bench.errors import UserError
+from bench.method import Context, InputSize, MethodWork, WeightForm
+from bench.models.bitpacking.packed_modules import PackedLinear
+from bench.models.bitpacking.packed_shape import Level, PackedShape
+from bench.models.model import Model
+from bench.models.replaced_modules import ModuleSpec, ReplacedModule
+from bench.models.structure.expert_view import Activation, activation_of, slots_per_expert
+from bench.models.structure.model_structure import ModelStructure
+from bench.models.structure.moe_block import MoEBlock
+from methods.moe.calibration import NullObserver
+from methods.moe.quantizer.method import BitChoices, MoEQuantization
+from methods.moe.quantizer.observers import BlockHessians, BlockPacker, PackedBlock
+from methods.moe.quantizer.rounding import ExpertHessians
+
+MATRIX_NAMES = ("gate", "up", "down")
+ALTERNATIONS = 50
+"""Rounds of codes and scale by which a release's grid of 2 to 4 bits is fitted."""
+_VALUE_BITS, _INDEX_BITS, _SCALE_BITS = 16, 16, 16
+_BISECTIONS = 60
+
+
+class BitsMoeStyle(MoEQuantization):
+    """Store routed experts as factors of a shared basis, with bits by direction.
+
+    `mean_bits` counts everything that is stored of a block's routed experts, per weight that they
+    had: codes, scales, singular values, indices, and the bases in the model's dtype. `bits` are
+    those that a direction can have; a direction that is not worth its bits is not stored. `group`
+    is values of a direction that share a scale.
+    """
+
+    accepts: ClassVar[frozenset[WeightForm]] = frozenset({"plain"})
+
+    bits: BitChoices = (8, 6, 4, 3, 2, 1)
+    mean_bits: float = Field(default=2.5, gt=0, allow_inf_nan=False)
+
+    @property
+    def leaves(self) -> WeightForm:
+        """Routed experts become factors of a basis."""
+        return "spectral"
+
+    @property
+    def bit_widths(self) -> set[int]:
+        """All bit widths outside the experts: these alone have a `grid` to choose."""
+        return {self.attention_bits, self.shared_bits, self.dense_bits, self.head_bits}
+
+    def check(self, structure: ModelStructure) -> None:
+        """Refuse dense decoders, and experts of different widths."""
+        if not structure.moe:
+            raise UserError(
+                f"bitsmoe_style shares a basis among experts, and {structure.architecture} has "
+                "none: use gptq or camera_q"
+            )
+        super().check(structure)
+        for block in structure.moe:
+            if len(set(block.widths)) > 1:
+                raise UserError(
+                    f"the experts of {block.name} have different widths and cannot share a basis: "
+                    "apply bitsmoe_style to the unpruned model"
+                )
+
+    def blocks(self, structure: ModelStructure) -> tuple[MoEBlock, ...]:
+        """Return the blocks with experts."""
+        return structure.moe
+
+    def work(self, structure: ModelStructure, inputs: InputSize) -> MethodWork:
+        """Return the walk, the Gram matrices, decompositions and grids of all experts.
+
+        An eigendecomposition takes 9·n³ in float64, which counts twice (Golub and Van Loan, Matrix
+        Computations, section 8.3).
+        """
+        walk = super().work(structure, inputs)
+        outside = self.packed_shapes(structure, structure.moe, experts=False)
+        flops = elements = 0.0
+        for block in structure.moe:
+            grams = block.d_model**2 + block.d_ff**2
+            flops += 2 * inputs.tokens * block.top_k * grams
+            flops += 2 * 9 * len(MATRIX_NAMES) * block.d_model**3
+            weights = len(MATRIX_NAMES) * block.num_experts * block.d_model * block.d_ff
+            fitted = sum(bits in (2, 3, 4) for bits in self.bits)
+            elements += weights * (10 * ALTERNATIONS * fitted + 10 * len(self.bits))
+        steps = self.rounding_steps(outside) if self.rounding == "gptq" else ()
+        return replace(walk, flops=walk.flops + flops, elements=elements, steps=steps)
+
+    def planners(self, model: Model, context: Context) -> Callable[[MoEBlock], BlockPacker]:
+        """Return the factory of observers that decompose a block's experts."""
+        return partial(SpectralPlanner, self)
+
+
+class SpectralPlanner(NullObserver):
+    """Collects the Gram matrices of a block's experts, and packs the block."""
+
+    def __init__(self, method: BitsMoeStyle, block: MoEBlock) -> None:
+        self._method = method
+        self._hessians = BlockHessians(block)
+        self._details: dict[str, object] = {}
+
+    def routed(self, expert: int, x_SD: Tensor, hidden_SF: Tensor, weight_S: Tensor) -> None:
+        """Add the tokens of one routed expert."""
+        self._hessians.routed(expert, x_SD, hidden_SF, weight_S)
+
+    def details(self) -> dict[str, object]:
+        """Return the directions stored, by matrix, and how many of them have how many bits."""
+        return self._details
+
+    def pack(self, block: MoEBlock) -> PackedBlock:
+        """Decompose the experts, choose bits, and return the module that replaces them."""
+        self._hessians.require_finite()
+        method, hessians = self._method, smoothed(self._hessians.experts, self._method.min_tokens)
+        views = [block.expert(expert) for expert in range(block.num_experts)]
+        dtype = views[0].down.dtype
+        spectra = {
+            name: input_spectrum([getattr(v, name) for v in views], hessians, method.damping)
+            for name in ("gate", "up")
+        }
+        spectra["down"] = output_spectrum([view.down for view in views], hessians)
+        choices = (0, *sorted(method.bits))
+        loss_NEB = torch.cat([spectra[n].losses(choices, method.group) for n in MATRIX_NAMES])
+        budget = method.mean_bits * len(MATRIX_NAMES) * block.num_experts
+        shared = block.d_model * dtype.itemsize * 8
+        costs = [direction_bits(bits, block.d_ff, method.group) for bits in choices]
+        place_NE = choose_bits(loss_NEB, costs, shared, budget * block.d_model * block.d_ff)
+        bits_NE = torch.tensor(choices, device=place_NE.device)[place_NE]
+        parts = dict(zip(MATRIX_NAMES, bits_NE.chunk(len(MATRIX_NAMES)), strict=True))
+        module = SpectralExperts(
+            {
+                name: packed_matrix(name, spectra[name], bits_KE, method.group, dtype)
+                for name, bits_KE in parts.items()
+            },
+            activation_of(block.experts),
+        )
+        self._details = {
+            "rank": {name: module.rank(name) for name in MATRIX_NAMES},
+            "directions_by_bits": {
+                str(bits): int((bits_NE == bits).sum()) for bits in choices if bits
+            },
+        }
+        shapes = [linear.shape for linear in module.linears()]
+        beside = sum(shape.rows * (_VALUE_BITS + _INDEX_BITS) for shape in shapes)
+        beside += shared * sum(module.rank(name) for name in MATRIX_NAMES)
+        return PackedBlock(module, shapes, beside)
+
+
+def smoothed(experts: Sequence[ExpertHessians], tokens: int) -> list[ExpertHessians]:
+    """Add `tokens` mean tokens to each expert's Gram matrices, float64.
+
+    An expert that no token reached would otherwise be worth no bit.
+    """
+    count = max(1, sum(expert.inputs.tokens for expert in experts))
+    mean_DD = sum(expert.inputs.total.double() for expert in experts) / count
+    energy = sum(float(expert.hidden.total.trace()) for expert in experts) / count
+    found = []
+    for expert in experts:
+        hidden_FF = expert.hidden.total.double()
+        hidden_FF.diagonal().add_(tokens * energy / max(1, len(hidden_FF)))
+        inputs = replace(expert.inputs, total=expert.inputs.total.double() + tokens * mean_DD)
+        found.append(ExpertHessians(inputs, replace(expert.hidden, total=hidden_FF)))
+    return found
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """One matrix of all experts: rows of a basis [K, D], and each expert's factor [E, K, F].
+
+    `energy_EK` is what the block's outputs of this matrix lose without a direction, and `noise_EK`
+    what they lose for each unit of squared error of the direction's values; both are sums over the
+    calibration tokens.
+    """
+
+    basis_KD: Tensor
+    factor_EKF: Tensor
+    energy_EK: Tensor
+    noise_EK: Tensor
+
+    def directions(self) -> tuple[Tensor, Tensor]:
+        """Return the factors with directions of length 1, [E, K, F], and their lengths, [E, K].
+
+        The lengths are the experts' singular values. Directions of length 0 stay 0.
+        """
+        norm_EK = torch.linalg.vector_norm(self.factor_EKF, dim=2)
+        return self.factor_EKF / torch.where(norm_EK > 0, norm_EK, 1)[..., None], norm_EK
+
+    def losses(self, choices: Sequence[int], group: int) -> Tensor:
+        """Return the loss of every direction at every choice of bits, [K, E, B].
+
+        It is relative to the energy of the matrix, so that gate, up and down weigh the same.
+        """
+        unit_EKF, norm_EK = self.directions()
+        scale_EK = norm_EK.square() * self.noise_EK
+        losses = []
+        for bits in choices:
+            if not bits:
+                losses.append(self.energy_EK)
+                continue
+            rounded_EKF = rounded_directions(unit_EKF, bits, group)
+            losses.append(scale_EK * (unit_EKF - rounded_EKF).square().sum(2))
+        total = self.energy_EK.sum().clamp(min=torch.finfo(torch.float64).tiny)
+        return torch.stack(losses, dim=-1).transpose(0, 1) / total
+
+
+def input_spectrum(
+    weights: Sequence[Tensor], hessians: Sequence[ExpertHessians], damping: float
+) -> Spectrum:
+    """Decompose gate or up matrices [F, D] with a basis of the input side.
+
+    With the inputs' Gram matrix C = L Lᵀ over all experts, damped by a share of its mean diagonal,
+    it is the singular value decomposition of the experts' rows times L: Σ_e W_eᵀ W_e in the metric
+    of C. W_e = (W_e L Q) (Qᵀ L⁻¹).
+    """
+    total_DD = torch.stack([h.inputs.total for h in hessians]).sum(0)
+    mean = float(total_DD.diagonal().mean()) or 1.0
+    total_DD.diagonal().add_(damping * mean)
+    lower_DD = torch.linalg.cholesky(total_DD)
+    square_DD = sum((w.double().T @ w.double() for w in weights), torch.zeros_like(total_DD))
+    _, vector_DK = torch.linalg.eigh(lower_DD.T @ square_DD @ lower_DD)
+    vector_DK = vector_DK.flip(1)
+    basis_KD = torch.linalg.solve_triangular(lower_DD.T, vector_DK, upper=True).T
+    length_K = basis_KD.norm(dim=1)
+    basis_KD = basis_KD / length_K[:, None]
+    turn_DK = lower_DD @ vector_DK * length_K
+    factor_EKF = torch.stack([(w.double() @ turn_DK).T for w in weights])
+    noise_EK = torch.stack([(basis_KD @ h.inputs.total * basis_KD).sum(1) for h in hessians])
+    return Spectrum(basis_KD, factor_EKF, factor_EKF.square().sum(2) * noise_EK, noise_EK)
+
+
+def output_spectrum(weights: Sequence[Tensor], hessians: Sequence[ExpertHessians]) -> Spectrum:
+    """Decompose down matrices [D, F] with a basis of the output side.
+
+    Its directions are the eigenvectors of Σ_e W_e H_e W_eᵀ, the Gram matrix of the experts'
+    outputs. W_e = U (Uᵀ W_e).
+    """
+    hidden_EFF = torch.stack([h.hidden.total for h in hessians])
+    weight_EDF = torch.stack([w.double() for w in weights])
+    output_DD = (weight_EDF @ hidden_EFF @ weight_EDF.mT).sum(0)
+    _, basis_DK = torch.linalg.eigh(output_DD)
+    basis_KD = basis_DK.flip(1).T
+    factor_EKF = basis_KD @ weight_EDF
+    energy_EK = (factor_EKF @ hidden_EFF * factor_EKF).sum(2)
+    # Rounding errors are taken as independent of the hidden states' directions.
+    trace_E = hidden_EFF.diagonal(dim1=1, dim2=2).mean(1)
+    return Spectrum(basis_KD, factor_EKF, energy_EK, trace_E[:, None].expand_as(energy_EK))
+
+
+def quantize_directions(unit_KF: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """Return signed codes [K, F] and scales [K, G] by the release's quantizer.
+
+    1 bit: the sign times the mean magnitude. 2 to 4 bits: codes and least-squares scale in turn,
+    from the mean magnitude on. More: the largest magnitude at the largest code.
+    """
+    codes, scales = [], []
+    for x_Kg in unit_KF.split(group, dim=1):
+        code_Kg, scale_K1 = _quantize_group(x_Kg, bits)
+        codes.append(code_Kg)
+        scales.append(scale_K1)
+    return torch.cat(codes, 1), torch.cat(scales, 1)
+
+
+def _quantize_group(x_Kg: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    tiny = 1e-8
+    top = 2 ** (bits - 1) - 1
+    scale_K1 = x_Kg.abs().mean(1, keepdim=True).clamp(min=tiny)
+    if bits == 1:
+        return torch.where(x_Kg < 0, -1.0, 1.0).to(x_Kg), scale_K1
+    if bits > 4:
+        scale_K1 = (x_Kg.abs().amax(1, keepdim=True) / top).clamp(min=tiny)
+        return (x_Kg / scale_K1).round().clamp(-top - 1, top), scale_K1
+    code_Kg = x_Kg
+    for _ in range(ALTERNATIONS):
+        code_Kg = (x_Kg / scale_K1).round().clamp(-top - 1, top)
+        fit_K1 = (x_Kg * code_Kg).mean(1, keepdim=True)
+        scale_K1 = (fit_K1 / (code_Kg.square().mean(1, keepdim=True) + tiny)).clamp(min=tiny)
+    return code_Kg, scale_K1
+
+
+def rounded_directions(unit_EKF: Tensor, bits: int, group: int) -> Tensor:
+    """Return the values that the codes of directions stand for, [E, K, F], float64."""
+    code_NF, scale_NG = quantize_directions(unit_EKF.flatten(0, 1).float(), bits, group)
+    width_G = torch.tensor([part.shape[1] for part in code_NF.split(group, dim=1)])
+    scale_NF = scale_NG.half().double().repeat_interleave(width_G.to(code_NF.device), dim=1)
+    return (code_NF.double() * scale_NF).view_as(unit_EKF)
+
+
+def direction_bits(bits: int, width: int, group: int) -> int:
+    """Return the bits that a direction takes in one expert: codes, scales, value and index."""
+    if not bits:
+        return 0
+    return width * bits + -(-width // group) * _SCALE_BITS + _VALUE_BITS + _INDEX_BITS
+
+
+def choose_bits(loss_NEB: Tensor, costs: Sequence[int], shared: float, budget: float) -> Tensor:
+    """Return the place of the choice of every direction in every expert, int64 [N, E].
+
+    A direction that any expert stores costs `shared` besides, for its row of the basis. The choice
+    minimises loss + λ · cost, for the least λ whose cost is within the budget. It is thus optimal
+    among all choices that cost as much (Everett 1963), and at most one direction short of the
+    optimum for the budget. The first choice of bits is none.
+    """
+    cost_B = torch.tensor(costs, dtype=torch.float64, device=loss_NEB.device)
+
+    def chosen(multiplier: float) -> tuple[Tensor, float]:
+        best_NE, place_NE = (loss_NEB + multiplier * cost_B).min(2)
+        paid_N = best_NE.sum(1) + multiplier * shared
+        place_NE = place_NE * (paid_N < loss_NEB[..., 0].sum(1))[:, None]
+        stored_N = place_NE.any(1)
+        return place_NE, float(cost_B[place_NE].sum() + shared * stored_N.sum())
+
+    found, cost = chosen(0.0)
+    if cost <= budget:
+        return found
+    low, high = 0.0, 1.0
+    while chosen(high)[1] > budget:
+        low, high = high, 2 * high
+    # Losses may be many orders of magnitude below one per bit.
+    while high > torch.finfo(torch.float64).tiny and chosen(high / 2)[1] <= budget:
+        high /= 2
+    low = max(low, high / 2)
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if chosen(middle)[1] <= budget else (middle, high)
+    return chosen(high)[0]
+
+
+@dataclass(frozen=True)
+class SpectralMatrix:
+    """One packed matrix of all experts: the basis [K, D], and by expert its factor [k, F].
+
+    `values` are singular values [k] and `places` the rows of the basis [k], most bits first.
+    """
+
+    basis_KD: Tensor
+    factors: Sequence[PackedLinear]
+    values: Sequence[Tensor]
+    places: Sequence[Tensor]
+
+
+def packed_matrix(
+    name: str, spectrum: Spectrum, bits_KE: Tensor, group: int, dtype: torch.dtype
+) -> SpectralMatrix:
+    """Pack the factors of every expert; rows of the basis that no expert uses are left out."""
+    used_K = bits_KE.any(1)
+    row_K = used_K.cumsum(0) - 1
+    unit_EKF, norm_EK = spectrum.directions()
+    factors, values, places = [], [], []
+    for expert, bits_K in enumerate(bits_KE.T):
+        # Stable: among equal bits, the strongest direction first.
+        order_k = bits_K.argsort(descending=True, stable=True)[: int((bits_K > 0).sum())]
+        bits_k = bits_K[order_k].tolist()
+        levels = [Level(bits, len(list(run))) for bits, run in groupby(bits_k)]
+        shape = factor_shape(name, levels, unit_EKF.shape[2], group)
+        factors.append(_packed_factor(unit_EKF[expert][order_k].float(), shape, dtype))
+        values.append(norm_EK[expert][order_k].half())
+        places.append(row_K[order_k].to(torch.int16))
+    if not all(bool(value_k.isfinite().all()) for value_k in values):
+        raise UserError("cannot store singular values above 65504: the weights are not finite")
+    return SpectralMatrix(spectrum.basis_KD[used_K].to(dtype), factors, values, places)
+
+
+def factor_shape(name: str, levels: Sequence[Level], width: int, group: int) -> PackedShape:
+    """Return how an expert's factor [k, F] is packed; those of gate and up lead to its F values."""
+    rows = sum(level.size for level in levels)
+    enters = name != "down"
+    return PackedShape(rows, width, tuple(levels), group=group, grid="symmetric", transposed=enters)
+
+
+def _packed_factor(unit_kF: Tensor, shape: PackedShape, dtype: torch.dtype) -> PackedLinear:
+    packed = PackedLinear(shape, dtype, device=unit_kF.device)
+    codes = [unit_kF.new_zeros(0, shape.columns)]
+    scales = [unit_kF.new_zeros(0, len(shape.groups()))]
+    for block in shape.blocks():
+        code_rF, scale_rG = quantize_directions(unit_kF[block.rows], block.bits, shape.group)
+        # One bit is the code 0 or 1 of a grid about 0: half a step to either side.
+        codes.append((code_rF + 1) / 2 if block.bits == 1 else code_rF + 2 ** (block.bits - 1))
+        scales.append(2 * scale_rG if block.bits == 1 else scale_rG)
+    scale_kG = torch.cat(scales).half()
+    packed.store(torch.cat(codes).to(torch.uint8), scale_kG, torch.zeros_like(scale_kG))
+    return packed
+
+
+class SpectralExpert(nn.Module):
+    """One expert, from coefficients in the bases of gate and up to those in the basis of down."""
+
+    def __init__(self, matrices: Mapping[str, SpectralMatrix], expert: int) -> None:
+        super().__init__()
+        for name in MATRIX_NAMES:
+            self.add_module(name, matrices[name].factors[expert])
+            self.register_buffer(f"{name}_value", matrices[name].values[expert])
+            self.register_buffer(f"{name}_place", matrices[name].places[expert])
+
+    def forward(self, gate_SK: Tensor, up_SK: Tensor, rank: int, act: Activation) -> Tensor:
+        """Return the output's coefficients, [S, rank]."""
+        hidden_SF = act(self._enter("gate", gate_SK)) * self._enter("up", up_SK)
+        value_k, place_k = self._directions("down", hidden_SF)
+        output_SK = hidden_SF.new_zeros(len(hidden_SF), rank)
+        return output_SK.index_add(1, place_k, self.get_submodule("down")(hidden_SF) * value_k)
+
+    def _enter(self, name: str, x_SK: Tensor) -> Tensor:
+        value_k, place_k = self._directions(name, x_SK)
+        return cast(Tensor, self.get_submodule(name)(x_SK[:, place_k] * value_k))
+
+    def _directions(self, name: str, like: Tensor) -> tuple[Tensor, Tensor]:
+        value_k, place_k = self.get_buffer(f"{name}_value"), self.get_buffer(f"{name}_place")
+        return value_k.to(like.dtype), place_k.long()
+
+
+class SpectralExperts(ReplacedModule):
+    """Routed experts y = Σ_e A_e · Wdown_e (act(Wgate_e x) ⊙ Wup_e x) as factors of shared bases.
+
+    Each basis is applied once per token, not once per chosen expert.
+    """
+
+    def __init__(self, matrices: Mapping[str, SpectralMatrix], act_fn: Activation) -> None:
+        super().__init__()
+        self.act_fn = act_fn
+        self.num_experts = len(matrices["gate"].factors)
+        for name in MATRIX_NAMES:
+            basis_KD = nn.Parameter(matrices[name].basis_KD.contiguous(), requires_grad=False)
+            self.register_parameter(f"{name}_basis", basis_KD)
+        self.factors = nn.ModuleList(
+            SpectralExpert(matrices, expert) for expert in range(self.num_experts)
+        )
+
+    def rank(self, name: str) -> int:
+        """Return the number of directions in the basis of gate, up or down."""
+        return len(self.basis(name))
+
+    def basis(self, name: str) -> nn.Parameter:
+        """Return the basis of gate, up or down, [K, D]."""
+        return self.get_parameter(f"{name}_basis")
+
+    def linears(self) -> list[PackedLinear]:
+        """Return the factors of all experts."""
+        return [part for part in self.modules() if isinstance(part, PackedLinear)]
+
+    def routed_parameters(self) -> tuple[int, int]:
+        """Return (weights of all factors, E); the bases belong to no single expert."""
+        return sum(part.numel for part in self.linears()), self.num_experts
+
+    def spec(self) -> ModuleSpec:
+        """Return ranks, widths, and the bits of every expert's directions."""
+        (first, *_) = self.linears()
+        return {
+            "d_model": self.basis("gate").shape[1],
+            "width": first.shape.columns,
+            "group": first.shape.group,
+            "rank": {name: self.rank(name) for name in MATRIX_NAMES},
+            "levels": {
+                name: [
+                    [
+                        list(level)
+                        for level in cast(PackedLinear, part.get_submodule(name)).shape.levels
+                    ]
+                    for part in self.factors
+                ]
+                for name in MATRIX_NAMES
+            },
+        }
+
+    @classmethod
+    def from_spec(cls, spec: ModuleSpec, original: nn.Module) -> Self:
+        """Build with zeros, on the current default device and in the default dtype."""
+        matrices = {}
+        for name in MATRIX_NAMES:
+            basis_KD = torch.zeros(int(spec["rank"][name]), int(spec["d_model"]))
+            shapes = [
+                factor_shape(
+                    name,
+                    [Level(*level) for level in levels],
+                    int(spec["width"]),
+                    int(spec["group"]),
+                )
+                for levels in spec["levels"][name]
+            ]
+            factors = [PackedLinear(shape, basis_KD.dtype) for shape in shapes]
+            values = [torch.zeros(shape.rows, dtype=torch.float16) for shape in shapes]
+            places = [torch.zeros(shape.rows, dtype=torch.int16) for shape in shapes]
+            matrices[name] = SpectralMatrix(basis_KD, factors, values, places)
+        return cls(matrices, activation_of(original))
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Return the weighted sum of each token's experts, [T, D]."""
+        x_TD, weight_S = hidden_states, top_k_weights.flatten()
+        gate_TK, up_TK = linear(x_TD, self.basis("gate")), linear(x_TD, self.basis("up"))
+        rank = self.rank("down")
+        # Summed in float32, so that the order of the experts does not show in half precision.
+        sum_TK = x_TD.new_zeros(len(x_TD), rank, dtype=torch.float32)
+        for expert, slot_S in enumerate(slots_per_expert(top_k_index, self.num_experts)):
+            if not len(slot_S):
+                continue
+            token_S = slot_S // top_k_index.shape[1]
+            own_SK = self.factors[expert](gate_TK[token_S], up_TK[token_S], rank, self.act_fn)
+            sum_TK.index_add_(0, token_S, (own_SK * weight_S[slot_S, None]).float())
+        return sum_TK.to(x_TD.dtype) @ self.basis("down")
