@@ -48,7 +48,7 @@ FORM_OF_CLASS = {
     "RaggedExperts": "ragged",
     "SharedBaseExperts": "shared_base",
     "NoviceExperts": "novices",
-    "SpectralExperts": "spectral",
+    "SpectralExperts": "packed",
 }
 """Forms of weights, as methods name them, by replaced module; a masked router's are plain."""
 

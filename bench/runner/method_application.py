@@ -258,7 +258,6 @@ FORM_WORDS = {
     "packed": "quantized already",
     "shared_base": "differences from a shared base",
     "novices": "constants in place of experts",
-    "spectral": "packed factors of a shared basis",
     "prequantized": "quantized in the checkpoint",
 }
 

@@ -60,11 +60,6 @@ class BitsMoeStyle(MoEQuantization):
     mean_bits: float = Field(default=2.5, gt=0, allow_inf_nan=False)
 
     @property
-    def leaves(self) -> WeightForm:
-        """Routed experts become factors of a basis."""
-        return "spectral"
-
-    @property
     def bit_widths(self) -> set[int]:
         """All bit widths outside the experts: these alone have a `grid` to choose."""
         return {self.attention_bits, self.shared_bits, self.dense_bits, self.head_bits}
@@ -423,7 +418,7 @@ class SpectralExpert(nn.Module):
         return cast(Tensor, self.get_submodule(name)(x_SK[:, place_k] * value_k))
 
     def _directions(self, name: str, like: Tensor) -> tuple[Tensor, Tensor]:
-        value_k, place_k = self.get_buffer(f"{name}_value"), self.get_buffer(f"{name}_place")
+        value_k, place_k = getattr(self, f"{name}_value"), getattr(self, f"{name}_place")
         return value_k.to(like.dtype), place_k.long()
 
 
@@ -448,9 +443,10 @@ class SpectralExperts(ReplacedModule):
         """Return the number of directions in the basis of gate, up or down."""
         return len(self.basis(name))
 
-    def basis(self, name: str) -> nn.Parameter:
+    def basis(self, name: str) -> Tensor:
         """Return the basis of gate, up or down, [K, D]."""
-        return self.get_parameter(f"{name}_basis")
+        # Not `get_parameter`: where FLOPs are counted, other tensors stand for the parameters.
+        return cast(Tensor, getattr(self, f"{name}_basis"))
 
     def linears(self) -> list[PackedLinear]:
         """Return the factors of all experts."""

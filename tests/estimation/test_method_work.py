@@ -50,7 +50,7 @@ from tests.models.tiny_networks import build, llama, tokens
 ROWS = tokens(rows=4)
 ON_EXPERTS = (
     "camera_p", "camera_loss_aware", "heapr", "naee", "d2_moe", "gptq", "camera_q",
-    "expert_frequency", "reap", "mone", "mc", "wgsef_layerwise", "wgsef_finetune",
+    "expert_frequency", "reap", "mone", "mc", "bitsmoe_style", "wgsef_layerwise", "wgsef_finetune",
 )  # fmt: skip
 ON_DENSE = (
     "wanda", "sparsegpt", "llm_pruner", "flap", "shortgpt", "gptq", "camera_p", "wgsef_neurons",
@@ -63,6 +63,7 @@ KNOBS = {
     "awq": ["method.awq.group=4"],
     "camera_q": ["method.camera_q.group=4"],
     "mc": ["method.mc.group=4"],
+    "bitsmoe_style": ["method.bitsmoe_style.group=4", "method.bitsmoe_style.mean_bits=8"],
     "wgsef_finetune": [
         "ratio=0.4",
         "method.wgsef_finetune.steps=3",

@@ -111,7 +111,7 @@ def test_a_method_for_images_needs_a_model_that_sees(tmp_path):
         check_run(config_of("wgsef_visual_heads", f"results_dir={tmp_path}"), Session())
 
 
-FIRST = ["rtn", "d2_moe", "camera_p", "naee", "wgsef_heads"]
+FIRST = ["rtn", "d2_moe", "bitsmoe_style", "camera_p", "naee", "wgsef_heads"]
 SECOND = ["gptq", "d2_moe", "magnitude", "naee", "wgsef_heads", "flap", "shortgpt", "reap"]
 
 
@@ -137,6 +137,7 @@ def test_what_is_declared_is_what_is_left(micro_moe):
         "rtn": "packed",
         "d2_moe": "shared_base",
         "mone": "novices",
+        "bitsmoe_style": "packed",
         "camera_p": "ragged",
     }.items():
         (method,) = config_of(name).method.values()

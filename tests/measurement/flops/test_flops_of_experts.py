@@ -20,6 +20,7 @@ from bench.models.structure.model_structure import inspect_model
 from bench.schema import ModelConfig
 from methods.baselines.d2_moe.method import D2Moe
 from methods.camera.pruning import CameraP
+from methods.quantization.spectral import BitsMoeStyle
 from methods.quantization.uniform import Gptq
 from tests.measurement.flops.agreement import agree
 from tests.models.tiny_networks import ARCHITECTURES, build, llama, tokens
@@ -146,7 +147,8 @@ def test_a_dense_decoder():
 @pytest.mark.broad
 def test_packed_weights_and_shared_bases():
     context = Context(0, Calibration(tokens(rows=3), "calibration"))
-    for method in (D2Moe(ratio=0.5), Gptq(bits=4, group=8, min_tokens=4)):
+    spectral = BitsMoeStyle(mean_bits=8, group=4)
+    for method in (D2Moe(ratio=0.5), Gptq(bits=4, group=8, min_tokens=4), spectral):
         model = loaded(build("qwen2_moe"))
         method.apply(model, context)
         both_agree(model.network)
