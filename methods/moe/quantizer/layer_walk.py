@@ -136,8 +136,8 @@ class Quantizer:
         before = self.rounder.counts.copy()
         shapes, beside = self._pack(block, planner, observed)
         # Bits are relative to the weights before: removed micro-experts count as 0 bits.
-        here = BitCount()
-        for tally in (here, self.bit_counts.setdefault("experts", BitCount())):
+        block_count = BitCount()
+        for tally in (block_count, self.bit_counts.setdefault("experts", BitCount())):
             tally.add(matrix_weights(block), shapes, beside)
         return {
             "layer": block.layer,
