@@ -182,7 +182,7 @@ def test_a_real_file_system_that_fills_up_stops_the_run_which_goes_on(failing, s
         while True:
             file.write(bytes(2**16))
             file.flush()
-    os.truncate(ballast, ballast.stat().st_size - 40 * 1024)
+    os.truncate(ballast, ballast.stat().st_size - 16 * 1024)
     code, said = run(results, *RUN)
     assert code == 75, said
     assert "No space left on device" in said and "Traceback" not in said
