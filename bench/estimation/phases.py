@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from bench.estimation.layer_timing import StepFigures
     from bench.estimation.network import NetworkWork
     from bench.estimation.tasks import TaskDemand
-    from bench.method import Method, RepeatedStep
+    from bench.method import Method, MethodWork, RepeatedStep
     from bench.models.structure.model_structure import ModelStructure
 
 OFFLOADED = ("offload_cpu", "offload_disk")
@@ -77,6 +78,20 @@ class Subject:
     counting_seconds: float | None = None
     collecting_seconds: float = 0.0
     figures: Callable[[RepeatedStep], StepFigures | None] = lambda _: None
+
+    @cached_property
+    def declared(self) -> dict[str, MethodWork]:
+        """What each method says that it takes; some walk the whole network to find out."""
+        return {
+            name: method.work(self.structure, _inputs(self, method))
+            for name, method in self.config.method.items()
+        }
+
+    @cached_property
+    def steps_per_call(self) -> list[tuple[RepeatedStep, Work]]:
+        """The steps that forwards of the changed network take besides, with the work of each."""
+        steps = [step for work in self.declared.values() for step in work.per_call]
+        return [(step, _step(self, step)) for step in steps]
 
     @property
     def map(self) -> str | None:
@@ -149,7 +164,7 @@ def _method(subject: Subject, name: str, method: Method) -> Phase:
         return _training(subject, name, method)
     network, inputs = subject.network, _inputs(subject, method)
     tokens = inputs.tokens
-    cost, batch = method.work(subject.structure, inputs), inputs.batch
+    cost, batch = subject.declared[name], inputs.batch
     one, seen = (_pass(subject, inputs, inputs.rows, batch, observed=o) for o in (False, True))
     images = _encoding(subject, inputs.rows if method.uses_prompts else 0)
     given = one + images
@@ -194,10 +209,9 @@ def _step(subject: Subject, step: RepeatedStep) -> Work:
 def _added_per_call(subject: Subject, tokens: float) -> Work:
     """Return what a forward of that many tokens takes more in the network that methods changed."""
     added = Work()
-    for method in subject.config.method.values():
-        for step in method.work(subject.structure, _inputs(subject, method)).per_call:
-            share = subject.network.met_share(tokens) if step.routed else 1.0
-            added += _step(subject, step) * (step.times * share)
+    for step, work in subject.steps_per_call:
+        share = subject.network.met_share(tokens) if step.routed else 1.0
+        added += work * (step.times * share)
     return added
 
 
@@ -234,32 +248,30 @@ def _encoding(subject: Subject, images: float) -> Work:
 def _training(subject: Subject, name: str, method: Method) -> Phase:
     recipe: Any = getattr(method, "recipe")  # noqa: B009  # only some methods have one
     steps = subject.training_images // recipe.batch * recipe.epochs
-    step = subject.network.training(recipe.batch, 1)
-    step += Work(
-        operators=float(_OPTIMIZER_OPERATORS * subject.tensors),
-        moved=8 * subject.network.stored,
-    )
-    figures = _training_figures(subject, method)
+    scored = sum(demand.documents for demand in subject.tasks)
+    figures = _training_figures(subject, name, recipe.batch)
     if figures is not None:
         step = Work(timed=figures.seconds)
+        memory = subject.copies * subject.weights + figures.peak_bytes
+    else:
+        step = subject.network.training(recipe.batch, 1)
+        step += Work(
+            operators=float(_OPTIMIZER_OPERATORS * subject.tensors),
+            moved=8 * subject.network.stored,
+        )
+        memory = _training_memory(subject, method, scored)
     # After each epoch the held-out images are scored, and the state is saved.
-    scored = sum(demand.documents for demand in subject.tasks)
     epoch = subject.network.forward(scored, ceil(scored / SCORED_AT_ONCE))
     epoch += Work(moved=4 * subject.network.stored)
     whole = step * steps + epoch * recipe.epochs
-    if figures is not None:
-        memory = subject.copies * subject.weights + figures.peak_bytes
-    else:
-        memory = _training_memory(subject, method, scored)
     return Phase(f"applying {name}", "apply", whole, whole, memory, {"train": whole})
 
 
-def _training_figures(subject: Subject, method: Method) -> StepFigures | None:
+def _training_figures(subject: Subject, name: str, batch: int) -> StepFigures | None:
     """Return what a training step of a classifier took, if the method has one that can be tried."""
-    recipe: Any = getattr(method, "recipe")  # noqa: B009  # only some methods have one
-    steps = method.work(subject.structure, InputSize()).steps
+    steps = subject.declared[name].steps
     # FLOPs of the network are known here, and decide whether the step is too large to try.
-    flops = 3 * recipe.batch * subject.network.matrix
+    flops = 3 * batch * subject.network.matrix
     return subject.figures(replace(steps[0], flops=flops)) if steps else None
 
 
