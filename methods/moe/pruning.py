@@ -111,6 +111,16 @@ def require_usual_experts(blocks: Sequence[MoEBlock], method: str) -> None:
             )
 
 
+def require_equal_widths(blocks: Sequence[MoEBlock], method: str) -> None:
+    """Raise if the experts of a block differ in width."""
+    for block in blocks:
+        if len(set(block.widths)) > 1:
+            raise UserError(
+                f"the experts of {block.name} have different widths, but {method} needs equal "
+                "ones: apply it to the unpruned model"
+            )
+
+
 def require_micro_experts(structure: ModelStructure, method: str) -> tuple[MoEBlock, ...]:
     """Return the MoE blocks, or the feed-forwards of a dense decoder; raise if there are none."""
     if not structure.layers:

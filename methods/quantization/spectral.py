@@ -34,15 +34,16 @@ from bench.models.structure.expert_view import Activation, activation_of, slots_
 from bench.models.structure.model_structure import ModelStructure
 from bench.models.structure.moe_block import MoEBlock
 from methods.moe.calibration import NullObserver
+from methods.moe.pruning import require_equal_widths
+from methods.moe.quantizer.bit_budget import choose_bits_of_directions
+from methods.moe.quantizer.expert_plan import matrix_weights
+from methods.moe.quantizer.grid import ALTERNATIONS, quantize_signed
 from methods.moe.quantizer.method import BitChoices, MoEQuantization
 from methods.moe.quantizer.observers import BlockHessians, BlockPacker, PackedBlock
 from methods.moe.quantizer.rounding import ExpertHessians
 
 MATRIX_NAMES = ("gate", "up", "down")
-ALTERNATIONS = 50
-"""Rounds of codes and scale by which a release's grid of 2 to 4 bits is fitted."""
 _VALUE_BITS, _INDEX_BITS, _SCALE_BITS = 16, 16, 16
-_BISECTIONS = 60
 
 
 class BitsMoeStyle(MoEQuantization):
@@ -72,12 +73,7 @@ class BitsMoeStyle(MoEQuantization):
                 "none: use gptq or camera_q"
             )
         super().check(structure)
-        for block in structure.moe:
-            if len(set(block.widths)) > 1:
-                raise UserError(
-                    f"the experts of {block.name} have different widths and cannot share a basis: "
-                    "apply bitsmoe_style to the unpruned model"
-                )
+        require_equal_widths(structure.moe, "bitsmoe_style")
 
     def blocks(self, structure: ModelStructure) -> tuple[MoEBlock, ...]:
         """Return the blocks with experts."""
@@ -96,9 +92,8 @@ class BitsMoeStyle(MoEQuantization):
             grams = block.d_model**2 + block.d_ff**2
             flops += 2 * inputs.tokens * block.top_k * grams
             flops += 2 * 9 * len(MATRIX_NAMES) * block.d_model**3
-            weights = len(MATRIX_NAMES) * block.num_experts * block.d_model * block.d_ff
             fitted = sum(bits in (2, 3, 4) for bits in self.bits)
-            elements += weights * (10 * ALTERNATIONS * fitted + 10 * len(self.bits))
+            elements += matrix_weights(block) * (10 * ALTERNATIONS * fitted + 10 * len(self.bits))
         steps = self.rounding_steps(outside) if self.rounding == "gptq" else ()
         return replace(walk, flops=walk.flops + flops, elements=elements, steps=steps)
 
@@ -136,11 +131,11 @@ class SpectralPlanner(NullObserver):
         spectra["down"] = output_spectrum([view.down for view in views], hessians)
         choices = (0, *sorted(method.bits))
         loss_NEB = torch.cat([spectra[n].losses(choices, method.group) for n in MATRIX_NAMES])
-        budget = method.mean_bits * len(MATRIX_NAMES) * block.num_experts
         shared = block.d_model * dtype.itemsize * 8
         costs = [direction_bits(bits, block.d_ff, method.group) for bits in choices]
-        place_NE = choose_bits(loss_NEB, costs, shared, budget * block.d_model * block.d_ff)
-        bits_NE = torch.tensor(choices, device=place_NE.device)[place_NE]
+        budget = method.mean_bits * matrix_weights(block)
+        choice_NE = choose_bits_of_directions(loss_NEB, costs, shared, budget)
+        bits_NE = torch.tensor(choices, device=choice_NE.device)[choice_NE]
         parts = dict(zip(MATRIX_NAMES, bits_NE.chunk(len(MATRIX_NAMES)), strict=True))
         module = SpectralExperts(
             {
@@ -261,40 +256,9 @@ def output_spectrum(weights: Sequence[Tensor], hessians: Sequence[ExpertHessians
     return Spectrum(basis_KD, factor_EKF, energy_EK, trace_E[:, None].expand_as(energy_EK))
 
 
-def quantize_directions(unit_KF: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
-    """Return signed codes [K, F] and scales [K, G] by the release's quantizer.
-
-    1 bit: the sign times the mean magnitude. 2 to 4 bits: codes and least-squares scale in turn,
-    from the mean magnitude on. More: the largest magnitude at the largest code.
-    """
-    codes, scales = [], []
-    for x_Kg in unit_KF.split(group, dim=1):
-        code_Kg, scale_K1 = _quantize_group(x_Kg, bits)
-        codes.append(code_Kg)
-        scales.append(scale_K1)
-    return torch.cat(codes, 1), torch.cat(scales, 1)
-
-
-def _quantize_group(x_Kg: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    tiny = 1e-8
-    top = 2 ** (bits - 1) - 1
-    scale_K1 = x_Kg.abs().mean(1, keepdim=True).clamp(min=tiny)
-    if bits == 1:
-        return torch.where(x_Kg < 0, -1.0, 1.0).to(x_Kg), scale_K1
-    if bits > 4:
-        scale_K1 = (x_Kg.abs().amax(1, keepdim=True) / top).clamp(min=tiny)
-        return (x_Kg / scale_K1).round().clamp(-top - 1, top), scale_K1
-    code_Kg = x_Kg
-    for _ in range(ALTERNATIONS):
-        code_Kg = (x_Kg / scale_K1).round().clamp(-top - 1, top)
-        fit_K1 = (x_Kg * code_Kg).mean(1, keepdim=True)
-        scale_K1 = (fit_K1 / (code_Kg.square().mean(1, keepdim=True) + tiny)).clamp(min=tiny)
-    return code_Kg, scale_K1
-
-
 def rounded_directions(unit_EKF: Tensor, bits: int, group: int) -> Tensor:
     """Return the values that the codes of directions stand for, [E, K, F], float64."""
-    code_NF, scale_NG = quantize_directions(unit_EKF.flatten(0, 1).float(), bits, group)
+    code_NF, scale_NG = quantize_signed(unit_EKF.flatten(0, 1).float(), bits, group)
     width_G = torch.tensor([part.shape[1] for part in code_NF.split(group, dim=1)])
     scale_NF = scale_NG.half().double().repeat_interleave(width_G.to(code_NF.device), dim=1)
     return (code_NF.double() * scale_NF).view_as(unit_EKF)
@@ -305,39 +269,6 @@ def direction_bits(bits: int, width: int, group: int) -> int:
     if not bits:
         return 0
     return width * bits + -(-width // group) * _SCALE_BITS + _VALUE_BITS + _INDEX_BITS
-
-
-def choose_bits(loss_NEB: Tensor, costs: Sequence[int], shared: float, budget: float) -> Tensor:
-    """Return the place of the choice of every direction in every expert, int64 [N, E].
-
-    A direction that any expert stores costs `shared` besides, for its row of the basis. The choice
-    minimises loss + λ · cost, for the least λ whose cost is within the budget. It is thus optimal
-    among all choices that cost as much (Everett 1963), and at most one direction short of the
-    optimum for the budget. The first choice of bits is none.
-    """
-    cost_B = torch.tensor(costs, dtype=torch.float64, device=loss_NEB.device)
-
-    def chosen(multiplier: float) -> tuple[Tensor, float]:
-        best_NE, place_NE = (loss_NEB + multiplier * cost_B).min(2)
-        paid_N = best_NE.sum(1) + multiplier * shared
-        place_NE = place_NE * (paid_N < loss_NEB[..., 0].sum(1))[:, None]
-        stored_N = place_NE.any(1)
-        return place_NE, float(cost_B[place_NE].sum() + shared * stored_N.sum())
-
-    found, cost = chosen(0.0)
-    if cost <= budget:
-        return found
-    low, high = 0.0, 1.0
-    while chosen(high)[1] > budget:
-        low, high = high, 2 * high
-    # Losses may be many orders of magnitude below one per bit.
-    while high > torch.finfo(torch.float64).tiny and chosen(high / 2)[1] <= budget:
-        high /= 2
-    low = max(low, high / 2)
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if chosen(middle)[1] <= budget else (middle, high)
-    return chosen(high)[0]
 
 
 @dataclass(frozen=True)
@@ -387,7 +318,7 @@ def _packed_factor(unit_kF: Tensor, shape: PackedShape, dtype: torch.dtype) -> P
     codes = [unit_kF.new_zeros(0, shape.columns)]
     scales = [unit_kF.new_zeros(0, len(shape.groups()))]
     for block in shape.blocks():
-        code_rF, scale_rG = quantize_directions(unit_kF[block.rows], block.bits, shape.group)
+        code_rF, scale_rG = quantize_signed(unit_kF[block.rows], block.bits, shape.group)
         # One bit is the code 0 or 1 of a grid about 0: half a step to either side.
         codes.append((code_rF + 1) / 2 if block.bits == 1 else code_rF + 2 ** (block.bits - 1))
         scales.append(2 * scale_rG if block.bits == 1 else scale_rG)

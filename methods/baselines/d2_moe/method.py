@@ -44,6 +44,7 @@ from methods.moe.pruning import (
     LayerEntry,
     refuse_offloaded,
     require_calibration,
+    require_equal_widths,
     require_usual_experts,
 )
 
@@ -71,12 +72,8 @@ class D2Moe(CalibratedPruning):
         """Also refuse experts of different shapes, and a ratio that leaves no room for a base."""
         super().check(structure)
         require_usual_experts(structure.moe, "D2-MoE")
+        require_equal_widths(structure.moe, "D2-MoE")
         for block, budget in zip(structure.moe, self.budgets(structure), strict=True):
-            if len(set(block.widths)) > 1:
-                raise UserError(
-                    f"the experts of {block.name} have different widths and cannot be merged: "
-                    "apply D2-MoE to the unpruned model"
-                )
             if self._ranks(block, budget) is None:
                 raise UserError(
                     f"ratio={self.ratio} leaves {block.name} fewer weights than one of its "

@@ -18,7 +18,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from bench.errors import UserError
 from bench.method import Context, InputSize, MethodReport, MethodWork, WeightForm
 from bench.models.layer_stream import LayerStream
 from bench.models.model import Model
@@ -27,7 +26,12 @@ from bench.models.structure.moe_block import MoEBlock
 from bench.ui import Progress
 from methods.baselines.expert_removal import ExpertState, RemovedExperts, WholeExpertPruning
 from methods.baselines.naee.block_error import BlockErrorModel
-from methods.moe.pruning import LayerEntry, refuse_offloaded, require_calibration
+from methods.moe.pruning import (
+    LayerEntry,
+    refuse_offloaded,
+    require_calibration,
+    require_equal_widths,
+)
 
 
 @dataclass(frozen=True)
@@ -147,12 +151,7 @@ class Naee(WholeExpertPruning):
     def check(self, structure: ModelStructure) -> None:
         """Also refuse experts of different widths: subsets would differ in size."""
         super().check(structure)
-        for block in structure.moe:
-            if len(set(block.widths)) > 1:
-                raise UserError(
-                    f"the experts of {block.name} have different widths, but NAEE needs equal "
-                    "ones: apply it to the unpruned model"
-                )
+        require_equal_widths(structure.moe, "NAEE")
 
     def work(self, structure: ModelStructure, inputs: InputSize) -> MethodWork:
         """Return the passes, what every expert makes of the kept tokens, and the subsets' errors.

@@ -1,6 +1,6 @@
 """Bit budgets: divide parts among bit widths, choose bits under a budget, and count bits.
 
-Shapes: L levels of bits; I items, O options.
+Shapes: L levels of bits; I items, O options; N directions, E experts, B choices of bits.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from fractions import Fraction
 from itertools import chain
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from bench.errors import UserError
 from bench.models.bitpacking.packed_shape import PackedShape
@@ -135,6 +136,44 @@ def solve_multiple_choice_knapsack(
     # argmax instead of a comparison with 1: the solver returns floats that are integral up to a
     # tolerance.
     return np.asarray(found.x.reshape(items, options).argmax(1), dtype=np.int64)
+
+
+_BISECTIONS = 60
+
+
+def choose_bits_of_directions(
+    loss_NEB: Tensor, costs: Sequence[int], shared: float, budget: float
+) -> Tensor:
+    """Return the index of the choice of every direction in every expert, int64 [N, E].
+
+    A direction that any expert stores costs `shared` in addition, for its row of the basis. The
+    first choice stores nothing. The result minimises loss + λ · cost for the least λ whose cost is
+    within the budget, so no choice of the same cost loses less (Everett 1963). It solves in seconds
+    what has too many items for `solve_multiple_choice_knapsack`, and may leave as much of the
+    budget as a direction costs.
+    """
+    cost_B = torch.tensor(costs, dtype=torch.float64, device=loss_NEB.device)
+
+    def chosen(multiplier: float) -> tuple[Tensor, float]:
+        best_NE, choice_NE = (loss_NEB + multiplier * cost_B).min(2)
+        paid_N = best_NE.sum(1) + multiplier * shared
+        choice_NE = choice_NE * (paid_N < loss_NEB[..., 0].sum(1))[:, None]
+        return choice_NE, float(cost_B[choice_NE].sum() + shared * choice_NE.any(1).sum())
+
+    found, cost = chosen(0.0)
+    if cost <= budget:
+        return found
+    high = 1.0
+    while chosen(high)[1] > budget:
+        high *= 2
+    # Losses may be many orders of magnitude below one per bit.
+    while high > torch.finfo(torch.float64).tiny and chosen(high / 2)[1] <= budget:
+        high /= 2
+    low = high / 2
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if chosen(middle)[1] <= budget else (middle, high)
+    return chosen(high)[0]
 
 
 @dataclass

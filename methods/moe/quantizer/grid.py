@@ -27,6 +27,8 @@ Clip = Literal["minmax", "mse"]
 
 # Fractions of the range that clip="mse" tries, from 1.0 down to 0.3.
 CLIP_SHARES = tuple(step / 20 for step in range(20, 5, -1))
+ALTERNATIONS = 50
+"""Rounds in which BitsMoE fits codes of 2 to 4 bits and their scale in turn."""
 
 
 @dataclass(frozen=True)
@@ -247,3 +249,34 @@ class RoundedWeights:
 def column_groups(columns: int, group: int) -> list[slice]:
     """Return the columns in groups of `group`; the last one may be smaller."""
     return [slice(start, min(start + group, columns)) for start in range(0, columns, group)]
+
+
+def quantize_signed(weight_RC: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """Return signed codes [R, C] and scales [R, G] by BitsMoE's quantizer (its code @ 8b2b52d).
+
+    1 bit: the sign times the mean magnitude. 2 to 4 bits: codes and least-squares scale in turn,
+    from the mean magnitude on. More: the largest magnitude at the largest code.
+    """
+    codes, scales = [], []
+    for weight_Rc in weight_RC.split(group, dim=1):
+        code_Rc, scale_R1 = _quantize_signed_group(weight_Rc, bits)
+        codes.append(code_Rc)
+        scales.append(scale_R1)
+    return torch.cat(codes, 1), torch.cat(scales, 1)
+
+
+def _quantize_signed_group(weight_Rc: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    tiny = 1e-8
+    top = 2 ** (bits - 1) - 1
+    scale_R1 = weight_Rc.abs().mean(1, keepdim=True).clamp(min=tiny)
+    if bits == 1:
+        return torch.where(weight_Rc < 0, -1.0, 1.0).to(weight_Rc), scale_R1
+    if bits > 4:
+        scale_R1 = (weight_Rc.abs().amax(1, keepdim=True) / top).clamp(min=tiny)
+        return (weight_Rc / scale_R1).round().clamp(-top - 1, top), scale_R1
+    code_Rc = weight_Rc
+    for _ in range(ALTERNATIONS):
+        code_Rc = (weight_Rc / scale_R1).round().clamp(-top - 1, top)
+        fit_R1 = (weight_Rc * code_Rc).mean(1, keepdim=True)
+        scale_R1 = (fit_R1 / (code_Rc.square().mean(1, keepdim=True) + tiny)).clamp(min=tiny)
+    return code_Rc, scale_R1

@@ -15,6 +15,8 @@ from bench.models.loading import open_folder
 from bench.models.saving import save_model
 from bench.models.structure.model_structure import inspect_model
 from methods.camera.pruning import CameraP
+from methods.moe.quantizer import grid
+from methods.moe.quantizer.bit_budget import choose_bits_of_directions
 from methods.moe.quantizer.observers import BlockHessians
 from methods.quantization import spectral
 from methods.quantization.spectral import BitsMoeStyle, SpectralExperts
@@ -46,7 +48,7 @@ def released_quantizer(x, bits, rounds=50):
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8])
 def test_the_quantizer_is_the_released_one(bits):
     x_KF = torch.randn(3, 10, generator=torch.manual_seed(bits)).double()
-    code_KF, scale_KG = spectral.quantize_directions(x_KF, bits, 4)
+    code_KF, scale_KG = grid.quantize_signed(x_KF, bits, 4)
     assert scale_KG.shape == (3, 3)
     for row, x_F in enumerate(x_KF.tolist()):
         for group in range(3):
@@ -61,8 +63,8 @@ def test_no_alternation_makes_the_error_larger(bits, monkeypatch):
     x_KF = torch.randn(50, 16, generator=torch.manual_seed(0)).double()
     errors = []
     for rounds in range(1, 8):
-        monkeypatch.setattr(spectral, "ALTERNATIONS", rounds)
-        code_KF, scale_K1 = spectral.quantize_directions(x_KF, bits, 16)
+        monkeypatch.setattr(grid, "ALTERNATIONS", rounds)
+        code_KF, scale_K1 = grid.quantize_signed(x_KF, bits, 16)
         errors.append((x_KF - code_KF * scale_K1).square().sum(1))
     for before, after in pairwise(errors):
         assert bool((after <= before + 1e-9).all())
@@ -126,7 +128,7 @@ def test_no_choice_of_the_same_cost_loses_less(seed, budget, shared):
             for e, place in enumerate(row)
         )  # fmt: skip
 
-    found = spectral.choose_bits(loss_NEB, costs, shared, budget).tolist()
+    found = choose_bits_of_directions(loss_NEB, costs, shared, budget).tolist()
     assert price(found) <= budget
     rows = [(flat[:2], flat[2:4], flat[4:]) for flat in product(range(3), repeat=6)]
     best = min(loss(each) for each in rows if price(each) <= price(found))
