@@ -250,7 +250,7 @@ def row(**changes):
     ],
 )
 def test_what_counts_as_another_sample(old, said, monkeypatch):
-    monkeypatch.setattr("bench.cli.commands.verify._environment_changes", lambda record: [])
+    monkeypatch.setattr("bench.cli.commands.verify.environment_changes", lambda record: [])
     record = type("R", (), {"id": "x"})()
     verdict = _compare(record, [old], [row()], tolerance=1e-4)
     assert verdict.agrees == (said is None)
@@ -258,7 +258,7 @@ def test_what_counts_as_another_sample(old, said, monkeypatch):
 
 
 def test_nothing_to_compare_is_no_agreement(monkeypatch):
-    monkeypatch.setattr("bench.cli.commands.verify._environment_changes", lambda record: [])
+    monkeypatch.setattr("bench.cli.commands.verify.environment_changes", lambda record: [])
     assert not _compare(type("R", (), {"id": "x"})(), [], [], 1e-4).agrees
 
 

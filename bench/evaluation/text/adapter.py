@@ -239,7 +239,7 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
         longest, tokens = self._longest, len(context) + len(answer)
         reason = None if answer else EMPTY_ANSWER
         if len(answer) > longest:
-            reason = f"the answer alone is longer than the model's {longest} tokens"
+            reason = f"the answer alone is longer than the {longest} tokens that the model accepts"
         elif answer:
             # One token more than the network takes, because the last one is never an input.
             where, name = _place(request), self._model.name
