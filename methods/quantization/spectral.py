@@ -86,7 +86,7 @@ class BitsMoeStyle(MoEQuantization):
         Computations, section 8.3).
         """
         walk = super().work(structure, inputs)
-        outside = self.packed_shapes(structure, structure.moe, experts=False)
+        outside = self.packed_shapes(structure, structure.moe, routed=False)
         flops = elements = 0.0
         for block in structure.moe:
             grams = block.d_model**2 + block.d_ff**2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -41,7 +41,12 @@ from methods.moe.quantizer.layer_walk import (
     find_linears,
 )
 from methods.moe.quantizer.observers import BlockPacker, Planner
-from methods.moe.quantizer.rounding import Rounder, dequantization_step, rounding_step
+from methods.moe.quantizer.rounding import (
+    Rounder,
+    dequantization_step,
+    packed_expert_step,
+    rounding_step,
+)
 
 BitWidth = Annotated[int, Field(ge=1, le=8)]
 
@@ -137,10 +142,7 @@ class MoEQuantization(Method):
             forwards=2.0 * self.uses_calibration,
             observed=1.0 * self.uses_calibration,
             readings=2.0,
-            per_call=tuple(
-                dequantization_step(shape, count, routed=chosen < 1)
-                for (shape, chosen), count in packed.items()
-            ),
+            per_call=tuple(self._steps_per_call(structure, blocks)),
         )
         if not self.uses_calibration or self.rounding == "rtn":
             return walk
@@ -156,6 +158,20 @@ class MoEQuantization(Method):
             memory=4.0 * held,
         )
 
+    def _steps_per_call(
+        self, structure: ModelStructure, blocks: Sequence[MoEBlock]
+    ) -> Iterator[RepeatedStep]:
+        """Yield what later calls add: packed routed experts, and matrices that all tokens see."""
+        experts = Counter[tuple[PackedShape, ...]]()
+        for block in blocks:
+            if block.top_k < block.num_experts and (shapes := self._expert_shapes(block)):
+                experts[shapes] += block.num_experts
+        for (entering, down), count in experts.items():
+            yield packed_expert_step(entering, down, count)
+        matrices = self.packed_shapes(structure, blocks, routed=False)
+        for (shape, _), count in matrices.items():
+            yield dequantization_step(shape, count)
+
     def rounding_steps(
         self, packed: Mapping[tuple[PackedShape, float], int]
     ) -> tuple[RepeatedStep, ...]:
@@ -163,33 +179,43 @@ class MoEQuantization(Method):
         return tuple(rounding_step(shape, n, self._rounder) for (shape, _), n in packed.items())
 
     def packed_shapes(
-        self, structure: ModelStructure, blocks: Sequence[MoEBlock], *, experts: bool = True
+        self, structure: ModelStructure, blocks: Sequence[MoEBlock], *, routed: bool = True
     ) -> Counter[tuple[PackedShape, float]]:
         """Count the matrices to pack by shape and by the share of tokens that they see.
 
-        Without `experts` only those outside the blocks. Gate and up of an expert are one matrix, as
-        they share a Hessian. Of bits that are chosen among several, those in the middle stand for
-        all.
+        Without `routed` only those that all tokens see. Gate and up of an expert are one matrix, as
+        they share a Hessian.
         """
-        own: int | tuple[int, ...] = getattr(self, "bits", 4)
-        bits = own if isinstance(own, int) else own[len(own) // 2]
-        found = Counter[tuple[PackedShape, float]]()
-
-        def add(rows: int, columns: int, bits: int, chosen: float, count: int) -> None:
-            # At 0 bits nothing is stored, at 16 nothing is packed.
-            if 0 < bits < UNQUANTIZED_BITS and rows and columns:
-                levels = (Level(bits, rows),)
-                shape = PackedShape(rows, columns, levels, group=self.group, grid=self.grid)
-                found[shape, chosen] += count
-
-        for block in blocks if experts else ():
-            chosen = block.top_k / block.num_experts
-            add(2 * block.d_ff, block.d_model, bits, chosen, block.num_experts)
-            add(block.d_model, block.d_ff, bits, chosen, block.num_experts)
+        shapes = Counter[tuple[PackedShape, float]]()
+        for block in blocks:
+            if routed or block.top_k == block.num_experts:
+                for shape in self._expert_shapes(block):
+                    shapes[shape, block.top_k / block.num_experts] += block.num_experts
         for index, layer in enumerate(structure.layers):
             for slot in find_linears(layer, [block for block in blocks if block.layer == index]):
-                add(*shape_of(slot.linear), self._bits_by_role[slot.role], 1.0, 1)
-        return found
+                bits = self._bits_by_role[slot.role]
+                if bits < UNQUANTIZED_BITS:
+                    shapes[self._matrix_shape(*shape_of(slot.linear), bits), 1.0] += 1
+        return shapes
+
+    def _expert_shapes(self, block: MoEBlock) -> tuple[PackedShape, ...]:
+        """Return the shapes of gate and up together, and of down; none of experts without width.
+
+        Of bits that are chosen among several, those in the middle stand for all.
+        """
+        own: int | tuple[int, ...] = getattr(self, "bits", 4)
+        # Nothing is stored at 0 bits.
+        choices = [own] if isinstance(own, int) else [bits for bits in own if bits]
+        if not choices or not block.d_ff:
+            return ()
+        bits = choices[len(choices) // 2]
+        return (
+            self._matrix_shape(2 * block.d_ff, block.d_model, bits),
+            self._matrix_shape(block.d_model, block.d_ff, bits),
+        )
+
+    def _matrix_shape(self, rows: int, columns: int, bits: int) -> PackedShape:
+        return PackedShape(rows, columns, (Level(bits, rows),), group=self.group, grid=self.grid)
 
     def blocks(self, structure: ModelStructure) -> tuple[MoEBlock, ...]:
         """Return the blocks that are packed by plan."""

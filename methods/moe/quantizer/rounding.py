@@ -12,11 +12,12 @@ from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
 from bench.errors import UserError
 from bench.method import RepeatedStep
-from bench.models.bitpacking.packed_modules import PackedLinear
-from bench.models.bitpacking.packed_shape import GridKind, PackedShape
+from bench.models.bitpacking.packed_modules import PackedExpert, PackedExperts, PackedLinear
+from bench.models.bitpacking.packed_shape import GridKind, Level, PackedShape
 from bench.models.structure.dense_layer import weight_of
 from bench.models.structure.expert_view import ExpertView
 from methods.moe.calibration import Gram
@@ -139,6 +140,10 @@ class Rounder:
 
 _DEQUANTIZE_OPERATORS = 40
 """Operators that unpack the codes of a matrix and apply its grids."""
+_DEQUANTIZE_ELEMENTS = 5.0
+"""Values per weight: its code as byte and as float32, a scale, an offset, and the result."""
+_EXPERT_OPERATORS = 12
+"""Operators that gather an expert's tokens, call it, and add its outputs to those of others."""
 
 
 def rounding_step(shape: PackedShape, count: int, rounder: Rounder) -> RepeatedStep:
@@ -161,21 +166,53 @@ def rounding_step(shape: PackedShape, count: int, rounder: Rounder) -> RepeatedS
     )
 
 
-def dequantization_step(shape: PackedShape, count: int, *, routed: bool) -> RepeatedStep:
+def dequantization_step(shape: PackedShape, count: int) -> RepeatedStep:
     """Return the step that dequantizes one of `count` matrices in every call, for an estimate."""
 
     def prepare(device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
-        packed = PackedLinear(shape, dtype, device=device)
-        for buffer in packed.buffers():
-            buffer.zero_()
+        packed = _zeroed_matrix(shape, device, dtype)
         return lambda: packed.dense(dtype)
 
     return RepeatedStep(
         key=f"dequantize {shape}",
         times=count,
         prepare=prepare,
-        # Codes as bytes and as float32, a scale and an offset per weight, and the result.
-        elements=5.0 * shape.rows * shape.columns,
+        elements=_DEQUANTIZE_ELEMENTS * shape.rows * shape.columns,
         operators=_DEQUANTIZE_OPERATORS,
-        routed=routed,
     )
+
+
+def packed_expert_step(entering: PackedShape, down: PackedShape, count: int) -> RepeatedStep:
+    """Return the step that computes one of `count` packed routed experts in every call.
+
+    It is an expert's call with a single token: besides the dequantization, the operators that a
+    loop over experts takes. The products belong to the dense network. `entering` is the shape of
+    gate and up together.
+    """
+    rows = entering.rows // 2
+    half = replace(entering, rows=rows, levels=(Level(entering.levels[0].bits, rows),))
+    shapes = (half, half, down)
+
+    def prepare(device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
+        gate, up, last = (_zeroed_matrix(shape, device, dtype) for shape in shapes)
+        experts = PackedExperts([PackedExpert(gate, up, last, silu)])
+        x_TD = torch.zeros(1, half.columns, device=device, dtype=dtype)
+        index_TK = torch.zeros(1, 1, device=device, dtype=torch.long)
+        weight_TK = torch.ones(1, 1, device=device, dtype=dtype)
+        return lambda: experts(x_TD, index_TK, weight_TK)
+
+    return RepeatedStep(
+        key=f"packed expert {half} {down}",
+        times=count,
+        prepare=prepare,
+        elements=_DEQUANTIZE_ELEMENTS * sum(shape.rows * shape.columns for shape in shapes),
+        operators=len(shapes) * _DEQUANTIZE_OPERATORS + _EXPERT_OPERATORS,
+        routed=True,
+    )
+
+
+def _zeroed_matrix(shape: PackedShape, device: torch.device, dtype: torch.dtype) -> PackedLinear:
+    packed = PackedLinear(shape, dtype, device=device)
+    for buffer in packed.buffers():
+        buffer.zero_()
+    return packed
