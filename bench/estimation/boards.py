@@ -11,6 +11,7 @@ import os
 import platform
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Literal, TypeVar, cast
 
@@ -21,6 +22,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention, silu
 from bench.data.digests import cache_folder
 from bench.device.devices import describe_device, select_device, total_bytes
 from bench.device.energy_counters import NvmlDevice, Unavailable
+from bench.device.machine import MachineMonitor
 from bench.errors import unknown_name
 from bench.estimation.hardware import (
     FOLDER,
@@ -37,8 +39,8 @@ _VERSION = 2
 """Raised with every change of what is measured, so that older figures are not read."""
 _OPERATORS = 500
 _LINK_BYTES = 2**28
-_IDLE_LOAD = 1.0
-"""Processes that want a core, per core: above it they disturb each other."""
+_ATTEMPTS = 3
+"""Measurements in total while other processes disturb them."""
 _known: dict[Path, BaseModel | None] = {}
 """Figures by the file that would remember them: the runs of a process may differ in threads."""
 _Figures = TypeVar("_Figures", bound=BaseModel)
@@ -91,10 +93,13 @@ def measured_once(
     known = known_figures(facts, kind)
     if known is not None:
         return known
-    file, busy = _file(facts), _busy()
-    found = _known[file] = measure()
+    file = _file(facts)
+    found, fault = _least_disturbed(measure)
+    _known[file] = found
     # What else runs slows everything: such figures serve this process, and no later one.
-    if found is not None and not busy:
+    if fault is not None:
+        _warn_of_load(fault)
+    elif found is not None:
         _remember(file, found)
     return found
 
@@ -107,16 +112,28 @@ def known_figures(facts: str, kind: type[_Figures]) -> _Figures | None:
     return cast("_Figures | None", _known[file])
 
 
-@functools.cache
-def _busy() -> bool:
-    """Return whether others keep the machine busy, and say so once.
+def _least_disturbed(
+    measure: Callable[[], _Figures | None],
+) -> tuple[_Figures | None, str | None]:
+    """Measure until other processes leave the cores alone, a few times at most.
 
-    Asked before this process measures for the first time, which is load as well.
+    Returns the figures of the quietest attempt, and why they are not reliable (None if they are).
     """
-    busy = os.getloadavg()[0] > _IDLE_LOAD * (os.cpu_count() or 1)
-    if busy:
-        warn("hardware=here was measured while the machine was busy: its rates are too low")
-    return busy
+    device, disturbed = select_device("auto"), list[tuple[float, _Figures, str]]()
+    for _ in range(_ATTEMPTS):
+        with MachineMonitor(device) as monitor:
+            found = measure()
+        reading = monitor.reading
+        if found is None or reading.fault is None:
+            return found, None
+        disturbed.append((reading.others, found, reading.fault))
+    _, found, fault = min(disturbed, key=itemgetter(0))
+    return found, fault
+
+
+@functools.cache
+def _warn_of_load(fault: str) -> None:
+    warn(f"hardware=here: {fault} while it was measured, so estimates are too high")
 
 
 def _remembered(file: Path, kind: type[_Figures]) -> _Figures | None:

@@ -6,6 +6,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.device.machine import MachineReading
 from bench.estimation import boards
 from bench.estimation import layer_timing as timing
 from bench.estimation import network as networks
@@ -134,7 +135,7 @@ def test_a_classifier_that_fails_on_random_images_is_not_timed():
 def test_times_are_remembered_by_network_and_dtype_and_a_run_measures_none(monkeypatch):
     monkeypatch.setattr(timing, "_SECONDS", 0.0)
     monkeypatch.setattr(boards, "_known", {})
-    monkeypatch.setattr(boards, "_busy", lambda: True)
+    monkeypatch.setattr(boards, "MachineMonitor", machine(2.0))
     with torch.device("meta"):
         network = llama()
     structure = inspect_model(network)
@@ -151,6 +152,60 @@ def test_times_are_remembered_by_network_and_dtype_and_a_run_measures_none(monke
     assert forward.timed == timed.times.call(32, 32 * 32)
     assert forward.matrix == 4 * work.head
     assert 0 < forward.operators < work.forward(32).operators
+
+
+def machine(*others):
+    """Return a monitor of two cores, of which others keep so many busy; the last repeats."""
+    readings = [*others]
+
+    class Monitor:
+        def __init__(self, device):
+            value = readings.pop(0) if len(readings) > 1 else readings[0]
+            self.reading = MachineReading(2, 2, 2, value, None, None, None)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            return None
+
+    return Monitor
+
+
+def curves():
+    """Return a measurement whose figures count its calls, and the figures so far."""
+    made = []
+
+    def measure():
+        made.append(timing.Curve(samples=(1.0,), seconds=(len(made) + 1.0,)))
+        return made[-1]
+
+    return measure, made
+
+
+@pytest.mark.parametrize(
+    ("others", "measured", "kept", "remembered"),
+    [
+        ((0.0,), 1, 1.0, True),
+        ((1.5, 0.3, 0.1), 3, 3.0, True),
+        ((1.5, 0.3, 0.9), 3, 2.0, False),
+    ],
+)
+def test_a_disturbed_measurement_is_repeated_and_never_remembered(
+    others, measured, kept, remembered, monkeypatch, tmp_path, caplog
+):
+    monkeypatch.setattr(boards, "_known", {})
+    monkeypatch.setattr(boards, "cache_folder", lambda _: tmp_path / "hardware")
+    monkeypatch.setattr(boards, "MachineMonitor", machine(*others))
+    boards._warn_of_load.cache_clear()
+    measure, made = curves()
+    found = boards.measured_once("curve", measure, timing.Curve)
+    assert (len(made), found.seconds) == (measured, (kept,))
+    # This process does not measure again; the next one does.
+    assert boards.measured_once("curve", measure, timing.Curve) == found
+    assert len(made) == measured
+    assert bool(list(tmp_path.rglob("*.json"))) == remembered
+    assert ("others kept 0.3 of 2 cores busy" in caplog.text) != remembered
 
 
 def test_what_decides_the_time_of_a_call_tells_networks_apart():
