@@ -1,4 +1,4 @@
-"""Record of one run: its inputs and all that it produced. Written once, never changed."""
+"""Record of one run: its inputs and its results. Written once, never changed."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ SCHEMA = 3
 ID_DIGITS = 12
 EFFECTS_WITHOUT_SAVING = frozenset({"zeroed", "masked"})
 UNCONFIRMED = "unconfirmed"
-"""Stands for the effect of a method whose report the counts contradict."""
+"""Replaces the effect that a method reports if the counts contradict it."""
 BUILT_SOURCES = re.compile("(fresh|torchvision):.*|module")
-"""Sources of a network that code builds, with weights drawn at random unless a path has some."""
+"""Sources of networks that are built from code; their weights are random unless a path is given."""
 AVERAGE = "average"
-"""Stands for the task of a metric that is the mean of a benchmark's headline metrics."""
+"""Task name of the metric that is the mean of a benchmark's headline metrics."""
 LARGEST_WHOLE_FLOAT = 2**53
 How = Literal["counted", "measured", "analytic"]
 """How a cost was obtained."""
 
 
 def utc_now() -> str:
-    """Return the time of this moment as records store it: ISO 8601, UTC, milliseconds."""
+    """Return the current time as records store it: ISO 8601, UTC, milliseconds."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 class _FrozenModel(BaseModel):
-    # An unknown key means a newer program or a damaged file: refuse it instead of dropping it.
+    # An unknown key means a newer program or a damaged file, so it is refused instead of dropped.
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -57,13 +57,13 @@ class DenseModel(_FrozenModel):
 
 
 class SizeAndWork(_FrozenModel):
-    """Counts of a network: parameters, those of them in packed storage, bytes, FLOPs of a forward.
+    """Size and work of a network: numbers of parameters, bytes, and FLOPs of one forward.
 
-    `held` counts the floating-point numbers that modules hold besides parameters and packed
-    storage, `padding` the parameters that only fill storage up; both are 0 in records of older
-    programs. `nonzero` counts the numbers of all three kinds that are not zero; None if the weights
-    are offloaded, or the program was older. `flops` is None if it cannot be counted; `reason` says
-    why.
+    `packed` is the number of parameters in packed storage. `held` is the number of floating-point
+    values that modules store outside parameters and packed storage, and `padding` the number of
+    parameters that only pad storage; both are 0 in older records. `nonzero` counts the nonzero
+    values among all of them; it is None for offloaded weights and in older records. `flops` is None
+    if it cannot be counted, for the `reason` given.
     """
 
     parameters: int
@@ -77,21 +77,21 @@ class SizeAndWork(_FrozenModel):
 
     @property
     def numbers(self) -> int:
-        """Weights in whatever place: one that becomes a buffer is not removed, padding is none."""
+        """Number of weights, including those moved to buffers and excluding padding."""
         return self.parameters - self.padding + self.held
 
     @property
     def zero_share(self) -> float | None:
-        """Share of these numbers that are zero; None if the zeros were not counted."""
+        """Share of the weights that are zero; None if zeros were not counted."""
         counted = self.nonzero is not None and self.numbers > 0
         return 1 - (self.nonzero or 0) / self.numbers if counted else None
 
 
 class EffectCheck(_FrozenModel):
-    """What a network's counts before and after a method say about the effect that it reports.
+    """Check of the effect that a method reports against counts before and after it.
 
-    `found` is the saving that the counts show, or none; `refutation` says how they contradict the
-    reported effect, None if they do not.
+    `found` is the saving that the counts show, or `none`. `refutation` explains how the counts
+    contradict the reported effect; it is None if they do not.
     """
 
     found: str
@@ -101,13 +101,13 @@ class EffectCheck(_FrozenModel):
 
 
 class AppliedMethod(_FrozenModel):
-    """One applied method: its config, its effect on the weights, and its own report.
+    """One applied method: its config, its effect on the weights, and its report.
 
-    `effect` is the one that the method reports, `check` what the suite counted; None in records of
-    older programs. `trained` says whether it fitted the weights to data, None if that is not known.
-    `layers` holds what it reports per layer, `report` everything else. `seconds` is the time of
-    applying it, calibration included. `peak_bytes` is the peak memory of applying it on top of what
-    was in use before; None if memory was not measured.
+    `effect` is reported by the method; `check` compares it with counts, and is None in older
+    records. `trained` says whether the method fitted weights to data, None if unknown. `layers` is
+    the report per layer, `report` everything else. `seconds` is the time to apply the method,
+    including calibration. `peak_bytes` is the peak memory during that time, above what was in use
+    before; None if it was not measured.
     """
 
     name: str
@@ -122,7 +122,7 @@ class AppliedMethod(_FrozenModel):
 
     @property
     def confirmed_effect(self) -> str:
-        """The effect as reports show it: `unconfirmed` if the counts contradict it."""
+        """The effect shown in reports: `unconfirmed` if unknown or contradicted by the counts."""
         known = self.effect in get_args(Effect)
         refuted = self.check is not None and self.check.refutation is not None
         return self.effect if known and not refuted else UNCONFIRMED
@@ -138,22 +138,22 @@ class AppliedMethod(_FrozenModel):
     def _history_is_lines_of_numbers(cls, report: JsonObject) -> JsonObject:
         lines = report.get("history", [])
         if not isinstance(lines, list) or not all(isinstance(line, dict) for line in lines):
-            raise ValueError("history is no list of objects")
+            raise ValueError("history is not a list of objects")
         if any(isinstance(value, str | list | dict) for line in lines for value in line.values()):
-            raise ValueError("history holds something else than numbers")
+            raise ValueError("history contains values that are not numbers")
         return report
 
 
 class Metric(_FrozenModel):
-    """One metric of a task, with everything that is needed to compare it with another.
+    """One metric of a task, with everything needed to compare it with another one.
 
     `headline` marks the single metric that represents its task; `split` and `filter` are the
-    harness's names. In the metric of task `average`, `n` is the number of tasks averaged, and
-    `missing` the number of rows without an answer in all of them.
-    `truncated` counts the documents that lost tokens on the left, None if they were not counted.
+    harness's names. For task `average`, `n` is the number of averaged tasks, and `missing` the
+    total number of their samples without an answer. `truncated` is the number of documents that
+    lost tokens on the left, None if they were not counted.
 
-    `value` is over the samples that have an answer, `missing` counts those of the task that have
-    none. The value is None if they are more than `benchmark.allow_missing` accepts.
+    `value` is computed over the samples with an answer; `missing` is the number of samples without
+    one. The value is None if `missing` exceeds what `benchmark.allow_missing` accepts.
     """
 
     benchmark: str
@@ -173,12 +173,13 @@ class Metric(_FrozenModel):
 
 
 class TaskEvidence(_FrozenModel):
-    """What the numbers of one task rest on, counted over its documents.
+    """Facts about the prompts and answers of one task, as numbers of documents.
 
-    `truncated` documents lost tokens on the left of a prompt, `longest_cut` at most. In `spanning`
-    ones a token lies across the join of prompt and answer. `tied` ones have several most likely
-    choices. In `repeated_examples` the prompt has the question among its few-shot examples.
-    `generation` holds the settings in force, None if nothing is generated.
+    `truncated` documents lost tokens on the left of a prompt, at most `longest_cut` each. In
+    `spanning` documents a token contains the end of the prompt and the start of the answer. In
+    `tied` documents several choices share the highest likelihood. In `repeated_examples` the
+    question is also one of the few-shot examples. `generation` holds the generation settings in
+    use, None if nothing is generated.
     """
 
     task: str
@@ -192,10 +193,10 @@ class TaskEvidence(_FrozenModel):
 
 
 class Cost(_FrozenModel):
-    """One cost: what it is a cost of (`scope`), quantity, unit, value, and how it was obtained.
+    """One cost: what it refers to (`scope`), quantity, unit, value, and how it was obtained.
 
-    `parts` holds its components or accompanying numbers; `note` is a caveat for the reader, such as
-    a loaded machine.
+    `parts` holds its components or related values; `note` is a caveat for the reader, such as a
+    busy machine.
     """
 
     scope: str
@@ -221,10 +222,10 @@ class MissingMeasurement(_FrozenModel):
 
 
 class EstimatedPhase(_FrozenModel):
-    """What was estimated for one phase before the run: seconds at least and at most.
+    """Estimate of one phase, made before the run: lower and upper bound in seconds.
 
-    `phase` is the name under which its time was then measured, `bound_by` what binds it,
-    `peak_bytes` the memory of the device at its peak.
+    `phase` is the name of the phase in the measured times, `bound_by` the resource that limits its
+    speed, and `peak_bytes` the peak memory of the device.
     """
 
     phase: str
@@ -237,11 +238,11 @@ class EstimatedPhase(_FrozenModel):
 class Record(_FrozenModel):
     """One run; `id` is a hash of its inputs, see `run_id`.
 
-    `kept_weights` is the hash of the network that lies beside the record, None if none does.
-    `estimate` is what was estimated before the run; empty where nothing was.
+    `kept_weights` is the hash of the network saved beside the record, None if none was saved.
+    `estimate` was made before the run; it is empty if there was none.
     """
 
-    # Raise SCHEMA, and teach `migrations.py` the old form, with every change of the fields.
+    # With every change of the fields, increase SCHEMA and add the old form to `migrations.py`.
     schema_version: int = SCHEMA
     id: str
     status: Literal["done"] = "done"
@@ -278,38 +279,38 @@ class Record(_FrozenModel):
 
     @property
     def drawn(self) -> bool:
-        """Whether the weights that methods found were drawn at random, with the run's seed."""
+        """Whether the weights before all methods were drawn at random, with the run's seed."""
         path = self.config.get("model", {}).get("path")
         return path is None and BUILT_SOURCES.fullmatch(self.model.source) is not None
 
     @property
     def untrained(self) -> bool:
         """Whether the scored weights were drawn at random and no method trained them."""
-        # A record that does not say whether its methods train is of a time when all that fresh
-        # weights were good for did.
+        # Records without `trained` are from versions whose methods for random weights all trained
+        # them.
         return self.drawn and all(method.trained is False for method in self.methods)
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """Warnings that stand beside the run's numbers wherever they are shown."""
+        """Warnings that are shown wherever the run's numbers are shown."""
         unconfirmed = without_real_saving(self.methods) == UNCONFIRMED
         marks = {"untrained": self.untrained, UNCONFIRMED: unconfirmed}
         return tuple(mark for mark, is_set in marks.items() if is_set)
 
     @property
     def is_dense(self) -> bool:
-        """Whether the run is what compressed ones are compared with: whole and trained.
+        """Whether the run is a baseline for compressed ones: trained and not compressed.
 
-        Of a model that begins with random weights, this is a run that only trains.
+        For a model with random initial weights, this is a run that only trains.
         """
         if self.drawn:
-            whole = all(method.effect == "none" for method in self.methods)
-            return whole and not self.untrained
+            unchanged = all(method.effect == "none" for method in self.methods)
+            return unchanged and not self.untrained
         return not self.methods
 
     @property
     def family(self) -> str:
-        """The methods' names without their ratios; `dense` if the run is, or `untrained`."""
+        """The methods' names without ratios, or `dense`; marked if the weights are untrained."""
         names = ["dense"] if self.is_dense else [method.name for method in self.methods]
         return " + ".join(_marked(names, untrained=self.untrained))
 
@@ -329,7 +330,7 @@ class Record(_FrozenModel):
         return next((m for m in self.metrics if m.task == task and m.headline), None)
 
     def missing_cost(self, quantity: str, scope: str) -> MissingMeasurement | None:
-        """Return why a cost is missing, or None if it is there or was not requested."""
+        """Return the entry of a missing cost, or None if it was obtained or not requested."""
         found = (m for m in self.missing if m.quantity == quantity and m.scope == scope)
         return next(found, None)
 
@@ -340,36 +341,36 @@ class Record(_FrozenModel):
 
     @property
     def headline_costs(self) -> list[Cost]:
-        """One cost per scope and quantity: the counted or measured one before the analytic."""
+        """One cost per scope and quantity; counted and measured values precede analytic ones."""
         found: dict[tuple[str, str], Cost] = {}
         for cost in self.costs:
             known = found.get((cost.scope, cost.quantity))
-            # A formula only knows the changes that this repository makes to a network; a count sees
-            # those of any method. An analytic value must never replace it, whatever their order.
+            # Formulas cover only the changes that slimbench's own methods make, counts those of any
+            # method. So an analytic value never replaces another one, whatever their order.
             if known is None or (known.how == "analytic" and cost.how != "analytic"):
                 found[cost.scope, cost.quantity] = cost
         return list(found.values())
 
 
 def check_ratio(ratio: object) -> None:
-    """Raise `ValueError` unless a method's ratio is one number, or missing.
+    """Raise `ValueError` unless a method's ratio is a single number or missing.
 
-    It is what tables sort by and labels show, so a list of ratios needs a name of its own.
+    Tables are sorted by the ratio and labels show it, so a list of ratios needs another name.
     """
     if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, int | float)):
         raise ValueError(f"ratio={ratio} is not one number")
-    # The index and plots keep ratios as floats, which hold no larger whole number exactly.
+    # The index and plots store ratios as floats, which cannot represent all larger integers.
     if isinstance(ratio, int) and abs(ratio) > LARGEST_WHOLE_FLOAT:
         raise ValueError(f"ratio={ratio}: whole numbers go up to {LARGEST_WHOLE_FLOAT}")
 
 
 def without_real_saving(methods: Sequence[AppliedMethod]) -> str | None:
-    """Return the effect (`masked`, `zeroed`) if all weights are still computed, else None.
+    """Return the effect (`masked`, `zeroed`) if computation still uses all weights, else None.
 
-    A run with such methods only may claim no gain in time or memory. Nor may one that has claimed
-    a saving which the counts do not show (`unconfirmed`), whatever its other methods do.
+    A run with such methods only may not claim a gain in time or memory. Neither may a run with an
+    effect that the counts contradict (`unconfirmed`), whatever its other methods do.
     """
-    # As a dict instead of a set, to keep the order in which methods were applied.
+    # A dict instead of a set keeps the order in which methods were applied.
     effects = dict.fromkeys(method.confirmed_effect for method in methods)
     if UNCONFIRMED in effects:
         return UNCONFIRMED
@@ -377,9 +378,10 @@ def without_real_saving(methods: Sequence[AppliedMethod]) -> str | None:
 
 
 def lost_zeros(methods: Sequence[AppliedMethod]) -> dict[str, str]:
-    """Return, by name, the methods most of whose zeros a later one filled or removed, and how.
+    """Return a sentence per `zeroed` method whose zeros were mostly filled or removed, by name.
 
-    A quantizer whose grid has no zero, or a least-squares fit, stores other values in their place.
+    For example, a later quantizer whose grid has no zero, or a later least-squares fit, stores
+    other values in place of the zeros.
     """
     found = {}
     for place, method in enumerate(methods):
@@ -399,7 +401,7 @@ def lost_zeros(methods: Sequence[AppliedMethod]) -> dict[str, str]:
 
 
 def standing_effects(methods: Sequence[AppliedMethod]) -> list[str]:
-    """Return the effects that the network still has after the last method, each once, in order."""
+    """Return the distinct effects that remain after the last method, in order of application."""
     lost = lost_zeros(methods)
     left = (method.confirmed_effect for method in methods if method.name not in lost)
     return [effect for effect in dict.fromkeys(left) if effect != "none"]
@@ -407,7 +409,7 @@ def standing_effects(methods: Sequence[AppliedMethod]) -> list[str]:
 
 def run_id(inputs: JsonObject) -> str:
     """Return the first 12 hex digits of the checksum of the inputs."""
-    # 48 bits: even among a million runs a collision has a chance of about 0.2 %.
+    # 48 bits: even among a million runs the chance of a collision is about 0.2 %.
     return checksum(inputs)[:ID_DIGITS]
 
 
@@ -420,7 +422,7 @@ def checksum(content: JsonObject) -> str:
 
 
 def _marked(names: list[str], *, untrained: bool) -> list[str]:
-    """Put `untrained` before the names, or in the place of `dense`."""
+    """Put `untrained` before the names, or in place of `dense`."""
     if not untrained:
         return names
     return ["untrained", *(name for name in names if name != "dense")]

@@ -1,9 +1,9 @@
 """Store of records: `<results_dir>/runs/<id>/` with record.json, samples.parquet, config.yaml.
 
-What a run needs to resume after a kill is in `<results_dir>/unfinished/<id>/` until its record is
+The state that a run resumes from is in `<results_dir>/unfinished/<id>/` until its record is
 written.
 
-A record is written atomically. One bad file does not break reading: its reason is kept in
+Records are written atomically. A damaged file does not prevent reading: its fault is noted in
 `unreadable`, and all other records are returned.
 """
 
@@ -34,7 +34,7 @@ from bench.records.record import SCHEMA, JsonObject, Record, checksum
 RECORD, SAMPLES, CONFIG = "record.json", "samples.parquet", "config.yaml"
 WEIGHTS = "weights"
 RECORD_FILES = (RECORD, SAMPLES, CONFIG, f"{WEIGHTS}/config.json", f"{WEIGHTS}/model.safetensors")
-"""All that is written into the folder of a record."""
+"""All files that are written into the folder of a record."""
 RESPONSES = "responses.journal"
 LATEST = "latest"
 MARKER = ".slimbench"
@@ -50,21 +50,21 @@ class Store:
         self.unreadable: dict[str, str] = {}
 
     def ensure_writable(self) -> None:
-        """Check that the results folder is writable, before any work is done.
+        """Raise unless the results folder can be written; called before any work is done.
 
         Raises:
-            UserError: the folder cannot be written.
-            OSError: the disk is full at the moment.
+            UserError: it cannot be written for a reason other than a full disk.
+            OSError: the disk is full.
         """
         try:
-            # Writes a file, since permission bits do not tell (read-only mounts, quotas, root).
+            # Writes a file, because permission bits do not show read-only mounts or quotas.
             self.runs.mkdir(parents=True, exist_ok=True)
             self._mark()
             probe = self.runs / f".probe-{os.getpid()}"
             probe.touch()
             probe.unlink()
         except OSError as error:
-            # A full disk is no mistake of the user: the same command can resume once there is room.
+            # A full disk is not the user's mistake: the same command resumes once there is space.
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
             reason = error.strerror or str(error)
@@ -95,18 +95,18 @@ class Store:
             lock.release()
 
     def unfinished(self, run_id: str, process: int = 0) -> Path:
-        """Return the folder with what a run needs to resume, until its record is written.
+        """Return the folder with the state that a run resumes from until its record is written.
 
-        Of several processes of one run, all but the first have a folder inside it.
+        If a run has several processes, all but the first use a subfolder of it.
         """
         folder = self.root / "unfinished" / run_id
         return folder / f"process{process}" if process else folder
 
     def _remove_leftovers(self, run_id: str) -> None:
-        """Remove leftovers of a kill between writing the record and cleaning up.
+        """Remove what a kill after writing the record, but before cleaning up, left behind.
 
-        Leftovers are older than the record. Anything newer belongs to an unfinished run that is to
-        replace the record (force=true), and stays so that this run can resume.
+        Such files are older than the record. Newer ones belong to an unfinished run that will
+        replace the record (force=true), and are kept so that this run can resume.
         """
         folder, record = self.unfinished(run_id), self.folder(run_id) / RECORD
         if not folder.exists() or not record.exists():
@@ -118,16 +118,16 @@ class Store:
     def _remove_unfinished(self, run_id: str) -> None:
         """Remove the unfinished state of a run, unless a link leads to it."""
         folder = self.unfinished(run_id)
-        # Beyond a link may lie anything of the same name, which this program did not write.
+        # A link may lead to a folder that this program did not write.
         if not folder.parent.is_symlink() and not folder.is_symlink():
             shutil.rmtree(folder, ignore_errors=True)
 
     def journal(self, run_id: str, identity: str, process: int = 0) -> Journal:
-        """Open a run's journal of responses of the network whose weights are `identity`."""
+        """Open a run's journal of responses; `identity` is the hash of the network's weights."""
         return Journal(self.unfinished(run_id, process) / RESPONSES, identity)
 
     def folder(self, run_id: str) -> Path:
-        """Return the folder of one record, whether it exists or not."""
+        """Return the folder of a record, which need not exist."""
         return self.runs / run_id
 
     def find(self, run_id: str) -> Record | None:
@@ -136,21 +136,21 @@ class Store:
         return self._read(path) if os.path.lexists(path.parent) else None
 
     def weights(self, record: Record) -> Path | None:
-        """Return the folder with the network that a run kept, None if there is none."""
+        """Return the folder of the network saved with a run, or None if there is none."""
         folder = self.folder(record.id) / WEIGHTS
         return folder if record.kept_weights is not None and folder.is_dir() else None
 
     def get(self, prefix: str) -> Record:
         """Return the record whose id starts with `prefix`.
 
-        `latest` is the newest record, and `latest:camera_p` the newest of that method, so that a
-        command can be written before the run that it reads.
+        `latest` is the newest record, and `latest:camera_p` the newest one of that method, so that
+        a script can refer to a run that does not exist yet.
 
         Raises:
-            UserError: no id or several start with it, or the record is unreadable.
+            UserError: no id or more than one starts with `prefix`, or the record is unreadable.
         """
         word, colon, label = prefix.partition(":")
-        # Nothing is the beginning of every id, so a single run would be found.
+        # Every id starts with the empty string, which would match a single run.
         if not prefix or (colon and not label):
             raise UserError(
                 f"the name of a run is {prefix!r}, as with an unset shell variable: give the "
@@ -172,7 +172,7 @@ class Store:
         raise UserError(f"unknown run {prefix!r}: {hint}")
 
     def _latest(self, label: str) -> Record:
-        """Return the newest record, of a method if `label` is not empty."""
+        """Return the newest record, of one method if `label` is not empty."""
         records = self.all()
         found = [record for record in records if label in ("", record.label, record.family)]
         if found:
@@ -189,7 +189,7 @@ class Store:
         return sorted(p.name for p in self.runs.iterdir() if not p.name.startswith("."))
 
     def all(self) -> list[Record]:
-        """Return every readable record, oldest first; each of the others is named in a warning."""
+        """Return every readable record, oldest first; warn about each of the others."""
         records = [self.find(run_id) for run_id in self.ids()]
         for run_id, reason in self.unreadable.items():
             warn_once(self.folder(run_id), reason)
@@ -213,8 +213,8 @@ class Store:
     ) -> Path:
         """Write one record with samples and config atomically; return its folder.
 
-        `save_weights` writes the run's network into the folder it is given. The run's unfinished
-        state is no longer needed and is removed.
+        `save_weights` writes the run's network into the folder passed to it. The run's unfinished
+        state is removed afterwards.
         """
 
         def fill(folder: Path) -> None:
@@ -223,18 +223,18 @@ class Store:
             if save_weights is not None:
                 save_weights(folder / WEIGHTS)
             text = serialize_record(record)
-            # What cannot be read would be lost, and be in everybody's way.
+            # Read back, because an unreadable record is lost and every command would warn about it.
             _parse_record(text.encode())
             (folder / RECORD).write_text(text)
 
         self._mark()
-        # In this order: a kill in between leaves leftovers, never a run with neither.
+        # In this order, so that a kill in between leaves both the record and the unfinished state.
         files.write_folder(self.folder(record.id), fill, RECORD_FILES)
         self._remove_unfinished(record.id)
         return self.folder(record.id)
 
     def _mark(self) -> None:
-        """Write the file by which `bench gc` knows a folder as one of slimbench's."""
+        """Write the file by which `bench gc` recognises a results folder."""
         marker = self.root / MARKER
         if not marker.exists():
             files.write_bytes(marker, MARKER_TEXT)
@@ -256,12 +256,12 @@ class Store:
 
 
 def serialize_record(record: Record) -> str:
-    """Return the text of a record file: its values, and a checksum that reveals damage."""
+    """Return the content of a record file, with checksums that reveal damage."""
     return with_checksum(json.loads(record.model_dump_json()))
 
 
 def with_checksum(content: JsonObject) -> str:
-    """Return the text of a JSON object with two checksums: of its values, and of the text."""
+    """Return the text of a JSON object with two checksums: of its values and of its text."""
     text = json.dumps({**content, "checksum": checksum(content)}, indent=1)
     return f'{text.removesuffix(_END)}{_TEXT_CHECKSUM}{_digest(text.encode())}"{_END}\n'
 
@@ -276,11 +276,11 @@ def _digest(text: bytes) -> str:
 
 def _parse_record(text: bytes) -> Record:
     """Parse and validate the text of a record file; a `ValueError` gives the reason in one line."""
-    # A record as this program writes it is parsed once; whatever else it is, the other way tells.
+    # A file as this program writes it is parsed once; others take the slower path below.
     if is_surely_storable(text) and _is_as_written(text):
         with suppress(ValidationError):
             found = _RecordFile.model_validate_json(text, strict=True)
-            # A record that does not name its schema is none, whatever the default is.
+            # The file itself must state its schema; the default of the field does not count.
             if found.schema_version == SCHEMA and "schema_version" in found.model_fields_set:
                 return _without_checksum(found)
     try:
@@ -288,26 +288,26 @@ def _parse_record(text: bytes) -> Record:
     except ValueError as error:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError("not a record: the file holds no JSON object")
+        raise ValueError("not a record: the file does not contain a JSON object")
     version = content.get("schema_version")
     if version not in READABLE_SCHEMAS:
         raise ValueError(f"its schema is version {version}, this program reads up to {SCHEMA}")
-    # Checked before validation and migration, which would change what was written. By the values,
-    # since other programs may have reformatted the file.
+    # Before validation and migration, which change values. The checksum of the values is used,
+    # because other programs may have reformatted the file.
     content.pop("text_checksum", None)
-    wanted = content.pop("checksum", None)
-    if wanted is not None and wanted != checksum(content):
+    expected = content.pop("checksum", None)
+    if expected is not None and expected != checksum(content):
         raise ValueError("its checksum does not match: the file was changed or damaged")
     try:
-        # Strict: a number is no text. In JSON, where a list may stand for a tuple.
+        # Strict, so that a number is not accepted as text; as JSON, where a list may be a tuple.
         return Record.model_validate_json(json.dumps(migrate(content)), strict=True)
     except ValidationError as error:
         raise ValueError(f"not a record: {first_fault(error)}") from None
 
 
 def _is_as_written(text: bytes) -> bool:
-    """Tell whether a file is, byte by byte, what `serialize_record` wrote."""
-    # By its bytes: a canonical form of the values takes as long as all other reading.
+    """Return whether a file is, byte by byte, what `serialize_record` wrote."""
+    # The digest is of bytes, because the canonical JSON takes as long as the rest of reading.
     before, found, after = text.rpartition(_TEXT_CHECKSUM.encode())
     return bool(found) and after == f'{_digest(before + _END.encode())}"{_END}\n'.encode()
 
@@ -319,7 +319,7 @@ def _without_checksum(stored: _RecordFile) -> Record:
 
 
 class _RecordFile(Record):
-    """A record as its file has it."""
+    """A record and its checksums, as stored in its file."""
 
     checksum: str | None = None
     text_checksum: str | None = None
@@ -331,6 +331,6 @@ def _write_samples(path: Path, samples: Sequence[JsonObject]) -> None:
     import pyarrow.parquet as pq
 
     rows = pa.Table.from_pylist(list(samples))
-    # Of a path, pyarrow would expand a `~` and read a scheme, as in `s3:`.
+    # Given a path, pyarrow would expand `~` and interpret a scheme such as `s3:`.
     with path.open("wb") as file:
         pq.write_table(rows, file, compression="zstd", write_page_checksum=True)
