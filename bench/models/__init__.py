@@ -1,1 +1,1 @@
-"""Loading of models, and the location of the parts that methods change."""
+"""Loading models, and locating the parts that methods change."""

@@ -1,8 +1,8 @@
-"""What a checkpoint can be besides a folder of dense safetensors: GGUF, LoRA adapter, quantized.
+"""Checkpoints other than folders of dense safetensors: GGUF files, LoRA adapters, quantized ones.
 
-A GGUF file is converted once into a folder of safetensors in the user's cache. An adapter is
-compared with the base's shapes before weights are loaded, and merged into them. A quantized
-checkpoint is loaded for scoring; its bytes are those of its files.
+A GGUF file is converted once, into a folder of safetensors in the user's cache. An adapter is
+checked against the base model's shapes before weights are loaded, and merged into the weights. A
+quantized checkpoint is loaded for scoring; its size in bytes is that of its files.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def converted_gguf(file: Path, dtype: torch.dtype) -> Path:
     Raises:
         UserError: the package gguf is not installed, or transformers cannot convert the file.
     """
-    # The conversion is that of transformers, whose versions may differ in it.
+    # The result of the conversion may depend on the version of transformers.
     made_by = f"{str(dtype).removeprefix('torch.')}-transformers-{version('transformers')}"
     folder = cache_folder("gguf") / f"{digest(file)}-{made_by}"
     if folder.is_dir():
@@ -63,7 +63,7 @@ def converted_gguf(file: Path, dtype: torch.dtype) -> Path:
     try:
         with Progress().phase(f"converting {file.name} into safetensors, once"):
             _convert_gguf(file, work, dtype)
-        # Two processes may convert at once; whichever is second finds the folder and drops its own.
+        # Two processes may convert at once; the second one discards its own result.
         if not folder.is_dir():
             (work / "converted").rename(folder)
     finally:
@@ -72,20 +72,20 @@ def converted_gguf(file: Path, dtype: torch.dtype) -> Path:
 
 
 def _convert_gguf(file: Path, work: Path, dtype: torch.dtype) -> None:
-    """Write the folder `converted` in `work`."""
+    """Convert a GGUF file into the folder `work`/converted."""
     import transformers
 
-    # Alone in a folder of its own: transformers also reads the config and tokenizer files that lie
-    # beside a GGUF file, whatever model they belong to.
+    # Linked into a folder of its own, because transformers would also read config and tokenizer
+    # files beside the GGUF file, which may belong to another model.
     source = work / "source"
     source.mkdir()
     (source / "model.gguf").symlink_to(file.resolve())
     settings: dict[str, Any] = {"gguf_file": "model.gguf", "local_files_only": True}
     dense: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):
-        # Newer versions keep the weights in GGUF's blocks where they have a kernel for it.
+        # Newer versions keep weights in the blocks of GGUF if they have a kernel for them.
         dense["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    # Any exception: the readers take lengths and offsets from the file as they are.
+    # Any exception, because the readers do not validate lengths and offsets in the file.
     with one_sentence_errors(file):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **settings)
         network, report = transformers.AutoModelForCausalLM.from_pretrained(
@@ -94,7 +94,7 @@ def _convert_gguf(file: Path, work: Path, dtype: torch.dtype) -> None:
     missing = sorted(map(str, report["missing_keys"]))
     if missing:
         raise UserError(f"{file} lacks {len(missing)} weights, such as {missing[0]}")
-    # transformers takes a network from GGUF for quantized, and refuses to save it.
+    # transformers treats a network from GGUF as quantized and refuses to save it.
     network.hf_quantizer = None
     network.config.__dict__.pop("quantization_config", None)
     network.save_pretrained(work / "converted")
@@ -108,8 +108,8 @@ _ADAPTER_KEY = re.compile(
     r"|magnitude_vector(?:\.weight)?)"
 )
 
-# What decides the numbers of a plain LoRA. Everything else in a config is about training, or names
-# modules to import: it is not passed on.
+# Settings that determine the weights of a merged LoRA. The others concern training or name modules
+# to import, and are not passed on.
 _LORA_SETTINGS = (
     "r", "lora_alpha", "target_modules", "exclude_modules", "fan_in_fan_out", "bias",
     "use_rslora", "use_dora", "modules_to_save", "layers_to_transform", "layers_pattern",
@@ -119,7 +119,7 @@ _UNSUPPORTED_LORA = (
     "layer_replication", "megatron_config", "target_parameters", "trainable_token_indices",
     "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config",
 )  # fmt: skip
-# Among the settings. A foreign pattern can keep the matching of peft busy for ever.
+# Settings with names of modules. In an untrusted pattern, peft's matching may never end.
 _NAMING_MODULES = (
     "target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "rank_pattern",
     "alpha_pattern",
@@ -128,11 +128,11 @@ _MODULE_NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
 def adapter_settings(folder: Path) -> dict[str, Any]:
-    """Return the settings of a LoRA adapter that decide its numbers.
+    """Return the settings that determine the weights of a merged LoRA adapter.
 
     Raises:
-        UserError: the folder holds no LoRA adapter in safetensors, or one of a kind that is not
-            merged here.
+        UserError: the folder does not contain a LoRA adapter in safetensors, or one of a kind that
+            cannot be merged.
     """
     file = folder / ADAPTER_CONFIG
     key = f"model.adapter={folder}"
@@ -157,15 +157,15 @@ def adapter_settings(folder: Path) -> dict[str, Any]:
 
 
 def _refuse_patterns(file: Path, key: str, value: object) -> None:
-    """Raise unless modules are given by their names, of which peft makes regular expressions."""
-    # A mapping has a number for each name. peft takes a single text for a regular expression.
+    """Raise unless modules are given by name, because peft treats names as regular expressions."""
+    # A mapping has a number per name. peft treats a single string as a regular expression.
     names = [value] if isinstance(value, str) else [] if value is None else value
     if not isinstance(names, list | dict):
-        raise UserError(f"{file}: {key}={str(names)[:80]!r} is no list of names of modules")
+        raise UserError(f"{file}: {key}={str(names)[:80]!r} is not a list of module names")
     for name in names:
         if not isinstance(name, str) or not _MODULE_NAME.fullmatch(name):
             raise UserError(
-                f"{file}: {key} has {str(name)[:80]!r}, which is no name of a module (letters, "
+                f"{file}: {key} has {str(name)[:80]!r}, which is not a module name (letters, "
                 "digits, dots, underscores and hyphens): list the names instead of a pattern"
             )
 
@@ -196,14 +196,14 @@ def refuse_other_base(folder: Path, network: nn.Module) -> None:
                 f"{architecture} is {_product(weight.shape)}"
             )
         if _is_tied(network, module):
-            # Merged, the change would reach the other one as well, which the training did not see.
+            # Merging would also change the tied matrix, which it did not do in training.
             raise UserError(f"{key} changes {target}: {architecture} ties its head and embedding")
     if not settings.get("target_modules"):
         raise UserError(f"{key} names no target_modules")
 
 
 def _adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor of an adapter, by its name in the base."""
+    """Return the shape of every tensor of an adapter by its name in the base model."""
     from safetensors import SafetensorError, safe_open
 
     file = folder / ADAPTER_WEIGHTS
@@ -213,16 +213,16 @@ def _adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     except SafetensorError as error:
         raise UserError(f"{file} is corrupt: {str(error).splitlines()[0]}") from None
     if not shapes or not all(key.startswith(_ADAPTER_PREFIX) for key in shapes):
-        raise UserError(f"{file} holds no weights of an adapter as peft writes them")
+        raise UserError(f"{file} does not contain adapter weights as peft writes them")
     return {key.removeprefix(_ADAPTER_PREFIX): shape for key, shape in shapes.items()}
 
 
 def _wanted_shape(part: str, module: nn.Module, weight: tuple[int, ...]) -> tuple[int | None, ...]:
-    """Return the shape that a part of an adapter needs for a weight; None where any size fits."""
-    if not part:  # a module that was trained whole
+    """Return the shape that part of an adapter needs for a weight; None where any size fits."""
+    if not part:  # A module that was trained as a whole.
         return weight
     rows, columns = weight
-    # GPT-2's Conv1D stores its weight as [in, out].
+    # Conv1D, as in GPT-2, stores its weight as [in, out].
     outputs, inputs = (columns, rows) if type(module).__name__ == "Conv1D" else (rows, columns)
     if part.startswith("magnitude_vector"):
         return (outputs,)
@@ -235,12 +235,12 @@ def _wanted_shape(part: str, module: nn.Module, weight: tuple[int, ...]) -> tupl
 
 
 def _is_tied(network: nn.Module, module: nn.Module) -> bool:
-    """Return whether a module is the embedding or the head of a network that ties the two."""
-    # Imported here: resolving a model's source does without torch.
+    """Return whether a module is the embedding or the head of a network that ties them."""
+    # Imported here, because finding a model's files must not import torch.
     from bench.models.network import text_config
 
     whole = cast("TransformersNetwork", network)
-    # By the config: on the meta device tied weights are separate tensors.
+    # From the config, because tied weights are separate tensors on the meta device.
     tied = bool(getattr(text_config(network), "tie_word_embeddings", False))
     return tied and module in (whole.get_input_embeddings(), whole.get_output_embeddings())
 
@@ -250,10 +250,10 @@ def _product(shape: tuple[int, ...]) -> str:
 
 
 def merge_adapter(network: nn.Module, folder: Path) -> nn.Module:
-    """Add a LoRA adapter to the weights it was trained for, and return the network.
+    """Merge a LoRA adapter into the weights of its base model, and return the network.
 
     Raises:
-        UserError: peft is not installed, or the settings and the weights of the adapter disagree.
+        UserError: peft is not installed, or settings and weights of the adapter do not agree.
     """
     peft = optional_module("peft", "adapters")
     config = peft.LoraConfig(**adapter_settings(folder), inference_mode=True)
@@ -266,12 +266,12 @@ def merge_adapter(network: nn.Module, folder: Path) -> nn.Module:
     matches = map(_ADAPTER_KEY.fullmatch, _adapter_shapes(folder))
     if reached != {found["module"] for found in matches if found}:
         raise UserError(f"model.adapter={folder}: its target_modules and its weights do not agree")
-    # `safe_merge` refuses to write NaN into a weight.
+    # `safe_merge` raises if a merged weight would be NaN.
     merged: nn.Module = adapted.merge_and_unload(safe_merge=True)
     return merged
 
 
-# The package that each quantizer needs, as imported and as installed; None: it is read here.
+# Package of each quantizer, as imported and as installed; None if slimbench itself unpacks weights.
 _QUANTIZERS = {
     "compressed-tensors": ("compressed_tensors", "'slimbench[quantized]'"),
     "gptq": None,
@@ -280,14 +280,14 @@ _QUANTIZERS = {
 }
 
 
-# Of the quantizers that are read here. 3 bits cross the border of a word, in layouts that differ.
+# Of quantizers that slimbench unpacks. With 3 bits a code may cross words, in different layouts.
 _PACKED_BITS = {"gptq": (2, 4, 8), "awq": (4,)}
 _LAYOUTS = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm",)}
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How the codes of a checkpoint are packed; `group` inputs share a scale, None: all."""
+    """How a checkpoint packs its codes; `group` inputs share a scale, all of them if None."""
 
     layout: str
     bits: int
@@ -296,12 +296,12 @@ class Packing:
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a checkpoint is stored that was quantized before it came here.
+    """How a published checkpoint is quantized.
 
-    `method` is transformers' name of it; `bytes` counts the tensors in the files, scales and
-    zero points included; `parameters` are those of the dense network, counted when it is built.
-    `mixed` says that layers outside the experts have several schemes. `packing` is set where the
-    weights are unpacked here, and not by transformers.
+    `method` is transformers' name for it. `bytes` is the size of the tensors in the files,
+    including scales and zero points. `parameters` is the number of the dense network's parameters,
+    counted when it is built. `mixed` is true if layers outside the experts have different schemes.
+    `packing` is set if slimbench unpacks the weights instead of transformers.
     """
 
     method: str
@@ -313,35 +313,35 @@ class Quantization:
 
     @property
     def library(self) -> str | None:
-        """The package that unpacks the weights; None if this one does."""
+        """Package that unpacks the weights; None if slimbench does."""
         needed = _QUANTIZERS[self.method]
         return None if needed is None else needed[0]
 
     @property
     def dequantized(self) -> bool:
-        """Whether the network computes with dense weights, dequantized when it is loaded."""
-        # transformers takes one scheme for all dense layers when it dequantizes; with several, it
-        # keeps them compressed, each by its own.
+        """Whether weights are dequantized on loading, so that computations use dense ones."""
+        # When transformers dequantizes, it uses a single scheme for all dense layers. With several
+        # schemes, it keeps the layers compressed.
         plain = not self.quantizes_activations and not self.mixed
         return (self.method == "compressed-tensors" and plain) or self.packing is not None
 
     @property
     def loading_settings(self) -> dict[str, Any]:
-        """Settings with which transformers loads the checkpoint."""
+        """Arguments of `from_pretrained` for this checkpoint."""
         if not self.dequantized or self.packing is not None:
             return {}
-        # compressed-tensors computes with dequantized weights in any case, from the first forward
-        # on. Dequantized at once, the network is the same before and after it.
+        # compressed-tensors dequantizes weights in the first forward at the latest. Doing it on
+        # loading keeps the network the same throughout.
         from transformers import CompressedTensorsConfig
 
         return {"quantization_config": CompressedTensorsConfig(dequantize=True)}
 
 
 def read_quantization(folder: Path, stored: object, files: tuple[Path, ...]) -> Quantization:
-    """Return how the checkpoint in a folder is quantized by what its config.json has `stored`.
+    """Return how a folder's checkpoint is quantized; `stored` is the entry in its config.json.
 
     Raises:
-        UserError: it is quantized by a method that is not supported or needs another package.
+        UserError: the quantization method is not supported, or its package is not installed.
     """
     stored = stored if isinstance(stored, dict) else {}
     method = stored.get("quant_method")
@@ -366,7 +366,7 @@ def read_quantization(folder: Path, stored: object, files: tuple[Path, ...]) -> 
 
 
 def _read_packing(folder: Path, stored: dict[str, Any]) -> Packing:
-    """Return the packing that the `quantization_config` of a folder states, if it is read here."""
+    """Return the packing stated by a folder's `quantization_config`, if slimbench can unpack it."""
     method: str = stored["quant_method"]
     bits: Any = stored.get("bits", stored.get("w_bit"))
     group = stored.get("group_size", stored.get("q_group_size", -1))
@@ -375,7 +375,7 @@ def _read_packing(folder: Path, stored: dict[str, Any]) -> Packing:
     for name, value, allowed in (("bits", bits, _PACKED_BITS), (key, layout, _LAYOUTS)):
         if value not in allowed[method]:
             raise UserError(
-                f"{folder} is quantized by {method} with {name}={value}, which is not read: "
+                f"{folder} is quantized by {method} with {name}={value}, which is not supported: "
                 f"allowed: {', '.join(map(str, allowed[method]))}"
             )
     if type(group) is not int or not (group == -1 or group > 0):
@@ -384,9 +384,9 @@ def _read_packing(folder: Path, stored: dict[str, Any]) -> Packing:
 
 
 def _is_mixed(schemes: list[dict[str, Any]]) -> bool:
-    """Tell whether dequantizing on loading would read a layer by the scheme of another one."""
-    # transformers takes the first scheme that names experts for theirs, and the first other one for
-    # all other layers (`transformers.integrations.compressed_tensors`).
+    """Return whether transformers would dequantize some layer with the scheme of another one."""
+    # transformers uses the first scheme that names experts for all experts, and the first of the
+    # others for all other layers (`transformers.integrations.compressed_tensors`).
     of_experts = [scheme for scheme in schemes if "experts" in str(scheme.get("targets"))]
     others = [scheme for scheme in schemes if scheme not in of_experts]
     dense = (others or schemes)[:1]

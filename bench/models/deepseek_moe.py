@@ -50,15 +50,15 @@ class DeepseekConfig(LlamaConfig):  # type: ignore[misc]
     norm_topk_prob: bool = False
     aux_loss_alpha: float = 0.001
     seq_aux: bool = True
-    # Fields that DeepSeek-V2's router reads and DeepSeek-MoE's config.json lacks. With these values
-    # V2's router is the plain softmax top-k of DeepSeek-MoE.
+    # Fields that DeepSeek-V2's router reads and that DeepSeek-MoE's config.json lacks. With these
+    # values V2's router is the plain softmax top-k of DeepSeek-MoE.
     routed_scaling_factor: float = 1.0
     topk_method: str = "greedy"
     n_group: int | None = None
     topk_group: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Reject variants that these classes would compute incorrectly."""
+        """Refuse variants that these classes would compute incorrectly."""
         for key, value in FIXED_SETTINGS.items():
             if getattr(self, key) != value:
                 raise UserError(
@@ -77,20 +77,20 @@ class DeepseekDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
 
 
 class _ExpertsMixin:
-    """Declarations about experts that transformers needs in addition to Llama's."""
+    """What transformers needs to know about experts, in addition to Llama."""
 
     config_class = DeepseekConfig
     _no_split_modules = ("DeepseekDecoderLayer",)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        # transformers looks for the decorator's name in the source of this module, does not find it
-        # since the experts class is imported, and would fall back to a loop over experts.
+        # transformers searches this module's source for the decorator's name, which is not there
+        # because the experts are imported, and would fall back to a loop over experts.
         return True
 
     def _init_weights(self, module: nn.Module) -> None:
-        # Llama's initialiser knows linears and norms only; fused experts and the router are bare
-        # parameters, which would stay uninitialised.
+        # Llama's initialiser handles only linear layers and norms. Fused experts and the router are
+        # plain parameters, which would stay uninitialised.
         super()._init_weights(module)  # type: ignore[misc]
         if isinstance(module, DeepseekV2Experts | DeepseekV2TopkRouter):
             for weight in module.parameters(recurse=False):

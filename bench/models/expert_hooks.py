@@ -3,12 +3,12 @@
 Shapes: T tokens, K experts per token, S tokens routed to one expert (a chunk of them), D d_model, F
 an expert's width.
 
-Fused experts of transformers 5 never expose their intermediate, so their forward is replaced
-through transformers' experts interface: the same sum, expert by expert, with the intermediate
-passed to an observer. Ragged experts, which are our own, are replaced likewise. Lists of experts
-and flat ones are observed by a hook on their inputs, and a dense feed-forward by hooks on its own
-matrices. In all cases the router's weights are those that the model applies, whatever its router
-computes (normalised, scaled, sparsemixer), unless an observer asks for others.
+Fused experts of transformers 5 do not expose their hidden states, so their forward is replaced
+through transformers' experts interface: the same sum is computed expert by expert, and hidden
+states are passed to an observer. Our own ragged experts are replaced likewise. Experts in lists and
+in flat form are observed by a hook on their inputs, and a dense feed-forward by hooks on its
+matrices. The weights passed are those that the model applies, whatever its router computes
+(normalised, scaled, sparsemixer), unless the caller requests renormalised ones.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from bench.models.network import replaced_forward
 from bench.models.structure.expert_view import ExpertView, sort_slots
 from bench.models.structure.moe_block import MoEBlock
 
-# Tokens by which a dense feed-forward is compared with its formula, and the relative difference
-# allowed: half precision rounds to 1e-2.
+# Number of tokens on which a dense feed-forward is compared with its formula, and the relative
+# difference allowed: half precision rounds to 1e-2.
 SAMPLE = 16
 DECOMPOSITION_TOLERANCE = 0.03
 
-# Name of our forward in a table of transformers, by which a config selects it.
+# Name of our forward in transformers' table of experts implementations.
 EXPERTS_IMPLEMENTATION = "slimbench_observed"
 
 
@@ -39,28 +39,28 @@ class ExpertObserver(Protocol):
     """Receiver of what one MoE block computes; every token is passed once, in chunks."""
 
     def routed(self, expert: int, x_SD: Tensor, hidden_SF: Tensor, weight_S: Tensor) -> None:
-        """Take tokens of one routed expert: its input, act(gate)·up, and the router's weights."""
+        """Receive tokens of one routed expert: inputs, act(gate)·up, and router weights."""
 
     def shared(self, x_TD: Tensor, hidden_TF: Tensor, weight_T: Tensor) -> None:
-        """Take tokens of the shared experts; the weight is their gate's, or one."""
+        """Receive tokens of the shared experts; the weights are those of their gate, or 1."""
 
     def output(self, y_TD: Tensor) -> None:
-        """Take the block's output."""
+        """Receive the block's output."""
 
 
 @runtime_checkable
 class TokenObserver(ExpertObserver, Protocol):
-    """An observer that also takes which tokens reach an expert."""
+    """An observer that also receives which tokens reach an expert."""
 
     def places(self, expert: int, token_S: Tensor) -> None:
-        """Take the rows of the block's input [T, D] that the next call of `routed` is about."""
+        """Receive the rows of the block's input [T, D] for the next call of `routed`."""
 
 
 _ExpertsForward = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 
 class _DecoratedForward(Protocol):
-    """Forward of fused experts, which selects an implementation; the class's own is wrapped."""
+    """The decorated forward of fused experts, and the original that it wraps."""
 
     __wrapped__: _ExpertsForward
 
@@ -96,11 +96,11 @@ def observe_experts(
     chunk: int = 4096,
     weights: RouterWeights = "applied",
 ) -> Iterator[None]:
-    """Pass what the blocks compute inside the `with` to their observers.
+    """Pass the values that MoE blocks compute inside the `with` to their observers.
 
-    At most `chunk` tokens are passed at once, which bounds the memory for intermediates. With
-    `weights=renormalised` the observers get router weights that sum to one over the experts of a
-    token; what the network computes stays as it is.
+    At most `chunk` tokens are passed at a time, to limit the memory for hidden states. With
+    `weights=renormalised` the observers get router weights that sum to 1 over the experts of a
+    token; the network's own computation does not change.
     """
     with ExitStack() as stack:
         how = _Show(chunk, weights)
@@ -122,13 +122,13 @@ def observe_experts(
 
 @dataclass(frozen=True)
 class _Show:
-    """How tokens are shown to observers."""
+    """How tokens are passed to observers."""
 
     chunk: int
     weights: RouterWeights
 
     def shown(self, block: MoEBlock, weight_TK: Tensor) -> Tensor:
-        """Return the router weights that observers get, with the block's own factor."""
+        """Return the router weights for observers, including the block's own scaling factor."""
         if self.weights == "renormalised":
             weight_TK = weight_TK / weight_TK.sum(dim=1, keepdim=True)
         return weight_TK if block.routed_scale == 1 else weight_TK * block.routed_scale
@@ -144,7 +144,7 @@ def _hook_fused(
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     owners = {block.experts: block for block in blocks}
-    # The forward of an observation around this one, whose blocks are still shown to it.
+    # The forward of an enclosing observation, whose observers must still be called.
     outer: _ExpertsForward | None = ALL_EXPERTS_FUNCTIONS.get(EXPERTS_IMPLEMENTATION)
 
     def forward(experts: nn.Module, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
@@ -152,10 +152,9 @@ def _hook_fused(
         if block is None and outer is not None:
             return outer(experts, x_TD, index_TK, weight_TK)
         if block is None:
-            # Not observed, but dispatched here since it shares the config: compute it as its own
-            # class does. `forward` of the class is the decorated one, which looks the
-            # implementation up in the config, finds this function and would recurse; `__wrapped__`
-            # is the loop beneath.
+            # Not observed, but called here because all layers share a config, so it computes the
+            # forward of its class. `forward` of the class is decorated: it would select this
+            # function by the config and recurse. `__wrapped__` is the original loop.
             plain = cast(_DecoratedForward, type(experts).forward).__wrapped__
             return plain(experts, x_TD, index_TK, weight_TK)
         return _observed_forward(block, watched[block], how, (x_TD, index_TK, weight_TK))
@@ -175,7 +174,7 @@ def _hook_fused(
 
 
 def _hook_ragged(block: MoEBlock, observer: ExpertObserver, how: _Show, stack: ExitStack) -> None:
-    """Replace the experts' forward until the stack closes; their weights must be onloaded."""
+    """Replace the experts' forward until the stack closes; weights must be onloaded."""
 
     def forward(x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         return _observed_forward(block, observer, how, (x_TD, index_TK, weight_TK))
@@ -186,10 +185,10 @@ def _hook_ragged(block: MoEBlock, observer: ExpertObserver, how: _Show, stack: E
 def _observed_forward(
     block: MoEBlock, observer: ExpertObserver, how: _Show, inputs: tuple[Tensor, Tensor, Tensor]
 ) -> Tensor:
-    """Compute the experts' output, in the shape of x, expert by expert, and show it."""
+    """Compute the output in the shape of x, expert by expert, and pass tokens to the observer."""
     x, index_TK, weight_TK = inputs
     x_TD = x.flatten(0, -2)
-    # Summed in float32, so that the order of the experts does not show in half precision.
+    # Summed in float32, so that half precision does not make the result depend on the order.
     y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
     for part in _by_expert(block, observer, how, (x_TD, index_TK, weight_TK)):
         y_SD = part.view.combine(part.hidden) * part.weight[:, None]
@@ -200,14 +199,14 @@ def _observed_forward(
 def _by_expert(
     block: MoEBlock, observer: ExpertObserver, how: _Show, inputs: tuple[Tensor, Tensor, Tensor]
 ) -> Iterator[RoutedTokens]:
-    """Compute and show each expert's hidden states, for the tokens routed to it only."""
+    """Compute and yield each expert's hidden states for its routed tokens only."""
     x_TD, index_TK, weight_TK = inputs
     order, counts = sort_slots(index_TK.flatten(), block.num_experts)
     applied, shown = weight_TK.flatten(), how.shown(block, weight_TK).flatten()
     for expert, slots in enumerate(torch.split(order, counts)):
         view = block.expert(expert)
-        # `torch.split` of an empty tensor yields one empty chunk; observers are not called for
-        # experts without tokens.
+        # `torch.split` of an empty tensor yields one empty chunk, but observers are not called
+        # for experts without tokens.
         for slots_S in torch.split(slots, how.chunk) if len(slots) else ():
             token_S = slots_S // index_TK.shape[1]
             x_SD = x_TD[token_S]
@@ -219,7 +218,7 @@ def _by_expert(
 
 
 def _input_hook(block: MoEBlock, observer: ExpertObserver, how: _Show) -> Callable[..., None]:
-    """Return a hook that repeats the work of experts in a list or in flat form."""
+    """Return a hook that recomputes experts in a list or in flat form."""
 
     def before(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         # Architectures pass the router's choice by position or by keyword, but always in this
@@ -232,20 +231,20 @@ def _input_hook(block: MoEBlock, observer: ExpertObserver, how: _Show) -> Callab
 
 
 def _hook_shared(block: MoEBlock, observer: ExpertObserver, chunk: int, stack: ExitStack) -> None:
-    """Show the shared experts' input, the input of their down projection, and their gate."""
+    """Observe the shared experts' input, the input of their down projection, and their gate."""
     shared = cast(nn.Module, block.shared)
     feed_forward = block.shared_feed_forward
     assert feed_forward is not None
     unchecked = [block]
-    # Two hooks see one call: on entry the input x, and before the down projection its argument,
-    # which is act(gate)·up without computing it again. The stack pairs them.
+    # Two hooks for each call: one gets the input x, the other act(gate)·up, as the argument of the
+    # down projection. The list pairs them.
     entered: list[Tensor] = []
 
     def enter(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         entered.append(args[0].flatten(0, -2))
 
     def hidden(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        # Popped, so that no activation outlives its forward.
+        # Popped, so that activations are freed after each forward.
         x_TD, hidden_TF = entered.pop(), args[0].flatten(0, -2)
         while unchecked:
             view = unchecked.pop().shared_view()
@@ -262,7 +261,7 @@ def _hook_shared(block: MoEBlock, observer: ExpertObserver, chunk: int, stack: E
 
 
 def _hook_dense(block: MoEBlock, observer: ExpertObserver, chunk: int, stack: ExitStack) -> None:
-    """Show a dense feed-forward's input and the input of its down matrix, with weight 1."""
+    """Observe a dense feed-forward's input and the input of its down matrix, with weight 1."""
     feed_forward = block.feed_forward
     assert feed_forward is not None
     entered: list[Tensor] = []
@@ -291,9 +290,9 @@ def _hook_dense(block: MoEBlock, observer: ExpertObserver, chunk: int, stack: Ex
 def _require_decomposition(
     name: str, module: nn.Module, view: ExpertView, x_SD: Tensor, hidden_SF: Tensor
 ) -> None:
-    """Raise if a feed-forward computes anything else than its view does."""
-    # Its form is recognised by the names of its parts. A class may do more with them than the
-    # formula, such as a top-k over neurons (Gemma 3n), and every score would then be wrong.
+    """Raise if a feed-forward does not compute the formula of its view."""
+    # The form is recognised by the names of its parts, but a class may do more, such as a top-k
+    # over neurons (Gemma 3n), which would make every score wrong.
     apart = (view.hidden(x_SD) - hidden_SF).float().norm()
     if float(apart) > DECOMPOSITION_TOLERANCE * float(hidden_SF.float().norm()):
         raise UserError(
@@ -303,21 +302,21 @@ def _require_decomposition(
 
 
 def _shared_weight(block: MoEBlock, x_TD: Tensor) -> Tensor:
-    """Return the factor of the shared experts' output, [T]."""
+    """Return the gate of the shared experts' output, [T]."""
     if block.shared_gate is None:
         return x_TD.new_full((x_TD.shape[0],), block.shared_scale)
     return torch.sigmoid(block.shared_gate(x_TD)).squeeze(-1) * block.shared_scale
 
 
 def _hook_output(block: MoEBlock, observer: ExpertObserver, stack: ExitStack) -> None:
-    """Show the block's output; with shared experts beside it, the sum of the two."""
+    """Observe the block's output, including shared experts."""
     parts = [block.output_module]
     if block.shared is not None and block.shared_owner is not block.block:
         parts.append(block.shared)
     seen: list[Tensor] = []
 
     def after(_: nn.Module, __: tuple[object, ...], output: Tensor | tuple[Tensor, ...]) -> None:
-        # Some blocks return their router's logits as well.
+        # Some blocks also return their router's logits.
         y = output[0] if isinstance(output, tuple) else output
         seen.append(y.flatten(0, -2))
         if len(seen) == len(parts):

@@ -1,16 +1,16 @@
-"""A decoder run one layer at a time over many rows, so that a method can change each layer in turn.
+"""Run a decoder layer by layer over many rows, so that a method can change each layer in turn.
 
 Shapes: B rows, L tokens per row, D d_model.
 
-Everything that a layer receives besides the hidden states (masks, positions, rotary embeddings) is
-recorded by sending the rows through a decoder whose layers return their input. All rows have the
-same length and no padding, so in most decoders it depends only on the number of rows in a batch and
-is stored once for each; where layers also receive the tokens (DeepSeek-V4), it is stored for each
-batch. Some layers hand more than hidden states to the next one (GLM-5's chosen keys): what a layer
-returns besides them is passed on where the decoder passes it.
+All inputs of a layer besides the hidden states (masks, positions, rotary embeddings) are recorded
+by sending the rows through a decoder whose layers return their input. All rows have the same length
+and no padding, so in most decoders these inputs depend only on the number of rows in a batch, and
+are stored once for each number. If layers also get the tokens (DeepSeek-V4), they are stored for
+each batch. Some layers return more than hidden states, which the decoder passes to later layers
+(GLM-5's selected keys); these values are passed on likewise.
 
 A model larger than its device runs the same way: the weights of one layer at a time are on the
-device, and hidden states wait in CPU memory.
+device, and hidden states are stored in CPU memory.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ LONGEST_OUTPUT = 3
 LayerArguments = tuple[tuple[object, ...], dict[str, object]]
 
 
-# Of what a layer may return: the hidden states alone, or a tuple that starts with them.
+# A layer may return the hidden states alone, or a tuple that starts with them.
 @dataclass(frozen=True)
 class _FromLayer:
-    """Stands for a part of what a layer returned, in the arguments of a later layer."""
+    """Placeholder, in the arguments of a layer, for a value that an earlier layer returned."""
 
     layer: int
     part: int
@@ -44,25 +44,25 @@ class _FromLayer:
 class LayerStream:
     """Hidden states of all rows at the input of the current decoder layer.
 
-    As a context manager it also onloads the weights of the current layer, so that they can be
-    changed until the stream moves to another layer or the block ends.
+    As a context manager it also onloads the weights of the current layer, which can be changed
+    until the stream moves to another layer or the block ends.
     """
 
     def __init__(
         self, network: nn.Module, layers: tuple[nn.Module, ...], tokens_BL: Tensor, batch: int
     ) -> None:
         self.layers = layers
-        # Of each batch, in order; equal ones share an entry.
+        # One per batch, in order; batches with equal arguments share an entry.
         self._arguments: list[list[LayerArguments]] = []
         self._states: list[Tensor] = []
-        # Of each batch, what the layers so far returned besides the hidden states.
+        # Per batch, the values besides hidden states that layers have returned.
         self._returned: list[dict[_FromLayer, object]] = []
         whole = cast(TransformersNetwork, network)
         _refuse_more_tokens_than_positions(whole, tokens_BL.shape[1])
         self._device = execution_device(whole.get_input_embeddings())
         offloaded = any(is_offloaded(layer) for layer in layers)
-        # Hidden states of all calibration rows can exceed the weights of one layer many times; a
-        # model that was offloaded for lack of memory has no room for them on the device.
+        # Hidden states of all calibration rows can be much larger than a layer's weights, so they
+        # do not fit on the device of a model that is offloaded for lack of memory.
         self._waiting = torch.device("cpu") if offloaded else self._device
         self._onloaded_index: int | None = None
         self._onload_stack = ExitStack()
@@ -77,9 +77,9 @@ class LayerStream:
 
     @torch.no_grad()
     def run_until(self, index: int, module: nn.Module) -> None:
-        """Send all rows through layer `index` as far as the input of one of its modules.
+        """Send all rows through layer `index` up to the input of one of its modules.
 
-        Hooks on what comes before, and before the forward of `module`, see every row exactly once.
+        Hooks on earlier modules, and before the forward of `module`, see every row exactly once.
         """
         self.onload_layer(index)
 
@@ -93,9 +93,9 @@ class LayerStream:
 
     @torch.no_grad()
     def run(self, index: int, *, advance: bool) -> None:
-        """Send all rows through layer `index`; with `advance` the outputs become the next inputs.
+        """Send all rows through layer `index`; with `advance` its outputs become the next inputs.
 
-        Hooks and observers on the layer see every row exactly once per call.
+        Hooks and observers of the layer see every row exactly once per call.
         """
         self.onload_layer(index)
         for place in range(len(self._states)):
@@ -112,7 +112,7 @@ class LayerStream:
                     del returned[key]
 
     def _output(self, index: int, place: int) -> object:
-        """Return what a layer makes of one batch."""
+        """Return the output of a layer for one batch."""
         returned = self._returned[place]
         args, kwargs = self._arguments[place][index]
         return self.layers[index](
@@ -123,8 +123,8 @@ class LayerStream:
 
     def onload_layer(self, index: int) -> None:
         """Write back the weights of the previous layer and onload those of layer `index`."""
-        # A layer is usually run twice (observe, then advance after the change). Its weights are
-        # written back once, when the stream leaves it.
+        # A layer usually runs twice (observe, then advance after the change), but its weights are
+        # written back only once, when the stream leaves it.
         if self._onloaded_index != index:
             self._onload_stack.close()
             self._onload_stack.enter_context(onloaded(self.layers[index]))
@@ -137,14 +137,14 @@ class LayerStream:
         state_BLD, arguments = _record(decoder, self.layers, rows_BL)
         self._states.append(state_BLD.to(self._waiting))
         self._returned.append({})
-        # Only the last batch may have another number of rows, so the one before is compared.
+        # Only the last batch may have a different number of rows, so comparing two suffices.
         if self._arguments and _equal(self._arguments[-1], arguments):
             arguments = self._arguments[-1]
         self._arguments.append(arguments)
 
 
 def _references(arguments: list[LayerArguments]) -> set[_FromLayer]:
-    """Return what layers with these arguments wait for."""
+    """Return the placeholders in the arguments of some layers."""
     values = [value for args, kwargs in arguments for value in (*args, *kwargs.values())]
     return {value for value in values if isinstance(value, _FromLayer)}
 
@@ -161,20 +161,20 @@ def _equal(one: object, other: object) -> bool:
         return one.keys() == other.keys() and all(_equal(one[k], other[k]) for k in one)
     if isinstance(one, tuple | list) and isinstance(other, tuple | list):
         return len(one) == len(other) and all(map(_equal, one, other))
-    # Objects such as masks of flex attention have no equality: the same one, or unequal.
+    # Objects such as masks of flex attention cannot be compared, so they are equal if identical.
     plain = isinstance(one, bool | int | float | str | _FromLayer)
     return one is other or (plain and one == other)
 
 
 def _refuse_more_tokens_than_positions(network: TransformersNetwork, length: int) -> None:
-    """Raise if a decoder with a table of positions (GPT-2, OPT) gets more tokens than it has."""
+    """Raise if a decoder with learned positions (GPT-2, OPT) gets more tokens than it has."""
     limit = getattr(text_config(cast(nn.Module, network)), "max_position_embeddings", None)
     tables = [
         part
         for part in network.get_decoder().modules()
         if isinstance(part, nn.Embedding) and part is not network.get_input_embeddings()
     ]
-    # Rotary positions have no table, and no end.
+    # Rotary positions have no table and no limit.
     if limit is not None and tables and length > limit:
         raise UserError(
             f"calibration.length={length} is more than the {limit} positions of "
@@ -183,11 +183,11 @@ def _refuse_more_tokens_than_positions(network: TransformersNetwork, length: int
 
 
 class _ReachedError(Exception):
-    """A run came to the module at which it was to stop."""
+    """A run reached the module at which it stops."""
 
 
 class _CutStateError(Exception):
-    """A decoder took the first element of what a layer returned."""
+    """A decoder took the first element of a layer's output."""
 
 
 def _record(
@@ -196,16 +196,16 @@ def _record(
     """Return the embeddings of some rows and the arguments of each layer.
 
     Raises:
-        UserError: the decoder expects something else of its layers than hidden states, or a short
-            tuple that starts with them.
+            UserError: the decoder does not expect hidden states, or a short tuple that starts with
+                them, from its layers.
     """
     failure: Exception = _CutStateError()
     for length in range(LONGEST_OUTPUT + 1):
         try:
             with _recorded_arguments(layers, length) as (inputs, arguments):
                 decoder(input_ids=rows_BL, use_cache=False)
-        # What unpacking raises depends on what was unpacked; other faults end the loop as well,
-        # with the last attempt's message.
+        # The exception of a failed unpacking depends on the value. Other errors occur again in the
+        # last attempt, whose message is reported.
         except (_CutStateError, TypeError, ValueError, AttributeError) as error:
             failure = error
         else:
@@ -220,17 +220,16 @@ def _record(
 def _recorded_arguments(
     layers: tuple[nn.Module, ...], length: int
 ) -> Iterator[tuple[list[Tensor], list[LayerArguments]]]:
-    """Make layers return their input and record the arguments of their calls.
+    """Make layers return their input, and record the arguments of their calls.
 
-    They return the tensor alone at `length` 0, else a tuple of that length.
+    With `length` 0 they return the tensor, else a tuple of this length.
     """
     inputs: list[Tensor] = []
     arguments: list[LayerArguments] = []
 
-    # One forward of the decoder with pass-through layers records the arguments of all layers and
-    # computes none of them; `inputs[0]` is the embedding output. Trap: a decoder whose layers
-    # return a tuple takes its elements, which cuts a tensor along the batch: into as many as it
-    # expects, if there are as many rows.
+    # One forward with pass-through layers records the arguments of all layers without computing
+    # them; `inputs[0]` is the embeddings. If a decoder unpacks a tuple, a tensor would be unpacked
+    # along the batch without an error when it has as many rows as the tuple has elements.
     def passing(hidden_BLD: Tensor, *args: object, **kwargs: object) -> Tensor | tuple[object, ...]:
         if not isinstance(hidden_BLD, Tensor) or (inputs and hidden_BLD.shape != inputs[0].shape):
             raise _CutStateError("a layer's output is cut")

@@ -1,4 +1,4 @@
-"""From a source's files to a network ready to be compressed, language model or classifier."""
+"""Loading of networks from a model's files: language models and image classifiers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ VOCABULARY_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
 
 
 class _NetworkClass(Protocol):
-    """Class of transformers that builds networks: an Auto class, or that of an architecture."""
+    """Class of transformers that builds networks: an Auto class or one architecture's class."""
 
     def from_config(self, config: NetworkConfig, **settings: object) -> nn.Module: ...
 
@@ -57,8 +57,8 @@ def skeleton(source: ModelSource) -> nn.Module:
     _refuse_classifier(source)
     described = source.is_described
     description = replaced_modules.read_description(source.folder) if described else None
-    # The constructor runs under the meta device, so even a 100 GB model is inspected in seconds;
-    # replaced modules are rebuilt inside the block for the same reason.
+    # The constructor runs on the meta device, so even a 100 GB model is inspected in seconds.
+    # Replaced modules are built inside the block for the same reason.
     with one_sentence_errors(source.given), torch.device("meta"):
         network = _published_network(source)
         if description is not None:
@@ -78,14 +78,14 @@ def _published_network(source: ModelSource) -> nn.Module:
 
 
 def _attention(given: ModelConfig, config: NetworkConfig) -> str:
-    """Return the attention to ask transformers for: eager where SDPA, the default, has no form.
+    """Return the attention implementation to request: eager if the network has no SDPA.
 
-    transformers chooses so too when no attention is named, but refuses one that is named.
+    transformers falls back likewise by default, but refuses an unsupported explicit choice.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     devices.check_attention(given.attention)
-    # A class of remote code is in no mapping, and transformers' own refusal then stands.
+    # Classes of remote code are not in the mapping; for them transformers raises its own error.
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if given.attention != "sdpa" or kind is None or kind._supports_sdpa:
         return given.attention
@@ -93,15 +93,15 @@ def _attention(given: ModelConfig, config: NetworkConfig) -> str:
     return "eager"
 
 
-@functools.cache  # Once: a run builds its network several times.
+@functools.cache  # Once per architecture, because a run builds its network several times.
 def _say_eager(architecture: str) -> None:
     note(f"{architecture} has no SDPA in transformers, so model.attention=eager is used")
 
 
 @functools.lru_cache(maxsize=4)
 def load_tokenizer(source: ModelSource) -> Tokenizer:
-    """Load the tokenizer of a language model alone."""
-    # Cached, since every run of a sweep asks; sources are equal if the contents of their files are.
+    """Load only the tokenizer of a language model."""
+    # Cached, because every run of a sweep needs it. Sources are equal if their files are.
     with one_sentence_errors(source.given):
         tokenizer, _ = load_tokenizer_and_processor(source)
     assert tokenizer is not None
@@ -109,15 +109,15 @@ def load_tokenizer(source: ModelSource) -> Tokenizer:
 
 
 def check_tokenizer(config: ModelConfig, tokenizer: Tokenizer, network: nn.Module) -> None:
-    """Check that a network takes what its tokenizer makes, as far as shapes tell.
+    """Check that a network accepts the token ids and lengths of its tokenizer.
 
     Raises:
-        UserError: ids are beyond the embedding, or sequences longer than the learned positions.
+        UserError: ids exceed the embedding, or sequences exceed the learned positions.
     """
     rows = embedded_ids(network)
     beyond = _tokens_beyond(tokenizer, rows)
-    # Special tokens come from no text. Many published models have one, mostly for padding, that
-    # they never had an embedding for.
+    # Special tokens do not occur in texts. Many published models have one without an embedding,
+    # mostly for padding.
     special = set(tokenizer.all_special_tokens) - {tokenizer.bos_token, tokenizer.eos_token}
     unfit = sorted(beyond.keys() - special, key=beyond.__getitem__)
     if unfit:
@@ -129,12 +129,12 @@ def check_tokenizer(config: ModelConfig, tokenizer: Tokenizer, network: nn.Modul
     positions, longest = learned_positions(network), max_sequence_length(config, network)
     if positions is not None and positions < longest:
         raise UserError(
-            f"model.max_length={longest}: model {config.name} has learned positions for "
-            f"{positions} tokens: give {positions} or less"
+            f"model.max_length={longest}: model {config.name} has learned positions for only "
+            f"{positions} tokens: set it to {positions} or less"
         )
 
 
-# Cached, since every run of a sweep asks and a vocabulary has up to 200,000 entries.
+# Cached, because every run of a sweep needs it and a vocabulary has up to 200,000 entries.
 @functools.lru_cache(maxsize=4)
 def _tokens_beyond(tokenizer: Tokenizer, rows: int) -> dict[str, int]:
     """Return the tokens whose ids are not below `rows`."""
@@ -150,15 +150,14 @@ def load_model(source: ModelSource) -> Model:
     """
     device = devices.select_device(source.config.device)
     if source.adapter is not None:
-        # A run has built the skeleton, which refuses an adapter for another base; a library user
-        # may come without one.
+        # In a run, `skeleton` has refused an adapter for another base already; library code may
+        # call this function directly.
         skeleton(source)
     with one_sentence_errors(source.given):
-        # Before the weights, which may take minutes to read.
+        # Before the weights, because reading them may take minutes.
         tokenizer, processor = load_tokenizer_and_processor(source)
         network = _load_network(source, device)
-    # Methods that train turn gradients on for what they train; everything else runs without a
-    # graph.
+    # Methods that train enable gradients where they need them; nothing else builds a graph.
     network.eval().requires_grad_(False)
     _refuse_nan(network, source.config)
     quantization = source.quantization
@@ -177,19 +176,19 @@ def load_model(source: ModelSource) -> Model:
     )
 
 
-# Once for the content of a folder: the tokenizer alone is loaded before the model is.
+# Once per content of a folder, because the tokenizer is also loaded before the model.
 @functools.lru_cache(maxsize=4)
 def _try_text_files(source: ModelSource) -> None:
     refuse_endless_text_files(source.folder)
 
 
 def refuse_endless_text_files(folder: Path) -> None:
-    """Raise if the tokenizer or a chat template of a foreign folder does not come to an end.
+    """Raise if the tokenizer or a chat template of an untrusted folder does not terminate.
 
     Raises:
-        UserError: trying them took too much time or memory, or panicked.
+        UserError: trying them exceeded the limits of time or memory, or crashed.
     """
-    # By path and isolated: neither the working folder nor the model's decides what is imported.
+    # By path and isolated, so that nothing is imported from the working folder or the model's.
     command = [sys.executable, "-I", text_files_probe.__file__, str(folder)]
     try:
         tried = subprocess.run(
@@ -204,7 +203,7 @@ def refuse_endless_text_files(folder: Path) -> None:
     if tried.returncode:
         last = (tried.stdout.splitlines() or ["its tokenizer"])[-1]
         words = tried.stderr.strip().splitlines()
-        # A negative code is a signal: that of the limit on time, or an abort for lack of memory.
+        # A negative code is a signal: of the time limit, or an abort for lack of memory.
         fault = words[-1] if words and tried.returncode > 0 else "no end within the limits"
         raise UserError(
             f"{folder}: {last} cannot be used: {fault} (tried with {text_files_probe.SECONDS} s "
@@ -225,7 +224,7 @@ def open_folder(folder: str | Path, **settings: Any) -> Model:
 def _network_config(source: ModelSource) -> NetworkConfig:
     from transformers import AutoConfig
 
-    # transformers does not know this one type, and must before AutoConfig reads config.json.
+    # AutoConfig does not know this model type unless it is registered before.
     if read_json_object(source.folder / "config.json").get("model_type") == "deepseek":
         from bench.models import deepseek_moe
 
@@ -235,12 +234,12 @@ def _network_config(source: ModelSource) -> NetworkConfig:
 
 
 def _local_files(source: ModelSource) -> dict[str, bool]:
-    """Return the settings with which transformers reads a source's folder and nothing else."""
+    """Return arguments that make transformers read only the files of a source's folder."""
     return {"local_files_only": True, "trust_remote_code": source.config.trust_remote_code}
 
 
 def _load_network(source: ModelSource, device: torch.device) -> nn.Module:
-    """Read the weights into a network on the device, or spread it over devices by `device_map`."""
+    """Load a network's weights onto a device, or onto several devices with `device_map`."""
     from bench.models import offload
 
     config = source.config
@@ -256,7 +255,7 @@ def _load_network(source: ModelSource, device: torch.device) -> nn.Module:
             source.folder, source.quantization.packing, network_config, dtype, wanted
         )
     network, report = _network_class(source).from_pretrained(
-        # transformers takes weights from a folder or from memory.
+        # transformers loads weights from a folder or from memory.
         None if unpacked else source.folder,
         config=network_config,
         dtype=dtype,
@@ -264,17 +263,17 @@ def _load_network(source: ModelSource, device: torch.device) -> nn.Module:
         offload_folder=folder,
         attn_implementation=_attention(config, network_config),
         variant=weights_variant(source.folder),
-        # Pickled weights can run code when opened; transformers would fall back to them.
+        # transformers would fall back to pickled weights, which can run code when opened.
         use_safetensors=True,
         **_local_files(source),
         **quantized,
         **unpacked,
-        # Without the report, transformers initialises missing weights at random and only warns.
+        # Without the report, transformers only warns about missing weights and draws random ones.
         output_loading_info=True,
     )
     if folder is not None:
-        # Offloaded weights are read from the folder in every forward, so it lives as long as the
-        # network.
+        # Offloaded weights are read from the folder in every forward, so the folder must exist as
+        # long as the network.
         offload.remove_folder_with(network, folder)
     for kind in ("missing", "unexpected", "mismatched"):
         keys = sorted(str(key) for key in report.get(f"{kind}_keys", ()))
@@ -289,13 +288,13 @@ def _network_class(source: ModelSource) -> _NetworkClass:
     from bench.models import replaced_modules
 
     if not source.is_described:
-        # An Auto class looks into the folder, and weights in memory come without one.
+        # Auto classes need a folder, which weights in memory do not have.
         packed = source.quantization is not None and source.quantization.packing is not None
         return cast("_NetworkClass", type(skeleton(source))) if packed else _auto_class(source)
     description = replaced_modules.read_description(source.folder)
     with torch.device("meta"):
-        # `from_pretrained` constructs the network itself, so replaced modules cannot be installed
-        # between construction and loading. The class it is given installs them in its constructor.
+        # `from_pretrained` constructs the network itself, so the class that it gets must install
+        # replaced modules in its constructor.
         network = _published_network(source)
     return cast("_NetworkClass", replaced_modules.described_class(type(network), description))
 
@@ -313,7 +312,7 @@ def _auto_class(source: ModelSource) -> _NetworkClass:
 def load_tokenizer_and_processor(
     source: ModelSource,
 ) -> tuple[Tokenizer | None, Processor | None]:
-    """Load what turns inputs into tensors, without the weights; None where a model has none."""
+    """Load what converts inputs to tensors, without the weights; None if a model has none."""
     if source.config.kind == "image_classifier":
         return None, None
     if not source.is_embedded:
@@ -325,7 +324,7 @@ def load_tokenizer_and_processor(
 
 
 def _refuse_classifier(source: ModelSource) -> None:
-    """Raise if a folder meant for transformers holds an image classifier of ours."""
+    """Raise if a folder to be loaded by transformers contains an image classifier of slimbench."""
     if is_fresh(source.config):
         raise UserError(f"{source.config.source} needs model.kind=image_classifier")
     config = read_json_object(source.folder / "config.json")
@@ -340,10 +339,10 @@ def _load_processor(source: ModelSource) -> Processor:
     from transformers import AutoProcessor
 
     processor: Processor = AutoProcessor.from_pretrained(source.folder, **_local_files(source))
-    # Without a preprocessor config, AutoProcessor silently returns the tokenizer alone.
+    # Without a preprocessor config, AutoProcessor returns the tokenizer alone, without a warning.
     if not hasattr(processor, "image_processor"):
         raise UserError(f"{source.folder} contains no image processor")
-    # Both would otherwise be refused only after the weights are loaded.
+    # Otherwise, both would be refused only after the weights are loaded.
     configure_images(processor, _network_config(source).model_type, source.config.processor)
     render_chat(processor, [("What is this?", None)], images=1, system=None)
     return processor
@@ -351,7 +350,7 @@ def _load_processor(source: ModelSource) -> Processor:
 
 @functools.lru_cache(maxsize=4)
 def image_settings(source: ModelSource) -> ImageSettings:
-    """Return how the images of an image_text model become pixels, for the id of a run."""
+    """Return how an image_text model preprocesses images, as part of a run's id."""
     with one_sentence_errors(source.given):
         processor = _load_processor(source)
         model_type = _network_config(source).model_type
@@ -361,7 +360,7 @@ def image_settings(source: ModelSource) -> ImageSettings:
 def _load_tokenizer(source: ModelSource) -> Tokenizer:
     from transformers import AutoTokenizer
 
-    # Without a vocabulary file, AutoTokenizer silently builds a tokenizer that knows no words.
+    # Without a vocabulary file, AutoTokenizer builds an empty tokenizer without a warning.
     if not any(any(source.folder.glob(pattern)) for pattern in VOCABULARY_FILES):
         raise UserError(f"{source.folder} contains no tokenizer")
     tokenizer: Tokenizer = AutoTokenizer.from_pretrained(source.folder, **_local_files(source))
@@ -372,7 +371,7 @@ def _refuse_nan(network: nn.Module, config: ModelConfig) -> None:
     """Raise if a weight contains NaN."""
     for name, weight in network.named_parameters():
         readable = weight.is_floating_point() and weight.numel() > 0 and not weight.is_meta
-        # `amax` propagates NaN and needs no boolean mask the size of the weight. It is not
+        # `amax` propagates NaN and does not allocate a mask of the weight's size. It is not
         # implemented for 8-bit floats.
         if readable and weight.element_size() > 1 and bool(weight.amax().isnan()):
             raise UserError(f"the weights of {config.name} contain NaN, for instance in {name}")
@@ -387,13 +386,13 @@ def classifier_skeleton(source: ModelSource) -> Classifier:
     config = _vision_config(source)
     with torch.device("meta"), torch.no_grad():
         network = architectures.build_classifier(config).eval()
-        # Constructors accept any size; only a forward shows that the pooling layers leave no
-        # pixel. On meta it costs no arithmetic and the message names no internal shape.
+        # Constructors accept any image size. A forward on meta is free and shows whether pooling
+        # layers leave no pixel; the message does not mention internal shapes.
         image = torch.zeros(1, config.channels, config.size, config.size)
         ours = config.architecture in architectures.ARCHITECTURES
         try:
             logits = network(image)
-        # The forward of a user's own network may raise anything.
+        # The forward of a user's own network may raise any exception.
         except Exception as error:
             if ours and not isinstance(error, RuntimeError):
                 raise
@@ -406,27 +405,27 @@ def classifier_skeleton(source: ModelSource) -> Classifier:
     if given != (1, config.classes):
         raise UserError(
             f"{config.architecture} returns {given or type(logits).__name__} for one image, "
-            f"where logits of shape {(1, config.classes)} are needed"
+            f"but logits of shape {(1, config.classes)} are needed"
         )
     return network
 
 
 def load_classifier(source: ModelSource, device: torch.device) -> Classifier:
-    """Return the network with its weights on the device, not yet in evaluation mode.
+    """Return the network with its weights on the device; it may be in training mode.
 
     Raises:
         UserError: the weights do not match the network, or `model.device_map` is set.
     """
     if source.config.device_map is not None:
         raise UserError("model.device_map is for language models: set it to null for a classifier")
-    # Fresh weights are drawn on the CPU and moved, so that a seed gives the same weights on every
-    # device.
+    # Random weights are drawn on the CPU and moved, so that a seed gives the same weights on
+    # every device.
     if is_fresh(source.config):
         network = _fresh_classifier(source)
     elif is_state_dict(source.config):
         network = serialization.load_state(_fresh_classifier(source), source.given)
     else:
-        _vision_config(source)  # which registers a class of the user's
+        _vision_config(source)  # Registers the user's own class.
         network = serialization.load_classifier_folder(source.folder)
     return network.to(device, devices.select_dtype(source.config.dtype, device))
 
@@ -441,8 +440,8 @@ def _vision_config(source: ModelSource) -> VisionConfig:
 
 def _fresh_classifier(source: ModelSource) -> Classifier:
     """Draw the weights without advancing the global generator."""
-    # Without the fork, fresh weights would shift every later draw (shuffling, calibration), and a
-    # run with fresh weights would differ from a run that loads the same weights from a folder.
+    # Without the fork, drawing weights would change all later draws (shuffling, calibration),
+    # which would then differ from those of a run that loads the same weights from a folder.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(source.config.seed or 0)
         return architectures.build_classifier(fresh_vision_config(source.config))

@@ -1,14 +1,14 @@
-"""MACs of a network's matmuls, and the protocol by which a method reports its own.
+"""MACs of a network's matmuls, and the protocol with which methods report theirs.
 
-Multiplying a row with a matrix costs as many multiply-adds (MACs) as the matrix has weights; a
-query meets each key twice, in q · k and in weight · v. Nothing else is counted: norms, activations,
-softmax, rotations and sums are elementwise and small in comparison. Measurements and methods share
-this vocabulary: a method that replaces a computation reports its matmuls instead.
+Multiplying a row by a matrix takes as many multiply-adds (MACs) as the matrix has weights. A query
+meets each key twice, in q · k and in weight · v. Norms, activations, softmax, rotations and sums
+are not counted, because they are elementwise and small in comparison. Measurements and methods use
+the same types: a method that replaces a computation reports its own matmuls.
 
 A method that reduces the decoder's work stores a `FlopsProvider` on the network, next to the
-forward that it replaced. It is called at measurement time, so it reflects all later changes; a
-method's report describes the state when that method had run, and another method may have followed.
-And it is copied with the network, unlike a report or a field next to the network.
+forward that it replaces. It is called when costs are measured and therefore covers changes by later
+methods, which the report of a method cannot. It is also copied with the network, unlike a report or
+a field of `Model`.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ TokenKind = Literal["text", "visual"]
 
 @dataclass(frozen=True)
 class MatmulCost:
-    """Cost of matmuls of one kind: part of the network, kind of tokens, MACs.
+    """MACs of matmuls of one kind: part of the network, kind of tokens, number.
 
-    `rows` as a part are a decoder's projections and dense feed-forwards, `attention` is its
-    quadratic part, `method` is what a method computes in addition to the network. `masked` is the
-    share of `macs` for pairs of query and key that a mask hides: a kernel is called with them, but
+    The part `rows` are a decoder's projections and dense feed-forwards, `attention` is its
+    quadratic part, and `method` is what a method computes in addition to the network. `masked` is
+    the share of `macs` for pairs of query and key that a mask hides; a kernel gets these pairs, but
     may skip them.
     """
 
@@ -51,12 +51,12 @@ class MatmulCost:
 
     @property
     def label(self) -> str:
-        """Name of the part in a record: `text` and `visual` for a decoder's rows."""
+        """Name of the part in records: `text` and `visual` for a decoder's rows."""
         return self.tokens if self.part == "rows" else self.part
 
 
 def macs_by_part(products: Iterable[MatmulCost], *, masked: bool = True) -> dict[str, float]:
-    """Sum MACs by part, with or without those of masked pairs."""
+    """Return the sum of MACs per part, with or without those of masked pairs."""
     parts: dict[str, float] = {}
     for product in products:
         macs = product.macs if masked else product.macs - product.masked
@@ -65,13 +65,13 @@ def macs_by_part(products: Iterable[MatmulCost], *, masked: bool = True) -> dict
 
 
 def matrix_weights(module: nn.Module) -> int:
-    """Count the weights that one row is multiplied with when it passes each matrix once.
+    """Count the weights that one row is multiplied by when it passes each matrix once.
 
-    Embeddings are looked up, and vectors (norms, biases) are no matmuls.
+    Embeddings do not count, because they are looked up, and neither do vectors (norms, biases).
     """
     total = 0
     for part in module.modules():
-        # Packed layers hold codes in buffers: `numel` is the number of weights, not of bytes.
+        # Packed layers store codes in buffers; `numel` is the number of weights, not of bytes.
         if isinstance(part, PackedLinear):
             total += part.numel
         elif not isinstance(part, nn.Embedding):
@@ -82,16 +82,16 @@ def matrix_weights(module: nn.Module) -> int:
 def projection_cost(
     attention: nn.Module, count: float, past: float, tokens: TokenKind
 ) -> MatmulCost:
-    """Compute the cost of `count` rows in attention projections, with `past` keys cached."""
-    # Latent attention (DeepSeek) caches keys and values compressed and expands all of them again in
-    # every call, cached ones included.
+    """Return the cost of `count` rows in attention projections, with `past` keys cached."""
+    # Latent attention (DeepSeek) caches compressed keys and values, and expands all of them in
+    # every call.
     again = getattr(attention, "kv_b_proj", None)
     expanded = past * matrix_weights(again) if isinstance(again, nn.Module) else 0.0
     return MatmulCost("rows", count * matrix_weights(attention) + expanded, tokens)
 
 
 class _HeadWidths(Protocol):
-    """Widths that an attention module states: one, or of queries and keys and of values."""
+    """Widths of heads as an attention module states them: one, or separate ones for values."""
 
     head_dim: int
     qk_head_dim: int
@@ -99,14 +99,14 @@ class _HeadWidths(Protocol):
 
 
 def macs_per_pair(attention: nn.Module) -> int:
-    """Return the MACs of one query with one key and its value, over all heads.
+    """Return the MACs for one query with one key and its value, over all heads.
 
     Raises:
         UserError: the module does not state the width of its heads.
     """
     module = cast(_HeadWidths, attention)
     heads = getattr(getattr(attention, "config", None), "num_attention_heads", None)
-    if hasattr(module, "v_head_dim") and heads:  # latent attention: values have their own width
+    if hasattr(module, "v_head_dim") and heads:  # Latent attention has a separate value width.
         return int(heads * (module.qk_head_dim + module.v_head_dim))
     if heads is None or not hasattr(module, "head_dim"):
         raise UserError(
@@ -114,7 +114,7 @@ def macs_per_pair(attention: nn.Module) -> int:
         )
     found = find_heads(attention)
     if len(found) == 1:
-        # A config has one number for all layers, which may have lost different heads.
+        # A config has one number for all layers, but layers may have lost different heads.
         return 2 * shape_of(found[0].readout)[1]
     return int(2 * heads * module.head_dim)
 
@@ -122,17 +122,17 @@ def macs_per_pair(attention: nn.Module) -> int:
 def attention_cost(
     tokens: TokenKind, pairs: float, seen: float, per_pair: int, part: NetworkPart = "attention"
 ) -> MatmulCost:
-    """Compute the cost of attention over `pairs` of query and key, `seen` of them not masked."""
+    """Return the cost of attention over `pairs` of query and key, of which `seen` are unmasked."""
     return MatmulCost(part, pairs * per_pair, tokens, (pairs - seen) * per_pair)
 
 
 def feed_forward_costs(
     module: nn.Module, count: float, tokens: TokenKind, top_k: int | None
 ) -> list[MatmulCost]:
-    """Compute the cost of `count` rows in a feed-forward, dense or mixture of experts.
+    """Return the cost of `count` rows in a feed-forward, dense or a mixture of experts.
 
-    Routing is assumed to be even: a row meets `top_k` of E experts, each of mean size, padding
-    included. The router's part holds everything that is neither routed nor shared.
+    Routing is assumed to be balanced: a row uses `top_k` of E experts of the mean size, including
+    padding. The `router` part contains everything that is neither routed nor shared.
     """
     experts = getattr(module, "experts", None)
     if not isinstance(experts, nn.Module):
@@ -147,9 +147,9 @@ def feed_forward_costs(
 
 
 def _weights_per_token(experts: nn.Module, top_k: int) -> float:
-    """Return the mean number of expert weights that a row is multiplied with."""
-    # Replaced experts may hold weights that every token meets (a shared base of D2-MoE), so only
-    # the part that belongs to single experts is scaled by top_k / E.
+    """Return the mean number of expert weights that a row is multiplied by."""
+    # Replaced experts may have weights that every token uses (a shared base of D2-MoE), so only
+    # the weights of single experts are scaled by top_k / E.
     own = experts.routed_parameters() if isinstance(experts, ReplacedModule) else None
     total = matrix_weights(experts)
     if own is not None:
@@ -168,15 +168,15 @@ def _num_experts(experts: nn.Module) -> int:
     stated = getattr(experts, "num_experts", None)
     if isinstance(stated, int):
         return stated
-    # Fused experts store all experts in one 3-D parameter, experts first.
+    # Fused experts are stored in one 3-D parameter, experts first.
     return int(next(w for w in experts.parameters(recurse=False) if w.ndim > 2).shape[0])
 
 
 def number_of_unlike_experts(experts: nn.Module) -> int | None:
-    """Return the number of experts in a module of slimbench's own, None for any other module.
+    """Return the number of experts in a module of slimbench, None for other modules.
 
-    Methods leave experts of different sizes in such modules; those of a published network, whose
-    experts are all alike, stay in its own.
+    Methods that leave experts of different sizes use such modules. Equal experts of a published
+    network stay in its own modules.
     """
     if isinstance(experts, PackedExperts):
         return len(experts)
@@ -187,7 +187,7 @@ def number_of_unlike_experts(experts: nn.Module) -> int | None:
 
 
 def _top_k(block: nn.Module, fallback: int | None) -> int:
-    """Return the number of experts per row, from the block, its parts, or the config's value."""
+    """Return the number of experts per row, from the block, its parts, or else the config."""
     values = (getattr(owner, "top_k", None) for owner in (*block.children(), block))
     found = next((value for value in values if isinstance(value, int)), fallback)
     if found is None:
@@ -198,7 +198,7 @@ def _top_k(block: nn.Module, fallback: int | None) -> int:
 
 
 def total_numel(*tensors: Tensor) -> int:
-    """Count the weights of some matrices together."""
+    """Return the total number of elements of some tensors."""
     return sum(tensor.numel() for tensor in tensors)
 
 
@@ -208,9 +208,9 @@ FLOPS_PROVIDER_ATTRIBUTE = "slimbench_plan"
 
 @dataclass(frozen=True)
 class VisualLayer:
-    """One layer as papers count it: number of visual tokens, shares of heads and neurons they use.
+    """One layer as papers describe it: number of visual tokens, shares of heads and neurons in use.
 
-    `windowed` says that visual tokens attend to neighbours only.
+    `windowed` is true if visual tokens attend only to neighbours.
     """
 
     tokens: int
@@ -221,30 +221,30 @@ class VisualLayer:
 
 @runtime_checkable
 class FlopsProvider(Protocol):
-    """A decoder's account of its own work; inputs are a prompt's, as returned by the processor."""
+    """Counts of a decoder's work; inputs are a prompt's, as returned by the processor."""
 
     @property
     def unaccounted(self) -> tuple[str, ...]:
-        """Name the methods whose own matmuls are not in the account."""
+        """Return the methods whose own matmuls are not counted."""
 
     def prefill(self, inputs: ModelInputs) -> list[MatmulCost] | None:
         """Return the decoder's matmuls for a prompt, or None if they are those of the dense model.
 
-        The head is not part of the decoder, nor are vision tower and projector, except for what a
-        method makes them compute once more.
+        The head does not belong to the decoder, and neither do vision tower and projector, except
+        for what a method makes them compute again.
         """
 
     def token(self, inputs: ModelInputs) -> list[MatmulCost] | None:
         """Like `prefill`, for the first token that is generated after the prompt."""
 
     def layers(self, inputs: ModelInputs) -> list[VisualLayer]:
-        """Return every layer of the decoder as papers count it."""
+        """Return every layer of the decoder as papers describe it."""
 
     def tower_rows(self, inputs: ModelInputs) -> tuple[int, ...] | None:
-        """Return how many rows an image has in each layer of the vision tower.
+        """Return the number of rows per image in each layer of the vision tower.
 
-        The class token counts; the patches of the last layer reach the projector. None if the
-        numbers are those of the dense model.
+        The class token counts. The patches of the last layer are the input of the projector.
+        Return None if the numbers are those of the dense model.
         """
 
 

@@ -1,4 +1,4 @@
-"""A loaded network with everything that methods, harnesses and measurements need to use it."""
+"""A loaded network with everything that methods, harnesses and measurements need."""
 
 from __future__ import annotations
 
@@ -20,27 +20,26 @@ if TYPE_CHECKING:
 
 
 class TimedWork(Protocol):
-    """Duration of a method's own work, readable after the timed block."""
+    """Duration of a method's own work, available after the timed block."""
 
     seconds: float
 
 
 @dataclass
 class Model:
-    """A network, what turns inputs into tensors for it, and where both came from.
+    """A network with its tokenizer or processor, and the origin of its weights.
 
-    `tokenizer` is None for an image classifier. `processor` takes images and text and holds the
-    tokenizer; it is None for all models but vision-language models.
+    `tokenizer` is None for image classifiers. `processor` takes images and text and contains the
+    tokenizer; only vision-language models have one.
 
-    Three fields are set by methods. `overhead` times the work that a method adds inside a forward,
-    such as the selection of tokens. `needs_pixels` says that a method reads what the vision tower
-    computes during a call: images must then be passed with the call and not be encoded before it.
-    `needs_prompt` says that a method looks at the whole prompt at once: it must be passed in one
-    call.
+    Methods set three fields. `overhead` times the work that a method adds inside a forward, such as
+    the selection of tokens. `needs_pixels` is true if a method uses results of the vision tower, so
+    that images must be passed to the network instead of being encoded before. `needs_prompt` is
+    true if a method needs the whole prompt, which must then be passed in a single call.
 
-    `fingerprint` is a SHA-256 over the weights as they were on disk; `revision` is the commit that
-    the requested revision resolved to, None for local folders. `quantization` says how a checkpoint
-    is stored that was quantized already; None for dense ones.
+    `fingerprint` is a SHA-256 of the weights on disk. `revision` is the commit that the requested
+    revision resolves to, None for local folders. `quantization` describes how a published
+    checkpoint is quantized, None for dense ones.
     """
 
     config: ModelConfig
@@ -57,18 +56,18 @@ class Model:
 
     @property
     def name(self) -> str:
-        """The name in the model's config."""
+        """Name of the model in its config."""
         return self.config.name
 
     @property
     def max_length(self) -> int:
-        """Length in tokens of the longest sequence that the network accepts."""
+        """Maximum length of a sequence that the network accepts, in tokens."""
         return max_sequence_length(self.config, self.network)
 
     @cached_property
     def structure(self) -> ModelStructure:
         """Location of the parts that methods change."""
-        # Cached: methods read it per layer.
+        # Cached, because methods read it per layer.
         from bench.models.structure.model_structure import inspect_model
 
         return inspect_model(self.network)
@@ -80,22 +79,22 @@ class Model:
 
     def invalidate_structure(self) -> None:
         """Discard the cached structure; call it after replacing modules or changing shapes."""
-        # Without this, the next reader sees modules that are no longer in the network. A
-        # `cached_property` stores its value in the instance's dictionary under its own name.
+        # A `cached_property` stores its value in the instance's `__dict__`. Without its removal,
+        # modules would be found that are no longer in the network.
         self.__dict__.pop("structure", None)
 
     def copy(self) -> Model:
         """Copy the model with its own weights, so that a method can change them."""
-        # `replace` copies fields only, so that the cached structure, which points into the original
-        # network, is not carried over.
+        # `replace` copies fields only, and so drops the cached structure, which refers to the
+        # original network.
         return replace(self, network=copy.deepcopy(self.network))
 
 
 def max_sequence_length(config: ModelConfig, network: nn.Module) -> int:
-    """Return the longest sequence that a network accepts, in tokens; no weight is read."""
+    """Return the maximum length of a sequence in tokens; no weight is read."""
     if config.max_length is not None:
         return config.max_length
     from bench.models.network import text_config
 
-    # The text config: that of a whole vision-language model has no position limit.
+    # The text config, because that of a vision-language model has no limit of positions.
     return int(getattr(text_config(network), "max_position_embeddings", 2048))

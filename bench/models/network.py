@@ -1,7 +1,7 @@
-"""Networks of transformers: members in use, attention span, replacement of a forward.
+"""Networks of transformers: types of their members, attention span, and replaced forwards.
 
-transformers has no types that cover all its architectures. These Protocols name the members that
-are common to them; a network is cast to one where it is used.
+transformers has no types that cover all of its architectures. These Protocols name the common
+members; code that needs them casts a network to a Protocol.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Forward = Callable[..., Any]
 
 
 class NetworkConfig(Protocol):
-    """Config of a network; all fields but the type depend on the architecture."""
+    """Config of a network; all fields but `model_type` depend on the architecture."""
 
     model_type: str
 
@@ -26,20 +26,20 @@ class NetworkConfig(Protocol):
 
 
 class TransformersNetwork(Protocol):
-    """Network of transformers; it is an `nn.Module` as well."""
+    """Network of transformers, which is also an `nn.Module`."""
 
     config: NetworkConfig
     dtype: torch.dtype
     generation_config: Any
 
     def get_input_embeddings(self) -> nn.Module:
-        """Return the table of token embeddings."""
+        """Return the token embeddings."""
 
     def get_output_embeddings(self) -> nn.Module | None:
         """Return the language-modelling head."""
 
     def get_decoder(self) -> nn.Module:
-        """Return the decoder of text, without its head."""
+        """Return the text decoder without its head."""
 
     def save_pretrained(
         self,
@@ -49,7 +49,7 @@ class TransformersNetwork(Protocol):
         variant: str | None = None,
         save_original_format: bool = True,
     ) -> None:
-        """Write config and weights; the original format has the checkpoint's own names."""
+        """Write config and weights; `save_original_format` restores the checkpoint's own names."""
 
 
 def text_config(network: nn.Module) -> NetworkConfig:
@@ -61,15 +61,15 @@ def text_config(network: nn.Module) -> NetworkConfig:
     return nested
 
 
-# Layer types whose past is one key and value per token; others fold the past into a state.
+# Layer types with one key and value per past token; others compress the past into a state.
 ATTENTION_LAYERS = ("full_attention", "sliding_attention")
 
 
 def non_attention_layer(network: nn.Module) -> str | None:
     """Return the first kind of layer that is not attention over tokens, or None."""
-    # A recurrent or convolutional state has no mask that could hide one branch from another, so
-    # such layers rule out prefix sharing. `_is_stateful` is how transformers marks models without
-    # `layer_types` (Mamba and its kin).
+    # A mask cannot separate branches in a recurrent or convolutional state, so such layers rule
+    # out prefix sharing. transformers marks models without `layer_types` (such as Mamba) by
+    # `_is_stateful`.
     kinds = getattr(text_config(network), "layer_types", None) or ()
     others = sorted(set(kinds) - set(ATTENTION_LAYERS))
     if others:
@@ -78,7 +78,7 @@ def non_attention_layer(network: nn.Module) -> str | None:
 
 
 def embedded_ids(network: nn.Module) -> int:
-    """Return the number of token ids that a network can both read and predict."""
+    """Return the number of token ids that a network has both as input and as output."""
     whole = cast(TransformersNetwork, network)
     tables = (whole.get_input_embeddings(), whole.get_output_embeddings())
     weights = [getattr(table, "weight", None) for table in tables]
@@ -86,36 +86,36 @@ def embedded_ids(network: nn.Module) -> int:
 
 
 def learned_positions(network: nn.Module) -> int | None:
-    """Return the number of positions that a decoder has vectors for, None if it computes them."""
+    """Return the number of learned positions of a decoder, or None if it computes positions."""
     # GPT-2 names the table `wpe`, OPT and BioGPT `embed_positions`, others `position_embeddings`.
-    # Rotary and sinusoidal positions are no `nn.Embedding`.
+    # Rotary and sinusoidal positions are not an `nn.Embedding`.
     for name, module in cast(TransformersNetwork, network).get_decoder().named_modules():
         leaf = name.rpartition(".")[2]
         if isinstance(module, nn.Embedding) and (leaf == "wpe" or "position" in leaf):
-            # OPT's first two rows belong to padding.
+            # The first two rows of OPT are for padding.
             return module.num_embeddings - int(getattr(module, "offset", 0))
     return None
 
 
 def sliding_window(network: nn.Module) -> int | None:
-    """Return the sliding window in tokens, or None if every layer sees the whole past."""
+    """Return the sliding window in tokens, or None if all layers attend to all past tokens."""
     config = text_config(network)
     size = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
-    # A config may carry `sliding_window` although no layer uses it: Qwen2 disables it by
+    # A config may set `sliding_window` without using it: Qwen2 disables it by
     # `use_sliding_window`, hybrid models by layer type.
     slides = kinds is None or "sliding_attention" in kinds
     return int(size) if size and slides and getattr(config, "use_sliding_window", True) else None
 
 
 def replace_forward(module: nn.Module, forward: Forward | None) -> Callable[[], None]:
-    """Run `forward` instead of a module's own; call the result to restore what was there before.
+    """Make a module compute `forward`; call the result to restore the previous forward.
 
-    None stands for the forward of the module's class. Replacements of one module are restored in
+    None selects the forward of the module's class. Restore several replacements of a module in
     reverse order.
     """
-    # On the instance, so that the class and all other modules stay as they are. accelerate puts its
-    # wrapper that fetches offloaded weights in the same place: it is shadowed, and restored.
+    # Set on the instance, so that the class and other modules do not change. accelerate stores its
+    # wrapper that loads offloaded weights in the same attribute, which is hidden until restored.
     attributes = module.__dict__
     before = attributes.pop("forward", None)
     if forward is not None:
@@ -131,7 +131,7 @@ def replace_forward(module: nn.Module, forward: Forward | None) -> Callable[[], 
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Forward | None) -> Iterator[None]:
-    """Like `replace_forward`, inside the block only."""
+    """Replace a module's forward inside the block; see `replace_forward`."""
     restore = replace_forward(module, forward)
     try:
         yield

@@ -1,12 +1,12 @@
-"""Weights in CPU memory or on disk, onloaded while a layer changes; the device map of large models.
+"""Onloading of weights in CPU memory or on disk for changes, and device maps of large models.
 
-accelerate keeps a model larger than its device in pieces: a hook on every module fetches the
-module's weights before its forward and drops them afterwards. This suffices to run the model, but a
-method that changes a layer needs the weights to stay, and the changed ones to be kept.
+For a model larger than its device, accelerate puts a hook on every module, which loads the module's
+weights before its forward and drops them afterwards. To change a layer, a method needs the weights
+to stay on the device and the changed weights to be stored.
 
-The device maps `offload_cpu` and `offload_disk` keep every decoder layer in CPU memory or on disk
+The device maps `offload_cpu` and `offload_disk` store every decoder layer in CPU memory or on disk
 and everything else on the device; other maps are accelerate's own. The folder for weights on disk
-lives as long as the network.
+is removed together with the network.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from bench.models.structure.model_structure import inspect_model
 
 
 class _OffloadedWeights(Protocol):
-    """accelerate's store of all offloaded weights, by their full name in the model."""
+    """accelerate's store of all offloaded weights, by their full names in the model."""
 
     state_dict: dict[str, Tensor]
     index: dict[str, dict[str, str]]
@@ -39,7 +39,7 @@ class _OffloadedWeights(Protocol):
 
 
 class _WeightsMap(Protocol):
-    """One module's part of the store, by the weights' own names."""
+    """Part of the store for one module, by the weights' own names."""
 
     dataset: _OffloadedWeights
     prefix: str
@@ -48,19 +48,19 @@ class _WeightsMap(Protocol):
 
 
 class _OffloadHook(Protocol):
-    """accelerate's hook that fetches a module's weights before its forward."""
+    """accelerate's hook that loads a module's weights before its forward."""
 
     execution_device: torch.device | str | int
     weights_map: _WeightsMap
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether any weight of a module is fetched from CPU memory or disk when needed."""
+    """Return whether any weight of a module is loaded from CPU memory or disk when needed."""
     return any(True for _ in _offloaded_submodules(module))
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Return the device on which a module computes, wherever its weights are stored."""
+    """Return the device on which a module computes, which may not be that of its weights."""
     for _, _, hook in _offloaded_submodules(module):
         return torch.device(hook.execution_device)
     return next(module.parameters()).device
@@ -68,11 +68,11 @@ def execution_device(module: nn.Module) -> torch.device:
 
 @contextmanager
 def onloaded(module: nn.Module) -> Iterator[None]:
-    """Hold all weights of a module on its device inside the block; keep what was changed.
+    """Keep all weights of a module on its device inside the block, and store changes afterwards.
 
-    Inside, the module runs and can be changed like any other; submodules may be replaced. At the
-    end, changed and new weights are written back to where the module's weights were: CPU memory, or
-    safetensors files on disk. A module that is not offloaded is left alone.
+    Inside the block the module can be run and changed like any other, and submodules may be
+    replaced. At the end, changed and new weights are written to where the module's weights are:
+    CPU memory, or safetensors files on disk. Nothing happens if the module is not offloaded.
     """
     weights = _Onloaded(module)
     try:
@@ -84,8 +84,8 @@ def onloaded(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def without_offload_hooks(network: nn.Module) -> Iterator[None]:
     """Run modules without accelerate's hooks, for counting on the meta device."""
-    # accelerate wraps `forward` on the instance. On meta there is nothing to fetch, and the hooks
-    # would read whole layers from disk.
+    # accelerate wraps `forward` on the instance. On meta no weights are needed, but the hooks would
+    # read whole layers from disk.
     with ExitStack() as stack:
         for module in network.modules():
             if "_hf_hook" in module.__dict__:
@@ -100,8 +100,8 @@ def iter_parameters(network: nn.Module) -> Iterator[Tensor]:
         hook = _offload_hook(module)
         for name, weight in module.named_parameters(recurse=False):
             if weight not in seen:
-                # Offloaded parameters are meta tensors in the module. Tied ones are one object and
-                # come once.
+                # Offloaded parameters are meta tensors in the module. Tied ones are the same object
+                # and are yielded once.
                 yield hook.weights_map[name] if hook and weight.is_meta else weight
             seen.add(weight)
 
@@ -115,7 +115,7 @@ def _offloaded_submodules(module: nn.Module) -> Iterator[tuple[str, nn.Module, _
 
 
 def _offload_hook(module: nn.Module) -> _OffloadHook | None:
-    """Return accelerate's hook that fetches a module's own weights, alone or in a sequence."""
+    """Return accelerate's hook that loads a module's own weights, alone or in a sequence."""
     hook = getattr(module, "_hf_hook", None)
     hooks = getattr(hook, "hooks", (hook,))
     return next((single for single in hooks if getattr(single, "offload", False)), None)
@@ -132,12 +132,11 @@ class _WeightStore:
     loaded: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
 
     def keep(self, name: str, weight: Tensor) -> None:
-        """Write one weight, unless it is unchanged."""
+        """Store one weight, unless it is unchanged."""
         known = self.loaded.get(name)
-        # Identity and `_version` together mean untouched. A replaced parameter is another object,
-        # whose version may be equal; an in-place write keeps the object and raises its version.
-        # Writing back unchanged weights would turn a read-only pass over a model on disk into a
-        # full copy.
+        # A weight is unchanged if both its identity and its `_version` are: a new parameter may
+        # have the same version, and an in-place write increases it. Without this test, reading a
+        # model on disk would write a full copy of it.
         if known is not None and known[0] is weight and known[1] == weight._version:
             return
         key = f"{self.prefix}{name}"
@@ -154,29 +153,27 @@ class _WeightStore:
         self.weights.state_dict.pop(key, None)
         self.weights.all_keys.remove(key)
         file = Path(self.weights.index.pop(key, {}).get("safetensors_file", ""))
-        # The model's own folder is only read; files that were written for this model next to it are
-        # deleted.
+        # Files in the model's own folder are never deleted, only those written for this network.
         if file.parent == self.folder:
             file.unlink(missing_ok=True)
 
 
 class _Onloaded:
-    """Weights of one module held on its device."""
+    """Weights of one module while they are on its device."""
 
     def __init__(self, module: nn.Module) -> None:
         from accelerate.hooks import remove_hook_from_module
 
         self._module = module
         self._store: _WeightStore | None = None
-        # All submodules of a layer share one accelerate dataset, so the first hook gives the store
-        # for all of them.
+        # All submodules of a layer share one accelerate dataset, so any hook leads to the store.
         for name, part, hook in list(_offloaded_submodules(module)):
             store = self._store = self._store or _weight_store(name, hook)
             remove_hook_from_module(part)
             for own, weight in list(part.named_parameters(recurse=False)):
                 path = f"{name}.{own}" if name else own
-                # On a CPU a tensor is a memory map of its file, which `keep` may replace while the
-                # tensor is in use: it is copied. On a GPU the transfer is the copy.
+                # On a CPU a tensor is a memory map of its file, which `keep` may replace, so it is
+                # copied. On a GPU the transfer makes a copy.
                 mapped = store.device.type == "cpu"
                 value = store.weights[store.prefix + path].to(store.device, copy=mapped)
                 held = nn.Parameter(value, requires_grad=weight.requires_grad)
@@ -184,11 +181,10 @@ class _Onloaded:
                 store.loaded[path] = (held, held._version)
 
     def end(self) -> None:
-        """Write back what changed and offload the weights again."""
+        """Store what changed and offload the weights again."""
         if self._store is None:
             return
-        # The module may have different parameters than at the start: replaced experts bring new
-        # names and drop old ones.
+        # Parameters may have changed their names: replaced experts add and remove some.
         present = dict(self._module.named_parameters())
         for name, weight in present.items():
             self._store.keep(name, weight)
@@ -200,11 +196,11 @@ class _Onloaded:
 
 
 def _weight_store(name: str, hook: _OffloadHook) -> _WeightStore:
-    """Derive the storage from the hook of the submodule called `name`."""
+    """Return the store of a module, derived from the hook of its submodule `name`."""
     weights = hook.weights_map.dataset
     own = f"{name}." if name else ""
-    # The dataset's keys are full names in the model. A hook's prefix ends with the submodule's name
-    # inside this module; without that part it is the prefix of the module itself.
+    # Keys of the dataset are full names in the model. A hook's prefix ends with the submodule's
+    # name; the rest is the prefix of the module itself.
     prefix = hook.weights_map.prefix.removesuffix(own)
     on_disk = any(key.startswith(prefix) for key in weights.index)
     folder = Path(weights.save_folder) if on_disk else None
@@ -212,7 +208,7 @@ def _weight_store(name: str, hook: _OffloadHook) -> _WeightStore:
 
 
 def _attach_offload_hook(part: nn.Module, name: str, store: _WeightStore) -> None:
-    """Attach accelerate's hook that fetches a submodule's weights from the store."""
+    """Attach accelerate's hook that loads a submodule's weights from the store."""
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
     from accelerate.utils import PrefixedDataset
 
@@ -230,8 +226,8 @@ def _write_weight(folder: Path, key: str, weight: Tensor) -> dict[str, str]:
     from safetensors.torch import save_file
 
     file = folder / f"{key}.safetensors"
-    # Written under another name and renamed: the old file may be mapped by tensors that are still
-    # read, and an interrupted write must not leave half a file under the name in the index.
+    # Written under another name and renamed, because tensors may still map the old file, and an
+    # interrupted write must not leave an incomplete file.
     partial = file.with_suffix(".partial")
     save_file({key: weight.contiguous()}, partial)
     partial.replace(file)
@@ -249,11 +245,11 @@ def device_map(
 ) -> DeviceMap | None:
     """Return the device map for `from_pretrained`; None loads the model into CPU memory.
 
-    `skeleton` returns the network on the meta device, in which the parts are looked up.
+    `skeleton` returns the network on the meta device, from which the map is derived.
     """
     if requested in OFFLOAD_TARGETS:
         return _offloaded_layers_map(skeleton(), device, OFFLOAD_TARGETS[requested])
-    # On a GPU the files are read there directly, so that the host never holds the whole model.
+    # On a GPU, files are read directly into its memory, so the host never holds the whole model.
     return requested or ({"": device} if device.type == "cuda" else None)
 
 
@@ -263,9 +259,8 @@ def _offloaded_layers_map(skeleton: nn.Module, device: torch.device, place: str)
     found: PlaceOfModule = {}
 
     def visit(module: nn.Module, name: str) -> None:
-        # The map must cover every tensor. An entry covers a module with all its children, so a
-        # layer and a part with tensors of its own are entered whole, and only containers are
-        # descended into.
+        # The map must cover every tensor, and an entry covers a module with all its children. So a
+        # layer, or a module with tensors of its own, gets one entry, and containers are searched.
         own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
         if module in layers:
             found[name] = place

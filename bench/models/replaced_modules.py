@@ -1,12 +1,12 @@
 """Modules of slimbench in a published network, and their description in a saved folder.
 
 A method that changes the shape or the storage of weights replaces a module by a `ReplacedModule`.
-Its `spec`, a few JSON values, suffices to build it again without weights, so that such a network
-can be saved to a folder and loaded like any other.
+Its `spec`, a few JSON values, suffices to rebuild it without weights, so that the network can be
+saved to a folder and loaded like any other.
 
-`slimbench.json`, next to the weights, names every module that replaces a published one and how it
-is built; the weights are in safetensors under the names of these modules. A folder without that
-file is an ordinary Hugging Face folder.
+`slimbench.json`, beside the weights, lists every module that replaces a published one and how it is
+built; the weights are in safetensors under the names of these modules. A folder without this file
+is an ordinary Hugging Face folder.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from bench.errors import UserError, error_sentence
 from bench.models.bitpacking import packed_modules
 from bench.models.weight_files import DESCRIPTION_FILE, read_json_object
 
-# Increase it when an older program would read a folder incorrectly.
+# Increased when an older program would read a folder incorrectly.
 DESCRIPTION_FORMAT = 1
 
-# Class names in a folder, and the modules that hold the classes today. A folder states the name
-# alone, since classes move and folders stay. The first folders state a path, such as
-# `bench.models.anatomy.ragged.RaggedExperts`, of which only the last part is read. A class of a
-# plug-in is stated as `package.module:Class`, and found only while the user's plug-ins include that
-# package. Nothing else is ever imported because of a folder, which is untrusted input and must not
-# run code of its choice.
+# Class names in a folder, and the modules that now define them. A folder states only the name,
+# because classes may move. The first folders state a path, such as
+# `bench.models.anatomy.ragged.RaggedExperts`, of which only the last part is used. A class of a
+# plug-in is stated as `package.module:Class`, and is found only while the user's plug-ins include
+# that package. Nothing else is imported for a folder, which is untrusted and must not choose code
+# to run.
 MODULE_OF_CLASS = {
     "RaggedExperts": "bench.models.structure.ragged_experts",
     "GatedExpert": "bench.models.structure.ragged_experts",
@@ -50,9 +50,9 @@ FORM_OF_CLASS = {
     "NoviceExperts": "novices",
     "SpectralExperts": "packed",
 }
-"""Forms of weights, as methods name them, by replaced module; a masked router's are plain."""
+"""Weight forms, as methods declare them, of replaced modules; a masked router has none."""
 
-# JSON values of one module; `from_spec` converts them to the types that it needs.
+# JSON values of one module; `from_spec` validates and converts them.
 ModuleSpec = dict[str, Any]
 
 
@@ -65,7 +65,7 @@ class Description(TypedDict):
 
 
 class ReplacedModule(nn.Module, ABC):
-    """Module that describes how it is built, and can be rebuilt to receive its weights."""
+    """Module with a description from which it can be rebuilt to receive its weights."""
 
     @abstractmethod
     def spec(self) -> ModuleSpec:
@@ -80,7 +80,7 @@ class ReplacedModule(nn.Module, ABC):
         return None
 
     def padding_parameters(self) -> int:
-        """Return the number of parameters that only fill the storage of others up."""
+        """Return the number of parameters that only pad the storage of others."""
         return 0
 
     @classmethod
@@ -88,16 +88,16 @@ class ReplacedModule(nn.Module, ABC):
     def from_spec(cls, spec: ModuleSpec, original: nn.Module) -> Self:
         """Build the module with weights of the right shapes and arbitrary values.
 
-        `original` is the published module that is replaced; what JSON cannot hold, such as an
-        activation, is taken from it.
+        `original` is the published module to replace; it provides what JSON cannot store, such as
+        an activation.
         """
 
 
 def describe_network(network: nn.Module) -> Description | None:
-    """Describe a network's replaced and packed modules; None if it has none.
+    """Return a description of a network's replaced and packed modules; None if it has none.
 
     Raises:
-        UserError: a replaced module is of a class that no folder can name.
+        UserError: the class of a replaced module cannot be named in a folder.
     """
     packed = packed_modules.describe_packed(network)
     modules = {
@@ -111,14 +111,14 @@ def describe_network(network: nn.Module) -> Description | None:
 
 
 def weight_forms(network: nn.Module) -> set[str]:
-    """Return the forms that the weights of a network have besides the published one."""
+    """Return the weight forms of a network that differ from the published one."""
     packed = next(packed_modules.packed_linears(network), None) is not None
     return _outermost_forms(network) | ({"packed"} if packed else set())
 
 
 def _outermost_forms(module: nn.Module) -> set[str]:
-    """Return the form of a replaced module, or of those inside a module that is none."""
-    # Experts with constants hold ragged ones, which no method can find in them.
+    """Return the form of a replaced module, or the forms inside any other module."""
+    # Experts with constants contain ragged ones, which methods cannot access.
     form = FORM_OF_CLASS.get(type(module).__name__)
     if form is not None:
         return {form}
@@ -126,17 +126,17 @@ def _outermost_forms(module: nn.Module) -> set[str]:
 
 
 def write_description(description: Description, folder: Path) -> None:
-    """Write a description into a model folder."""
+    """Write the description into a model folder."""
     (folder / DESCRIPTION_FILE).write_text(
         json.dumps(description, indent=1) + "\n", encoding="utf-8"
     )
 
 
 def read_description(folder: Path) -> Description:
-    """Read the description in a model folder that has one.
+    """Read the description from a model folder that has one.
 
     Raises:
-        UserError: it cannot be read, or was written by a different version of the format.
+        UserError: it cannot be read, or has a different version of the format.
     """
     file = folder / DESCRIPTION_FILE
     description = read_json_object(file)
@@ -152,21 +152,21 @@ def read_description(folder: Path) -> Description:
 
 
 def install_described_modules(network: nn.Module, description: Description) -> None:
-    """Install modules as described, still without their weights, in a published network.
+    """Install described modules in a published network, still without their weights.
 
     Raises:
-        UserError: a name or a class is unknown, or the values do not match the class.
+        UserError: a name or a class is unknown, or values do not match the class.
     """
-    # Replaced modules first: packed linear layers may be inside them.
+    # Replaced modules first, because packed linear layers may be inside them.
     for name, spec in description["modules"].items():
-        # Outer modules come before inner ones (`named_modules` is depth-first), so a replaced
-        # module inside another one finds its parent already installed.
+        # `named_modules` is depth-first, so outer modules come first and a module inside a
+        # replaced one finds its parent.
         parent_name, _, child = name.rpartition(".")
         try:
             parent = network.get_submodule(parent_name)
             original = parent.get_submodule(child)
             built = _class_by_name(spec).from_spec(spec, original)
-        except Exception as error:  # whatever a constructor raises for foreign values
+        except Exception as error:  # A constructor may raise anything for untrusted values.
             reason = error_sentence(error)
             raise UserError(f"{DESCRIPTION_FILE}: {name} cannot be built: {reason}") from None
         setattr(parent, child, built)
@@ -180,20 +180,20 @@ def described_class(base: type[nn.Module], description: Description) -> type[nn.
         base.__init__(self, config, *args, **kwargs)
         install_described_modules(self, description)
 
-    # A subclass under the name and module of its base, so that all of transformers' loading works
-    # on it: shards, placement on devices, tied weights, non-persistent buffers. Modules installed
-    # after `from_pretrained` would miss these steps.
+    # A subclass with the name and module of its base, so that all of transformers' loading applies:
+    # shards, device placement, tied weights, non-persistent buffers. Modules installed after
+    # `from_pretrained` would miss these steps.
     return type(base.__name__, (base,), {"__init__": build, "__module__": base.__module__})
 
 
 def _class_name(name: str, module: ReplacedModule) -> str:
-    """Return the name under which a folder states a module's class."""
+    """Return the name by which a folder refers to a module's class."""
     own = type(module)
     if MODULE_OF_CLASS.get(own.__qualname__) == own.__module__:
         return own.__qualname__
     if own.__module__.partition(".")[0] in plugins.active().packages:
         return f"{own.__module__}:{own.__qualname__}"
-    # Written all the same, the folder could not be loaded.
+    # Refused, because the folder could not be loaded.
     raise UserError(
         f"{name} is a {own.__qualname__} of {own.__module__}, which cannot be written to a folder: "
         "declare its package as a plug-in (CONTRIBUTING.md), so that the folder can be loaded again"
@@ -216,5 +216,5 @@ def _class_by_name(spec: Mapping[str, object]) -> type[ReplacedModule]:
         raise ValueError(f"{stated} is not one of the replaced modules {known}")
     found: object = getattr(importlib.import_module(module), name)
     if not (isinstance(found, type) and issubclass(found, ReplacedModule)):
-        raise ValueError(f"{stated} is no ReplacedModule")
+        raise ValueError(f"{stated} is not a ReplacedModule")
     return found

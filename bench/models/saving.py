@@ -1,14 +1,14 @@
-"""Export of a network as a Hugging Face folder, in the plainest format that can hold it.
+"""Export of a network as a Hugging Face folder, in the most common format that can represent it.
 
-`stock`: as published, or with one width for all experts, so that transformers loads it. `padded`:
-the same for experts of different widths, zero-padded to the widest. `compressed-tensors`: packed
-weights as engines read them. `slimbench`: as in memory, ragged or packed, with a `slimbench.json`
-that `bench.models.loading` reads. `classifier`: an image classifier's own config and weights, and
-on request an ONNX file. All weights are safetensors.
+`stock`: as published, or with equal widths of all experts, so that transformers loads it. `padded`:
+likewise, but experts of different widths are zero-padded to the widest. `compressed-tensors`:
+packed weights as inference engines read them. `slimbench`: as in memory, ragged or packed, with a
+`slimbench.json` that `bench.models.loading` reads. `classifier`: an image classifier's own config
+and weights, and an ONNX file on request. All weights are safetensors.
 
-What transformers cannot build it must not load in part: the weights of a `slimbench` folder are in
-`model.slimbench.safetensors`, which it looks for only when asked, and the architecture that
-config.json names is one that no engine has.
+If transformers cannot build a network, it must not load parts of it. So the weights of a
+`slimbench` folder are in `model.slimbench.safetensors`, which transformers reads only on request,
+and config.json names an architecture that no engine has.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ ExportFormat = Literal["stock", "padded", "compressed-tensors", "slimbench", "cl
 
 @dataclass(frozen=True)
 class Removal:
-    """Shares of the expert weights of the published shape that a run and a folder do without."""
+    """Removed shares of the expert weights, relative to the published shape."""
 
     by_run: Fraction
     in_folder: Fraction
@@ -63,17 +63,17 @@ class Removal:
     def __str__(self) -> str:
         saved = f"{float(self.in_folder):.1%} of the expert weights"
         if self.narrowest == self.widths.routed:
-            return f"all experts are {self.widths.routed} wide: the folder does without {saved}"
+            return f"all experts are {self.widths.routed} wide: the folder omits {saved}"
         return (
             f"experts of {self.narrowest} to {self.widest} micro-experts are stored "
-            f"{self.widths.routed} wide: the folder does without {saved}, the run without "
+            f"{self.widths.routed} wide: the folder omits {saved}, the run removed "
             f"{float(self.by_run):.1%}"
         )
 
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """How a network is to be written; everything that can be refused has been."""
+    """How to write a network, after all checks."""
 
     form: ExportFormat
     description: replaced_modules.Description | None = None
@@ -86,14 +86,14 @@ class ExportPlan:
 def save_model(
     model: Model, folder: Path, engine: Engine | None = None, *, onnx: bool = False
 ) -> ExportFormat:
-    """Write network and tokenizer or processor to a folder, and return the format.
+    """Save network and tokenizer or processor to a folder, and return the format.
 
-    For an `engine`, experts get one width in the engine's multiples, and packed weights are written
-    as compressed-tensors. With `onnx`, an image classifier is written as ONNX as well.
+    For an `engine`, experts get a common width in the engine's multiples, and packed weights are
+    written as compressed-tensors. With `onnx`, an image classifier is also written as ONNX.
 
     Raises:
-        UserError: no format can hold the network, it is offloaded, or the requested format does not
-            exist for its kind of model.
+        UserError: no format can represent the network, it is offloaded, or the requested format
+            does not exist for its kind of model.
     """
     plan = plan_export(model, engine, onnx=onnx)
     write_model(model, folder, plan)
@@ -101,7 +101,7 @@ def save_model(
 
 
 def plan_export(model: Model, engine: Engine | None = None, *, onnx: bool = False) -> ExportPlan:
-    """Decide how a network is written, before anything is; see `save_model`."""
+    """Decide how to write a network, before anything is written; see `save_model`."""
     network = model.network
     if isinstance(network, classifier.Classifier):
         _refuse_code_on_modules(network)
@@ -115,21 +115,19 @@ def plan_export(model: Model, engine: Engine | None = None, *, onnx: bool = Fals
         raise UserError(f"--onnx is for image classifiers; {model.structure.architecture} is none")
     if model.quantization is not None:
         raise UserError(
-            f"{model.name} is quantized by {model.quantization.method} already: its own folder is "
-            "what could be exported"
+            f"{model.name} is already quantized by {model.quantization.method}: use its own "
+            "folder instead of exporting it"
         )
     if is_offloaded(network):
-        raise UserError("a model is written from memory only: set model.device_map=null")
+        raise UserError("only a model in memory can be exported: set model.device_map=null")
     description = replaced_modules.describe_network(network)
-    # Before the first byte is written: a folder that loads as a different network is worse than
-    # none.
+    # Checked before writing, because a folder that loads as a different network is worse than none.
     refuse_unsavable(network, description)
     if engine is not None:
         return _plan_for_engine(model, description, engine)
     if description is None:
         return ExportPlan("stock")
-    # Equal widths need no description: the config can state them, and the folder stays loadable
-    # without slimbench.
+    # Equal widths can be stated in the config, so that the folder loads without slimbench.
     widths = _common_widths(model, description, 1)
     if widths is not None and _is_stock(model, widths):
         return ExportPlan("stock", description, widths)
@@ -137,7 +135,7 @@ def plan_export(model: Model, engine: Engine | None = None, *, onnx: bool = Fals
 
 
 def _is_stock(model: Model, widths: ExpertWidths) -> bool:
-    """Whether all experts have these widths and transformers can state and compute them."""
+    """Return whether all experts have these widths, and transformers supports them."""
     return (
         all_experts_have(model.structure, widths)
         and widths.routed % ENGINES["transformers"].multiple == 0
@@ -148,11 +146,11 @@ def _is_stock(model: Model, widths: ExpertWidths) -> bool:
 def _plan_for_engine(
     model: Model, description: replaced_modules.Description | None, engine: Engine
 ) -> ExportPlan:
-    """Plan a folder that an engine loads without code of ours or of the model's."""
+    """Plan a folder that an engine loads without custom code."""
     network = cast(TransformersNetwork, model.network)
     if not type(network).__module__.startswith("transformers."):
         raise UserError(
-            f"{type(network).__name__} is not in transformers, so that {engine.name} would need "
+            f"{type(network).__name__} is not in transformers, so {engine.name} would need "
             "custom code for it: export without --for"
         )
     if description is not None and any(description["packed"].values()):
@@ -184,8 +182,8 @@ def _refuse_modules(description: replaced_modules.Description, engine: Engine) -
 def _common_widths(
     model: Model, description: replaced_modules.Description, multiple: int
 ) -> ExpertWidths | None:
-    """Return the widths of experts in a config; None if the network is not one of experts."""
-    # Experts in a form of their own (a shared base, a masked router) have no widths to compare.
+    """Return the widths of experts for a config; None if the network has no experts."""
+    # Experts in a special form (a shared base, a masked router) have no widths to compare.
     own_form = any(description["packed"].values())
     own_form |= not _modules_of(description) <= PADDABLE_CLASSES
     if own_form or not model.structure.blocks:
@@ -195,10 +193,10 @@ def _common_widths(
 
 
 def _removal(network: TransformersNetwork, model: Model, widths: ExpertWidths) -> Removal:
-    """Return what is removed, as shares of the shape that the network's config still states.
+    """Return the removed shares, relative to the shape in the network's config.
 
     Raises:
-        UserError: a width that the engine takes is wider than the published one.
+        UserError: the engine needs a width above the published one.
     """
     published = inspect_model(meta_network(network.config, network.dtype))
     widest = max(width for block in published.moe for width in block.widths)
@@ -242,11 +240,11 @@ def write_model(model: Model, folder: Path, plan: ExportPlan) -> None:
 def _write_own_format(
     network: TransformersNetwork, folder: Path, description: replaced_modules.Description
 ) -> None:
-    # By default, transformers converts fused experts back to the checkpoint's per-expert names, a
-    # mapping that does not know ragged or packed weights.
+    # By default, transformers converts fused experts back to the checkpoint's names per expert,
+    # which is not possible for ragged or packed weights.
     network.save_pretrained(folder, variant=OWN_VARIANT, save_original_format=False)
     replaced_modules.write_description(description, folder)
-    # Engines choose their own class by this name, and would load what they know of the weights.
+    # Engines select their own class by this name, and would load the weights that they recognise.
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     config["architectures"] = [f"Slimbench{type(network).__name__}"]
@@ -254,20 +252,20 @@ def _write_own_format(
 
 
 def _refuse_code_on_modules(network: nn.Module) -> None:
-    """Raise if a module of the network computes by code that is on this object only."""
-    # Such as a decoder that skips work for visual tokens: the folder would be the dense model.
+    """Raise if a forward of the network is replaced on the module's instance only."""
+    # For example, a decoder that skips work for visual tokens would be saved as the dense model.
     named = list(network.named_modules())
     found = [name for name, module in named if "forward" in vars(module)]
     found += [name for name, module in named if module._forward_hooks or module._forward_pre_hooks]
     if found:
         raise UserError(
-            f"what {found[0] or 'the network'} computes is replaced while it runs, which no folder "
-            "can hold: give the method in each run instead of exporting it"
+            f"{found[0] or 'the network'} is changed only while it runs, which cannot be saved: "
+            "give the method in each run instead of exporting it"
         )
 
 
 def refuse_unsavable(network: nn.Module, description: replaced_modules.Description | None) -> None:
-    """Raise if config and description would not rebuild the network as it is."""
+    """Raise if config and description do not rebuild the network as it is."""
     _refuse_code_on_modules(network)
     whole = cast(TransformersNetwork, network)
     rebuilt = meta_network(whole.config, whole.dtype)
@@ -276,13 +274,13 @@ def refuse_unsavable(network: nn.Module, description: replaced_modules.Descripti
             replaced_modules.install_described_modules(rebuilt, description)
     known = dict(rebuilt.named_modules())
     for name, module in network.named_modules():
-        # Exact types, not isinstance: a subclass with a different forward would be rebuilt as its
-        # base.
+        # Exact types instead of isinstance, because a subclass with a different forward would be
+        # rebuilt as its base.
         if name and type(module) is not type(known.get(name)):
             raise UserError(
                 f"{name} is a {type(module).__name__}, which cannot be written to a folder"
             )
-    # On the meta device, so the check costs no memory for weights.
+    # On the meta device, so that the check needs no memory for weights.
     shapes = {key: weight.shape for key, weight in rebuilt.state_dict().items()}
     for key, weight in network.state_dict().items():
         if shapes.get(key) != weight.shape:
@@ -296,15 +294,15 @@ def refuse_unsavable(network: nn.Module, description: replaced_modules.Descripti
             raise UserError(
                 f"{name}.{other} is {getattr(module, other)} and would be loaded as "
                 f"{getattr(known[name], other)}: the method changed one of the network's config "
-                "and its modules, and not the other"
+                "and its modules, but not the other"
             )
 
 
 def _different_number(module: nn.Module, rebuilt: nn.Module) -> str | None:
-    """Return the attribute in which a rebuilt module would compute differently, None if in none."""
+    """Return an attribute with which a rebuilt module would compute differently, or None."""
     for name, value in vars(module).items():
-        # Other whole numbers are sizes: the shapes of weights tell them, and methods that remove
-        # channels leave them as they were.
+        # Other integers are sizes: shapes of weights determine them, and methods that remove
+        # channels do not update them.
         decides = isinstance(value, float | bool) or name in _ROUTING
         if decides and name != "training" and getattr(rebuilt, name, value) != value:
             return name
@@ -314,5 +312,5 @@ def _different_number(module: nn.Module, rebuilt: nn.Module) -> str | None:
 _ROUTING = ("top_k", "num_experts_per_tok", "n_group", "topk_group")
 
 
-# Replaced modules that a published network with wider experts can stand for.
+# Replaced modules that can be saved as published ones with wider experts.
 PADDABLE_CLASSES = {"RaggedExperts", "GatedExpert"}

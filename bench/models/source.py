@@ -1,6 +1,6 @@
-"""Where a model's files are: embedded, fresh, a local folder, a file, the hub.
+"""Locating a model's files: embedded, random weights, a local folder, a single file, or the hub.
 
-No weight is read here; `bench.models.weight_files` says which files they are, and whether whole.
+No weight is read here; `bench.models.weight_files` finds and checks weight files.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 
 
 SHAPES = Path(__file__).parent / "shapes"
-"""Configs that hold shapes and nothing else, of models that are too large for most machines."""
+"""Folder of configs with only the shapes of models that are too large for most machines."""
 EMBEDDED_PREFIX = "embedded:"
 COMMIT_PATTERN = re.compile(r"[0-9a-f]{40}")
 DOWNLOAD_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt"]
 
 
-# What transformers reads beside the weights: `from_pretrained` of config, tokenizer and processor.
-# Recipes, licences and model cards are in the same folders and change no number.
+# Files besides weights that transformers reads: `from_pretrained` of config, tokenizer and
+# processor. Recipes, licences and model cards in the same folders do not affect results.
 _READ_FILES = (
     "config.json", "config.*.json", "generation_config.json", DESCRIPTION_FILE,
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "normalizer.json",
@@ -51,23 +51,23 @@ _READ_FILES = (
 
 
 def read_files(folder: Path, *, remote_code: bool) -> dict[str, str]:
-    """Return the hash of every file that loading a model reads, its weights excepted."""
+    """Return a hash of every file that loading a model reads, except weights."""
     patterns = (*_READ_FILES, "**/*.py") if remote_code else _READ_FILES
     files = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
-    # Read on every run, and not looked up by their state as weights are: the files are small.
+    # Read on every run, unlike weights, whose hashes are cached: these files are small.
     return {str(file.relative_to(folder)): contents_hash({"": file}) for file in sorted(files)}
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model's files, found and checked; no weights are in memory.
+    """A model's files, located and checked, without weights in memory.
 
-    `fingerprint` is a SHA-256 over the weight files, the adapter's included; `revision` is the
-    hub's commit, None otherwise. `files` holds a hash of every other file that loading reads: two
-    sources are equal only if the same model is loaded from them. Fresh weights have no files:
-    `folder` is that of the code that draws them, and `fingerprint` covers what they depend on.
-    `file` is what was given in place of a folder: a GGUF file, whose conversion `folder` is, or a
-    state dict.
+    `fingerprint` is a SHA-256 of the weight files, including the adapter's. `revision` is the
+    commit on the hub, None for other sources. `files` has a hash of every other file that loading
+    reads, so two sources are equal only if the same model is loaded from them. Random weights have
+    no files: `folder` is that of the code that draws them, and `fingerprint` covers what they
+    depend on. `file` is a single file given instead of a folder: a state dict, or a GGUF file,
+    whose conversion is in `folder`.
     """
 
     config: ModelConfig
@@ -82,7 +82,7 @@ class ModelSource:
 
     @property
     def is_embedded(self) -> bool:
-        """Whether the files ship with the package, and need not be distrusted."""
+        """Whether the files ship with the package and are therefore trusted."""
         return self.config.path is None and self.config.source.startswith(EMBEDDED_PREFIX)
 
     @property
@@ -92,16 +92,16 @@ class ModelSource:
 
     @property
     def given(self) -> Path:
-        """The file or folder that messages name."""
+        """The file or folder to name in messages."""
         return self.file or self.folder
 
 
 def resolve_model(config: ModelConfig, *, offline: bool) -> ModelSource:
-    """Find and check the files of a model; hub models are downloaded unless `offline`.
+    """Locate and check the files of a model; hub models are downloaded unless `offline`.
 
     Raises:
-        MissingData: the files cannot be reached; the message says how to get them.
-        UserError: they can be reached but are unusable.
+        MissingData: the files are not available; the message says how to get them.
+        UserError: the files are unusable.
     """
     _gate_remote_code(config)
     if is_fresh(config):
@@ -113,10 +113,10 @@ def resolve_model(config: ModelConfig, *, offline: bool) -> ModelSource:
     if config.path is not None and config.path.endswith(checkpoints.GGUF_SUFFIX):
         return _gguf_source(config, offline=offline)
     folder, revision = _model_folder(config, offline=offline)
-    # First, since any folder of the system has links that lead elsewhere; nothing is opened yet.
+    # First, because a system folder has links to other folders; nothing has been opened yet.
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a model folder: it has no config.json")
-    # Refuses links that lead elsewhere before it opens a file, so it goes before all that read one.
+    # Before any file is opened, because it refuses links to files outside the folder.
     weights = find_weight_files(folder)
     if config.trust_remote_code:
         _refuse_code_from_elsewhere(folder)
@@ -126,7 +126,7 @@ def resolve_model(config: ModelConfig, *, offline: bool) -> ModelSource:
         refuse_adapter(config, f"quantized by {quantization.method}")
         if quantization.packing is not None and config.device_map is not None:
             raise UserError(
-                f"model.device_map={config.device_map} reads dense weights from files, and those "
+                f"model.device_map={config.device_map} requires dense weights in files, but those "
                 f"of {folder} are packed by {quantization.method}: set model.device_map=null"
             )
     source = ModelSource(
@@ -141,16 +141,16 @@ def resolve_model(config: ModelConfig, *, offline: bool) -> ModelSource:
 
 
 def _stored_quantization(folder: Path) -> object:
-    """Return what a folder's config says of quantization, nothing for a dense checkpoint."""
+    """Return the quantization entry of a folder's config, None for a dense checkpoint."""
     config = read_json_object(folder / "config.json")
     return config.get("quantization_config") or config.get("compression_config")
 
 
 class DescribedModel(NamedTuple):
-    """A model whose weights need not be here; it has no fingerprint if they are not.
+    """A model whose weights may be missing; it has no fingerprint then.
 
-    `download` is bytes of weights to fetch, None where the hub does not tell them. `note` says what
-    is not the model's own.
+    `download` is the size of the weights to download in bytes, None if the hub does not state it.
+    `note` says what does not come from the model itself.
     """
 
     source: ModelSource
@@ -159,12 +159,12 @@ class DescribedModel(NamedTuple):
 
 
 def describe_model(config: ModelConfig, *, offline: bool) -> DescribedModel:
-    """Find a model without its weights: only config and tokenizer are fetched.
+    """Locate a model without its weights: only config and tokenizer are downloaded.
 
-    Where the hub cannot be reached, a few large models are described by their published shapes.
+    If the hub is not available, some large models are described by their published shapes.
 
     Raises:
-        MissingData: not even the config can be reached.
+        MissingData: not even the config is available.
         UserError: the files are unusable.
     """
     try:
@@ -173,8 +173,8 @@ def describe_model(config: ModelConfig, *, offline: bool) -> DescribedModel:
         if config.path is not None or config.adapter is not None:
             raise
     except UserError:
-        # A folder with a config and no weights describes a model as well, and so does what an
-        # earlier description has left in the cache of the hub.
+        # A folder with a config but without weights suffices as well, and so do files of an
+        # earlier description in the hub's cache.
         folder = Path(config.path or "").expanduser().absolute()
         if config.path is not None and (folder / "config.json").is_file():
             source = ModelSource(config, folder, "", None)
@@ -200,11 +200,11 @@ def describe_model(config: ModelConfig, *, offline: bool) -> DescribedModel:
 
 
 def refuse_adapter(config: ModelConfig, weights: str) -> None:
-    """Raise if an adapter is to be merged into weights that cannot take it."""
+    """Raise if an adapter cannot be merged into these weights."""
     if config.adapter is not None:
         raise UserError(
-            f"model.adapter={config.adapter}: the weights of {config.name} are {weights}, "
-            "and an adapter is merged into dense weights of a trained model"
+            f"model.adapter={config.adapter}: the weights of {config.name} are {weights}, but an "
+            "adapter can be merged only into dense weights of a trained model"
         )
 
 
@@ -217,14 +217,14 @@ def _gguf_source(config: ModelConfig, *, offline: bool) -> ModelSource:
     dtype = select_dtype(config.dtype, select_device(config.device))
     folder = checkpoints.converted_gguf(file, dtype)
     files = read_files(folder, remote_code=False)
-    # The conversion counts as well: it is what is loaded, and another version of gguf may differ.
+    # The version of the conversion counts as well, because another one may give other weights.
     weights = (file, *find_weight_files(folder))
     source = ModelSource(config, folder, fingerprint(weights), None, files=files, file=file)
     return _with_adapter(source, weights, offline=offline)
 
 
 def _with_adapter(source: ModelSource, files: tuple[Path, ...], *, offline: bool) -> ModelSource:
-    """Return the source with its config's adapter, found and checked without reading weights."""
+    """Return the source with the adapter in its config, checked without reading weights."""
     config = source.config
     if config.adapter is None:
         return source
@@ -256,7 +256,7 @@ def _adapter_folder(config: ModelConfig, adapter: str, *, offline: bool) -> tupl
     if folder.is_dir():
         return folder.absolute(), None
     name, _, revision = adapter.partition("@")
-    # A name on the hub has exactly one slash; anything else was meant as a folder.
+    # A name on the hub has exactly one slash; anything else must be a folder.
     if adapter.startswith((".", "/", "~")) or name.count("/") != 1:
         raise MissingData(f"model.adapter={adapter} is neither a folder nor ORG/NAME on the hub")
     request = HubRequest(
@@ -286,7 +286,7 @@ def prefetch_model(config: ModelConfig) -> Path:
 
 
 def _gate_remote_code(config: ModelConfig) -> None:
-    """Raise unless code from the model's repository is both allowed and pinned to a commit."""
+    """Raise unless code from the model's repository is allowed and pinned to a commit."""
     if not config.trust_remote_code:
         return
     if not config.allow_remote_code:
@@ -294,7 +294,7 @@ def _gate_remote_code(config: ModelConfig) -> None:
             f"model.trust_remote_code=true: {config.name} is not on the list of models whose own "
             "code may run: only its file in conf/model may set model.allow_remote_code"
         )
-    # A branch or tag can be moved by the repository's owner after someone reviewed the code.
+    # The repository's owner can move a branch or tag after someone has reviewed the code.
     if not COMMIT_PATTERN.fullmatch(config.revision):
         raise UserError(
             f"model.revision={config.revision} with model.trust_remote_code=true: code runs only "
@@ -303,9 +303,9 @@ def _gate_remote_code(config: ModelConfig) -> None:
 
 
 def _refuse_code_from_elsewhere(folder: Path) -> None:
-    """Raise if a file of the folder names code of another repository, at a commit of its own."""
+    """Raise if a file of the folder refers to code in another repository."""
     for file in sorted(folder.glob("*config*.json")):
-        # transformers writes such a name as OWNER/REPOSITORY--MODULE.CLASS.
+        # The form in transformers is OWNER/REPOSITORY--MODULE.CLASS.
         found = re.search(r'"([^"\s]+/[^"\s]+--[\w.]+)"', file.read_text(errors="replace"))
         if found:
             raise UserError(
@@ -323,7 +323,7 @@ def _model_folder(config: ModelConfig, *, offline: bool) -> tuple[Path, str | No
         return folder.absolute(), None
     if config.source.startswith(EMBEDDED_PREFIX):
         return _embedded_folder(config.source.removeprefix(EMBEDDED_PREFIX)), None
-    # Python files are not even downloaded unless the model may run them.
+    # Python files are not downloaded unless the model may run them.
     wanted = [*DOWNLOAD_PATTERNS, "*.py"] if config.trust_remote_code else DOWNLOAD_PATTERNS
     return hub_folder(_hub_request(config), wanted, offline=offline)
 
@@ -339,9 +339,9 @@ def _hub_request(config: ModelConfig) -> HubRequest:
 
 
 def _model_choice(config: ModelConfig) -> str:
-    """Return the overrides that choose a model."""
+    """Return the overrides that select a model."""
     name = config.name.rpartition("+")[0] if config.adapter else config.name
-    # A file in conf/model has its revision; an id of the hub has none.
+    # A file in conf/model states its revision; an id on the hub does not.
     given = name == config.source and config.revision != "main"
     return f"model={name} model.revision={config.revision}" if given else f"model={name}"
 
@@ -361,18 +361,18 @@ WEIGHTS_SUFFIX = ".safetensors"
 
 
 def _has_built_network(config: ModelConfig) -> bool:
-    """Whether the source names a network that code builds, and no files."""
+    """Return whether the source names a network that is built from code, without files."""
     built = (FRESH_PREFIX, TORCHVISION_PREFIX)
     return config.source.startswith(built) or config.source == MODULE_SOURCE
 
 
 def is_fresh(config: ModelConfig) -> bool:
-    """Whether the model has no files; `model.path`, when given, overrides its source."""
+    """Return whether weights are drawn at random; `model.path`, if given, overrides the source."""
     return config.path is None and _has_built_network(config)
 
 
 def is_state_dict(config: ModelConfig) -> bool:
-    """Whether `model.path` holds the weights of a network that code builds, and nothing else."""
+    """Return whether `model.path` is a state dict for a network that is built from code."""
     weights = config.path is not None and config.path.endswith(WEIGHTS_SUFFIX)
     return weights and _has_built_network(config)
 
@@ -383,8 +383,8 @@ def fresh_vision_config(config: ModelConfig) -> VisionConfig:
     Raises:
         UserError: the architecture or the data set does not exist, or no data set is given.
     """
-    # Imported here because the architectures import torch, and `bench.models.source` stays
-    # importable without it.
+    # Imported here, because the architectures import torch, which is slow and not needed to locate
+    # other models.
     from bench.models.classifiers import architectures
     from bench.models.classifiers.classifier import VisionConfig
 
@@ -408,14 +408,14 @@ def fresh_vision_config(config: ModelConfig) -> VisionConfig:
 
 
 def _input_and_output(config: ModelConfig) -> ImageShape:
-    """Return the shape of the images: that of a known data set, changed by the config's own."""
+    """Return the shape of images: that of a known data set, with the config's own changes."""
     from bench.data.image_catalogue import IMAGENET_SHAPE, KNOWN_SETS, image_shape
 
     own = {key: getattr(config, key) for key in ("channels", "size", "classes")}
     given = {key: value for key, value in own.items() if value is not None}
     if config.images is not None:
         return replace(image_shape(config.images), **given)
-    # What torchvision itself trains for.
+    # The input for which torchvision trains its networks.
     if config.source.startswith(TORCHVISION_PREFIX):
         return replace(IMAGENET_SHAPE, **given)
     if len(given) < len(own):
@@ -427,7 +427,7 @@ def _input_and_output(config: ModelConfig) -> ImageShape:
 
 
 def fresh_fingerprint(config: ModelConfig) -> str:
-    """Hash everything that fresh weights depend on, except the version of torch."""
+    """Return a hash of everything that random weights depend on, except the version of torch."""
     described = f"{fresh_vision_config(config).model_dump_json()} seed {config.seed}"
     return hashlib.sha256(described.encode()).hexdigest()
 

@@ -1,12 +1,13 @@
-"""Trial of a foreign folder's tokenizer and chat templates, run as a program of its own.
+"""Trial of an untrusted folder's tokenizer and chat templates, in a separate process.
 
-Both are programs in disguise: a normalizer can multiply a text beyond all memory, a pattern can
-take exponential time, a template can loop without end. Neither can be interrupted from Python, so
-they are tried in a process with limits on its memory and time. It imports nothing of slimbench.
+A tokenizer or template can take unbounded time and memory: a normalizer can expand a text, a
+regular expression can take exponential time, and a template can loop forever. Python cannot
+interrupt them, so they are tried in a process with limits of memory and time. It imports nothing of
+slimbench.
 
     python -I text_files_probe.py FOLDER
 
-The last line on stdout names what was tried last; a process that was killed ended in it.
+The last line on stdout names the current trial, which is the culprit if the process was killed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SECONDS, BYTES = 20, 8 * 2**30
-# Letters, numbers, runs of one letter (on which a bad pattern backtracks) and other scripts.
+# Letters, digits, other scripts, and runs of one letter, on which a bad pattern backtracks.
 TEXT = (
     "The quick brown fox, 1234567890! "
     + "a" * 64
@@ -35,7 +36,7 @@ TEMPLATE_FILES = ("tokenizer_config.json", "chat_template.json", "processor_conf
 
 
 def main(folder: Path) -> None:
-    """Encode a text, then render every template; ordinary errors are left to the loading."""
+    """Encode a text, then render every template; ordinary errors are reported on loading."""
     _limit_resources()
     print("tokenizer.json", flush=True)
     _try_tokenizer(folder / "tokenizer.json")
@@ -51,7 +52,7 @@ def _limit_resources() -> None:
     try:
         resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
     except (OSError, ValueError):
-        return  # not every system has it; the time is limited in any case
+        return  # Not available on every system; the time is limited in any case.
 
 
 def _try_tokenizer(file: Path) -> None:
@@ -75,7 +76,7 @@ def _templates(folder: Path) -> Iterator[tuple[str, str]]:
             found = content.get("chat_template")
         except (OSError, ValueError, AttributeError, RecursionError):
             continue
-        # One template, or a list of named ones.
+        # Either one template or a list of named ones.
         listed = found if isinstance(found, list) else [{"template": found}]
         for entry in listed:
             template = entry.get("template") if isinstance(entry, dict) else None
@@ -86,7 +87,7 @@ def _templates(folder: Path) -> Iterator[tuple[str, str]]:
 def _try_template(template: str) -> None:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    # The environment of transformers, as far as it changes how long a template takes.
+    # Like the environment of transformers, where it affects how long a template takes.
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )

@@ -1,10 +1,10 @@
-"""Which weight files a folder has, whether they are whole, and whether its sizes fit them.
+"""Locating and checking a folder's weight files, and comparing the config's sizes with them.
 
-Nothing here builds or reads a tensor. Only safetensors are accepted: a pickled file can run code
-when it is opened. The format: eight bytes little-endian with the header's length, a JSON header,
-then the tensors without gaps (https://github.com/huggingface/safetensors, section Format). A folder
-is untrusted: its JSON may be nested thousands of levels deep, and its numbers may ask for a billion
-layers, so sizes are checked by arithmetic before anything is allocated.
+No tensor is built or read here. Only safetensors are accepted, because a pickled file can run code
+when opened. The format: eight bytes with the header's length (little-endian), a JSON header, then
+the tensors without gaps (https://github.com/huggingface/safetensors, section Format). A folder is
+untrusted: its JSON may be nested thousands of levels deep, or state a billion layers, so sizes are
+checked by arithmetic before anything is allocated.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ DESCRIPTION_FILE = "slimbench.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 OWN_VARIANT = "slimbench"
-"""Variant of weights, in the sense of transformers, that stock transformers is not to load."""
+"""transformers' name for weights of a variant, which it loads only on request."""
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
-# The reference implementation's limit; it stops a corrupt length from allocating the memory.
+# The limit of the reference implementation; without it a corrupt length could exhaust the memory.
 MAX_HEADER_BYTES = 100_000_000
 
 
@@ -31,15 +31,15 @@ def find_weight_files(folder: Path) -> tuple[Path, ...]:
     """Return the safetensors files that transformers loads from a folder, after checking them.
 
     Raises:
-        UserError: there are none, only pickled ones, one that is missing, truncated or corrupt, or
-            one that lies outside the folder; or the folder makes transformers read further ones, or
-            config.json states sizes that do not fit them.
+        UserError: there are none, or only pickled ones; a file is missing, truncated, corrupt or
+            outside the folder; the folder makes transformers read further files; or config.json
+            states sizes that do not match the files.
     """
     refuse_outside_links(folder)
     _refuse_further_weights(folder)
-    # In this order, as transformers does: next to the single file, shards and their index are not
-    # read. Variants (model.fp16.safetensors) and subfolders are read only on request, which for our
-    # own is `weights_variant`.
+    # In the same order as transformers: if the single file exists, an index and its shards are not
+    # read. Variants (model.fp16.safetensors) and subfolders are read only on request, which
+    # `weights_variant` makes for our own folders.
     single, index = weight_names(weights_variant(folder))
     if (folder / single).is_file():
         files: tuple[Path, ...] = (folder / single,)
@@ -55,25 +55,25 @@ def find_weight_files(folder: Path) -> tuple[Path, ...]:
 
 
 def weight_names(variant: str | None) -> tuple[str, str]:
-    """Return the names of the single weight file of a variant, and of an index of shards."""
+    """Return the names of a variant's single weight file and of its index of shards."""
     if variant is None:
         return SINGLE_FILE, INDEX_FILE
     return f"model.{variant}.safetensors", f"model.safetensors.index.{variant}.json"
 
 
 def weights_variant(folder: Path) -> str | None:
-    """Return the variant of weights with which transformers loads a folder; usually None."""
+    """Return the variant of weights with which a folder must be loaded; usually None."""
     own = any((folder / name).is_file() for name in weight_names(OWN_VARIANT))
     return OWN_VARIANT if own else None
 
 
 def _refuse_further_weights(folder: Path) -> None:
-    """Raise if a file of the folder makes transformers read weights other than the usual files."""
-    # With peft installed, an adapter is added to the weights; from a pickled file as well.
+    """Raise if a file of the folder makes transformers read other files as weights."""
+    # With peft installed, transformers adds an adapter to the weights, even a pickled one.
     if (folder / ADAPTER_CONFIG).is_file():
         raise UserError(
-            f"{folder} holds an adapter ({ADAPTER_CONFIG}), which would change the "
-            "weights in silence: merge it into them, or move it to a folder of its own"
+            f"{folder} contains an adapter ({ADAPTER_CONFIG}), which would change the "
+            "weights silently: merge it into them, or move it to a separate folder"
         )
     for file in sorted(folder.glob("config*.json")):
         try:
@@ -81,7 +81,7 @@ def _refuse_further_weights(folder: Path) -> None:
         except UserError:
             if file.name == "config.json":
                 raise
-            continue  # transformers cannot read it either, if it reads it at all
+            continue  # If transformers reads it at all, it fails as well.
         if named is not None:
             raise UserError(
                 f"{file} names its weights by transformers_weights={named}: remove that key, and "
@@ -96,14 +96,14 @@ def refuse_outside_links(folder: Path) -> None:
     the model's own part of the cache and are allowed.
     """
     # A downloaded folder is untrusted: a link to ~/.ssh would otherwise be read as a tokenizer
-    # file, and its content could end up in an error message.
+    # file, and an error message could reveal its content.
     root = folder.resolve()
     if root.parent.name == "snapshots" and (root.parents[1] / "blobs").is_dir():
         root = root.parents[1]
     for file in sorted(folder.rglob("*")):
         if not file.exists():
             raise UserError(f"{file} is a link to a file that does not exist")
-        # Reading a pipe or a device would never end.
+        # Reading a pipe or a device may never end.
         if not file.is_file() and not file.is_dir():
             raise UserError(f"{file} is neither a file nor a folder")
         if not file.resolve().is_relative_to(root):
@@ -129,13 +129,13 @@ def check_header(file: Path) -> int:
             spans = sorted(_byte_range(name, entry) for name, entry in tensors.items())
         except _MalformedEntry as fault:
             raise UserError(f"{file} is corrupt: {fault}") from None
-        # RecursionError: a header can be nested thousands of levels deep.
+        # RecursionError, because a header can be nested thousands of levels deep.
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise UserError(f"{file} is corrupt: its header cannot be read") from None
     end = 0
     for start, stop in spans:
-        # Sorted spans that meet end to start cover the data part exactly once; gaps could hide
-        # data, and overlaps let two tensors alias.
+        # Sorted ranges that adjoin cover the data exactly once. Gaps could hide data, and with
+        # overlaps two tensors would share data.
         if start != end or stop < start:
             raise UserError(f"{file} is corrupt: its tensors overlap or leave gaps")
         end = stop
@@ -146,7 +146,7 @@ def check_header(file: Path) -> int:
 
 
 def _indexed_shards(index: Path) -> tuple[Path, ...]:
-    """Return the shards named by an index."""
+    """Return the shards listed in an index."""
     folder = index.parent
     try:
         named = read_json_object(index)["weight_map"].values()
@@ -154,8 +154,7 @@ def _indexed_shards(index: Path) -> tuple[Path, ...]:
     except (TypeError, KeyError, AttributeError):
         raise UserError(f"{index} is corrupt: it has no readable weight_map") from None
     for name in names:
-        # The index is untrusted input, too: `../x.safetensors` would leave the folder without a
-        # link.
+        # The index is untrusted as well: `../x.safetensors` leaves the folder without a link.
         if Path(name).name != name or name in ("", ".", ".."):
             raise UserError(f"{index} names {name!r}, which is outside its folder")
     missing = [name for name in names if not (folder / name).is_file()]
@@ -167,7 +166,7 @@ def _indexed_shards(index: Path) -> tuple[Path, ...]:
 
 
 def _no_weights_message(folder: Path) -> str:
-    """Describe what the folder has instead of safetensors."""
+    """Return a message about what the folder has instead of safetensors."""
     pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
     if pickled:
         return (
@@ -189,14 +188,14 @@ _BITS_OF_DTYPE = {
 
 
 class _MalformedEntry(Exception):
-    """An entry of a safetensors header that no tensor can have."""
+    """An entry of a safetensors header that is invalid for any tensor."""
 
 
 def _byte_range(name: str, entry: dict[str, Any]) -> tuple[int, int]:
-    """Return where a tensor begins and ends in the file's data part."""
+    """Return the start and end of a tensor in the file's data part, in bytes."""
     start, stop = entry["data_offsets"]
     shape, dtype = entry["shape"], entry["dtype"]
-    # JSON has true, floats and infinity, which Python would take for numbers below.
+    # JSON has booleans, floats and infinity, which Python would accept as numbers below.
     if not all(_is_size(number) for number in (start, stop, *shape)):
         raise _MalformedEntry(f"shape or offsets of {name[:80]!r} are not whole numbers from 0 on")
     if dtype not in _BITS_OF_DTYPE:
@@ -204,7 +203,7 @@ def _byte_range(name: str, entry: dict[str, Any]) -> tuple[int, int]:
     bits = 0 if 0 in shape else _BITS_OF_DTYPE[dtype]
     for number in shape:
         bits *= number
-        # Before the product of a thousand numbers becomes one of a million digits.
+        # Checked here, because the product of a thousand numbers can have a million digits.
         if bits > 8 * (stop - start):
             break
     if bits != 8 * (stop - start):
@@ -217,14 +216,14 @@ def _is_size(value: object) -> TypeGuard[int]:
 
 
 MAX_CONFIG_BYTES = 50_000_000
-"""Published configs have some thousand bytes; a description of packed experts has a few million."""
+"""Published configs have some thousand bytes; descriptions of packed experts a few million."""
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
-    """Read a small JSON file of a model folder, which is untrusted input.
+    """Read a small JSON file of a model folder, which is untrusted.
 
     Raises:
-        UserError: it cannot be read, is too large or too deeply nested, or holds no object.
+        UserError: it cannot be read, is too large or too deeply nested, or is not an object.
     """
     try:
         if file.stat().st_size > MAX_CONFIG_BYTES:
@@ -232,9 +231,9 @@ def read_json_object(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         reason = str(error).partition("\n")[0]
-        raise UserError(f"{file} is corrupt: it is no JSON ({reason})") from None
+        raise UserError(f"{file} is corrupt: it is not JSON ({reason})") from None
     if not isinstance(content, dict):
-        raise UserError(f"{file} is corrupt: it holds no JSON object")
+        raise UserError(f"{file} is corrupt: it does not contain a JSON object")
     return content
 
 
@@ -249,10 +248,10 @@ _WIDTH_KEYS = (
 def _refuse_impossible_sizes(
     config: dict[str, Any], where: str, *, tensors: int, bits: int
 ) -> None:
-    """Raise if a config states sizes that the weights cannot have, before anything is built.
+    """Raise if a config states sizes that its weights cannot have, before anything is built.
 
-    Every layer has a tensor of its own, every unit of width at least one bit, and every expert at
-    least one bit for each hidden dimension. `tensors` and `bits` are those of all weight files.
+    Every layer has at least one tensor, every unit of width at least one bit, and every expert at
+    least one bit per hidden dimension. `tensors` and `bits` are totals over all weight files.
     """
     for key, value in config.items():
         if isinstance(value, dict):

@@ -73,7 +73,7 @@ def test_a_folder_for_an_engine_says_what_it_saves_and_loads_in_transformers(
     code, out, _ = bench("export", record.id, str(tmp_path / "out"), "--for", "vllm")
     assert code == 0
     # The widest expert of a ranking over layers is whole, so that padding is all that is left.
-    saved = "stored 64 wide: the folder does without 0.0% of the expert weights"
+    saved = "stored 64 wide: the folder omits 0.0% of the expert weights"
     assert saved in " ".join(out.split())
     stock, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report.values())

@@ -321,7 +321,7 @@ def test_a_quantized_checkpoint_is_not_written_again(tmp_path):
 
     quantized_llama(tmp_path / "model")
     model = load_model(source(tmp_path / "model"))
-    with pytest.raises(UserError, match="quantized by compressed-tensors already"):
+    with pytest.raises(UserError, match="already quantized by compressed-tensors"):
         save_model(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

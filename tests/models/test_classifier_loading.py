@@ -120,7 +120,7 @@ def test_a_config_that_is_not_json_is_one_sentence(kind, tmp_path):
     )
     (tmp_path / "config.json").write_text("{")
     config = ModelConfig(name="x", source="local", path=str(tmp_path), kind=kind)
-    with pytest.raises(UserError, match=r"config\.json is corrupt: it is no JSON"):
+    with pytest.raises(UserError, match=r"config\.json is corrupt: it is not JSON"):
         skeleton(resolve_model(config, offline=True))
 
 

@@ -219,7 +219,7 @@ def test_an_adapter_without_readable_settings(adapter, text):
     ("rank_pattern", {"(a+)+$": 4}), ("alpha_pattern", {"^q": 4}),
 ])  # fmt: skip
 def test_an_adapter_names_modules_and_gives_no_patterns(adapter, key, value):
-    with pytest.raises(UserError, match=f"{key}.* (no name of a module|no list of names)"):
+    with pytest.raises(UserError, match=f"{key}.* (not a module name|not a list of module names)"):
         adapter_settings(adapter(**{key: value}))
 
 

@@ -169,7 +169,7 @@ def test_a_users_network_can_be_pruned_and_saved(nets, tmp_path):
 @pytest.mark.parametrize(
     ("name", "match"),
     [
-        ("Talking", "returns dict for one image, where logits of shape"),
+        ("Talking", "returns dict for one image, but logits of shape"),
         ("Breaking", "does not fit images of size 8 .*no such thing"),
         ("Missing", "_target_=ownnets.Missing: AttributeError"),
         ("limit", "is not a class of torch.nn.Module"),

@@ -163,17 +163,17 @@ def test_bytes_are_those_of_the_files_and_flops_those_of_the_dense_network(tmp_p
     assert costs.pop(("model", "bytes")) == stored < wanted.pop(("model", "bytes")) / 2
     flops = {key: value for key, value in wanted.items() if key[1] == "flops"}
     assert flops and {key: costs[key] for key in flops} == flops
-    with pytest.raises(UserError, match="quantized by gptq already"):
+    with pytest.raises(UserError, match="already quantized by gptq"):
         save_model(model, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
     ("method", "stored", "match"),
     [
-        ("gptq", {"bits": 3}, r"by gptq with bits=3, which is not read: allowed: 2, 4, 8"),
-        ("gptq", {"bits": None}, r"with bits=None, which is not read"),
-        ("gptq", {"checkpoint_format": "marlin"}, "checkpoint_format=marlin, which is not read"),
-        ("awq", {"version": "gemv"}, "version=gemv, which is not read: allowed: gemm"),
+        ("gptq", {"bits": 3}, r"by gptq with bits=3, which is not supported: allowed: 2, 4, 8"),
+        ("gptq", {"bits": None}, r"with bits=None, which is not supported"),
+        ("gptq", {"checkpoint_format": "marlin"}, "format=marlin, which is not supported"),
+        ("awq", {"version": "gemv"}, "version=gemv, which is not supported: allowed: gemm"),
         ("gptq", {"group_size": 0}, "config.json is corrupt: group_size=0"),
         ("gptq", {"group_size": "many"}, "config.json is corrupt: group_size='many'"),
     ],
@@ -188,7 +188,7 @@ def test_what_is_packed_otherwise_is_refused_before_loading(method, stored, matc
 def test_packed_weights_are_not_spread_over_devices(tmp_path):
     save(build_dense("llama"), tmp_path)
     configure(tmp_path, quant_method="awq", bits=4, group_size=GROUP)
-    with pytest.raises(UserError, match="device_map=offload_disk reads dense weights"):
+    with pytest.raises(UserError, match="device_map=offload_disk requires dense weights"):
         source(tmp_path, device_map="offload_disk")
 
 

@@ -168,7 +168,7 @@ def test_refuses_parts_that_no_folder_can_hold(tmp_path):
         written(other, tmp_path / "other")
     hooked = build("mixtral")
     hooked.model.layers[0].register_forward_hook(lambda module, given, found: found)
-    with pytest.raises(UserError, match=r"what model\.layers\.0 computes is replaced"):
+    with pytest.raises(UserError, match=r"model\.layers\.0 is changed only while it runs"):
         written(hooked, tmp_path / "hooked")
     # The network was built with the number of experts that its router remembers.
     narrowed = build("mixtral")
@@ -180,7 +180,7 @@ def test_refuses_parts_that_no_folder_can_hold(tmp_path):
 def test_refuses_to_write_what_is_not_in_memory(tmp_path):
     written(build("mixtral"), tmp_path / "out")
     on_disk = open_folder(tmp_path / "out", device_map="offload_disk")
-    with pytest.raises(UserError, match="from memory only"):
+    with pytest.raises(UserError, match="only a model in memory"):
         save_model(on_disk, tmp_path)
 
 
@@ -307,7 +307,7 @@ def test_for_an_engine_the_widths_are_whole_tiles_and_the_saving_is_said(tmp_pat
     kept = (6 * plan.widths.routed + 64) / (6 * 192 + 80)
     assert plan.removal.by_run == pytest.approx(1 - left)
     assert plan.removal.in_folder == pytest.approx(1 - kept)
-    assert f"{1 - kept:.1%} of the expert weights, the run without {1 - left:.1%}" in str(
+    assert f"{1 - kept:.1%} of the expert weights, the run removed {1 - left:.1%}" in str(
         plan.removal
     )
     write_model(model, tmp_path, plan)
@@ -325,7 +325,7 @@ def test_experts_below_the_alignment_are_refused(tmp_path):
 
 def test_an_architecture_that_needs_code_is_refused(tmp_path):
     small, _ = shrunk("deepseek")
-    with pytest.raises(UserError, match="not in transformers, so that vllm would need custom code"):
+    with pytest.raises(UserError, match="not in transformers, so vllm would need custom code"):
         save_model(model_of(small), tmp_path, find_engine("vllm"))
 
 

@@ -1,1 +1,1 @@
-"""Weights stored as codes of a few bits, in modules that compute with them and can be saved."""
+"""Weights stored as codes of a few bits, in modules that compute with them."""

@@ -1,10 +1,10 @@
-"""Checkpoints of GPTQ and AWQ as their makers store them, read as dense weights.
+"""Published GPTQ and AWQ checkpoints, loaded as dense weights.
 
-transformers needs the package gptqmodel for both, which is compiled against CUDA. The codes, zero
-points and scales are all that decides the weights, so they are read here, on any machine.
+transformers needs the package gptqmodel for both, which is compiled against CUDA. Codes, zero
+points and scales determine the weights, so slimbench computes them itself, on any machine.
 
 Layouts: GPTQ as in AutoGPTQ @ 179776b (`auto_gptq/nn_modules/qlinear/qlinear_cuda_old.py`), its
-second form as in GPTQModel (`convert_gptq_v1_to_v2_format_module`), AWQ as in AutoAWQ @ 7ee2873
+second version as in GPTQModel (`convert_gptq_v1_to_v2_format_module`), AWQ as in AutoAWQ @ 7ee2873
 (`awq/utils/packing_utils.py`, the version `gemm`).
 
 Shapes: I inputs, O outputs, G groups of inputs, W words of 32 bits, each with 32 / bits values.
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from bench.models.network import NetworkConfig
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-"""The column of each value in a word of AWQ, lowest bits first."""
+"""Column of each value in a word of AWQ, lowest bits first."""
 
 
 def unpack_words(words_W: Tensor, bits: int) -> Tensor:
-    """Return the values in the last dimension of int32 words, lowest bits first."""
+    """Return the values packed in the last dimension of int32 words, lowest bits first."""
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-    # The shift of a signed word copies its sign, which the mask removes.
+    # Shifting a signed word copies its sign bit, which the mask removes.
     values: Tensor = (words_W[..., None] >> shifts) & (2**bits - 1)
     return values.flatten(-2)
 
@@ -42,10 +42,11 @@ def unpack_words(words_W: Tensor, bits: int) -> Tensor:
 def gptq_weight(
     qweight_WO: Tensor, qzeros_GW: Tensor, scales_GO: Tensor, group_I: Tensor, packing: Packing
 ) -> Tensor:
-    """Return the float32 weight [O, I] of a layer: s (q - z), with the group of each input."""
+    """Return the float32 weight [O, I] of a layer: s (q - z), with each input's group."""
     if packing.layout == "gptq":
-        # The first form stores z - 1. Added as words, with the carry, since that undoes how
-        # GPTQModel subtracts it: a zero point of 0 borrows from the value above it.
+        # The first version stores z - 1. The 1 is added to whole words with carry, because
+        # GPTQModel subtracts it from whole words: a zero point of 0 borrows from the value above
+        # it.
         one = sum(1 << shift for shift in range(0, 32, packing.bits))
         qzeros_GW = qzeros_GW + torch.tensor(one, dtype=torch.int64).to(torch.int32)
     zeros_GO = unpack_words(qzeros_GW, packing.bits)
@@ -54,7 +55,7 @@ def gptq_weight(
 
 
 def awq_weight(qweight_IW: Tensor, qzeros_GW: Tensor, scales_GO: Tensor, group_I: Tensor) -> Tensor:
-    """Return the float32 weight [O, I] of a layer: s (q - z), with the group of each input."""
+    """Return the float32 weight [O, I] of a layer: s (q - z), with each input's group."""
 
     def values(words: Tensor) -> Tensor:
         places = torch.tensor(AWQ_ORDER).argsort()
@@ -72,19 +73,19 @@ def loading_settings(
     dtype: torch.dtype,
     wanted: Collection[str],
 ) -> dict[str, object]:
-    """Return the settings that make `from_pretrained(None, ...)` load a folder's dense weights.
+    """Return the arguments with which `from_pretrained(None, ...)` loads a folder's dense weights.
 
-    `config` describes a dense network afterwards. `wanted` are the names in its state dict.
+    `config` is changed to describe a dense network. `wanted` are the names in its state dict.
 
     Raises:
-        UserError: a layer lacks a tensor, or its tensors do not fit each other.
+        UserError: a layer lacks a tensor, or its tensors do not match each other.
     """
     from transformers import GenerationConfig
 
     del config.quantization_config
     state = dense_state(find_weight_files(folder), packing, dtype, wanted)
     settings: dict[str, object] = {"state_dict": state}
-    # Given no folder, transformers finds the model's own settings for generation in no file.
+    # Without a folder, transformers does not find the model's own generation config.
     if (folder / "generation_config.json").is_file():
         settings["generation_config"] = GenerationConfig.from_pretrained(folder)
     return settings
@@ -93,9 +94,9 @@ def loading_settings(
 def dense_state(
     files: Sequence[Path], packing: Packing, dtype: torch.dtype, wanted: Collection[str]
 ) -> dict[str, Tensor]:
-    """Return the state dict of the dense network whose quantized weights lie in some files.
+    """Return the state dict of the dense network for quantized weights in some files.
 
-    Products of scale and code are exact in float32, and are then rounded to `dtype`.
+    Products of scale and code are exact in float32 and are then rounded to `dtype`.
     """
     from safetensors import safe_open
 
@@ -115,7 +116,7 @@ def dense_state(
         for name in holders.keys() - parts:
             tensor = holders[name].get_tensor(name)
             layer, _, last = name.rpartition(".")
-            # AutoGPTQ gives every layer a bias, of zeros where the network has none.
+            # AutoGPTQ gives every layer a bias, which is zero if the network has none.
             if last == "bias" and layer in layers and name not in wanted and not tensor.any():
                 continue
             state[name] = tensor
@@ -131,7 +132,7 @@ def _layer_weight(layer: str, tensors: Mapping[str, Tensor], packing: Packing) -
         raise UserError(f"the quantized layer {layer} has no {missing[0]}")
     qweight, qzeros, scales_GO = (tensors[part] for part in _PARTS[:3])
     each = 32 // packing.bits
-    # AWQ packs outputs into a word, GPTQ inputs.
+    # AWQ packs outputs into words, GPTQ inputs.
     is_awq = packing.layout == "gemm"
     rows, columns = qweight.shape
     inputs, outputs = (rows, each * columns) if is_awq else (each * rows, columns)

@@ -1,9 +1,9 @@
-"""Linear layers and experts whose weights are codes, and their rebuilding from JSON.
+"""Linear layers and experts with packed weights, and how to rebuild them from JSON.
 
 Weights are dequantized only while a layer computes. A state dict contains the buffers, but not
-their meaning: `describe_packed` states it for every packed layer, and `install_packed` puts empty
-modules of these shapes into a network of the original architecture, whose `load_state_dict` then
-fills the buffers.
+their meaning, which `describe_packed` states for every packed layer. `install_packed` puts empty
+modules of these shapes into a network of the original architecture, and `load_state_dict` fills
+their buffers.
 
 Shapes: R rows (output), C columns (input), G groups of columns; r, c, g those of one block; T
 tokens, K experts per token, S tokens of one expert, F an expert's width, D d_model.
@@ -32,7 +32,7 @@ from bench.models.bitpacking.packed_shape import (
 )
 from bench.models.structure.expert_view import Activation, slots_per_expert
 
-# What a grid of each kind stores besides its scale.
+# Further values that a grid of each kind stores besides its scale.
 GRID_BUFFERS: dict[GridKind, dict[str, torch.dtype]] = {
     "offset": {"offset": torch.float16},
     "zero_point": {"zero_point": torch.uint8},
@@ -43,11 +43,11 @@ GRID_BUFFERS: dict[GridKind, dict[str, torch.dtype]] = {
 class PackedLinear(nn.Linear):
     """y = x Wᵀ + b with W = offset + scale · code, stored in buffers `codes`, `scale` and `offset`.
 
-    Where zero has a code of its own (`PackedShape.grid`), the offset is -scale · zero: `zero_point`
-    stores that code instead of the offset, and `symmetric` neither.
+    If a code stands for zero (`PackedShape.grid`), the offset is -scale · zero: `zero_point` grids
+    store this code instead of the offset, and `symmetric` grids need neither.
 
-    `weight` is computed from scratch whenever it is read, in the type `dtype`; writing to it has no
-    effect. Buffers are not initialised: `store` or `load_state_dict` fills them.
+    `weight` is dequantized on every access, with type `dtype`; writing to it has no effect. Buffers
+    are not initialised: `store` or `load_state_dict` fills them.
     """
 
     codes: Tensor
@@ -63,8 +63,8 @@ class PackedLinear(nn.Linear):
         bias: Tensor | None = None,
         device: torch.device | None = None,
     ) -> None:
-        # Not `nn.Linear.__init__`, which would allocate the dense weight. Still a subclass, since
-        # linear layers are recognised by isinstance.
+        # `nn.Linear.__init__` would allocate the dense weight. The base class is still needed,
+        # because linear layers are recognised by isinstance.
         nn.Module.__init__(self)
         self.in_features, self.out_features = shape.columns, shape.rows
         if shape.transposed:
@@ -77,7 +77,8 @@ class PackedLinear(nn.Linear):
             grid_RG = torch.empty(shape.rows, len(shape.groups()), dtype=kind, device=device)
             self.register_buffer(name, grid_RG)
         if shape.permuted:
-            # int16 is half of an int32 order; hence the limit of 2^15 columns in `PackedShape`.
+            # int16 takes half the memory of int32, hence the limit of 2^15 columns in
+            # `PackedShape`.
             order_C = torch.empty(shape.columns, dtype=torch.int16, device=device)
             self.register_buffer("order", order_C)
         frozen = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
@@ -89,7 +90,7 @@ class PackedLinear(nn.Linear):
     ) -> None:
         """Fill the buffers; column c of the codes is input `order_C[c]`, or c without an order.
 
-        Offsets are those of W = offset + scale · code, whatever of them is stored.
+        Offsets are those of W = offset + scale · code, even if the grid does not store them.
         """
         for block, place in self._block_slices():
             codes = codes_RC[block.rows, block.columns].flatten()
@@ -98,21 +99,21 @@ class PackedLinear(nn.Linear):
         if self.shape.grid == "offset":
             self.offset.copy_(offset_RG)
         elif self.shape.grid == "zero_point":
-            # Exact: the offset is the product of the scale and a whole number, in float32. A scale
-            # of 0 has the offset 0.
+            # Exact, because the offset is a product of the scale and an integer, in float32. With a
+            # scale of 0 the offset is 0.
             step_RG = torch.where(scale_RG > 0, scale_RG, 1).float()
             self.zero_point.copy_((-offset_RG.float() / step_RG).round())
         if order_C is not None:
             self.order.copy_(order_C)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """Dequantize the weights, [out, in], with columns in the order of the input."""
+        """Return the dequantized weights [out, in], with columns in the order of the input."""
         stored_RC = self._stored(dtype)
         return stored_RC.T if self.shape.transposed else stored_RC
 
     def _stored(self, dtype: torch.dtype) -> Tensor:
         if self.codes.is_meta:
-            # FLOPs are counted by shapes alone, and unpacking takes 80 operators, none a product.
+            # Counting FLOPs needs only shapes, but unpacking would dispatch 80 operators.
             return self.codes.new_empty(self.shape.rows, self.shape.columns, dtype=dtype)
         axis = 0 if self.shape.axis == "rows" else 1
         parts = [
@@ -135,7 +136,7 @@ class PackedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """Dequantized weights; a copy."""
+        """Dequantized weights, as a copy."""
         return self.dense(self.dtype)
 
     @property
@@ -159,7 +160,7 @@ class PackedLinear(nn.Linear):
         yield from zip(blocks, consecutive_slices(sizes), strict=True)
 
     def _dequantized(self, block: BitBlock, packed: Tensor, dtype: torch.dtype) -> Tensor:
-        """Dequantize one block, computed in float32."""
+        """Return one block dequantized in float32."""
         codes_rc = unpack_codes(packed, block.bits, block.area).view(block.height, block.width)
         scale_rg = self.scale[block.rows, block.groups].float()
         scale_rc, offset_rc = (
@@ -174,7 +175,7 @@ class PackedLinear(nn.Linear):
         """Return the offsets of one block in float32, in which -scale · zero is exact."""
         if self.shape.grid == "offset":
             return self.offset[block.rows, block.groups].float()
-        # Two codes have none for 0: they are half a step to either side of it.
+        # With two codes none stands for 0: they are half a step below and above it.
         zero_rg = torch.full_like(scale_rg, 2 ** (block.bits - 1) if block.bits > 1 else 0.5)
         if self.shape.grid == "zero_point":
             zero_rg = self.zero_point[block.rows, block.groups].float()
@@ -189,7 +190,7 @@ def packed_linears(network: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
 
 
 class PackedExpert(nn.Module):
-    """One gated expert y = Wdown (act(Wgate x) ⊙ Wup x); its width may be zero."""
+    """One gated expert y = Wdown (act(Wgate x) ⊙ Wup x), whose width may be zero."""
 
     def __init__(
         self,
@@ -203,13 +204,13 @@ class PackedExpert(nn.Module):
         self.act_fn = act
 
     def forward(self, x_SD: Tensor) -> Tensor:
-        """Compute the expert's output, [S, D]; one matrix at a time is dequantized."""
+        """Compute the expert's output [S, D], dequantizing one matrix at a time."""
         hidden_SF = self.act_fn(self.gate_proj(x_SD)) * self.up_proj(x_SD)
         return cast(Tensor, self.down_proj(hidden_SF))
 
 
 class PackedExperts(nn.ModuleList):
-    """The experts of one MoE block, with the call of transformers' fused experts."""
+    """The experts of one MoE block, called like transformers' fused experts."""
 
     def __init__(self, experts: Iterable[PackedExpert]) -> None:
         super().__init__(experts)
@@ -217,7 +218,7 @@ class PackedExperts(nn.ModuleList):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Compute Σ_e A_e · expert_e(x), [T, D], for x [T, D] and the router's choice [T, K]."""
         x_TD, top_k = hidden_states, top_k_index.shape[1]
-        # Summed in float32, so that the order of the experts does not show in half precision.
+        # Summed in float32, so that half precision does not make the result depend on the order.
         y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
         for expert, slots_S in enumerate(slots_per_expert(top_k_index, len(self))):
             if not len(slots_S):
@@ -267,16 +268,16 @@ def install_packed(
         linears = {
             name: _empty_linear(entry, device) for name, entry in description["linears"].items()
         }
-        # Experts first: their layers are submodules of a module that does not exist before.
+        # Experts first, because their layers are submodules of a new module.
         for name, count in description["experts"].items():
             _install_packed_experts(network, name, int(count), linears)
         for name, linear in linears.items():
-            # Biases are not packed: the parameter of the original layer is taken over, and loaded
-            # as usual. Where micro-experts were removed, it is shorter than the original.
+            # Biases are not packed, so the original parameter is reused and loaded as usual. It is
+            # shortened if micro-experts were removed.
             bias = cast(nn.Linear, network.get_submodule(name)).bias
             linear.register_parameter("bias", _first_rows(bias, linear))
             network.set_submodule(name, linear)
-    except Exception as error:  # whatever a constructor raises for foreign values
+    except Exception as error:  # A constructor may raise anything for untrusted values.
         reason = error_sentence(error)
         raise UserError(
             f"slimbench.json: the packed weights do not match the network: {reason}"
@@ -292,9 +293,9 @@ def _first_rows(bias: nn.Parameter | None, linear: PackedLinear) -> nn.Parameter
 def _install_packed_experts(
     network: nn.Module, name: str, count: int, linears: dict[str, PackedLinear]
 ) -> None:
-    """Replace a block's experts by packed ones, and take their layers out of `linears`."""
+    """Replace a block's experts by packed ones, and remove their layers from `linears`."""
     before = network.get_submodule(name)
-    # Fused modules hold the activation themselves, a list of experts in its members.
+    # Fused modules have the activation themselves, in a list each expert has it.
     act = getattr(before, "act_fn", None) or before.get_submodule("0").act_fn
     experts = []
     for number in range(count):

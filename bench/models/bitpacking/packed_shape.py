@@ -1,14 +1,15 @@
 """Codes of 1 to 8 bits packed into bytes, and the bits spent on each part of a matrix.
 
-A byte holds a whole number of 1-, 2-, 4- or 8-bit codes. Any other width is split into planes of
-these widths, lowest bits last: a 3-bit code is its upper two bits in one plane and its lowest in
-another. Each plane is padded to a whole byte, so at most 3 · 7 bits are lost.
+A byte holds a whole number of 1-, 2-, 4- or 8-bit codes. Other widths are split into planes of
+these widths, lowest bits last: a 3-bit code has its upper two bits in one plane and its lowest bit
+in another. Each plane is padded to whole bytes, so at most 3 · 7 bits are lost.
 
 A matrix has R rows and C columns (the input dimension). Its bits vary over rows or over columns, in
-runs called levels. Every row has a grid for each group of columns; a group never crosses a level.
-The last group of a level may be narrower. A grid of kind `offset` is a scale and an offset, 16 bits
-each; `zero_point` a scale and an integer of 8 bits, the code that stands for 0; `symmetric` a scale
-alone, with 0 at the code 2^(bits - 1), or halfway between the two codes of 1 bit. Shapes: N codes.
+runs called levels. Every row has a grid per group of columns, and a group never crosses a level.
+The last group of a level may be narrower. An `offset` grid is a scale and an offset of 16 bits
+each. A `zero_point` grid is a scale and an 8-bit integer, the code that stands for 0. A `symmetric`
+grid is only a scale, with 0 at the code 2^(bits - 1), or halfway between the two codes of 1 bit.
+Shapes: N codes.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ PLANE_WIDTHS = (8, 4, 2, 1)
 def bit_planes(bits: int) -> list[tuple[int, int]]:
     """Return (width, shift) of every plane: the low `width` bits of `code >> shift`."""
     # The binary digits of `bits` are the widths of the planes (7 = 4 + 2 + 1). `bits & (width - 1)`
-    # is the sum of the smaller planes, that is the number of bits below this one. Wide planes come
-    # first, so the 1-bit plane with the lowest bits is last.
+    # is the sum of the smaller planes, that is the number of bits below this plane. Wide planes
+    # come first, so the plane with the lowest bits is last.
     return [(width, bits & (width - 1)) for width in PLANE_WIDTHS if bits & width]
 
 
 def packed_size(count: int, bits: int) -> int:
-    """Return the number of bytes that `count` codes take."""
+    """Return the size of `count` packed codes in bytes."""
     return sum(-(-count * width // 8) for width, _ in bit_planes(bits))
 
 
@@ -43,12 +44,12 @@ def pack_codes(codes_N: Tensor, bits: int) -> Tensor:
 
 
 def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
-    """Invert `pack_codes`, uint8 [count]."""
+    """Invert `pack_codes`; return uint8 [count]."""
     codes_N = torch.zeros(count, dtype=torch.uint8, device=packed.device)
     start = 0
     for width, shift in bit_planes(bits):
         stop = start + packed_size(count, width)
-        # A plane's padding can hold whole codes, which are cut off here.
+        # The padding of a plane can contain whole codes, which are dropped here.
         codes_N |= _unpack_plane(packed[start:stop], width)[:count] << shift
         start = stop
     return codes_N
@@ -60,7 +61,7 @@ def _pack_plane(codes_N: Tensor, width: int) -> Tensor:
     low_N = codes_N & (2**width - 1)
     padded = torch.nn.functional.pad(low_N, (0, -len(low_N) % per_byte))
     shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=codes_N.device)
-    # A sum of bytes with disjoint bits is their union, and unlike `|` a reduction exists for it.
+    # Summing bytes with disjoint bits is the same as `|`, for which torch has no reduction.
     packed: Tensor = (padded.view(-1, per_byte) << shifts).sum(1, dtype=torch.uint8)
     return packed
 
@@ -115,10 +116,10 @@ class BitBlock(NamedTuple):
 
 @dataclass(frozen=True)
 class PackedShape:
-    """Layout of a packed matrix; the levels run along `axis`.
+    """Layout of a packed matrix; the levels are along `axis`.
 
-    With `permuted`, columns are stored in a different order than the input's, and the order is
-    stored as well. A `transposed` matrix is the transpose of the weights: its rows are inputs.
+    With `permuted`, columns are not in the order of the input, and their order is stored as well.
+    A `transposed` matrix is the transpose of the weights: its rows are inputs.
     """
 
     rows: int
@@ -149,8 +150,8 @@ class PackedShape:
 
     def groups(self) -> list[slice]:
         """Return the columns of every group."""
-        # Levels along rows share the groups of the full width; levels along columns start groups of
-        # their own.
+        # Levels along rows share the groups of the full width; each level along columns has its own
+        # groups.
         runs = [self.columns] if self.axis == "rows" else [level.size for level in self.levels]
         return [
             slice(start, min(start + self.group, run.stop))
@@ -195,6 +196,6 @@ class PackedShape:
 
 
 def consecutive_slices(sizes: list[int]) -> list[slice]:
-    """Return slices of these sizes, each starting where the one before it ends."""
+    """Return consecutive slices of these sizes."""
     stops = list(accumulate(sizes))
     return [slice(stop - size, stop) for stop, size in zip(stops, sizes, strict=True)]

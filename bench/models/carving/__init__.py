@@ -1,1 +1,1 @@
-"""A dense decoder carved into one with experts, without training."""
+"""Conversion of a dense decoder into a mixture of experts, without training."""

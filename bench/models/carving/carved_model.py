@@ -1,15 +1,16 @@
-"""A Llama with carved feed-forwards, in an architecture of transformers that computes it.
+"""A Llama with carved feed-forwards, represented by an architecture of transformers.
 
-That is GLM-4-MoE's: attention like Llama's, shared experts without a gate, and a router that
-chooses by sigmoid(s) + bias but weighs by sigmoid(s) alone, times a factor. Carved experts need
-weight 1 whatever the scores, as in CMoE. With the scores scaled down by ε, sigmoid(ε s) is 1/2 +
-ε s/4 and keeps their order; with the factor 2 a chosen expert has the weight 1 + ε s/2. The offsets
-of the scores are the bias. Weights do not depend on how many experts are chosen, so that one folder
-serves every `num_experts_per_tok`, and stays right where a method drops experts.
+The architecture is GLM-4-MoE: attention like Llama's, shared experts without a gate, and a router
+that selects experts by sigmoid(s) + bias but weights them by sigmoid(s) times a factor. As in CMoE,
+carved experts need weight 1 whatever the scores. If the scores are scaled down by ε, sigmoid(ε s)
+is 1/2 + ε s/4 and keeps their order; with the factor 2 a selected expert has the weight 1 + ε s/2.
+The offsets of the scores are the bias. Weights do not depend on the number of selected experts, so
+a folder works with every `num_experts_per_tok`, and stays correct if a method drops experts.
 
-Other architectures hold less. Softmax routers (Qwen2-MoE, Mixtral, Granite) divide a sum of 1 among
-the chosen experts: down matrices scaled up for one number of experts are wrong for any other, as
-soon as a method drops some. A neuron as router, as CMoE has it, none of them computes.
+Other architectures are not suitable. Softmax routers (Qwen2-MoE, Mixtral, Granite) divide a sum of
+1 among the selected experts: down matrices scaled up for one number of experts are wrong for any
+other number, and so as soon as a method drops some. None of them supports CMoE's own router, a
+neuron per expert.
 
 Shapes: T tokens, D d_model, E routed experts, W an expert's width.
 """
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
     from bench.models.model import Model
 
 SCORE_SCALE = 2.0**-18
-"""ε. Scores have a standard deviation of 1 and rarely exceed 5, so that weights differ from 1 by
-1e-5 at most, while float32 still tells scores apart that differ by 0.03 to 0.06."""
+"""ε. Scores have a standard deviation of 1 and rarely exceed 5, so weights differ from 1 by at most
+1e-5, while float32 can still distinguish scores that differ by 0.03 to 0.06."""
 KEPT_SETTINGS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps",
@@ -45,10 +46,10 @@ KEPT_SETTINGS = (
 
 
 def refuse_uncarvable(config: Any, layout: ExpertLayout, chosen: int) -> None:
-    """Raise unless a network of this config can be carved so; no weight is read.
+    """Raise unless a network with this config can be carved; no weight is read.
 
     Raises:
-        UserError: it is no Llama, its width cannot be divided so, or too many experts are chosen.
+        UserError: it is not a Llama, its width is not divisible, or too many experts are chosen.
     """
     kind = getattr(config, "model_type", None)
     fault = None
@@ -64,7 +65,7 @@ def refuse_uncarvable(config: Any, layout: ExpertLayout, chosen: int) -> None:
             f"{fault}: choose another model"
         )
     if layout.experts < 2:
-        raise UserError(f"--experts {layout.experts}: a router needs 2 experts at least")
+        raise UserError(f"--experts {layout.experts}: a router needs at least 2 experts")
     parts, width = layout.experts + layout.shared, config.intermediate_size
     if width % parts:
         raise UserError(
@@ -82,13 +83,13 @@ def refuse_uncarvable(config: Any, layout: ExpertLayout, chosen: int) -> None:
 def carve_model(
     model: Model, tokens_BL: Tensor, layout: ExpertLayout, chosen: int, progress: Progress
 ) -> TransformersNetwork:
-    """Return a GLM-4-MoE network that is the model with `chosen` of its experts per token.
+    """Return a GLM-4-MoE network of the model's carved layers, with `chosen` experts per token.
 
-    With all experts chosen it computes what the model does. Every layer is observed on the
-    outputs of the original layers before it.
+    With all experts chosen it computes the same as the model. Every layer is observed with inputs
+    from the original layers before it.
 
     Raises:
-        UserError: it cannot be carved so; see `refuse_uncarvable`.
+        UserError: the model cannot be carved; see `refuse_uncarvable`.
     """
     from transformers import AutoModelForCausalLM
 
@@ -99,7 +100,7 @@ def carve_model(
         tensors = block_tensors(view, carved)
         weights |= {f"model.layers.{index}.mlp.{name}": v for name, v in tensors.items()}
     config = _carved_config(network.config, layout, chosen)
-    # On the meta device: random weights that are replaced at once would only take time.
+    # On the meta device, because drawing random weights that are replaced takes time.
     with torch.device("meta"):
         found = AutoModelForCausalLM.from_config(config, dtype=network.dtype)
     found.load_state_dict(weights, assign=True)
@@ -108,22 +109,22 @@ def carve_model(
 
 
 class _SeenTokens:
-    """Observer that keeps what a dense feed-forward read and computed."""
+    """Observer that stores inputs and hidden states of a dense feed-forward."""
 
     def __init__(self) -> None:
         self.inputs: list[Tensor] = []
         self.hidden: list[Tensor] = []
 
     def routed(self, expert: int, x_SD: Tensor, hidden_SF: Tensor, weight_S: Tensor) -> None:
-        """Keep some tokens."""
+        """Store some tokens."""
         self.inputs.append(x_SD)
         self.hidden.append(hidden_SF)
 
     def shared(self, x_TD: Tensor, hidden_TF: Tensor, weight_T: Tensor) -> None:
-        """Ignore shared experts: a dense feed-forward has none."""
+        """Do nothing, because a dense feed-forward has no shared experts."""
 
     def output(self, y_TD: Tensor) -> None:
-        """Ignore the output."""
+        """Do nothing."""
 
 
 def _carve_layers(
@@ -151,7 +152,7 @@ def block_tensors(view: ExpertView, carved: CarvedFeedForward) -> dict[str, Tens
         "experts.gate_up_proj": torch.stack([torch.cat((gate, up)) for gate, up, _ in experts]),
         "experts.down_proj": torch.stack([down for _, _, down in experts]),
         "gate.weight": (carved.rows * SCORE_SCALE).to(dtype),
-        # The router adds it to sigmoid(ε s), which has the slope ε / 4.
+        # The router adds the bias to sigmoid(ε s), which has the slope ε / 4.
         "gate.e_score_correction_bias": carved.offsets * (SCORE_SCALE / 4),
     }
 
@@ -162,7 +163,7 @@ def _carved_config(dense: Any, layout: ExpertLayout, chosen: int) -> Any:
 
     return Glm4MoeConfig(
         **{name: getattr(dense, name) for name in KEPT_SETTINGS},
-        # Of its heads GLM-4 rotates a half where nothing is said.
+        # By default, GLM-4 rotates only half of each head's components.
         rope_parameters={**dense.rope_parameters, "partial_rotary_factor": 1.0},
         moe_intermediate_size=layout.width(dense.intermediate_size),
         n_routed_experts=layout.experts,

@@ -1,16 +1,16 @@
-"""Neurons of a dense feed-forward divided into a shared expert and equal routed ones, and a router.
+"""Division of a dense feed-forward's neurons into a shared expert, routed experts and a router.
 
 The recipe is CMoE's (arXiv 2502.04416, its code at 42dfc94), after MoEfication (arXiv 2110.01786)
-and LLaMA-MoE (arXiv 2406.16554). Neurons that are active for most tokens become the shared expert;
-the others are clustered by the tokens for which they are active, in groups of equal size; a token's
-experts are chosen by scores that are computed, not trained; the output of a chosen expert is added
-with weight 1.
+and LLaMA-MoE (arXiv 2406.16554). Neurons that are active for most tokens become the shared expert.
+The others are clustered by the tokens for which they are active, in groups of equal size. A token's
+experts are selected by scores that are computed instead of trained, and the output of a selected
+expert is added with weight 1.
 
-Three things differ. A neuron is active at a token if |h_i| ‖w_i‖, the size of what it adds to the
-output, is among the largest, where CMoE ranks |h_i| of a normalised input and normalised rows. The
-clustering makes up to five steps, where CMoE's code makes one. And the scores are linear
-in the input, as in every published mixture: those of CMoE are the hidden states of one neuron per
-expert, silu(g x) · (u x), which no router of transformers computes.
+Three points differ. A neuron is active for a token if |h_i| ‖w_i‖, the size of its contribution to
+the output, is among the largest, where CMoE ranks |h_i| of a normalised input and normalised rows.
+The clustering takes up to five steps, where CMoE's code takes one. And the scores are linear in the
+input, as in every published mixture, where CMoE uses the hidden state of one neuron per expert,
+silu(g x) · (u x), which no router of transformers computes.
 
 Shapes: T tokens, D d_model, F neurons, N routed neurons, E routed experts, W an expert's width.
 """
@@ -31,7 +31,7 @@ ROUNDS = 5
 class ExpertLayout:
     """`experts` routed experts, and a shared one as wide as `shared` of them.
 
-    A token's `active` share of neurons, those that add most, counts as active.
+    For each token, the share `active` of neurons with the largest contributions counts as active.
     """
 
     experts: int
@@ -84,11 +84,11 @@ def most_active(size_TF: Tensor, share: float) -> Tensor:
 
 
 def balanced_groups(active_TN: Tensor, groups: int, rounds: int = ROUNDS) -> Tensor:
-    """Return the group of each neuron, [N]: groups of equal size that are active together.
+    """Return the group of each neuron, [N]: equal groups of neurons that are active together.
 
-    Balanced k-means on the columns, up to `rounds` times: the means of the groups, and the equal
-    groups with the least Σ_i ‖a_i - mean(group of i)‖², found exactly as an
-    assignment problem. The first centres are the neurons active most often, as in CMoE.
+    Balanced k-means on the columns, up to `rounds` times: compute the means of the groups, then the
+    equal groups with the least Σ_i ‖a_i - mean(group of i)‖², exactly as an assignment problem. The
+    first centres are the neurons active most often, as in CMoE.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -97,7 +97,7 @@ def balanced_groups(active_TN: Tensor, groups: int, rounds: int = ROUNDS) -> Ten
     centre_TG = active_TN[:, start]
     group_N = torch.zeros(count, dtype=torch.int64)
     for _ in range(rounds):
-        # ‖a_i‖² is the same whatever the group.
+        # ‖a_i‖² is the same for all groups and left out.
         cost_NG = centre_TG.square().sum(0) - 2 * (active_TN.T @ centre_TG)
         places = cost_NG.repeat_interleave(count // groups, dim=1)
         _, place_N = linear_sum_assignment(places.double().cpu().numpy())
@@ -112,11 +112,11 @@ def balanced_groups(active_TN: Tensor, groups: int, rounds: int = ROUNDS) -> Ten
 
 
 def linear_scores(x_TD: Tensor, size_TE: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]:
-    """Return rows [E, D] and offsets [E] whose scores predict the size of an expert's output.
+    """Return rows [E, D] and offsets [E] of scores that predict the size of an expert's output.
 
-    Ridge regression on the inputs: the Gram matrix of the centred inputs gets `damping` times its
-    mean diagonal. What all experts of a token have in common does not decide between them and is
-    left out; the scores are scaled to a standard deviation of 1.
+    Ridge regression on the inputs: `damping` times the mean diagonal is added to the Gram matrix of
+    the centred inputs. The mean over all experts of a token does not affect the selection and is
+    subtracted. The scores are scaled to a standard deviation of 1.
     """
     mean_D, mean_E = x_TD.double().mean(0), size_TE.double().mean(0)
     centred_TD = x_TD.double() - mean_D

@@ -13,15 +13,15 @@ from bench.errors import UserError, error_sentence, unknown_name
 from bench.models.classifiers.classifier import Classifier, VisionConfig, initialise, pooled_head
 from bench.models.classifiers.pruned_modules import prune_attention, reduce_to_shortcut
 
-# From this size on, a ResNet's stem reduces the image by four, as for ImageNet; MobileNet's first
-# layer reduces it by two.
+# From this size on, a ResNet's stem reduces the image by four, as for ImageNet, and MobileNet's
+# first layer by two.
 LARGE_IMAGE = 64
 
 
 def conv_bn_relu(
     inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1
 ) -> nn.Sequential:
-    """Return convolution, BatchNorm and ReLU; the image keeps its size at stride 1."""
+    """Return convolution, BatchNorm and ReLU; with stride 1 the image keeps its size."""
     return nn.Sequential(*conv_bn(inputs, outputs, kernel, stride, groups), nn.ReLU(inplace=True))
 
 
@@ -30,7 +30,7 @@ def conv_bn(
 ) -> nn.Sequential:
     """Return convolution and BatchNorm."""
     padding = kernel // 2
-    # No bias: BatchNorm subtracts it again.
+    # Without bias, because BatchNorm would subtract it.
     layer = nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
     return nn.Sequential(layer, nn.BatchNorm2d(outputs))
 
@@ -42,7 +42,7 @@ def lenet5(config: VisionConfig) -> Classifier:
         *_lenet_stage(6, 16, kernel=5, padding=0),
         nn.Flatten(),
     )
-    # The first convolution is padded, the second (5x5) takes 4 pixels; each is halved by pooling.
+    # The first convolution is padded, the second (5x5) removes 4 pixels; pooling halves both.
     side = (config.size // 2 - 4) // 2
     return Classifier(config, features, _lenet_head(16 * side**2, 120, 84, config.classes))
 
@@ -139,7 +139,7 @@ def _mobilenet(config: VisionConfig, stem: int, plan: LayerWidths) -> Classifier
 
 
 class DenseLayer(nn.Module):
-    """BatchNorm, ReLU and a convolution whose few new channels are appended to the input."""
+    """BatchNorm, ReLU and a convolution whose new channels are appended to the input."""
 
     def __init__(self, inputs: int, growth: int) -> None:
         super().__init__()
@@ -252,8 +252,8 @@ def bottleneck(inputs: int, outputs: int, stride: int) -> ResidualBlock:
     inner = outputs // BOTTLENECK_EXPANSION
     branch = nn.Sequential(
         conv_bn_relu(inputs, inner, kernel=1),
-        # The stride is in the 3x3 convolution, as in torchvision's version (v1.5), not in the first
-        # 1x1 of the paper.
+        # The stride is in the 3x3 convolution as in torchvision (v1.5), while the paper has it in
+        # the first 1x1 convolution.
         conv_bn_relu(inner, inner, stride=stride),
         conv_bn(inner, outputs, kernel=1),
     )
@@ -267,7 +267,7 @@ def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
 
 
 ARCHITECTURES: dict[str, Callable[[VisionConfig], Classifier]] = {
-    # Function names are the names in configs and in saved folders: renaming a maker breaks both.
+    # Function names are the names in configs and saved folders, so renaming one breaks both.
     maker.__name__: maker
     for maker in (
         lenet5,
@@ -288,11 +288,11 @@ ARCHITECTURES: dict[str, Callable[[VisionConfig], Classifier]] = {
 
 TORCHVISION_PREFIX = "torchvision/"
 _MODULES: dict[str, type[nn.Module]] = {}
-"""Classes of users, by the name in configs. A saved folder names one, and never imports it."""
+"""Classes of users by their name in configs. A saved folder names a class but cannot import it."""
 
 
 def register_module(target: str) -> None:
-    """Import a user's class, whose package the run's config has allowed, so that it can be built.
+    """Import a user's class, whose package the run's config allows, so that it can be built.
 
     Raises:
         UserError: it cannot be imported, or is not a torch.nn.Module.
@@ -300,7 +300,7 @@ def register_module(target: str) -> None:
     module, _, name = target.rpartition(".")
     try:
         kind = getattr(importlib.import_module(module), name)
-    # The module is the user's and may raise anything.
+    # The user's module may raise any exception.
     except Exception as error:
         raise UserError(f"model._target_={target}: {error_sentence(error)}") from error
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
@@ -331,7 +331,7 @@ def _torchvision_classifier(config: VisionConfig) -> Classifier:
         raise UserError(
             f"{config.architecture} takes 3 channels; the images have {config.channels}"
         )
-    # Vision transformers alone have weights that depend on the size of the images.
+    # Only weights of vision transformers depend on the size of the images.
     size = {"image_size": config.size} if name.startswith("vit_") else {}
     try:
         network = models.get_model(name, weights=None, num_classes=config.classes, **size)
@@ -341,12 +341,12 @@ def _torchvision_classifier(config: VisionConfig) -> Classifier:
 
 
 def whole_network(config: VisionConfig, network: nn.Module) -> Classifier:
-    """Return a network that was not built here as a classifier: its features are all of it."""
+    """Return a foreign network as a classifier whose features are the whole network."""
     return Classifier(config, nn.Sequential(network), nn.Sequential())
 
 
 def build_classifier(config: VisionConfig) -> Classifier:
-    """Return the network with fresh weights, pruned layers in their pruned shapes.
+    """Return the network with random weights and the shapes of pruned layers.
 
     Raises:
         UserError: the architecture does not exist, or the config resizes layers that it lacks.
@@ -374,8 +374,8 @@ def build_classifier(config: VisionConfig) -> Classifier:
             prune_attention(network, name).resize(shape)
         else:
             resize_layer(layer, shape)
-    # After resizing, which leaves weights uninitialised; the fan of He's initialisation is then
-    # that of the pruned layer. Networks of others draw their weights by their own rules.
+    # After resizing, which leaves weights uninitialised, so that He's initialisation uses the fan
+    # of the pruned layer. Foreign networks have their own initialisation.
     if ours or config.shapes:
         initialise(network)
     for name in config.shapes:
@@ -386,10 +386,10 @@ def build_classifier(config: VisionConfig) -> Classifier:
 
 
 def resize_layer(layer: nn.Module, shape: tuple[int, ...]) -> None:
-    """Give a layer an uninitialised weight of a new shape, and adapt what depends on it."""
+    """Give a layer an uninitialised weight of a new shape, and update what depends on it."""
     if isinstance(layer, nn.Conv2d):
-        # Only depthwise convolutions have groups here. Their weight is [channels, 1, k, k], so the
-        # number of input channels is the second dimension times the groups.
+        # All layers with groups are depthwise convolutions here. Their weight is [channels, 1, k,
+        # k], so the number of input channels is the second dimension times the groups.
         depthwise = layer.groups > 1
         layer.groups = shape[0] if depthwise else 1
         layer.out_channels, layer.in_channels = shape[0], shape[1] * layer.groups
@@ -397,8 +397,7 @@ def resize_layer(layer: nn.Module, shape: tuple[int, ...]) -> None:
         layer.out_features, layer.in_features = shape
     elif isinstance(layer, nn.BatchNorm2d):
         layer.num_features = shape[0]
-        # Statistics have the length of the layer; loading a state dict of a different length would
-        # fail.
+        # Statistics have the layer's length, and loading a state dict of another length would fail.
         layer.register_buffer("running_mean", torch.zeros(shape))
         layer.register_buffer("running_var", torch.ones(shape))
     else:

@@ -20,10 +20,10 @@ CONFIG_FILE = "config.json"
 
 
 class VisionConfig(BaseModel):
-    """Everything needed to build a classifier: architecture, input, and what was pruned.
+    """Everything needed to build a classifier: architecture, input, and pruned parts.
 
-    `shapes` holds the weight shape of every layer that pruning made smaller, `removed` the residual
-    blocks of which it left the shortcut; both are empty in a dense model.
+    `shapes` has the weight shape of every layer that pruning made smaller; `removed` are the
+    residual blocks that were reduced to their shortcut. Both are empty for a dense model.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -32,11 +32,11 @@ class VisionConfig(BaseModel):
     channels: int = Field(default=3, ge=1)
     size: int = Field(default=32, ge=8)
     classes: int = Field(default=10, ge=2)
-    # The config alone determines every shape, so that a pruned network is rebuilt without reading
-    # its weights, for instance on meta.
+    # The config alone determines every shape, so that a pruned network can be built without its
+    # weights, for instance on meta.
     shapes: dict[str, tuple[int, ...]] = Field(default_factory=dict)
     removed: tuple[Shortcut, ...] = ()
-    # What the class of a user's own network is called with.
+    # Arguments for the class of a user's own network.
     arguments: dict[str, Any] = Field(default_factory=dict)
 
     @classmethod
@@ -50,14 +50,14 @@ class VisionConfig(BaseModel):
         try:
             return cls.model_validate_json(file.read_bytes())
         except ValidationError as error:
-            # One fault suffices for one sentence; a folder of a different kind of model has dozens.
+            # The first fault suffices; a folder of another kind of model has dozens.
             fault = error.errors()[0]
             where = ".".join(str(part) for part in fault["loc"]) or "the file"
             reason = f"{where}: {fault['msg'].lower()}"
             raise UserError(f"{file} does not describe an image classifier ({reason})") from None
 
     def refuse_mismatched_images(self, name: str, images: ImageShape) -> None:
-        """Raise unless the network is built for the images and classes of a data set."""
+        """Raise unless the network fits the images and classes of a data set."""
         wanted = (self.channels, self.size, self.classes)
         given = (images.channels, images.size, images.classes)
         if wanted != given:
@@ -93,7 +93,7 @@ def pooled_head(width: int, classes: int) -> nn.Sequential:
 
 
 def initialise(network: nn.Module) -> None:
-    """Draw convolution weights for ReLU layers (He et al., 2015); norms keep their ones."""
+    """Draw convolution weights for ReLU layers (He et al., 2015); norms keep weights of 1."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

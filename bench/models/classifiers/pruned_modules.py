@@ -1,9 +1,9 @@
-"""Modules that replace those that pruning changed by more than the shapes of their weights.
+"""Replacements for modules that pruning changed by more than the shapes of their weights.
 
-A residual block without its branch, and torch's MultiheadAttention with some of its heads left out;
-parameters keep the names they had.
+They are a residual block without its branch, and torch's MultiheadAttention without some of its
+heads. Parameters keep their names.
 
-Shapes: B images, S positions, D width of the inputs, H heads left, W width of a head.
+Shapes: B images, S positions, D width of the inputs, H remaining heads, W width of a head.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from bench.errors import UserError
 
 
 class Shortcut(BaseModel):
-    """What stands in the place of a residual block, a module of the network named `block`.
+    """Description of a residual block, named `block`, that is reduced to its shortcut.
 
-    `child` is the block's own module that computes the shortcut, empty where the input is passed
-    on; `rectified` says that a ReLU follows.
+    `child` is the block's own module that computes the shortcut, empty if the shortcut is the
+    identity; `rectified` is true if a ReLU follows.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -36,14 +36,14 @@ class ShortcutOnly(nn.Module):
     def __init__(self, child: str, shortcut: nn.Module | None, rectified: bool) -> None:
         super().__init__()
         self._child, self._rectified = child, rectified
-        # Under the name it had, so that names in the state dict do not shift.
+        # Under its old name, so that names in the state dict do not change.
         if shortcut is not None:
             self.add_module(child, shortcut)
 
     def forward(self, x: Tensor, **_: object) -> Tensor:
-        """Compute what the block did while all weights of its branch were zero.
+        """Compute the block's output for a branch whose weights are all zero.
 
-        Masks and the like, which only the branch read, are taken and ignored.
+        Arguments for the branch, such as masks, are ignored.
         """
         y: Tensor = self.get_submodule(self._child)(x) if self._child else x
         return torch.relu(y) if self._rectified else y
@@ -69,9 +69,9 @@ def reduce_to_shortcut(network: nn.Module, shortcut: Shortcut) -> None:
 
 
 class PrunedAttention(nn.Module):
-    """Self- or cross-attention with H heads of the width they had; parameters keep their names.
+    """Self- or cross-attention with H heads of the original width; parameters keep their names.
 
-    torch's own module cannot have H W unequal to D.
+    torch's own module does not support H W unequal to D.
     """
 
     def __init__(self, whole: nn.MultiheadAttention) -> None:
@@ -85,15 +85,15 @@ class PrunedAttention(nn.Module):
 
     @property
     def num_heads(self) -> int:
-        """Number of heads left."""
+        """Number of remaining heads."""
         rows: int = self.in_proj_weight.shape[0]
         return rows // 3 // self.head_dim
 
     def resize(self, shape: tuple[int, ...]) -> None:
-        """Give the projections of queries, keys and values fresh weights of this shape.
+        """Give the projections of queries, keys and values new weights of this shape.
 
         Raises:
-            UserError: it is not that of some of the heads.
+            UserError: the shape does not match any number of heads.
         """
         like = self.in_proj_weight
         whole = 3 * self.head_dim
@@ -116,7 +116,7 @@ class PrunedAttention(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False
     ) -> tuple[Tensor, None]:
-        """Attend without a mask, and return no attention weights."""
+        """Attend without a mask; attention weights are not returned."""
         if need_weights:
             raise ValueError("the weights of an attention without some of its heads are not kept")
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
@@ -137,7 +137,7 @@ class PrunedAttention(nn.Module):
 
 
 def prune_attention(network: nn.Module, name: str) -> PrunedAttention:
-    """Put the module that may have fewer heads into the place of torch's, if it is not there."""
+    """Replace torch's attention module by one with a variable number of heads, if necessary."""
     attention = network.get_submodule(name)
     if isinstance(attention, nn.MultiheadAttention):
         parent, _, leaf = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""A classifier as a folder and back, and as an ONNX file."""
+"""Saving and loading of classifiers as folders, and export to ONNX."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def load_classifier_folder(folder: Path) -> Classifier:
 
     Raises:
         MissingData: a file of the folder is missing.
-        UserError: the files do not belong together.
+        UserError: the files do not match each other.
     """
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
@@ -42,8 +42,8 @@ def load_classifier_folder(folder: Path) -> Classifier:
     try:
         network = build_classifier(VisionConfig.read(folder))
         state = OrderedDict(load_file(folder / WEIGHTS_FILE))
-        # safetensors does not keep the versions of modules, which some of them ask for (MNASNet).
-        # What this program wrote has today's.
+        # safetensors does not store versions of modules, which some modules require (MNASNet).
+        # Files written by this program have the current ones.
         state._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]
         network.load_state_dict(state)
     except (ValueError, RuntimeError, SafetensorError) as error:
@@ -54,15 +54,16 @@ def load_classifier_folder(folder: Path) -> Classifier:
 
 
 def load_state(network: Classifier, file: Path) -> Classifier:
-    """Return a network with the weights of a state dict in safetensors, in evaluation mode.
+    """Return a network in evaluation mode, with the weights of a state dict in safetensors.
 
     Raises:
-        UserError: the state dict is not one of this network.
+        UserError: the state dict does not match the network.
     """
-    # Of a network of others, names are those that it gives its weights itself.
+    # The wrapper of a foreign network adds a prefix, which is not in the user's file.
     whole = network if len(network.head) else network.features[0]
     try:
-        # Without versions of modules, so that older files are read as torch reads them.
+        # No versions of modules are added, so that torch reads the file like one of an older
+        # version.
         whole.load_state_dict(load_file(file))
     except (ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
@@ -85,7 +86,7 @@ def save_onnx(network: Classifier, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     config = network.config
     weight = next(network.parameters())
-    # Not a batch of one: the exporter specialises dimensions of size 1 to a constant.
+    # Not a batch of one, because the exporter treats dimensions of size 1 as constants.
     example = torch.zeros(2, config.channels, config.size, config.size).to(weight)
     try:
         with _quiet_exporter():

@@ -1,8 +1,8 @@
 """Recipe of the small image classifiers: ``python -m bench.models.embedded.classifiers --out DIR``.
 
-One recipe for all, on scikit-learn's digits: SGD with momentum on the 1,200 training images, each
-shifted by up to one pixel. Nothing is chosen by the test images; they are scored once, at the end.
-Every folder has config.json, model.safetensors and ``training.json``, the log.
+All are trained alike on scikit-learn's digits: SGD with momentum on the 1,200 training images, each
+shifted by up to one pixel. The test images are scored only once, at the end, and do not affect any
+choice. Every folder has config.json, model.safetensors and the log ``training.json``.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ def train(name: str, splits: Splits, settings: ClassifierRecipe) -> tuple[Classi
         settings.momentum,
         weight_decay=settings.weight_decay,
     )
-    # LeNet has no BatchNorm, without which the rate of the others is too high.
+    # LeNet has no BatchNorm, without which the others' learning rate is too high.
     rate = settings.learning_rate * (0.5 if "lenet" in name else 1.0)
     per_epoch = len(splits.train) // settings.batch
     limits = StepLimits(settings.epochs * per_epoch)
     schedule = one_cycle(optimizer, rate, limits.steps, settings.warmup_share)
     batches = chain.from_iterable(
-        # Shuffling and shifts depend on seed and epoch only, not on a global generator.
+        # Shuffling and shifts depend only on seed and epoch instead of a global generator.
         training_batches(splits.train, settings.batch, seed=settings.seed, epoch=epoch)
         for epoch in range(settings.epochs)
     )
@@ -89,8 +89,8 @@ def classifier_accuracy(network: nn.Module, images: ImageSet) -> float:
 
 def train_and_save(name: str, folder: Path, settings: ClassifierRecipe) -> None:
     """Train one network and write its folder."""
-    # One thread, so that the order of summation, and with it the weights, can be reproduced on a
-    # machine with a different number of cores.
+    # A single thread, so that the order of summation, and with it the weights, do not depend on the
+    # number of cores.
     torch.set_num_threads(1)
     splits = load_image_set("digits")
     began = time.perf_counter()

@@ -23,12 +23,12 @@ END = "<|end|>"
 PAD = "<|pad|>"
 LOG_FILE = "training.json"
 
-# Sets the learning rate of a step, given the fraction of the training that is done with that step.
+# Sets the learning rate of a step, given the completed fraction of the training.
 Schedule = Callable[[float], None]
 
 
 class TrainingStep(NamedTuple):
-    """One step: its number from 1, the seconds before it, and whether it is the last."""
+    """One step: its number from 1, the seconds elapsed before it, and whether it is the last."""
 
     number: int
     seconds: float
@@ -37,7 +37,7 @@ class TrainingStep(NamedTuple):
 
 @dataclass(frozen=True)
 class StepLimits:
-    """Duration of a training: until `steps` or `minutes` are over, whichever comes first."""
+    """Duration of a training: it ends after `steps` or `minutes`, whichever comes first."""
 
     steps: int
     minutes: float = math.inf
@@ -50,10 +50,10 @@ def optimizer_steps(
     limits: StepLimits,
     max_norm: float = math.inf,
 ) -> Iterator[TrainingStep]:
-    """Yield each step with gradients at zero; the caller computes them, then the step is taken.
+    """Yield steps with zero gradients; the caller computes gradients, then the step is taken.
 
-    Gradients are clipped to `max_norm`. The schedule follows whichever of steps and minutes is
-    further.
+    Gradients are clipped to `max_norm`. The schedule follows the larger of the completed fractions
+    of steps and minutes.
     """
     started = time.monotonic()
     network.train()
@@ -73,7 +73,7 @@ def optimizer_steps(
 def adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> optim.AdamW:
     """Return AdamW over the trainable weights, with decay on matrices only."""
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    # Decay pulls gains towards 0, not towards the 1 at which they are neutral.
+    # Decay would pull gains towards 0, while their neutral value is 1.
     groups = [
         {"params": [w for w in trained if w.ndim >= 2], "weight_decay": weight_decay},
         {"params": [w for w in trained if w.ndim < 2], "weight_decay": 0.0},
@@ -84,16 +84,16 @@ def adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> optim.
 def one_cycle(
     optimizer: optim.Optimizer, learning_rate: float, steps: int, warmup_share: float
 ) -> Schedule:
-    """Return torch's one-cycle schedule, which counts steps and must see every one of them."""
+    """Return torch's one-cycle schedule, which counts steps and must be called for every one."""
     scheduler = optim.lr_scheduler.OneCycleLR(
         optimizer,
         learning_rate,
         total_steps=steps,
         pct_start=warmup_share,
-        # OneCycleLR cycles momentum by default, which would override the optimizer's own.
+        # By default, OneCycleLR cycles the momentum and overrides the optimizer's own.
         cycle_momentum=False,
     )
-    # The constructor has set the rate of the first step.
+    # The constructor has set the learning rate of the first step.
     is_first = True
 
     def advance(_: float) -> None:
@@ -108,7 +108,7 @@ def one_cycle(
 def warmup_cosine(
     optimizer: optim.Optimizer, learning_rate: float, warmup_share: float
 ) -> Schedule:
-    """Return a schedule by progress alone, for trainings that are limited by time."""
+    """Return a schedule that depends only on progress, for trainings with a time limit."""
 
     def set_rate(progress: float) -> None:
         for group in optimizer.param_groups:
@@ -128,9 +128,9 @@ def warmup_cosine_rate(progress: float, learning_rate: float, warmup_share: floa
 def byte_level_bpe(
     texts: Iterable[str], vocabulary: int, words: str, special_tokens: Sequence[str]
 ) -> Tokenizer:
-    """Train a byte-level BPE, with which any text round-trips; tokens stay within `words`.
+    """Train a byte-level BPE tokenizer, which can encode any text; tokens do not cross `words`.
 
-    `words` is a regular expression, in the syntax of `tokenizers`.
+    `words` is a regular expression in the syntax of `tokenizers`.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -155,7 +155,7 @@ def byte_level_bpe(
 def training_log(
     settings: DataclassInstance, network: nn.Module, seconds: float, libraries: Sequence[str]
 ) -> dict[str, object]:
-    """Describe a training: its settings, its size, the libraries and how long it took."""
+    """Return a description of a training: settings, size, library versions and duration."""
     versions = {name: str(importlib.import_module(name).__version__) for name in libraries}
     return {
         "settings": asdict(settings),

@@ -1,1 +1,1 @@
-"""Folders that inference engines load: one width for all experts, compressed-tensors weights."""
+"""Export for inference engines: equal widths of all experts, compressed-tensors weights."""

@@ -1,13 +1,13 @@
-"""Packed networks as compressed-tensors checkpoints, which transformers, vLLM and SGLang read.
+"""Packed networks as compressed-tensors checkpoints, which transformers, vLLM and SGLang load.
 
 Every packed matrix becomes `weight_packed`, the codes in 32-bit words, `weight_scale`,
 `weight_shape` and, unless its grid is symmetric, `weight_zero_point`. The `quantization_config` of
-config.json names the modules of each scheme, a scheme being bits, symmetry and group, and those
-that stay dense (https://github.com/vllm-project/compressed-tensors, format `pack-quantized`).
+config.json lists the modules of each scheme (bits, symmetry and group size) and the modules that
+stay dense (https://github.com/vllm-project/compressed-tensors, format `pack-quantized`).
 
-An engine computes all routed experts of a block in one kernel, so they have one scheme, and the
-loader of transformers reads symmetric grids there. A matrix has one bit width in this format. What
-is written for another engine loads in transformers as well.
+An engine computes all routed experts of a block in one kernel, so they share a scheme, and
+transformers loads only symmetric grids for them. In this format a matrix has a single bit width.
+Folders for other engines also load in transformers.
 
 Shapes: R rows, C columns, G groups, E experts.
 """
@@ -44,7 +44,7 @@ EXTRA = "quantized"
 
 
 class Scheme(NamedTuple):
-    """How a matrix is quantized; without a group, each row has one grid."""
+    """How a matrix is quantized; without a group, each row has a single grid."""
 
     bits: int
     symmetric: bool
@@ -57,28 +57,28 @@ class Scheme(NamedTuple):
 
 @dataclass(frozen=True)
 class CompressedNetwork:
-    """Names and schemes of a network's packed matrices; `config` states the widths they have."""
+    """Names and schemes of a network's packed matrices; `config` states their widths."""
 
     config: NetworkConfig
     schemes: Mapping[str, Scheme]
-    """By the name of the module in the network."""
+    """Keys are names of modules in the network."""
 
     @property
     def groups(self) -> list[Scheme]:
-        """The different schemes, that of the routed experts first."""
-        # transformers takes the first group that names experts for that of the routed ones.
+        """The distinct schemes, that of the routed experts first."""
+        # transformers takes the first group that names experts as that of the routed ones.
         return list(dict.fromkeys(self.schemes.values()))
 
 
 def plan_compressed(
     network: TransformersNetwork, structure: ModelStructure, engine: Engine
 ) -> CompressedNetwork:
-    """Check that compressed-tensors can hold a packed network and an engine compute it.
+    """Check that a packed network is valid in compressed-tensors and supported by an engine.
 
     Nothing is dequantized or written.
 
     Raises:
-        UserError: it cannot; the message names the module. Or the package is not installed.
+        UserError: it is not, with the name of the module; or the package is not installed.
     """
     optional_module("compressed_tensors", EXTRA)
     config = _config_of_widths(network, structure, engine)
@@ -96,7 +96,7 @@ def plan_compressed(
         (routed if inside else others)[name] = scheme
         if not inside and not isinstance(shell.get_submodule(name), nn.Linear):
             kind = type(shell.get_submodule(name)).__name__
-            raise UserError(f"{name} is a {kind}, and compressed-tensors quantizes Linear only")
+            raise UserError(f"{name} is a {kind}, but compressed-tensors quantizes only Linear")
     _check_experts(routed, engine)
     _check_zero_points({**routed, **others})
     return CompressedNetwork(config, {**routed, **others})
@@ -105,7 +105,7 @@ def plan_compressed(
 def _config_of_widths(
     network: TransformersNetwork, structure: ModelStructure, engine: Engine
 ) -> NetworkConfig:
-    """Return a config that states the widths of packed experts, which may have been pruned."""
+    """Return a config with the widths of packed experts, which may have been pruned."""
     if not structure.moe:
         return copy.deepcopy(network.config)
     widths = common_widths(network.config, structure, 1)
@@ -119,7 +119,7 @@ def _config_of_widths(
         return copy.deepcopy(network.config)
     if widths.routed % engine.multiple:
         raise UserError(
-            f"the quantized experts are {widths.routed} wide, which {engine.name} takes in "
+            f"the quantized experts are {widths.routed} wide, but {engine.name} needs "
             f"multiples of {engine.multiple}: prune with aligned=true and align={engine.multiple}"
         )
     network_shape(network, widths)
@@ -131,7 +131,7 @@ def _refuse_mixed_matrix(name: str, linear: PackedLinear, engine: Engine) -> Non
     if len(found) != 1 or linear.shape.permuted:
         mixed = " and ".join(map(str, found))
         raise UserError(
-            f"{name} has {mixed} bits in one matrix, and compressed-tensors holds one bit width "
+            f"{name} has {mixed} bits in one matrix, but compressed-tensors allows one bit width "
             "per matrix: quantize with one (gptq, rtn, awq, or camera_q with bits=[4] shares=[1])"
         )
 
@@ -139,7 +139,7 @@ def _refuse_mixed_matrix(name: str, linear: PackedLinear, engine: Engine) -> Non
 def _refuse_grid(name: str, linear: PackedLinear, engine: Engine) -> None:
     if linear.shape.grid == "offset":
         raise UserError(
-            f"{name} has grids with any offset, and compressed-tensors holds those with a code "
+            f"{name} has grids with any offset, but compressed-tensors needs grids with a code "
             "for 0: quantize with grid=symmetric, or grid=zero_point in a model without experts"
         )
 
@@ -149,7 +149,7 @@ def _refuse_bits(name: str, linear: PackedLinear, engine: Engine) -> None:
     if bits not in engine.bits:
         allowed = ", ".join(map(str, engine.bits))
         raise UserError(
-            f"{name} has {bits} bits, which {engine.name} does not compute: allowed: {allowed}"
+            f"{name} has {bits} bits, which {engine.name} does not support: allowed: {allowed}"
         )
 
 
@@ -158,17 +158,17 @@ def _refuse_group(name: str, linear: PackedLinear, engine: Engine) -> None:
     if group is not None and engine.groups is not None and group not in engine.groups:
         allowed = ", ".join(map(str, engine.groups))
         raise UserError(
-            f"{name} has groups of {group}, which {engine.name} does not compute: allowed: "
+            f"{name} has groups of {group}, which {engine.name} does not support: allowed: "
             f"{allowed}, or one wider than the matrix"
         )
     if group is not None and columns % group:
         raise UserError(
-            f"{name} has {columns} columns, which are no whole groups of {group}: quantize with a "
-            "group that divides them"
+            f"{name} has {columns} columns, which is not a multiple of the group size {group}: "
+            "quantize with a group that divides them"
         )
 
 
-# In this order over all matrices: what no choice of grid or group could mend is said first.
+# In this order over all matrices, so that faults that no choice of grid or group cures come first.
 _MATRIX_CHECKS = (_refuse_mixed_matrix, _refuse_grid, _refuse_bits, _refuse_group)
 
 
@@ -183,25 +183,26 @@ def _check_experts(routed: Mapping[str, Scheme], engine: Engine) -> None:
     for name, scheme in rest:
         if scheme != first[1]:
             raise UserError(
-                f"{first[0]} has {first[1]}, and {name} {scheme}: {engine.name} computes the "
-                "routed experts of a model in one form only"
+                f"{first[0]} has {first[1]}, but {name} {scheme}: {engine.name} requires the same "
+                "scheme for all routed experts of a model"
             )
     if not first[1].symmetric:
         raise UserError(
-            f"{first[0]} has zero points, and {engine.name} takes routed experts on symmetric "
-            "grids: quantize with grid=symmetric"
+            f"{first[0]} has zero points, but {engine.name} supports routed experts only with "
+            "symmetric grids: quantize with grid=symmetric"
         )
 
 
 def _check_zero_points(schemes: Mapping[str, Scheme]) -> None:
-    # Compressed, transformers expects zero points unpacked; dequantized on loading, it reads all
-    # layers by one scheme.
+    # On compressed weights, transformers expects unpacked zero points; when it dequantizes on
+    # loading, it uses a single scheme for all layers.
     different = {scheme: name for name, scheme in schemes.items()}
     if len(different) > 1 and not all(scheme.symmetric for scheme in different):
         (one, name), (other, another), *_ = different.items()
         raise UserError(
-            f"{name} has {one}, and {another} {other}: transformers reads zero points where all "
-            "layers have one form: quantize with grid=symmetric, or attention_bits equal to bits"
+            f"{name} has {one}, but {another} {other}: transformers supports zero points only if "
+            "all layers have the same scheme: quantize with grid=symmetric, or set attention_bits "
+            "equal to bits"
         )
 
 
@@ -226,7 +227,7 @@ def save_compressed(network: TransformersNetwork, plan: CompressedNetwork, folde
     ]
     config: Any = cast(TransformersNetwork, shell).config
     config.quantization_config = quantization_config(packed, dense)
-    # In the names given: reverting them a second time would not know the packed tensors.
+    # With names unchanged, because a second conversion would not recognise the packed tensors.
     save_shell(shell, network, folder, state_dict=tensors, save_original_format=False)
 
 
@@ -235,8 +236,9 @@ def _published_state(
 ) -> dict[str, Tensor | tuple[str, PackedLinear]]:
     """Return weights and packed matrices by their names in a published checkpoint.
 
-    transformers stores the experts of a block fused and knows how to undo it. It is asked with
-    tensors whose values are the numbers of our matrices: where a number comes out is its name.
+    transformers stores the experts of a block fused, and has a conversion to separate ones. It is
+    called with tensors whose values are numbers of our matrices, so that the position of a number
+    in its result shows the matrix's name.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -254,7 +256,7 @@ def _published_state(
         if owner not in number or part == "bias":
             state[key] = weight
     reverted = revert_weight_conversion(shell, state)
-    # No weight of a network has this dtype.
+    # A dtype that no weight of a network has.
     return {
         key: linears[int(value)] if value.dtype == torch.int32 else value
         for key, value in reverted.items()
@@ -264,7 +266,7 @@ def _published_state(
 def _numbered_experts(
     name: str, count: int, number: Mapping[str, int], shell: nn.Module, state: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return the entries of a block's experts, and take those of its single matrices out."""
+    """Return the entries of a block's experts, and remove their matrices from the single ones."""
     parts = PROJECTION_NAMES[0]
     for expert in range(count):
         for part in parts:
@@ -288,16 +290,16 @@ def _numbered_experts(
 
 
 def _packed_tensors(linear: PackedLinear) -> dict[str, Tensor]:
-    """Return the tensors of one matrix as compressed-tensors stores them."""
+    """Return the tensors of one matrix in the form of compressed-tensors."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     bits, shape = linear.shape.levels[0].bits, linear.shape
-    # Both libraries number codes from 0; this one says so with signed numbers about 0.
+    # Both libraries number codes from 0; compressed-tensors declares them as signed, centred on 0.
     half = 2 ** (bits - 1)
     codes_RC = (linear.code_matrix().to(torch.int16) - half).to(torch.int8)
     tensors = {
         "weight_packed": pack_to_int32(codes_RC, bits),
-        # In the dtype in which engines hold them; the grid's scales are exact in any of these.
+        # In the dtype of engines, in any of which the grid's scales are exact.
         "weight_scale": linear.scale.to(linear.dtype),
         "weight_shape": torch.tensor([shape.rows, shape.columns]),
     }
@@ -310,7 +312,7 @@ def _packed_tensors(linear: PackedLinear) -> dict[str, Tensor]:
 def quantization_config(
     packed: Mapping[Scheme, Iterable[str]], dense: Iterable[str]
 ) -> dict[str, Any]:
-    """Return the `quantization_config` of modules by scheme and of those left dense."""
+    """Return the `quantization_config` for modules by scheme and for those left dense."""
     from compressed_tensors.quantization import (
         QuantizationArgs,
         QuantizationConfig,
@@ -351,7 +353,7 @@ _EXPERT = re.compile(r"(?P<list>.*\.experts\.\d+)\.\w+")
 def name_patterns(names: set[str], everything: set[str]) -> list[str]:
     """Return targets that match these names of modules and no others of `everything`.
 
-    As few as there are kinds of modules: numbers of layers and experts are left open where all
+    There is one target per kind of module: numbers of layers and experts are wildcards if all
     modules of the kind are among the names, and so are the projections of an expert, whose names
     differ between checkpoints and engines.
     """

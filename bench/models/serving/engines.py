@@ -1,7 +1,7 @@
-"""Inference engines, and what each of them takes.
+"""Inference engines, and the weights that each of them supports.
 
-The facts are those of the engines' own code: which keys of config.json they read, on which tiles
-their kernels work, and which bits those unpack.
+The facts are from the engines' own code: the keys of config.json that they read, the tile sizes of
+their kernels, and the bit widths that these unpack.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ ALIGNMENTS = (64, 128)
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine: widths of experts are multiples of `multiple`, quantized weights have `bits`.
+    """An engine: widths of experts must be multiples of `multiple`, quantized weights have `bits`.
 
-    `groups` are the group sizes of quantized weights beside whole rows, or None where any is taken.
-    `loading` is what a model card says about it, with THIS_FOLDER for the folder.
+    `groups` are the group sizes of quantized weights besides whole rows, None if all are supported.
+    `loading` is the command or code for a model card, with THIS_FOLDER for the folder.
     """
 
     name: str
@@ -33,7 +33,8 @@ ENGINES = {
     for engine in (
         Engine(
             "transformers",
-            # Its grouped matmuls need rows of whole 16 bytes, that is 8 half-precision numbers.
+            # Its grouped matmuls need rows of multiples of 16 bytes, which is 8 half-precision
+            # numbers.
             multiple=8,
             bits=tuple(range(1, 9)),
             groups=None,
@@ -41,8 +42,8 @@ ENGINES = {
         ),
         Engine(
             "vllm",
-            # Marlin works on tiles of 64 columns, and unpacks weights of 4 or 8 bits in these
-            # groups (`vllm/model_executor/layers/quantization/utils/marlin_utils.py`).
+            # Marlin works on tiles of 64 columns, and supports 4 or 8 bits in these groups
+            # (`vllm/model_executor/layers/quantization/utils/marlin_utils.py`).
             multiple=64,
             bits=(4, 8),
             groups=(32, 64, 128),
@@ -61,20 +62,20 @@ ENGINES = {
 
 
 def loading_engines(engine: Engine | None) -> list[Engine]:
-    """Return the engines that load a folder written for one of them, transformers always."""
+    """Return the engines that load a folder written for one of them, always with transformers."""
     stock = ENGINES["transformers"]
     served = [] if engine is None or engine.name == stock.name else ["vllm", "sglang"]
     return [*map(ENGINES.__getitem__, served), stock]
 
 
 def find_engine(name: str, align: int | None = None) -> Engine:
-    """Return an engine, with widths aligned to `align` instead of its least multiple.
+    """Return an engine, with widths aligned to `align` instead of its smallest multiple.
 
     Raises:
-        UserError: the engine is unknown, or the alignment is none of `ALIGNMENTS`.
+        UserError: the engine is unknown, or the alignment is not one of `ALIGNMENTS`.
     """
     if name not in ENGINES:
-        raise UserError(f"--for {name} is no known engine: allowed: {', '.join(ENGINES)}")
+        raise UserError(f"--for {name} is not a known engine: allowed: {', '.join(ENGINES)}")
     engine = ENGINES[name]
     if align is None:
         return engine

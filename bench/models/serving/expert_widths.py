@@ -1,4 +1,4 @@
-"""One width for all experts of a network, as the configs of transformers and of engines state it.
+"""Equal widths for all experts of a network, as configs of transformers and engines require.
 
 Experts of other widths are padded with zeros, which does not change the outputs: a micro-expert of
 zeros computes act(0) · 0 = 0.
@@ -29,16 +29,15 @@ class ExpertWidths:
 
 
 def common_widths(config: NetworkConfig, structure: ModelStructure, multiple: int) -> ExpertWidths:
-    """Return the smallest widths that hold every expert and fit the config's fields.
+    """Return the smallest widths that fit every expert and the config's fields.
 
     Both are multiples of `multiple`.
     """
-    # A width of 0 is no valid config, so a block whose experts are all empty gets zero
-    # micro-experts.
+    # A config with width 0 is invalid, so a block of empty experts gets micro-experts of zeros.
     routed = max((1, *(width for block in structure.moe for width in block.widths)))
     shared = max((block.d_shared for block in structure.moe), default=0)
     # DeepSeek's config has no separate width for shared experts: they are `n_shared_experts` times
-    # as wide as a routed one, so one width has to satisfy both.
+    # as wide as a routed one, so one width must satisfy both.
     count = getattr(config, "n_shared_experts", None)
     if count:
         routed = _round_up(max(routed, -(-shared // count)), multiple)
@@ -53,7 +52,7 @@ def _round_up(width: int, multiple: int) -> int:
 
 
 def all_experts_have(structure: ModelStructure, widths: ExpertWidths) -> bool:
-    """Whether every expert already has these widths, so that no padding is needed."""
+    """Return whether every expert already has these widths, so that no padding is needed."""
     return all(
         set(block.widths) == {widths.routed} and block.d_shared == widths.shared
         for block in structure.moe
@@ -61,7 +60,7 @@ def all_experts_have(structure: ModelStructure, widths: ExpertWidths) -> bool:
 
 
 def layer_of_same_field(network: TransformersNetwork, widths: ExpertWidths) -> str | None:
-    """Return a layer that is no expert and would change with the widths in the config, if any."""
+    """Return a layer that is not an expert but shares the config's field of widths, or None."""
     shell = meta_network(config_with_widths(network.config, widths), network.dtype)
     published = meta_network(network.config, network.dtype).state_dict()
     experts = _expert_weights(inspect_model(shell))
@@ -75,15 +74,14 @@ def network_shape(network: TransformersNetwork, widths: ExpertWidths) -> nn.Modu
     """Build the published network with experts of these widths, on the meta device.
 
     Raises:
-        UserError: its config states one width for experts and for other layers, which would
-            change with it.
+        UserError: the config has a single field for the widths of experts and of other layers.
     """
     other = layer_of_same_field(network, widths)
     if other is not None:
         raise UserError(
             f"the config of {type(network).__name__} states the width of its experts and of "
-            f"{other} in one field, so that experts of another width cannot be stated: export "
-            "without --for"
+            f"{other} in one field, so another width of experts cannot be stated: export without "
+            "--for"
         )
     return meta_network(config_with_widths(network.config, widths), network.dtype)
 
@@ -95,7 +93,7 @@ def padded_network(
     """Return a network of the published class, with every expert padded to the widths.
 
     All weights except the experts' are shared with `network`, and non-persistent buffers have no
-    value: the result is for saving, not for running.
+    values, so the result can be saved but not run.
     """
     shell = network_shape(network, widths)
     # `assign` shares the tensors instead of copying into meta tensors, which have no storage;
@@ -121,14 +119,14 @@ def meta_network(config: NetworkConfig, dtype: torch.dtype) -> nn.Module:
 
 
 def save_shell(shell: nn.Module, network: TransformersNetwork, folder: Path, **how: Any) -> None:
-    """Write a network that stands for another one, with that one's settings of generation."""
+    """Write a network that represents another one, with the latter's generation config."""
     whole = cast(TransformersNetwork, shell)
     whole.generation_config = network.generation_config
     whole.save_pretrained(folder, **how)
 
 
 def config_with_widths(config: NetworkConfig, widths: ExpertWidths) -> NetworkConfig:
-    """Return a copy of the config with the widths, under its architecture's field names."""
+    """Return a copy of the config with the widths in its architecture's own fields."""
     changed = copy.deepcopy(config)
     own = "moe_intermediate_size"
     setattr(changed, own if hasattr(config, own) else "intermediate_size", widths.routed)
@@ -139,14 +137,14 @@ def config_with_widths(config: NetworkConfig, widths: ExpertWidths) -> NetworkCo
 
 def _expert_weights(structure: ModelStructure) -> set[int]:
     """Return the identities of all weights of routed and shared experts."""
-    # By identity, not by name: names of experts differ between architectures.
+    # By identity, because names of experts differ between architectures.
     parts = [part for b in structure.moe for part in (b.experts, b.shared) if part is not None]
     return {id(weight) for part in parts for weight in part.parameters()}
 
 
 def _fill_block(target: MoEBlock, source: MoEBlock) -> None:
-    """Allocate a block's experts and copy another block's weights, zeros elsewhere."""
-    # The experts themselves may be empty (all widths 0), the router never is.
+    """Allocate a block's experts and copy another block's weights, with zeros elsewhere."""
+    # The experts may be empty (all widths 0), but the router never is.
     device = next(source.router.parameters()).device
     for part in (target.experts, target.shared):
         if part is not None:

@@ -1,14 +1,14 @@
-"""Feed-forward and attention heads of a decoder layer, whatever its architecture calls them.
+"""Feed-forward and attention heads of a decoder layer, for all supported naming schemes.
 
 Shapes: D d_model, F the feed-forward's width, R rows (outputs), C columns (inputs), KEPT the
 micro-experts that are kept.
 
 A feed-forward has one of three forms: gated, y = Wdown (act(Wgate x) ⊙ Wup x); fused, the same
 with the rows of gate and up in one matrix (Phi-3); plain, y = Wdown act(Wup x), without a gate. All
-may have biases. GPT-2 stores its matrices transposed (`Conv1D`), and OPT keeps them in the decoder
-layer itself.
+may have biases. GPT-2 stores its matrices transposed (`Conv1D`), and in OPT the matrices are
+attributes of the decoder layer itself.
 
-Queries, keys and values have matrices of their own or share one, whose rows are ordered by role
+Queries, keys and values have separate matrices or share one, whose rows are ordered by role
 (Phi-3, GPT-2) or by head group (GPT-NeoX, Falcon).
 """
 
@@ -31,7 +31,7 @@ from bench.models.structure.expert_view import (
     gated_projections,
 )
 
-# Names of (up, down) in plain feed-forwards: GPT-2 and StarCoder2; OPT and Phi; NeoX, Falcon;
+# Names of (up, down) in plain feed-forwards: GPT-2 and StarCoder2; OPT and Phi; NeoX and Falcon;
 # Nemotron.
 PLAIN_NAMES = (
     ("c_fc", "c_proj"),
@@ -39,34 +39,34 @@ PLAIN_NAMES = (
     ("dense_h_to_4h", "dense_4h_to_h"),
     ("up_proj", "down_proj"),
 )
-# Of their one matrix for gate and up, and down: Phi-3; Granite.
+# Names of (fused gate and up, down): Phi-3; Granite.
 FUSED_NAMES = (("gate_up_proj", "down_proj"), ("input_linear", "output_linear"))
 
-# Fields of configs that hold the width of all feed-forward layers.
+# Fields of configs with the width of all feed-forward layers.
 WIDTH_FIELDS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
 
 
 def is_projection(module: object) -> TypeGuard[nn.Module]:
-    """Whether a module is a linear layer, stored as usual or transposed."""
-    # Imported here: a classifier is inspected without transformers.
+    """Return whether a module is a linear layer, stored as usual or transposed."""
+    # Imported here, because classifiers are inspected without transformers.
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, nn.Linear | Conv1D)
 
 
 def is_transposed(projection: nn.Module) -> bool:
-    """Whether a projection stores its weight as [C, R] (GPT-2's `Conv1D`)."""
+    """Return whether a projection stores its weight as [C, R] (GPT-2's `Conv1D`)."""
     return not isinstance(projection, nn.Linear)
 
 
 def weight_of(projection: nn.Module) -> Tensor:
-    """Return the weight [R, C] of a projection: a view, so that changes reach the module."""
+    """Return the weight [R, C] of a projection as a view, so that writes change the module."""
     weight = cast(Tensor, projection.weight).detach()
     return weight.T if is_transposed(projection) else weight
 
 
 def bias_of(projection: nn.Module) -> Tensor | None:
-    """Return the bias [R] of a projection, or None; a view."""
+    """Return the bias [R] of a projection as a view, or None."""
     bias = cast("Tensor | None", projection.bias)
     return None if bias is None else bias.detach()
 
@@ -80,9 +80,9 @@ def shape_of(projection: nn.Module) -> tuple[int, int]:
 
 @torch.no_grad()
 def assign_weight(projection: Any, weight_RC: Tensor, bias_R: Tensor | None) -> None:
-    """Give a projection a weight and a bias of other sizes, and make its own sizes agree."""
+    """Give a projection a weight and a bias of other sizes, and update its own size fields."""
     stored = weight_RC.T if is_transposed(projection) else weight_RC
-    # Cloned: the argument may be a view of the weight that is to be freed.
+    # Cloned, because the argument may be a view of the old weight, which is to be freed.
     projection.weight = nn.Parameter(stored.contiguous().clone(), requires_grad=False)
     if bias_R is not None:
         projection.bias = nn.Parameter(bias_R.clone(), requires_grad=False)
@@ -95,9 +95,9 @@ def assign_weight(projection: Any, weight_RC: Tensor, bias_R: Tensor | None) -> 
 
 @dataclass(frozen=True)
 class FeedForward:
-    """Where the matrices of a feed-forward layer are: attributes of `owner`, in order.
+    """Location of a feed-forward's matrices: names of attributes of `owner`, in order.
 
-    `inputs` names gate and up, their one fused matrix, or up alone.
+    `inputs` names gate and up, a fused matrix of both, or only up.
     """
 
     owner: nn.Module
@@ -108,17 +108,17 @@ class FeedForward:
 
     @property
     def sources(self) -> tuple[nn.Module, ...]:
-        """The projections whose rows are micro-experts."""
+        """Projections whose rows are micro-experts."""
         return tuple(cast(nn.Module, getattr(self.owner, name)) for name in self.inputs)
 
     @property
     def down(self) -> nn.Module:
-        """The projection whose columns are micro-experts."""
+        """Projection whose columns are micro-experts."""
         return cast(nn.Module, getattr(self.owner, self.output))
 
     @property
     def projections(self) -> tuple[nn.Module, ...]:
-        """All of them, in the order in which they run."""
+        """All projections in order of execution."""
         return (*self.sources, self.down)
 
     @property
@@ -133,7 +133,7 @@ class FeedForward:
 
     @property
     def biases(self) -> int:
-        """Number of bias entries that belong to one micro-expert; that of down belongs to none."""
+        """Number of biases of one micro-expert; the bias of down belongs to none."""
         parts = 2 if self.form == "fused" else 1
         return sum(parts for source in self.sources if source.bias is not None)
 
@@ -158,7 +158,7 @@ class FeedForward:
         )
 
     def narrow(self, kept: Tensor) -> None:
-        """Keep only the micro-experts `kept` [KEPT], ascending; the rest is freed."""
+        """Keep only the micro-experts `kept` [KEPT], in ascending order, and free the others."""
         view = self.view()
         kept = kept.to(view.down.device)
         weights, biases = view.input_matrices(kept), view.input_biases(kept)
@@ -173,7 +173,7 @@ class FeedForward:
 
 
 def feed_forwards(layer: nn.Module) -> list[FeedForward]:
-    """Return every feed-forward layer of a known form inside a module, itself included."""
+    """Return every feed-forward layer of a known form in a module, including itself."""
     found = (_feed_forward(module) for module in layer.modules())
     return [part for part in found if part is not None]
 
@@ -200,7 +200,7 @@ def _feed_forward(owner: nn.Module) -> FeedForward | None:
 
 
 _RowOrder = Literal["by role", "by group"]
-"""Rows of a fused matrix: all queries, all keys, all values; or group after group."""
+"""Order of the rows of a fused matrix: all queries, all keys, all values; or group by group."""
 FUSED_ATTENTION: dict[str, tuple[str, str, _RowOrder]] = {
     "Phi3Attention": ("qkv_proj", "o_proj", "by role"),
     "GPT2Attention": ("c_attn", "c_proj", "by role"),
@@ -209,7 +209,8 @@ FUSED_ATTENTION: dict[str, tuple[str, str, _RowOrder]] = {
 }
 """Fused matrix, output matrix and order of the rows by class.
 
-By class, since names do not tell the order: GPT-BigCode has GPT-2's, and goes by head.
+Keyed by class, because names do not determine the order: GPT-BigCode has GPT-2's names, but its
+rows are ordered by head.
 """
 SEPARATE_NAMES = (
     ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -219,12 +220,11 @@ SEPARATE_NAMES = (
 
 @dataclass(frozen=True)
 class Heads:
-    """Head groups of an attention module: a KV head with its query heads.
+    """Head groups of an attention module: a key-value head with its query heads.
 
-    `inputs` names the matrices of queries, keys and values, or the one that they share, and
-    `group_rows` gives the group of each of their rows, [R] each. A group owns `queries` consecutive
-    columns of the output matrix. `refusal` says what the module does that keeps a group from
-    going, or is None.
+    `inputs` names the matrices of queries, keys and values, or one for all of them; `group_rows`
+    has the group of each of their rows, [R] each. A group has `queries` consecutive columns of the
+    output matrix. `refusal` says why the module does not allow removing a group, or is None.
     """
 
     owner: nn.Module
@@ -238,12 +238,12 @@ class Heads:
 
     @property
     def sources(self) -> tuple[nn.Module, ...]:
-        """The projections whose rows belong to groups."""
+        """Projections whose rows belong to groups."""
         return tuple(cast(nn.Module, getattr(self.owner, name)) for name in self.inputs)
 
     @property
     def readout(self) -> nn.Module:
-        """The projection whose columns belong to groups."""
+        """Projection whose columns belong to groups."""
         return cast(nn.Module, getattr(self.owner, self.output))
 
     @property
@@ -253,14 +253,14 @@ class Heads:
 
     @property
     def reason_to_stay(self) -> str | None:
-        """Why no group can go, as a clause whose subject is the attention; None if one can."""
+        """Why no group can be removed, as a clause about the attention; None if one can."""
         if self.groups == 1:
             return "has one key-value head for all queries"
         return self.refusal
 
 
 def find_heads(module: nn.Module) -> list[Heads]:
-    """Return the heads of every attention of a known layout inside a module, itself included."""
+    """Return the heads of every attention of a known layout in a module, including itself."""
     found = (_heads(owner) for owner in module.modules())
     return [heads for heads in found if heads is not None]
 
@@ -283,8 +283,7 @@ def _separate_heads(owner: Any, names: tuple[str, ...]) -> Heads:
     *inputs, output = names
     head_dim = int(owner.head_dim)
     groups = shape_of(getattr(owner, inputs[1]))[0] // head_dim
-    # Query heads of one KV head are consecutive: the order in which transformers' `repeat_kv`
-    # pairs them.
+    # Query heads of a key-value head are consecutive, as transformers' `repeat_kv` pairs them.
     queries = shape_of(getattr(owner, inputs[0]))[0] // groups
     group_G = torch.arange(groups)
     rows = tuple(group_G.repeat_interleave(each) for each in (queries, head_dim, head_dim))
@@ -299,7 +298,7 @@ def _fused_heads(owner: Any, fused: str, output: str, order: _RowOrder) -> Heads
     if head_dim is None:
         return None
     width, total = shape_of(getattr(owner, output))[1], shape_of(getattr(owner, fused))[0]
-    # What is no query is half keys, half values. In GPT-2's cross-attention nothing is a query.
+    # Rows that are not queries are half keys, half values. GPT-2's cross-attention has no queries.
     groups = (total - width) // (2 * head_dim)
     if groups < 1 or total != width + 2 * groups * head_dim or width % groups:
         return None
@@ -315,9 +314,9 @@ def _fused_heads(owner: Any, fused: str, output: str, order: _RowOrder) -> Heads
 
 
 def state_head_groups(heads: Heads, left: int) -> None:
-    """Make an attention module cut its states into `left` head groups.
+    """Make an attention module split its states into `left` head groups.
 
-    Modules that derive the number from the width of their states have nothing to change.
+    Modules that derive the number from the width of their states need no change.
     """
     owner: Any = heads.owner
     counts = {"num_heads": left * (heads.queries // heads.head_dim), "num_kv_heads": left}
@@ -326,25 +325,25 @@ def state_head_groups(heads: Heads, left: int) -> None:
         if hasattr(owner, name):
             setattr(owner, name, count)
     if heads.inputs == ("qkv_proj",):
-        # Phi-3 reads the number of its queries from the config, which all layers share.
+        # Phi-3 reads the number of query heads from the config, which all layers share.
         owner.config = copy.copy(owner.config)
         owner.config.num_attention_heads = counts["num_heads"]
 
 
 def state_width(network: nn.Module, widths: Sequence[int]) -> None:
-    """Make the config state the width of all feed-forward layers, if they have one in common.
+    """State the common width of all feed-forward layers in the config, if they have one.
 
-    A config of transformers has no place for layers of different widths: such a network runs, and
-    its export is refused.
+    A transformers config cannot state different widths per layer: such a network runs, but its
+    export is refused.
     """
-    config: Any = text_config(network)  # fields depend on the architecture
+    config: Any = text_config(network)  # Fields depend on the architecture.
     field = next((name for name in WIDTH_FIELDS if hasattr(config, name)), None)
     if field is not None and len(set(widths)) == 1:
         setattr(config, field, widths[0])
 
 
 class SingleExpertRouter(nn.Module):
-    """Router of a block of one expert: every token goes to it, with weight 1."""
+    """Router of a block with one expert: every token is routed to it, with weight 1."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits, weights and experts, [T, 1] each for x [T, D]."""

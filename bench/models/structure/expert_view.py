@@ -1,4 +1,4 @@
-"""View of one gated expert as micro-experts, wherever its weights are stored.
+"""View of one gated expert as micro-experts, independent of how its weights are stored.
 
 Shapes: D d_model, F the expert's intermediate width, S routed tokens.
 
@@ -18,7 +18,7 @@ from torch.nn import functional
 
 Activation = Callable[[Tensor], Tensor]
 Gating = Callable[[Tensor, Tensor], Tensor]
-"""Combines gate and up, [S, F] each, channel by channel, to the hidden states [S, F]."""
+"""Combines gate and up, [S, F] each, channel by channel, into the hidden states [S, F]."""
 
 # Names of (gate, up, down) in per-expert modules: Llama's and Qwen's, then Mixtral's (w2 is down).
 PROJECTION_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
@@ -31,11 +31,11 @@ ExpertForm = Literal["gated", "fused", "plain"]
 class ExpertView:
     """The three matrices of one expert, sharing memory with the network.
 
-    `gate` and `up`, both [F, D], hold one micro-expert per row, `down` [D, F] one per column; `act`
-    is the activation of the gate. Writing to them changes the network. `form` says how they are
-    stored: in a `fused` one gate and up are rows of one matrix, and a `plain` one has no gate:
-    `gate` is [0, D], and `act` is the activation of up. `gating` replaces act(gate) · up where a
-    class combines the two differently, such as with clamps.
+    `gate` and `up`, both [F, D], have one micro-expert per row, `down` [D, F] one per column; `act`
+    is the activation of the gate. Writing to them changes the network. `form` is how they are
+    stored: in a `fused` expert, gate and up are rows of one matrix. A `plain` expert has no gate:
+    `gate` is [0, D], and `act` is the activation of up. `gating` replaces act(gate) · up if a class
+    combines them differently, for example with clamps.
     """
 
     gate: Tensor
@@ -66,16 +66,16 @@ class ExpertView:
         return functional.linear(hidden_SF, self.down, self.down_bias)
 
     def input_matrices(self, order_f: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Return the matrices that read the input as stored, with only some micro-experts.
+        """Return the stored matrices that read the input, optionally only some micro-experts.
 
-        They are gate and up, each [f, D]; their one fused matrix [2f, D]; or up alone.
+        They are gate and up, each [f, D]; a fused matrix of both [2f, D]; or only up.
         """
         parts = (self.up,) if self.form == "plain" else (self.gate, self.up)
         chosen = tuple(part if order_f is None else part[order_f] for part in parts)
         return (torch.cat(chosen),) if self.form == "fused" else chosen
 
     def input_biases(self, order_f: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        """Return the biases of `input_matrices`, None where there is none."""
+        """Return the biases of `input_matrices`, None for matrices without one."""
         parts = (self.up_bias,) if self.form == "plain" else (self.gate_bias, self.up_bias)
         chosen = tuple(b if b is None or order_f is None else b[order_f] for b in parts)
         held = [part for part in chosen if part is not None]
@@ -87,21 +87,21 @@ class ExpertView:
     def zero(self, channels: Tensor) -> None:
         """Zero the micro-experts with these indices in all matrices and their biases."""
         for weight in (self.gate, self.gate_bias, self.up, self.up_bias):
-            # A plain one has a gate without rows.
+            # In a plain expert, the gate has no rows.
             if weight is not None and len(weight):
                 weight[channels] = 0
         self.down[:, channels] = 0
 
     @torch.no_grad()
     def copy_(self, source: ExpertView, kept: Tensor | None = None) -> None:
-        """Write another expert, or its micro-experts `kept` [KEPT], to the first ones of this."""
+        """Copy another expert, or only its micro-experts `kept` [KEPT], to the first ones here."""
         if kept is None:
             kept = torch.arange(source.width, device=source.down.device)
-        # Indices may come from a ranking on the CPU.
+        # Indices from a ranking may be on the CPU.
         kept = kept.to(source.down.device)
         for name in ("gate", "gate_bias", "up", "up_bias"):
             target, rows = getattr(self, name), getattr(source, name)
-            # A plain one has a gate without rows.
+            # In a plain expert, the gate has no rows.
             if rows is not None and len(rows):
                 target[: len(kept)] = rows.index_select(0, kept)
         self.down[:, : len(kept)] = source.down.index_select(1, kept)
@@ -114,17 +114,16 @@ def sort_slots(expert_S: Tensor, experts: int) -> tuple[Tensor, list[int]]:
 
     A slot is one token at one of its experts; `expert_S` holds the expert of each.
     """
-    # A stable sort keeps tokens in order within an expert, so that results do not depend on the
-    # device's sort. `tolist` is the one synchronisation: the host has to know the sizes.
+    # A stable sort keeps the order of tokens within an expert, so that results do not depend on the
+    # device. `tolist` is the only synchronisation, because the host needs the sizes.
     counts = torch.bincount(expert_S, minlength=experts).tolist()
     return torch.argsort(expert_S, stable=True), counts
 
 
 def slots_per_expert(index_TK: Tensor, experts: int) -> Sequence[Tensor]:
-    """Return, for each expert, the indices in the flat selection [T·K] that name it.
+    """Return, per expert, the indices of its slots in the flattened selection [T·K].
 
-    On the meta device, where only FLOPs are counted, no selection is known: even routing is
-    assumed.
+    On the meta device, where only FLOPs are counted, routing is unknown and assumed to be balanced.
     """
     flat = index_TK.flatten()
     if flat.is_meta:
@@ -139,11 +138,11 @@ def fused_view(experts: nn.Module, expert: int) -> ExpertView:
     Usually gate_up_proj is [E, 2F, D], gate rows first, and down_proj [E, D, F]. The matrices may
     be transposed, the rows of gate and up interleaved, and there may be biases, or no gate.
     """
-    owner = cast(Any, experts)  # flags and weights depend on the architecture
+    owner = cast(Any, experts)  # Flags and weights depend on the architecture.
 
     def of_expert(name: str) -> Tensor | None:
-        # `detach` drops the graph but keeps the storage: in-place writes reach the parameter, and
-        # autograd does not object to changing a leaf.
+        # `detach` drops the graph but shares the storage: in-place writes change the parameter, and
+        # autograd does not refuse them.
         stored = getattr(owner, name, None)
         return None if stored is None else stored.detach()[expert]
 
@@ -181,15 +180,15 @@ def _halves(both_GX: Tensor, experts: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def gating_of(experts: nn.Module) -> Gating | None:
-    """Return a fused class's own way of combining gate and up; None for act(gate) · up."""
-    # transformers gives act(gate) ⊙ up to every class that does not define `_apply_gate`. The
-    # module of the function tells the two apart.
+    """Return how a fused class combines gate and up; None for act(gate) · up."""
+    # transformers adds act(gate) ⊙ up to every class without its own `_apply_gate`. The function's
+    # module distinguishes the two.
     own = getattr(type(experts), "_apply_gate", None)
     if own is None or getattr(own, "__module__", "") == "transformers.integrations.moe":
         return None
 
     def gating(gate_SF: Tensor, up_SF: Tensor) -> Tensor:
-        # The class takes them as they are stored: side by side, or in turn.
+        # The class expects them as stored: side by side, or interleaved.
         if cast(Any, experts).is_concatenated:
             return cast(Tensor, own(experts, torch.cat([gate_SF, up_SF], dim=-1)))
         both_SF2 = torch.stack([gate_SF, up_SF], dim=-1)
@@ -201,7 +200,7 @@ def gating_of(experts: nn.Module) -> Gating | None:
 def flat_view(experts: nn.Module, expert: int) -> ExpertView:
     """View an expert whose matrices are rows of one matrix for all experts, each [E·F, D] (DBRX).
 
-    w1 is the gate, v1 up and w2 down, whose rows are micro-experts as well.
+    w1 is the gate, v1 is up, and w2 is down; the rows of w2 are micro-experts as well.
     """
     stored = cast(Any, experts).mlp
     width = cast(Any, experts).ffn_hidden_size
@@ -211,7 +210,7 @@ def flat_view(experts: nn.Module, expert: int) -> ExpertView:
 
 
 def activation_of(module: nn.Module) -> Activation:
-    """Return the activation of an experts module; in a list of experts the members hold it."""
+    """Return the activation of an experts module; in a list of experts each expert has it."""
     owner = module[0] if isinstance(module, nn.ModuleList) else module
     for holder in (owner, getattr(owner, "mlp", None)):
         for name in ACTIVATION_NAMES:
@@ -219,7 +218,7 @@ def activation_of(module: nn.Module) -> Activation:
                 return cast(Activation, act)
     if gating_of(owner) is None:
         raise TypeError(f"{type(module).__name__} has no activation")
-    return nn.Identity()  # it is a part of the class's gating (gpt-oss)
+    return nn.Identity()  # The activation is part of the class's gating (gpt-oss).
 
 
 def gated_projections(module: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear] | None:

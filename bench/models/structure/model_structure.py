@@ -1,4 +1,4 @@
-"""Decoder layers and MoE blocks of a network, found on any device including meta."""
+"""Decoder layers and MoE blocks of a network, found on any device, including meta."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class ModelStructure:
     """Parts of a network that methods change.
 
     `stacks` are the names and layers of the decoder's stacks; published decoders have one. An image
-    classifier has none; `vision` describes it instead. `parameters` counts every weight once, tied
-    ones too. `refusal` is the reason why the MoE blocks are not supported; reading `moe` then
-    raises it. `dense_blocks` are the feed-forward layers of a decoder without experts, and
-    `dense_refusal` the reason why they are not supported.
+    classifier has none and is described by `vision`. `parameters` is the number of weights, with
+    tied ones counted once. `refusal` is the reason why the MoE blocks are not supported; reading
+    `moe` then raises it. `dense_blocks` are the feed-forward layers of a decoder without experts,
+    and `dense_refusal` is the reason why they are not supported.
     """
 
     architecture: str
@@ -51,12 +51,12 @@ class ModelStructure:
     @property
     def layers(self) -> tuple[nn.Module, ...]:
         """Decoder layers in order; raises `UserError` if there are several stacks of them."""
-        # Neither stack may be dropped in silence: half of the network would pass for the whole.
+        # Silently ignoring a stack would treat half of the network as the whole.
         if len(self.stacks) > 1:
             found = " and ".join(f"{stack.name} ({len(stack.layers)})" for stack in self.stacks)
             raise UserError(
                 f"{self.architecture} has several stacks of decoder layers, {found}: methods and "
-                "FLOP formulas know one"
+                "FLOP formulas support only one"
             )
         return self.stacks[0].layers if self.stacks else ()
 
@@ -72,8 +72,8 @@ class ModelStructure:
     def micro_expert_blocks(self) -> tuple[MoEBlock, ...]:
         """Blocks whose micro-experts methods change.
 
-        They are the MoE blocks; in a decoder without experts, the feed-forward of every layer as a
-        block of one expert that is always chosen. Raises `UserError` if unsupported.
+        They are the MoE blocks, or in a decoder without experts the feed-forward of every layer, as
+        a block of one expert that is always selected. Raises `UserError` if unsupported.
         """
         if self.moe:
             return self.moe
@@ -88,15 +88,15 @@ class ModelStructure:
 
 
 def inspect_model(network: nn.Module) -> ModelStructure:
-    """Inspect the modules of a network and return its structure; nothing is computed."""
+    """Inspect the modules of a network and return its structure, without computing anything."""
     if isinstance(network, Classifier):
         return _classifier_structure(network)
     config = getattr(network, "config", None)
     architecture = type(network).__name__
     stacks = _decoder_stacks(network)
     blocks: tuple[MoEBlock, ...] = ()
-    # The refusal is stored, not raised: such a network can be evaluated and its other parts
-    # changed; only readers of `moe` must fail.
+    # The refusal is stored instead of raised, because such a network can be evaluated and its other
+    # parts can be changed.
     refusal = None
     try:
         blocks = _moe_blocks(network, [layer for stack in stacks for layer in stack.layers])
@@ -133,7 +133,7 @@ def _classifier_structure(network: Classifier) -> ModelStructure:
 
 
 def _decoder_stacks(network: nn.Module) -> tuple[LayerStack, ...]:
-    """Return the outermost module lists of the decoder that hold layers."""
+    """Return the decoder's outermost module lists that contain layers."""
     decoder = network
     if hasattr(network, "get_decoder"):
         decoder = cast(TransformersNetwork, network).get_decoder()
@@ -142,19 +142,20 @@ def _decoder_stacks(network: nn.Module) -> tuple[LayerStack, ...]:
         for name, module in decoder.named_modules()
         if isinstance(module, nn.ModuleList) and _holds_layers(module)
     ]
-    # Lists deeper in the tree are experts or sublayers of one layer: the fewest dots are outermost.
+    # Lists deeper in the tree are experts or parts of a layer; names of outermost ones have the
+    # fewest dots.
     outermost = min((stack.name.count(".") for stack in stacks), default=0)
     return tuple(stack for stack in stacks if stack.name.count(".") == outermost)
 
 
 def _holds_layers(modules: nn.ModuleList) -> bool:
-    """Whether the items of a list are layers, and not single matrices or norms beside them."""
+    """Return whether the items of a list are layers instead of single matrices or norms."""
     return any(any(True for _ in item.children()) for item in modules)
 
 
 def _moe_blocks(network: nn.Module, layers: Sequence[nn.Module]) -> tuple[MoEBlock, ...]:
-    # The `experts` attribute identifies a block, since every model family in transformers defines
-    # block classes of its own.
+    # A block is recognised by its `experts` attribute, because every model family in transformers
+    # defines its own block classes.
     names = {module: name for name, module in network.named_modules()}
     config = text_config(network) if hasattr(network, "config") else None
     top_k = getattr(config, "num_experts_per_tok", None)
@@ -178,8 +179,7 @@ def _dense_blocks(network: nn.Module, layers: tuple[nn.Module, ...]) -> tuple[Mo
 
 def _refuse_hidden_experts(layer: nn.Module, names: dict[nn.Module, str]) -> None:
     for module in layer.modules():
-        # Without this check, such a layer would pass as dense and methods would silently skip its
-        # experts.
+        # Otherwise such a layer would count as dense, and methods would silently skip its experts.
         kind = type(module).__name__
         counts = (getattr(module, name, None) for name in EXPERT_COUNT_NAMES)
         if "Experts" in kind or any(isinstance(count, int) and count > 1 for count in counts):

@@ -1,9 +1,9 @@
-"""A MoE block in one vocabulary, and the check that its experts are sums of micro-experts.
+"""A MoE block in a common form, and the check that its experts are sums of micro-experts.
 
-A block is supported when its output is y = Σ_e A_e · Wdown_e h_e(x) plus shared experts, where each
-channel of h_e depends on one row of the expert's gate and up alone: usually act(Wgate_e x) ⊙
+A block is supported if its output is y = Σ_e A_e · Wdown_e h_e(x) plus shared experts, where each
+channel of h_e depends only on one row of the expert's gate and up: usually act(Wgate_e x) ⊙
 Wup_e x, in some architectures with biases, with clamps, or without a gate. The check inspects
-modules, not class names.
+modules instead of class names.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ class MoEBlock:
     """One MoE block of a decoder layer, or a dense feed-forward as a block of one expert.
 
     `experts` takes (x [T, D], top_k_index [T, K], top_k_weights [T, K]) and returns [T, D]. Its
-    weights are `fused` (all experts in 3-D parameters), `flat` (in 2-D ones), a `list` of modules,
-    or slimbench's own `ragged` form; widths may differ in the last two. `shared` runs on every
-    token, multiplied by sigmoid(shared_gate(x)) if there is a `shared_gate`; it is None in a block
-    without shared experts. `shared_owner` is the module that holds it: the block, or the decoder
-    layer that adds the two (Granite).
+    weights are `fused` (all experts in 3-D parameters), `flat` (in 2-D parameters), a `list` of
+    modules, or slimbench's own `ragged` form; the last two allow for different widths. `shared`
+    runs on every token and is multiplied by sigmoid(shared_gate(x)) if there is a `shared_gate`; it
+    is None in a block without shared experts. `shared_owner` is the module that contains it: the
+    block, or the decoder layer if that adds both outputs (Granite).
 
-    A `dense` block has a `feed_forward`, whose owner stands for block and experts, and a router
-    that is not part of the network: its one expert is always chosen, with weight 1.
+    A `dense` block has a `feed_forward`, whose owner is used as block and as experts, and a router
+    that is not part of the network: its only expert is always selected, with weight 1.
     """
 
     layer: int
@@ -74,26 +74,26 @@ class MoEBlock:
 
     @property
     def micro_experts(self) -> int:
-        """Number of micro-experts in the block, routed and shared."""
+        """Number of micro-experts in the block, including shared ones."""
         return self.d_shared + sum(self.widths)
 
     @property
     def form(self) -> ExpertForm:
-        """How the matrices of an expert are stored; `plain` ones have no gate."""
+        """How the matrices of an expert are stored; `plain` experts have no gate."""
         if self.feed_forward is not None:
             return self.feed_forward.form
-        # Asked of the module and not of a view, which would unpack quantized experts.
+        # From the module instead of a view, which would unpack quantized experts.
         gated = getattr(self.experts, "gated", getattr(self.experts, "has_gate", True))
         return "gated" if gated else "plain"
 
     @property
     def matrices(self) -> int:
-        """Number of rows and columns that make a micro-expert: gate, up, down; 2 without a gate."""
+        """Number of vectors of a micro-expert: 3 (gate, up, down), or 2 without a gate."""
         return 2 if self.form == "plain" else 3
 
     @property
     def parameters_each(self) -> int:
-        """Number of weights of one micro-expert: 3·D, or 2·D without a gate, and its biases."""
+        """Number of weights of one micro-expert: 3·D, or 2·D without a gate, plus biases."""
         if self.feed_forward is not None:
             biases = self.feed_forward.biases
         else:
@@ -108,31 +108,31 @@ class MoEBlock:
 
     @property
     def gating(self) -> Gating | None:
-        """How gate and up are combined, if not as act(gate) · up."""
+        """How gate and up are combined, None for act(gate) · up."""
         if isinstance(self.experts, RaggedExperts):
             return self.experts.gating
         return gating_of(self.experts)
 
     @property
     def routed_scale(self) -> float:
-        """Constant by which the block multiplies the sum of its routed experts (Beam, Laguna).
+        """Constant factor on the sum of the block's routed experts (Beam, Laguna).
 
-        Most architectures multiply the router's weights instead.
+        Most architectures scale the router's weights instead.
         """
         scale = getattr(self.block, "routed_scaling_factor", None)
         return self.shared_scale * (1.0 if scale is None else float(scale))
 
     @property
     def shared_scale(self) -> float:
-        """Constant by which the block multiplies its shared experts (the mean of Cohere 2)."""
+        """Constant factor on the block's shared experts (the mean of Cohere 2)."""
         how = getattr(self.block, "shared_expert_combination_strategy", None)
         return 0.5 if how == "average" and self.shared is not None else 1.0
 
     @property
     def unusual(self) -> str | None:
-        """What its routed experts have beside Wdown (act(Wgate x) ⊙ Wup x); None if nothing.
+        """Difference of its routed experts from Wdown (act(Wgate x) ⊙ Wup x), or None.
 
-        Methods that build experts anew, such as quantization, know the usual form only.
+        Methods that build new experts, such as quantization, support only the usual form.
         """
         if self.layout == "dense":
             return None
@@ -146,7 +146,7 @@ class MoEBlock:
 
     @property
     def parameters(self) -> int:
-        """Number of weights in the experts: those of all micro-experts, without router and gate."""
+        """Number of weights of all micro-experts, without router and gate of shared experts."""
         return self.parameters_each * self.micro_experts
 
     @property
@@ -156,13 +156,13 @@ class MoEBlock:
 
     @property
     def output_module(self) -> nn.Module:
-        """The module whose output is that of the block."""
-        # OPT's feed-forward is no module of its own, so what the down matrix returns is taken.
+        """Module whose output is the block's."""
+        # OPT has no module for the feed-forward, so the output of the down matrix is used.
         return self.block if self.feed_forward is None else self.feed_forward.down
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
-        """All modules of the block, and none of those around it."""
+        """All modules of the block, without the surrounding ones."""
         if self.feed_forward is None:
             return tuple(self.block.modules())
         return self.feed_forward.projections
@@ -180,41 +180,41 @@ class MoEBlock:
         return module_view(self.experts.get_submodule(str(index)))
 
     def shared_view(self) -> ExpertView | None:
-        """View all shared experts as one expert of width `d_shared`, or return None without any."""
-        # Published blocks with several shared experts store them concatenated, as one wide expert.
+        """View all shared experts as one expert of width `d_shared`, or return None if none."""
+        # Published blocks store several shared experts concatenated, as one wide expert.
         found = self.shared_feed_forward
         if found is None:
             return None
-        # A class with a gating of its own writes it out again in its shared experts. That the two
-        # are one is checked where shared experts are observed.
+        # A class with its own gating implements it again in its shared experts. Observers of
+        # shared experts check that both agree.
         return replace(found.view(), gating=self.gating)
 
 
 ROUTER_NAMES = ("gate", "router")
 SHARED_NAMES = ("shared_expert", "shared_experts", "shared_mlp")
 SHARED_GATE_NAME = "shared_expert_gate"
-# Of what is added to the scores by which experts are chosen, and not to their weights.
+# Parts that are added to the scores only for selecting experts, not for their weights.
 CHOICE_BIAS_NAMES = ("e_score_correction_bias", "expert_bias")
 
-# Of the parameter of fused experts that reads the input: with a gate, and without one.
+# Parameter of fused experts that reads the input: with a gate, and without one.
 FUSED_INPUT_NAMES = ("gate_up_proj", "up_proj")
 # Attributes that transformers' `use_experts_implementation` sets on a fused module.
 FUSED_FLAGS = {"is_transposed", "is_concatenated", "has_bias", "has_gate", "has_post_expert_norm"}
 
 
 class UnsupportedStructure(Exception):
-    """The experts of a block have an unsupported form; the message names the difference."""
+    """A block's experts have an unsupported form; the message states the difference."""
 
 
 def moe_block_of(
     index: int, name: str, block: nn.Module, layer: nn.Module, top_k: int | None
 ) -> MoEBlock:
-    """Describe a block that has `experts`, in a decoder layer.
+    """Describe a block of a decoder layer that has `experts`.
 
-    `top_k` is the value of the network's config; it is used if neither router nor block has one.
+    `top_k` is the value of the network's config, used if neither router nor block has one.
 
     Raises:
-        UnsupportedStructure: its output is no sum of micro-experts.
+        UnsupportedStructure: its output is not a sum of micro-experts.
     """
     experts = cast(nn.Module, block.experts)
     if block is layer:
@@ -244,18 +244,18 @@ def moe_block_of(
     )
     beside = described.shared_feed_forward
     if beside is not None and (beside.form == "plain") != (described.form == "plain"):
-        # A micro-expert would be two vectors there and three here.
-        raise UnsupportedStructure("of its routed and shared experts one kind has a gate")
+        # A micro-expert would have two vectors in one kind of experts and three in the other.
+        raise UnsupportedStructure("only one of its routed and shared experts has a gate")
     return described
 
 
 def _find_shared(block: nn.Module, layer: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
-    """Return the shared experts of a block and the module that holds them."""
+    """Return the shared experts of a block and the module that contains them."""
     inside = _first_child(block, SHARED_NAMES)
     if inside is not None:
         return inside, block
-    # Beside the block: the layer runs both on the same input and adds them, under whatever name.
-    # Two feed-forwards in a list (LongCat) run one after the other, and are dense.
+    # Beside the block, the layer runs both on the same input and adds them; names differ. Two
+    # feed-forwards in a list (LongCat) run one after the other and are dense.
     beside = [part for part in layer.children() if part is not block and _is_feed_forward(part)]
     if len(beside) > 1:
         raise UnsupportedStructure("several feed-forwards are beside it")
@@ -272,7 +272,7 @@ def shared_feed_forward(shared: nn.Module) -> FeedForward:
     """Return the projections of shared experts.
 
     Raises:
-        UnsupportedStructure: they are no feed-forward of a known form, or have biases.
+        UnsupportedStructure: they are not a feed-forward of a known form, or have biases.
     """
     found = feed_forwards(shared)
     if len(found) != 1:
@@ -288,7 +288,8 @@ def dense_block_of(layer: int, name: str, module: nn.Module) -> MoEBlock:
     `name` is that of the layer.
 
     Raises:
-        UnsupportedStructure: it has none of a known form, several, or one with unknown parts.
+        UnsupportedStructure: it has not exactly one feed-forward of a known form, or the
+            feed-forward has unknown parts.
     """
     found = feed_forwards(module)
     if len(found) != 1:
@@ -322,17 +323,17 @@ def _first_child(block: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
 
 
 def _refuse_unknown_parts(block: nn.Module, known: tuple[nn.Module | None, ...]) -> None:
-    """Raise if a part with weights has an unknown role in the block's output."""
+    """Raise if the role of a part with weights in the block's output is unknown."""
     for name, part in block.named_children():
         if part not in known and any(True for _ in part.parameters()):
             raise UnsupportedStructure(f"the role of its submodule {name} is unknown")
-    # A parameter directly on the block, such as a scale of its output, is not in the formula above.
+    # A parameter of the block itself, such as a scale of its output, is not in the formula above.
     own = {name for name, _ in block.named_parameters(recurse=False)} - {*CHOICE_BIAS_NAMES}
     if own:
         raise UnsupportedStructure(f"the role of its parameter {min(own)} is unknown")
 
 
-# Names of the parts of a block that state how many experts it has.
+# Names of the parts of a block that state its number of experts.
 EXPERT_COUNT_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -347,8 +348,8 @@ def _expert_layout(experts: nn.Module) -> tuple[ExpertLayout, int, tuple[int, ..
         return "flat", *_flat_shape(experts)
     if not isinstance(experts, nn.ModuleList):
         raise UnsupportedStructure("its weights are neither gate_up_proj and down_proj nor a list")
-    # Older architectures loop over a plain ModuleList inside the block and apply the router's
-    # weights there: no call exists at which an observer could see them.
+    # Older architectures loop over a plain ModuleList in the block and apply the router's weights
+    # there, so no call exists that an observer could hook.
     if type(experts).forward is nn.ModuleList.forward:
         raise UnsupportedStructure("its list of experts is not called with the router's weights")
     shapes = [_gated_shape(expert) for expert in experts]
@@ -358,9 +359,9 @@ def _expert_layout(experts: nn.Module) -> tuple[ExpertLayout, int, tuple[int, ..
 def _fused_shape(experts: nn.Module) -> tuple[int, tuple[int, ...]]:
     """Check the form of a fused module and return d_model and widths."""
     if len(signature(experts.forward).parameters) == 1:
-        # Llama 4 multiplies the experts' inputs: act sees the weight, and φ is not A · h.
+        # Llama 4 scales the experts' inputs: act depends on the weight, and φ is not A · h.
         raise UnsupportedStructure("its experts are called without the router's weights")
-    # Absent flags do not mean default values: the class was not decorated, and its layout is
+    # Absent flags do not imply default values: the class is not decorated, and its layout is
     # unknown.
     if not all(hasattr(experts, flag) for flag in FUSED_FLAGS):
         raise UnsupportedStructure("its fused experts do not declare their layout")
@@ -377,9 +378,9 @@ def _fused_shape(experts: nn.Module) -> tuple[int, tuple[int, ...]]:
 
 
 def _channels_stand_alone(gating: Gating) -> bool:
-    """Whether channel c of a gating's result depends on channel c of gate and up only."""
-    # Without this, φ would not be a coefficient of one micro-expert. Tried on a few numbers, since
-    # a class may compute anything there.
+    """Return whether channel c of a gating's result depends only on channel c of gate and up."""
+    # Otherwise φ would not be a coefficient of one micro-expert. Tested numerically, because a
+    # class may compute anything.
     gate_SF, up_SF = torch.linspace(-3, 3, 24, device="cpu").view(2, 3, 4)
     whole_SF = gating(gate_SF, up_SF)
     if whole_SF.shape != gate_SF.shape:
@@ -409,7 +410,7 @@ def _gated_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def _top_k(router: nn.Module, block: nn.Module, fallback: int | None) -> int:
-    # The modules are what runs; the config is a fallback for blocks that read it in their forward.
+    # The modules are what runs; the config is used for blocks that read it in their forward.
     for owner in (router, block):
         if isinstance(getattr(owner, "top_k", None), int):
             return cast(int, owner.top_k)

@@ -5,10 +5,10 @@ experts, G experts of one bucket, D d_model, F an expert's width, W a bucket's w
 
 Experts whose widths round up to the same multiple of `align` share a bucket: two dense tensors
 [G, 2W, D] and [G, D, W], in which an expert narrower than W is padded with zero rows and columns.
-Every matmul is therefore dense with aligned sizes, one grouped kernel can process a bucket, and the
-padding stays below `align` micro-experts per expert. An expert of width 0 has no storage; tokens
-are still routed to it, with the router's weight unchanged, and receive zeros, or its output bias.
-Experts without a gate have [G, W, D] in place of [G, 2W, D].
+So every matmul is dense with aligned sizes, one grouped kernel can process a bucket, and the
+padding is less than `align` micro-experts per expert. An expert of width 0 has no storage; tokens
+are still routed to it, with unchanged router weights, and get zeros, or its output bias. Experts
+without a gate have [G, W, D] instead of [G, 2W, D].
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from bench.models.structure.expert_view import (
 
 @dataclass(frozen=True)
 class WidthBucket:
-    """Experts stored at the same width; their order is their position in the storage."""
+    """Experts stored with the same width, in storage order."""
 
     width: int
     experts: tuple[int, ...]
@@ -54,10 +54,10 @@ def make_buckets(widths: Sequence[int], align: int) -> tuple[WidthBucket, ...]:
 class RaggedExperts(ReplacedModule):
     """Routed experts of one block, each with its own width.
 
-    The call takes what a fused experts module of transformers takes: hidden states [T, D], the
-    experts of each token [T, K] and the router's weights [T, K]. It returns [T, D].
+    The arguments are those of transformers' fused experts: hidden states [T, D], the experts of
+    each token [T, K] and the router's weights [T, K]. The result is [T, D].
 
-    Without `gated` the experts have no gate; with `biased` every micro-expert has biases and every
+    Experts without `gated` have no gate; with `biased` every micro-expert has biases and every
     expert an output bias; `gating` replaces act(gate) · up.
     """
 
@@ -84,13 +84,12 @@ class RaggedExperts(ReplacedModule):
         self.gated, self.biased, self.gating = gated, biased, gating
         self.buckets = make_buckets(widths, align)
         stored = [expert for bucket in self.buckets for expert in bucket.experts]
-        # Rank of each expert in storage order, which is by bucket.
+        # Rank of each expert in storage order, bucket by bucket.
         self._rank = [stored.index(expert) for expert in range(len(stored))]
 
         def allocate(name: str, *shape: int) -> None:
-            # Named by width and registered on this module, not on a submodule per bucket:
-            # accelerate moves the weights of a module when its forward is called, and a bucket has
-            # no forward.
+            # Named by width and registered on this module instead of a submodule per bucket,
+            # because accelerate moves the weights of a module when its forward is called.
             zeros = torch.zeros(*shape, dtype=dtype, device=device)
             self.register_parameter(name, nn.Parameter(zeros, False))
 
@@ -102,7 +101,7 @@ class RaggedExperts(ReplacedModule):
                 if biased:
                     allocate(f"gate_up_bias_{bucket.width}", count, rows)
         if biased:
-            # One for every expert, in their own order: it stays when an expert is emptied.
+            # One per expert, in the experts' own order, and kept if an expert becomes empty.
             allocate("down_bias", len(widths), d_model)
 
     @property
@@ -117,11 +116,11 @@ class RaggedExperts(ReplacedModule):
         return stored - sum(self.widths)
 
     def padding_parameters(self) -> int:
-        """Return the parameters of the padding: a gate, an up row and a down column for each."""
+        """Return the number of parameters of padded micro-experts."""
         return 3 * self.d_model * self.padding
 
     def spec(self) -> ModuleSpec:
-        """Return widths, d_model and alignment, and what is not as usual."""
+        """Return widths, d_model and alignment, and deviations from the usual form."""
         spec = {"widths": list(self.widths), "d_model": self.d_model, "align": self.align}
         unusual = {"gated": self.gated} if not self.gated else {}
         return spec | unusual | ({"biased": True} if self.biased else {})
@@ -141,7 +140,7 @@ class RaggedExperts(ReplacedModule):
 
     def weights(self, bucket: WidthBucket) -> tuple[Tensor, Tensor]:
         """Return gate-and-up [G, 2W, D] and down [G, D, W] of a non-empty bucket."""
-        # Not `get_parameter`: FLOPs are counted on fake tensors in place of the parameters.
+        # Not `get_parameter`, because FLOPs are counted with fake tensors instead of parameters.
         names = f"gate_up_{bucket.width}", f"down_{bucket.width}"
         gate_up, down = (getattr(self, name) for name in names)
         return gate_up, down
@@ -157,7 +156,7 @@ class RaggedExperts(ReplacedModule):
         down_bias = self.down_bias.detach()[expert] if self.biased else None
         if not bucket.width:
             return self._empty_view(down_bias)
-        # Gate rows fill the first half of the bucket's 2W rows and up rows the second, so an
+        # Gate rows are the first half of the bucket's 2W rows and up rows the second, so an
         # expert's own rows are the first `width` of each half.
         place = bucket.experts.index(expert)
         gate_up_GWD, down_GDW = (weight.detach() for weight in self.weights(bucket))
@@ -179,7 +178,7 @@ class RaggedExperts(ReplacedModule):
         )
 
     def _split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Split the rows of gate, which may have none, and up."""
+        """Split into the rows of gate, of which there may be none, and of up."""
         if not self.gated:
             return rows[:0], rows
         gate, up = rows.chunk(2)
@@ -188,7 +187,7 @@ class RaggedExperts(ReplacedModule):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Compute Σ_e A_e · Wdown_e (act(Wgate_e x) ⊙ Wup_e x) for every token, [T, D]."""
         tokens, top_k = top_k_index.shape
-        # Most blocks pass tokens in one dimension, some in two (DBRX).
+        # Most blocks pass tokens in one dimension, DBRX in two.
         shape, hidden_states = hidden_states.shape, hidden_states.flatten(0, -2)
         slot_S, counts = self._by_bucket(top_k_index)
         weight_S = top_k_weights.flatten()[slot_S]
@@ -201,8 +200,8 @@ class RaggedExperts(ReplacedModule):
                 x_SD = hidden_states[slot_S[place] // top_k]
                 pieces += self._outputs(bucket, x_SD, weight_S[place], mine)
             begin = place.stop
-        # Inverse permutation: gather and sum in a fixed order. An `index_add_` into [T, D] would be
-        # shorter, but its order of additions is not deterministic on CUDA.
+        # Gathered by the inverse permutation and summed in a fixed order, because an `index_add_`
+        # into [T, D] is not deterministic on CUDA.
         back_S = torch.empty_like(slot_S)
         back_S[slot_S] = torch.arange(len(slot_S), device=slot_S.device)
         y_TKD = torch.cat(pieces)[back_S].view(tokens, top_k, self.d_model)
@@ -212,10 +211,10 @@ class RaggedExperts(ReplacedModule):
         """Return slots sorted by bucket, expert and token, and the number of slots per expert."""
         chosen_S = index_TK.flatten()
         if chosen_S.device.type == "meta":
-            # Meta tensors have no values, and only FLOPs are counted there, so routing is assumed
-            # to be even. Real routing is not: after pruning, busy experts may be wider or narrower
-            # than the mean, and a count on real tokens then differs from the count on meta and from
-            # the analytic figure.
+            # Meta tensors have no values and are only for counting FLOPs, so routing is assumed to
+            # be balanced. Real routing is not: after pruning, busy experts may be wider or narrower
+            # than the mean, and a count on real tokens then differs from this one and from the
+            # analytic one.
             each, over = divmod(len(chosen_S), len(self.widths))
             counts = [each + (rank < over) for rank in range(len(self.widths))]
             return torch.argsort(chosen_S), counts
@@ -225,16 +224,16 @@ class RaggedExperts(ReplacedModule):
     def _outputs(
         self, bucket: WidthBucket, x_SD: Tensor, weight_S: Tensor, counts: list[int]
     ) -> Iterator[Tensor]:
-        """Yield the weighted outputs of a bucket's experts; slots arrive sorted by expert."""
+        """Yield the weighted outputs of a bucket's experts; slots are sorted by expert."""
         if not bucket.width:
-            # Multiplied like the other buckets' outputs, so that the dtype is the same: the
+            # Multiplied like the outputs of other buckets, so that the dtype is the same: the
             # router's weights may be float32.
             yield (torch.zeros_like(x_SD) + self._output_bias(bucket, counts)) * weight_S[:, None]
         elif _use_grouped_kernel(x_SD):
             yield self.grouped(bucket, x_SD, counts) * weight_S[:, None]
         elif x_SD.device.type == "meta":
-            # Only FLOPs are counted there. The experts of a bucket have one width, so one product
-            # over the tokens of all has the FLOPs of theirs, in a fraction of the dispatches.
+            # Only for counting FLOPs. The experts of a bucket have the same width, so one product
+            # over all tokens has the FLOPs of theirs, with fewer dispatches.
             gate_up_WD, down_DW = (weight[0] for weight in self.weights(bucket))
             yield self._expert(x_SD, gate_up_WD, down_DW) * weight_S[:, None]
         else:
@@ -274,8 +273,8 @@ class RaggedExperts(ReplacedModule):
     def grouped(self, bucket: WidthBucket, x_SD: Tensor, counts: list[int]) -> Tensor:
         """Compute the unweighted outputs of a bucket's experts with two grouped matmuls."""
         gate_up_GWD, down_GDW = self.weights(bucket)
-        # `grouped_mm` takes the end offset of each group as int32, and weights as [G, in, out]: the
-        # transpose is a view.
+        # `grouped_mm` takes the end offset of each group as int32, and weights as [G, in, out], for
+        # which the transpose is a view.
         ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=x_SD.device)
         both_SW = functional.grouped_mm(x_SD, gate_up_GWD.transpose(1, 2), offs=ends)
         biases = self._input_bias(bucket)
@@ -296,7 +295,7 @@ class RaggedExperts(ReplacedModule):
 
     def _empty_view(self, down_bias: Tensor | None) -> ExpertView:
         like = next(self.parameters(), torch.empty(0))
-        # `parameters()` is empty when every expert has width 0; then the default dtype has to do.
+        # `parameters()` is empty if every expert has width 0, hence the default dtype.
         gate_FD = like.new_empty(0, self.d_model)
         none_F = like.new_empty(0) if self.biased else None
         return ExpertView(
@@ -313,7 +312,7 @@ class RaggedExperts(ReplacedModule):
 
 
 def _use_grouped_kernel(x_SD: Tensor) -> bool:
-    # Only bfloat16 on CUDA has a fused kernel; on a CPU `grouped_mm` is itself a loop over groups.
+    # Only bfloat16 on CUDA has a fused kernel; on a CPU `grouped_mm` also loops over groups.
     grouped = hasattr(functional, "grouped_mm") and x_SD.dtype == torch.bfloat16
     return grouped and x_SD.device.type == "cuda"
 
@@ -336,7 +335,7 @@ class GatedExpert(ReplacedModule):
         self.down_proj = _linear_from_weight(inner_FD.new_zeros(d_model, width))
         self.act_fn = act_fn
 
-    # The activation is no JSON value: `from_spec` takes it from the module that is replaced.
+    # JSON cannot store the activation, so `from_spec` takes it from the replaced module.
     def spec(self) -> ModuleSpec:
         """Return width and d_model."""
         return {"width": self.gate_proj.out_features, "d_model": self.gate_proj.in_features}
@@ -353,10 +352,10 @@ class GatedExpert(ReplacedModule):
 
 
 class NarrowedFeedForward(ReplacedModule):
-    """Shared experts of a class that `GatedExpert` does not compute, narrowed in place.
+    """Shared experts of a class that `GatedExpert` cannot replace, narrowed in place.
 
     The class may store gate and up in one matrix (Granite), have no gate (Nemotron-H) or clamp
-    them (DeepSeek-V4): it is kept, with fewer micro-experts.
+    them (DeepSeek-V4), so it is kept with fewer micro-experts.
     """
 
     def __init__(self, original: nn.Module, kept: Tensor) -> None:
@@ -366,7 +365,7 @@ class NarrowedFeedForward(ReplacedModule):
 
     @property
     def feed_forward(self) -> FeedForward:
-        """The projections."""
+        """The projections of the feed-forward."""
         (found,) = feed_forwards(self.inner)
         return found
 
@@ -376,7 +375,7 @@ class NarrowedFeedForward(ReplacedModule):
 
     @classmethod
     def from_spec(cls, spec: ModuleSpec, original: nn.Module) -> Self:
-        """Narrow a module of the published width to its first micro-experts."""
+        """Narrow a module of the published width, keeping its first micro-experts."""
         return cls(original, torch.arange(int(spec["width"])))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -387,8 +386,8 @@ class NarrowedFeedForward(ReplacedModule):
 
 def _linear_from_weight(weight: Tensor) -> nn.Linear:
     """Return a linear layer with this weight, which may have width 0."""
-    # `nn.Linear(width, ...)` would initialise a weight that is thrown away, and warns that
-    # initialising a tensor of width 0 does nothing. The 1x1 layer on meta costs neither.
+    # `nn.Linear(width, ...)` would initialise a weight that is not used, and warn about a tensor of
+    # width 0. The 1x1 layer on meta does neither.
     linear = nn.Linear(1, 1, bias=False, device="meta")
     linear.out_features, linear.in_features = weight.shape
     linear.weight = nn.Parameter(weight, requires_grad=False)

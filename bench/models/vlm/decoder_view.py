@@ -1,12 +1,11 @@
-"""The decoder of a vision-language model as matrices, however they are stored.
+"""The decoder of a vision-language model as matrices, independent of how they are stored.
 
 Shapes: D d_model, H query heads, G key-value heads, d a head's width, F the feed-forward's width.
 
-A layer is supported when it computes x + attention(norm(x)) and then x + feed_forward(norm(x)),
-perhaps with a norm of each branch before it is added (Gemma 3, GLM-4V) or with both branches from
-one norm (Cohere 2), with rotary positions and attention to all earlier tokens. Modules do not show
-that, so supported decoders are listed by name, and a test compares each with transformers' own
-forward.
+A layer is supported if it computes x + attention(norm(x)) and then x + feed_forward(norm(x)), with
+rotary positions and attention to all earlier tokens. Each branch may have a norm before it is added
+(Gemma 3, GLM-4V), or both may share an input norm (Cohere 2). Modules do not show this, so
+supported decoders are listed by name, and a test compares each with transformers' own forward.
 """
 
 from __future__ import annotations
@@ -43,14 +42,14 @@ SUPPORTED_DECODERS = (
 )
 
 
-# Decoders with sliding windows that are supported as far as a window reaches: up to there none
-# hides anything.
+# Decoders with sliding windows, which are supported for lengths up to the window, where it has no
+# effect.
 WINDOWED_DECODERS = ("cohere2", "gemma3_text")
 
-# Those that rotate neighbours (0, 1), (2, 3), ... of a head's components instead of its halves.
+# Decoders that rotate neighbours (0, 1), (2, 3), ... of a head's components instead of its halves.
 INTERLEAVED_DECODERS = ("cohere2", "glm4v_text")
 
-# Why some decoders are not supported that users ask for.
+# Reasons why some popular decoders are not supported.
 REFUSED_DECODERS = {
     "gemma2": "it caps the products of attention, which fused kernels do not",
 }
@@ -92,13 +91,13 @@ class _FusedFeedForward(Protocol):
 
 @dataclass(frozen=True)
 class Projection:
-    """A weight [out, in] and a bias [out], views of the network's own."""
+    """A weight [out, in] and a bias [out], as views of the network's own."""
 
     weight: Tensor
     bias: Tensor | None = None
 
     def rows(self, start: int, stop: int) -> Projection:
-        """Slice the outputs `start` to `stop`, as views."""
+        """Return the outputs `start` to `stop`, as views."""
         bias = None if self.bias is None else self.bias[start:stop]
         return Projection(self.weight[start:stop], bias)
 
@@ -107,7 +106,7 @@ class Projection:
 class AttentionView:
     """The four projections of a layer's attention: q [H·d, D], k and v [G·d, D], o [D, H·d].
 
-    `q_norm` and `k_norm`, if any, act on single heads before rotation, which is of neighbouring
+    `q_norm` and `k_norm`, if any, act on single heads before the rotation, which is of neighbouring
     components if `interleaved`, else of halves.
     """
 
@@ -128,10 +127,9 @@ class AttentionView:
 class DecoderLayer:
     """One decoder layer: the module and its parts.
 
-    A branch's output is normed before it is added if the layer has a norm for that; without a norm
-    of its own, the feed-forward reads what attention reads. `kind` is the layer's type where types
-    differ in their rotations. `loaded_moe` describes its MoE block as loaded; it is None in a dense
-    layer.
+    A branch's output is normed before it is added if the layer has such a norm; without its own
+    input norm, the feed-forward reads the input of attention. `kind` is the layer's type if types
+    have different rotations. `loaded_moe` is its MoE block as loaded, None in a dense layer.
     """
 
     index: int
@@ -146,29 +144,28 @@ class DecoderLayer:
     kind: str | None = None
 
     def feed_forward_input(self, normed: Tensor, attended: Tensor) -> Tensor:
-        """Return what the feed-forward reads: states after attention, or what attention reads."""
+        """Return the input of the feed-forward: states after attention, or attention's input."""
         norm = self.feed_forward_norm
         return normed if norm is None else _through(norm, attended)
 
     def attended(self, branch: Tensor) -> Tensor:
-        """Return what attention adds to the states, from its projected output."""
+        """Return the contribution of attention to the states, from its projected output."""
         return _through(self.attention_output_norm, branch)
 
     def fed_forward(self, branch: Tensor) -> Tensor:
-        """Return what the feed-forward adds to the states, from its output."""
+        """Return the contribution of the feed-forward to the states, from its output."""
         return _through(self.feed_forward_output_norm, branch)
 
     @property
     def moe(self) -> MoEBlock | None:
-        """The MoE block in its current state, since a method may have replaced its experts."""
+        """The MoE block in its current state, because a method may have replaced its experts."""
         if self.loaded_moe is None:
             return None
         try:
-            # Inspected at every access: experts are replaced in the block, whose module object
-            # stays.
+            # Inspected on every access, because methods replace experts inside the same block.
             before = self.loaded_moe
             found = moe_block_of(self.index, before.name, before.block, self.module, before.top_k)
-            # Twins of a block with fewer neurons are built from the usual matrices only.
+            # Copies of a block with fewer neurons can be built only from the usual matrices.
             if found.unusual is not None:
                 raise UnsupportedStructure(f"its experts have {found.unusual}")
             if found.shared is not None and found.shared_owner is not found.block:
@@ -178,7 +175,7 @@ class DecoderLayer:
             raise UserError(f"in {self.loaded_moe.name}, {difference}") from None
 
     def attention_view(self) -> AttentionView:
-        """View the current projections, since a method may have replaced them."""
+        """View the current projections, because a method may have replaced them."""
         return _attention_view(cast(_Attention, self.attention))
 
     def units(self) -> tuple[ExpertView, ...]:
@@ -212,12 +209,12 @@ class Decoder:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of layers that differ in their rotations, none if all have the same."""
+        """Kinds of layers with different rotations, empty if all have the same."""
         return tuple(sorted({layer.kind for layer in self.layers if layer.kind is not None}))
 
     @property
     def reach(self) -> int | None:
-        """Number of tokens up to which every layer attends to all earlier ones; None if any."""
+        """Number of tokens up to which all layers attend to all earlier ones; None if unlimited."""
         sliding = "sliding_attention" in self.kinds
         return int(self.config.sliding_window) if sliding else None
 
@@ -231,7 +228,7 @@ def open_decoder(network: nn.Module, structure: ModelStructure) -> Decoder:
     inner = cast(nn.Module, network.model)
     layers = decoder_layers(structure)
     devices = {weight.device for layer in layers for weight in layer.module.parameters()}
-    # Offloaded weights are meta tensors in the modules: views of them would be empty.
+    # Offloaded weights are meta tensors in the modules, whose views would be empty.
     if len(devices) != 1 or next(iter(devices)).type == "meta":
         raise UserError(
             f"the decoder of {structure.architecture} must be in the memory of one device, but it "
@@ -241,7 +238,7 @@ def open_decoder(network: nn.Module, structure: ModelStructure) -> Decoder:
 
 
 def decoder_layers(structure: ModelStructure) -> tuple[DecoderLayer, ...]:
-    """Return the layers of a model's decoder from its modules alone; no weights are needed."""
+    """Return the layers of a model's decoder; weights need not be loaded."""
     blocks = {block.layer: block for block in structure.moe}
     found = []
     for index, module in enumerate(structure.layers):
@@ -269,14 +266,14 @@ def decoder_layers(structure: ModelStructure) -> tuple[DecoderLayer, ...]:
 
 
 def _through(norm: nn.Module | None, x: Tensor) -> Tensor:
-    """Return the norm of some rows, the rows themselves without one."""
+    """Apply the norm to some rows, or return the rows themselves if there is none."""
     normed: Tensor = x if norm is None else norm(x)
     return normed
 
 
 def _norms(layer: _Layer) -> tuple[nn.Module | None, nn.Module | None, nn.Module | None]:
-    """Return a layer's norms of attention's output and of the feed-forward's input and output."""
-    # `post_attention_layernorm` is the name of the first one in Gemma, of the second one elsewhere.
+    """Return a layer's norms: of attention's output, and of feed-forward input and output."""
+    # `post_attention_layernorm` is the first one in Gemma, and the second one elsewhere.
     if hasattr(layer, "pre_feedforward_layernorm"):
         return (
             layer.post_attention_layernorm,
@@ -295,7 +292,7 @@ def _norms(layer: _Layer) -> tuple[nn.Module | None, nn.Module | None, nn.Module
 def feed_forward_view(module: nn.Module) -> ExpertView:
     """View a dense feed-forward as gate, up and down; gate and up may be one matrix.
 
-    Unlike views of experts, these stay in the autograd graph, for training.
+    Unlike views of experts, these views stay in the autograd graph, for training.
     """
     separate = gated_projections(module)
     if separate is not None:
@@ -305,7 +302,7 @@ def feed_forward_view(module: nn.Module) -> ExpertView:
         raise UserError(
             f"the feed-forward {type(module).__name__} has no gate, up and down matrices"
         )
-    # Phi-3's order: gate rows first; its activation is called `activation_fn`.
+    # Order of rows in Phi-3: gate first; its activation is called `activation_fn`.
     part = cast(_FusedFeedForward, module)
     gate, up = part.gate_up_proj.weight.chunk(2, dim=0)
     return ExpertView(gate, up, part.down_proj.weight, part.activation_fn)
@@ -328,8 +325,8 @@ def _refuse_unsupported(structure: ModelStructure, config: NetworkConfig | None)
         return
     sliding = getattr(config, "sliding_window", None)
     types: Sequence[str] = getattr(config, "layer_types", None) or ()
-    # A window at least as long as the longest sequence never hides anything. Without `layer_types`,
-    # a config with a window applies it in all layers.
+    # A window at least as long as the longest sequence has no effect. Without `layer_types`, a
+    # config with a window applies it in all layers.
     everything = sliding is None or sliding >= config.max_position_embeddings
     if not everything and ("sliding_attention" in types or not types):
         raise UserError(
@@ -341,8 +338,8 @@ def _refuse_unsupported(structure: ModelStructure, config: NetworkConfig | None)
 def _attention_view(module: _Attention) -> AttentionView:
     """View the projections of an attention module, separate or fused into one matrix."""
     config, width = module.config, module.head_dim
-    # Counted in the weights: a config has one number for all layers, and a method may have removed
-    # other heads from each. A fused module that lost some has a config of its own.
+    # Counted from the weights, because a config has one number for all layers, and a method may
+    # have removed different heads in each. A pruned fused module has its own config.
     if hasattr(module, "qkv_proj"):
         fused = _projection(module.qkv_proj)
         heads = config.num_attention_heads
@@ -369,5 +366,5 @@ def _attention_view(module: _Attention) -> AttentionView:
 
 
 def _projection(linear: nn.Linear) -> Projection:
-    """View a linear's weight and bias, still in the autograd graph."""
+    """View a linear layer's weight and bias, still in the autograd graph."""
     return Projection(linear.weight, linear.bias)

@@ -1,7 +1,7 @@
-"""Frames of a call: the rectangles of visual tokens of its images, for every architecture.
+"""Frames of a call: rectangles of visual tokens of its images, for every architecture.
 
-Sizes come from pixels, from what a processor states, or from features that were computed before the
-call, since `generate` encodes images first and then passes nothing else about them.
+Sizes come from pixels, from values of the processor, or from image features, because `generate`
+encodes images first and then passes nothing else about them.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from bench.errors import UserError
 from bench.models.network import NetworkConfig, TransformersNetwork
 
-# Tensors, and objects of transformers: the outputs of encoders, the KV cache.
+# Tensors, or objects of transformers such as encoder outputs and the KV cache.
 CallArguments = Mapping[str, Any]
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
 class Frame(NamedTuple):
-    """Rows and columns of visual tokens, and where separators follow: each row, or the last one."""
+    """Rows and columns of visual tokens, and where separators are: after each row, or the last."""
 
     rows: int
     columns: int
@@ -30,7 +30,7 @@ class Frame(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Number of tokens in the prompt, separators included."""
+        """Number of tokens in the prompt, including separators."""
         extra = {"none": 0, "rows": self.rows, "end": 1}[self.separators]
         return self.rows * self.columns + extra
 
@@ -42,10 +42,10 @@ def _config(inner: nn.Module) -> NetworkConfig:
 def _square_frames(
     config: NetworkConfig, mask_BS: Tensor, side: int, images: int | None
 ) -> list[Frame]:
-    """Return square frames of one size, as many as the tokens fill."""
+    """Return as many square frames of one size as the tokens fill."""
     tokens = int(mask_BS.sum())
     count, rest = divmod(tokens, side * side)
-    # A count that fits by chance (two half images) is caught by the number of pixel tensors.
+    # The number of pixel tensors reveals counts that match by chance, such as two half images.
     if rest or images not in (None, count):
         brought = "its" if images is None else f"{images}"
         raise UserError(
@@ -64,7 +64,7 @@ def _pixel_images(call: CallArguments, modality: str) -> int | None:
 def _llava_frames(
     inner: nn.Module, call: CallArguments, modality: str, mask_BS: Tensor
 ) -> list[Frame]:
-    """LLaVA: one square of patches per image; a class token has no position in it."""
+    """Return LLaVA's frames: one square of patches per image, without the class token."""
     config = _config(inner)
     vision = config.vision_config
     if vision.model_type == "pixtral":
@@ -82,9 +82,9 @@ def _llava_frames(
 def _internvl_frames(
     inner: nn.Module, call: CallArguments, modality: str, mask_BS: Tensor
 ) -> list[Frame]:
-    """InternVL: one square of patches per tile, after pixel shuffle."""
+    """Return InternVL's frames: one square of patches per tile, after pixel shuffle."""
     config = _config(inner)
-    # Tiles arrive flattened into the batch dimension of pixels, so each one counts as a frame.
+    # Tiles are flattened into the batch dimension of pixels, so each one is a frame.
     _refuse_size(config, call, tuple(config.vision_config.image_size))
     images = _pixel_images(call, modality)
     return _square_frames(config, mask_BS, _internvl_side(config), images)
@@ -95,7 +95,7 @@ def _tile_frames(
 ) -> list[Frame]:
     """Return the squares of Gemma 3 and Cohere2-Vision: one per image, crop or tile.
 
-    Patches are pooled or shuffled by then; separators between squares are tokens of text.
+    They are counted after pooling or shuffling; separators between squares are text tokens.
     """
     config = _config(inner)
     side = FRAME_SIDES[config.model_type](config)
@@ -105,7 +105,7 @@ def _tile_frames(
 def _glm_frames(
     inner: nn.Module, call: CallArguments, modality: str, mask_BS: Tensor
 ) -> list[Frame]:
-    """GLM-4V: as Qwen-VL; frames of videos have the id of images and are not told apart."""
+    """Return GLM-4V's frames, like Qwen-VL's; it marks frames of videos as images."""
     if modality != "image":
         raise UserError("videos of glm4v are not supported: give their frames as images")
     return _qwen_frames(inner, call, modality, mask_BS)
@@ -114,13 +114,13 @@ def _glm_frames(
 def _idefics_frames(
     inner: nn.Module, call: CallArguments, modality: str, mask_BS: Tensor
 ) -> list[Frame]:
-    """Idefics3, SmolVLM: one square per tile after pixel shuffle, the whole image as the last one.
+    """Return frames of Idefics3 and SmolVLM: a square per tile, then the whole image.
 
-    Tags of tiles and line breaks between them are tokens of text.
+    Pixel shuffle has been applied; tags of tiles and line breaks between them are text tokens.
     """
     config, pixels = _config(inner), call.get(PIXELS[modality])
     side = config.vision_config.image_size // config.vision_config.patch_size // config.scale_factor
-    # Samples with fewer tiles are filled up with black ones, which the model leaves out.
+    # Samples with fewer tiles are padded with black ones, which the model ignores.
     tiles = None if pixels is None else int((pixels != 0).flatten(2).any(dim=2).sum())
     return _square_frames(config, mask_BS, side, tiles)
 
@@ -128,10 +128,11 @@ def _idefics_frames(
 def _anyres_frames(
     inner: nn.Module, call: CallArguments, modality: str, mask_BS: Tensor
 ) -> list[Frame]:
-    """LLaVA-NeXT, LLaVA-OneVision: a small whole image, then its tiles put together and unpadded.
+    """Return frames of LLaVA-NeXT and LLaVA-OneVision: a small whole image, then its joined tiles.
 
-    Each row of the second frame is followed by a newline, and a frame that is alone by one. Where
-    they are is read from the model's own packing of features, so that sizes are rounded as there.
+    Tiles are joined without padding. Each row of the second frame is followed by a newline, and a
+    single frame by one newline. Positions come from the model's own packing of features, so that
+    sizes are rounded in the same way.
     """
     config = _config(inner)
     if modality != "image":
@@ -150,10 +151,10 @@ def _anyres_frames(
 
 
 def _newlines(inner: Any, call: CallArguments) -> list[Tensor]:
-    """Mark the newlines among the tokens of each image of a call, bool [tokens]."""
+    """Return a mask of newlines among the tokens of each image of a call, bool [tokens]."""
     encoded = (call.get("mm_encoder_outputs") or {}).get("image")
     if encoded is not None:
-        # `generate` encodes images first and keeps no sizes. A newline is a copy of one parameter.
+        # `generate` encodes images first and drops sizes. A newline is a copy of one parameter.
         return [
             (features_nD == inner.image_newline.to(features_nD)).all(dim=-1)
             for features_nD in encoded.pooler_output
@@ -164,7 +165,7 @@ def _newlines(inner: Any, call: CallArguments) -> list[Tensor]:
     if sizes is None:
         raise UserError("image_sizes is missing: pass everything that the processor returns")
     side = config.vision_config.image_size // config.vision_config.patch_size
-    # Of several images in one prompt OneVision cuts none.
+    # OneVision does not cut images of prompts with several images.
     several = call.get("batch_num_images")
     whole = [n != 1 for n in several.tolist() for _ in range(n)] if several is not None else None
     tiles = [
@@ -175,7 +176,7 @@ def _newlines(inner: Any, call: CallArguments) -> list[Tensor]:
         )
         for number, size in enumerate(sizes)
     ]
-    # Packed as the model packs features: zeros, and ones for newlines.
+    # Packed like the model's features: zeros for patches, and ones for newlines.
     blank = [torch.zeros(count, side * side, 1, device=sizes.device) for count in tiles]
     newline = torch.ones(1, device=sizes.device)
     settings = {"image_newline": newline}
@@ -190,9 +191,9 @@ def _newlines(inner: Any, call: CallArguments) -> list[Tensor]:
 def _frames_of_rows(
     inner: nn.Module, call: CallArguments, modality: str, mask_BS: Tensor
 ) -> list[Frame]:
-    """Mistral 3, Pixtral: rows of an image are runs of its tokens, with a break after each."""
+    """Return frames of Mistral 3 and Pixtral: rows of tokens, with a break after each."""
     config = _config(inner)
-    # Lengths of the runs, over all prompts: no run goes on in the next prompt.
+    # Lengths of the rows over all prompts; no row continues in the next prompt.
     edges_BS = torch.nn.functional.pad(mask_BS, (1, 1)).int().diff(dim=1)
     starts, stops = (edges_BS == 1).nonzero()[:, 1], (edges_BS == -1).nonzero()[:, 1]
     runs = (stops - starts).tolist()
@@ -212,7 +213,7 @@ def _frames_of_rows(
 
 
 def _tokens_of_images(config: NetworkConfig, call: CallArguments) -> list[int]:
-    """Return the number of visual tokens of each image whose size is free."""
+    """Return the number of visual tokens of each image, for architectures with variable sizes."""
     encoded = (call.get("mm_encoder_outputs") or {}).get("image")
     if encoded is not None:
         return [len(features) for features in encoded.pooler_output]
@@ -226,9 +227,9 @@ def _tokens_of_images(config: NetworkConfig, call: CallArguments) -> list[int]:
 def _qwen_frames(
     inner: nn.Module, call: CallArguments, modality: str, mask_BS: Tensor
 ) -> list[Frame]:
-    """Qwen-VL: the processor states the number of patches (t, h, w) per image or video."""
+    """Return Qwen-VL's frames: the processor states patches (t, h, w) per image or video."""
     # `generate` encodes images first and then calls the model without these grids; M-RoPE positions
-    # hold the same information.
+    # contain the same information.
     grids = call.get(f"{modality}_grid_thw")
     if grids is None:
         return _frames_from_positions(call, modality, mask_BS)
@@ -248,12 +249,12 @@ def _frames_from_positions(call: CallArguments, modality: str, mask_BS: Tensor) 
         raise UserError(
             f"{modality}_grid_thw is missing: pass everything that the processor returns"
         )
-    # The variant with four rows has plain text positions first.
+    # The variant with four rows starts with plain text positions.
     places_3V = positions[-3:].expand(-1, *mask_BS.shape)[:, mask_BS]
     frames = []
     for image_3V in places_3V.split([len(features) for features in encoded.pooler_output], dim=1):
-        # Features give the number of tokens per image or video; within one, a frame ends where the
-        # time position changes.
+        # Features give the number of tokens per image or video; within one, a change of the time
+        # position starts a new frame.
         changes = (image_3V[0].diff() != 0).nonzero()[:, 0] + 1
         for frame_3V in image_3V.tensor_split(changes.cpu(), dim=1):
             span = frame_3V.amax(dim=1) - frame_3V.amin(dim=1) + 1
@@ -262,7 +263,7 @@ def _frames_from_positions(call: CallArguments, modality: str, mask_BS: Tensor) 
 
 
 def fixed_frame_size(network: nn.Module) -> Frame | None:
-    """Return rows and columns of a frame if all have the same, None if image sizes vary."""
+    """Return rows and columns of a frame if all frames have the same size, else None."""
     config = cast(TransformersNetwork, network).config
     if config.model_type not in FRAME_SIDES or config.vision_config.model_type == "pixtral":
         return None
@@ -287,11 +288,11 @@ def _gemma_side(config: NetworkConfig) -> int:
 def _internvl_side(config: NetworkConfig) -> int:
     vision = config.vision_config
     patches = (vision.image_size[0] // vision.patch_size[0]) ** 2
-    # Pixel shuffle keeps `downsample_ratio`² of the patches.
+    # Pixel shuffle reduces the number of patches by `downsample_ratio`².
     return isqrt(round(patches * config.downsample_ratio**2))
 
 
-# Rows, which are columns as well, of the square frames of an architecture.
+# Number of rows, and of columns, of the square frames of an architecture.
 FRAME_SIDES: dict[str, Callable[[NetworkConfig], int]] = {
     "llava": _llava_side,
     "internvl": _internvl_side,
@@ -303,7 +304,7 @@ FRAME_SIDES: dict[str, Callable[[NetworkConfig], int]] = {
 
 
 def _refuse_size(config: NetworkConfig, call: CallArguments, size: tuple[int, int]) -> None:
-    """Raise if pixels have a different size than the grid."""
+    """Raise if the size of pixels does not match the grid."""
     pixels = call.get("pixel_values")
     if pixels is not None and tuple(pixels.shape[-2:]) != size:
         given = "x".join(str(side) for side in pixels.shape[-2:])
@@ -333,7 +334,7 @@ FRAME_READERS: dict[str, FrameReader] = {
     "qwen3_vl_moe": _qwen_frames,
 }
 
-# Why some architectures have no reader that users ask for.
+# Reasons why some popular architectures are not supported.
 RECURRENT = (
     "three of four layers are recurrent: text reads their state, which every visual token changes"
 )

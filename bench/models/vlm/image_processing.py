@@ -1,8 +1,8 @@
-"""How images become pixels: `model.processor` carried out on transformers' own processors.
+"""Preprocessing of images: `model.processor` applied to transformers' own processors.
 
-The same question about the same picture has other numbers when the picture is cropped instead of
-padded, or shown at another resolution. What a config leaves open is as in lmms-eval's adapter for
-the architecture; the values in force are part of a run's id.
+Results for an image change when it is cropped instead of padded, or has another resolution. Values
+that a config leaves open are those of lmms-eval's adapter for the architecture. The values in use
+are part of a run's id.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from bench.schema import ProcessorConfig
 
 
 class ImageSettings(TypedDict, total=False):
-    """Values in force by the keys of `model.processor`, those that the architecture has."""
+    """Values in use by the keys of `model.processor` that the architecture supports."""
 
     resize: Literal["crop", "pad"]
     min_pixels: int
@@ -23,8 +23,8 @@ class ImageSettings(TypedDict, total=False):
     max_tiles: int
 
 
-# lmms-eval 0.7.3: the constructors of its models qwen2_vl, qwen2_5_vl, qwen3_vl and internvl_hf.
-# Its llava_hf takes the processor as it is.
+# lmms-eval 0.7.3: constructors of its models qwen2_vl, qwen2_5_vl, qwen3_vl and internvl_hf. Its
+# llava_hf uses the processor unchanged.
 _QWEN = ImageSettings(min_pixels=256 * 28 * 28, max_pixels=1605632)
 LMMS_EVAL: dict[str, ImageSettings] = {
     "qwen2_vl": ImageSettings(min_pixels=3136, max_pixels=602112),
@@ -36,7 +36,7 @@ LMMS_EVAL: dict[str, ImageSettings] = {
 
 
 class _ImageProcessor(Protocol):
-    """What is read of transformers' image processors."""
+    """Members of transformers' image processors that are used here."""
 
     size: Any
     do_center_crop: bool
@@ -49,10 +49,10 @@ class _ImageProcessor(Protocol):
 def configure_images(
     processor: Processor, model_type: str, config: ProcessorConfig
 ) -> ImageSettings:
-    """Make a processor treat images as configured; return the values in force.
+    """Configure how a processor treats images; return the values in use.
 
     Raises:
-        UserError: a key is set that the model's image processor has no use for.
+        UserError: a key is set that the model's image processor does not support.
     """
     holder = cast(Any, processor)
     found = ImageSettings()
@@ -78,7 +78,7 @@ def configure_images(
 
 
 def _is_cropping(images: _ImageProcessor) -> bool:
-    """Whether the shortest side is resized and the centre cropped (CLIP)."""
+    """Return whether images are resized by the shortest side and cropped at the centre (CLIP)."""
     return bool(getattr(images, "do_center_crop", False)) and "shortest_edge" in dict(images.size)
 
 
@@ -106,14 +106,14 @@ def _has_pixel_bounds(images: _ImageProcessor) -> bool:
 def _bound_pixels(
     images: _ImageProcessor, model_type: str, config: ProcessorConfig
 ) -> ImageSettings:
-    """Bound the area of an image, in pixels, as Qwen-VL's processors do."""
+    """Limit the area of an image, in pixels, as Qwen-VL's processors do."""
     default, own = LMMS_EVAL.get(model_type, {}), dict(images.size)
     low = config.min_pixels or default.get("min_pixels") or own["shortest_edge"]
     high = config.max_pixels or default.get("max_pixels") or own["longest_edge"]
     if low > high:
         raise UserError(
-            f"model.processor.min_pixels={low} is above model.processor.max_pixels={high}: give "
-            "a lower bound that is not above the upper one"
+            f"model.processor.min_pixels={low} is above model.processor.max_pixels={high}: lower "
+            "min_pixels or raise max_pixels"
         )
     images.size = {**own, "shortest_edge": low, "longest_edge": high}
     return ImageSettings(min_pixels=low, max_pixels=high)

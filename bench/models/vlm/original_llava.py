@@ -1,10 +1,10 @@
-"""LLaVA checkpoints in the layout of their own repository, rewritten for transformers.
+"""Conversion of LLaVA checkpoints from the layout of LLaVA's repository to transformers.
 
 LLaVA-1.5 and models trained with its code (YOPO's released checkpoints) are folders of
-`model_type: llava_llama` (or `llava`) that hold a Llama and a projector and name a CLIP tower. The
-layout of `llava-hf/llava-1.5-7b-hf` differs in names, in a config of three parts, and in a
-vocabulary with a token for an image. Tensors are read and written file by file, so that no more
-than one file is in memory.
+`model_type: llava_llama` (or `llava`) with a Llama and a projector, whose config names a CLIP
+tower. The layout of `llava-hf/llava-1.5-7b-hf` has different names, a config of three parts, and a
+vocabulary with an image token. Tensors are converted file by file, so that at most one file is in
+memory.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
-# The published conversion fills the vocabulary up to a multiple of 64 rows.
+# The published conversion pads the vocabulary to a multiple of 64 rows.
 VOCABULARY_MULTIPLE = 64
 
-# Old names and new ones; the first that fits is applied.
+# Old and new names; the first match is applied.
 RENAMED = (
     (r"model\.vision_tower\.vision_tower\.(.+)", r"vision_tower.\1"),
     (r"model\.mm_projector\.0\.(.+)", r"multi_modal_projector.linear_1.\1"),
@@ -34,15 +34,15 @@ RENAMED = (
     (r"((?:model\.(?:embed_tokens|layers|norm)|lm_head)\..+)", r"language_model.\1"),
 )
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
-# Buffers that old versions of transformers stored; they are computed from the config.
+# Buffers stored by old versions of transformers, which new ones compute from the config.
 IGNORED = r".*(?:rotary_emb\.inv_freq|embeddings\.position_ids)"
 
 
 def read_original_config(source: Path) -> dict[str, Any]:
-    """Return the config of a checkpoint that can be converted.
+    """Return the config of a checkpoint in this layout.
 
     Raises:
-        UserError: it is none.
+        UserError: the checkpoint cannot be converted.
     """
     old = read_json_object(source / "config.json")
     if old.get("model_type") not in ("llava_llama", "llava") or "mm_vision_tower" not in old:
@@ -62,10 +62,10 @@ def convert_original_llava(source: Path, tower: Path, folder: Path) -> None:
     """Write a checkpoint in transformers' layout into an empty folder.
 
     `tower` is a folder with the CLIP model that the checkpoint's config names, in transformers'
-    format; its weights are used unless the checkpoint has the tower's own.
+    format. Its weights are used if the checkpoint does not contain a tower.
 
     Raises:
-        UserError: a folder is not as expected, or holds weights of an unknown name.
+        UserError: a folder is not as expected, or has weights with an unknown name.
     """
     old = read_original_config(source)
     files, tower_files = find_weight_files(source), find_weight_files(tower)
@@ -118,7 +118,7 @@ def _write_config_and_processor(
         patch_size=vision.patch_size,
         vision_feature_select_strategy=strategy,
         image_token=IMAGE_TOKEN,
-        num_additional_image_tokens=1,  # the class token
+        num_additional_image_tokens=1,  # The class token.
     ).save_pretrained(folder)
     settings = source / "generation_config.json"
     if settings.is_file():
@@ -126,18 +126,18 @@ def _write_config_and_processor(
 
 
 def _padded_rows(vocabulary: int) -> int:
-    """Return the rows of an embedding with two more tokens, filled up to a whole multiple."""
+    """Return the number of rows for a vocabulary with two more tokens, including padding."""
     return -(-(vocabulary + 2) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 def _write_weights(files: tuple[Path, ...], tower_files: tuple[Path, ...], folder: Path) -> None:
-    """Write every tensor under its new name, one file for each that is read."""
+    """Write all tensors under their new names, one file per source file."""
     from safetensors.torch import save_file
 
     place_of: dict[str, str] = {}
     total = 0
     parts = [(file, _converted) for file in files]
-    # Last, so that a tower that was trained with the model is known by then.
+    # Last, because the checkpoint may contain a tower that was trained with the model.
     parts += [(file, _of_the_tower) for file in tower_files]
     for number, (file, convert) in enumerate(parts, start=1):
         tensors = {n: t for n, t in convert(file) if n not in place_of}
@@ -160,13 +160,16 @@ def _converted(file: Path) -> Iterator[tuple[str, Tensor]]:
                 yield re.sub(pattern, new, name), _extended(name, tensor)
                 break
         else:
-            raise UserError(f"{file} holds {name}, which LLaVA-1.5 has not: is it another model?")
+            raise UserError(
+                f"{file} has a weight {name}, which is not in LLaVA-1.5's layout: is it another "
+                "model?"
+            )
 
 
 def _of_the_tower(file: Path) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in _tensors(file):
-        # A whole CLIP has a text tower and two projections besides; transformers of different
-        # versions store a tower alone with and without the prefix.
+        # A whole CLIP also has a text tower and two projections. A separate tower has a prefix or
+        # not, depending on the version of transformers.
         if re.match(r"text_model|text_projection|visual_projection|logit_scale", name):
             continue
         if not re.fullmatch(IGNORED, name):
@@ -182,13 +185,13 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _extended(name: str, tensor: Tensor) -> Tensor:
-    """Give an embedding the rows of the added tokens."""
+    """Add the rows of new tokens to an embedding."""
     import torch
 
     if name not in EMBEDDINGS:
         return tensor
-    # The mean of all rows, as in the published conversion but for its noise: the logit of an added
-    # token is then an average one, never the highest.
+    # The mean of all rows, as in the published conversion apart from its noise, so that the logit
+    # of an added token is average and never the highest.
     mean = tensor.float().mean(dim=0, keepdim=True).to(tensor.dtype)
     added = _padded_rows(len(tensor)) - len(tensor)
     return torch.cat([tensor, mean.expand(added, -1)]).contiguous()

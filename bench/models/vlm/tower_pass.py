@@ -1,11 +1,10 @@
-"""One pass through a vision tower: patches that leave between its layers, and what is read of it.
+"""One pass through a vision tower: removal of patches between layers, and values read from it.
 
-Patches leave CLIP in LLaVA only, where a patch is a token.
+Patches are removed only from CLIP in LLaVA, where a patch is a token.
 
-Shapes: I images (or tiles) of a call, S rows of one (the class token and its patches), P patches of
-one, M of them that are left, V visual tokens in the order in which they were encoded, c patches
-merged into a token, D tower width, H heads, d a head's width, Q queries, F width of the features
-before the projector.
+Shapes: I images (or tiles) of a call, S rows per image (the class token and its patches), P patches
+per image, M remaining patches, V visual tokens in order of encoding, c patches merged into a token,
+D tower width, H heads, d a head's width, Q queries, F width of the features before the projector.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from torch import Tensor, nn
 
 from bench.models.network import NetworkConfig
 
-# Queries per chunk when the attention of all patches is needed: bounds the [H, Q, P] weights.
+# Queries per chunk when the attention of all patches is needed, to limit the [H, Q, P] weights.
 QUERY_CHUNK = 256
 
-# Models whose tower prepends a class token to an image.
+# Models whose towers prepend a class token to an image.
 CLASS_TOKEN_MODELS = ("llava", "internvl")
 
-# Arguments by keyword of the observed attention: positions, boundaries of frames.
+# Keyword arguments of the observed attention: positions, boundaries of frames.
 AttentionArguments = dict[str, Any]
 
 
@@ -52,9 +51,9 @@ class PatchAttention(Protocol):
 class TowerCall:
     """One pass through the tower: inputs of the observed attention and of the projector.
 
-    `states` are the outputs of the observed layer where it has a class token, `layers` the inputs
-    of attention in requested layers, by number. `places` [I, M] are those of the patches that are
-    left of `patches`, where a method removes some inside the tower.
+    `states` are the outputs of the observed layer if there is a class token, `layers` the inputs of
+    attention in requested layers, by number. If a method removes patches inside the tower, `places`
+    [I, M] are the positions of the remaining ones among `patches`.
     """
 
     hidden: Tensor
@@ -67,7 +66,7 @@ class TowerCall:
     patches: int = 0
 
     def whole(self, values: Tensor) -> Tensor:
-        """Put values of the patches that are left [I, M, ...] at their places, [I, P, ...]."""
+        """Scatter values of the remaining patches [I, M, ...] to their positions, [I, P, ...]."""
         return values if self.places is None else spread(values, self.places, self.patches)
 
 
@@ -77,7 +76,7 @@ def patches_per_token(config: NetworkConfig) -> int:
 
 
 def _merge_side(config: NetworkConfig) -> int:
-    """Return the side of the square of patches that are merged into one visual token."""
+    """Return the side of the square of patches that is merged into one visual token."""
     if config.model_type in CLASS_TOKEN_MODELS:
         return round(1 / getattr(config, "downsample_ratio", 1))
     return int(config.vision_config.spatial_merge_size)
@@ -90,9 +89,9 @@ def read_class_token(config: NetworkConfig, module: nn.Module, call: TowerCall) 
     """Read a tower whose first token is the class token; patches are a square in raster order."""
     attention = cast(ClassTokenAttention, module)
     heads, hidden_ISD = attention.num_heads, call.hidden
-    # The attention of the class token is computed again, in float32: fused attention (SDPA, flash)
-    # returns no weights, and eager attention would slow the whole tower for one layer's row. Only
-    # its query is computed, so this costs S products per head instead of S².
+    # The class token's attention is recomputed in float32: fused attention (SDPA, flash) returns no
+    # weights, and eager attention would slow down the whole tower for one row of one layer. Only
+    # one query is computed, so this takes S products per head instead of S².
     norms = [getattr(attention, f"{name}_norm", nn.Identity()) for name in "qk"]
     q_I1Hd = norms[0](attention.q_proj(hidden_ISD[:, :1])).unflatten(-1, (heads, -1))
     k_ISHd = norms[1](attention.k_proj(hidden_ISD)).unflatten(-1, (heads, -1))
@@ -109,8 +108,8 @@ def read_class_token(config: NetworkConfig, module: nn.Module, call: TowerCall) 
 def by_token(x_IP: Tensor, merged: int) -> Tensor:
     """Group values of patches [I, P, ...] by token, [I, P / c, c, ...], with c = merged²."""
     side = isqrt(x_IP.shape[1])
-    # Pixel shuffle (InternVL) merges squares of `merged` x `merged` patches; rows and columns are
-    # split into (token, offset) and the two offsets brought together.
+    # Pixel shuffle (InternVL) merges squares of `merged` x `merged` patches: rows and columns are
+    # split into (token, offset), and both offsets are moved together.
     grid: Tensor = x_IP.unflatten(1, (side // merged, merged, side // merged, merged))
     return grid.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
@@ -129,7 +128,7 @@ def read_patches(config: NetworkConfig, module: nn.Module, call: TowerCall) -> T
     frames = zip(q_PHd.split(lengths), k_PHd.split(lengths), strict=True)
     received_P = torch.cat([_mean_received(q, k, attention.scaling) for q, k in frames])
     merged = patches_per_token(config)
-    # Attention adds up over the patches of a token; keys are averaged, to stay keys.
+    # Attention is summed over the patches of a token, keys are averaged.
     received_V = received_P.unflatten(0, (-1, merged)).sum(1)
     keys_VHd = k_PHd.unflatten(0, (-1, merged)).mean(1)
     features_VF = call.features.reshape(len(received_V), -1)
@@ -155,31 +154,31 @@ def _mean_received(q_PHd: Tensor, k_PHd: Tensor, scaling: float) -> Tensor:
     total_P = torch.zeros(len(k_PHd), device=k_PHd.device)
     for q_QHd in q_PHd.split(QUERY_CHUNK):
         weight_HQP = (q_QHd.transpose(0, 1).float() @ k_HdP * scaling).softmax(dim=-1)
-        # Only the sum over queries is kept, so memory stays linear in the number of patches.
+        # Only the sum over queries is stored, so memory is linear in the number of patches.
         total_P += weight_HQP.mean(dim=0).sum(dim=0)
     return total_P / len(q_PHd)
 
 
 def _raster_order(vision: NetworkConfig, grids: Tensor) -> Tensor:
-    """Return the raster order of tokens that Qwen2.5-VL sorts by windows, [V]."""
+    """Return the raster order [V] of tokens that Qwen2.5-VL sorts by windows."""
     from transformers.vision_utils import get_vision_window_index
 
     window_V, _ = get_vision_window_index(
         grids, vision.spatial_merge_size, vision.window_size, vision.patch_size
     )
-    # Position i of the tower holds token window_V[i]; `argsort` inverts the permutation.
+    # Position i of the tower contains token window_V[i]; `argsort` inverts the permutation.
     order_V: Tensor = torch.as_tensor(window_V, device=grids.device).argsort()
     return order_V
 
 
 @dataclass(frozen=True)
 class TowerRows:
-    """What one layer of the tower computed for the rows that reached it, before any leave.
+    """Values that one layer of the tower computed for its rows, before any is removed.
 
-    `until` is the number of layers that follow before the last one after which patches may leave,
-    `patches` the number P that the image came with. `query_IHd` is the class token's query, scaled;
-    `keys_ISHd` and `values_ISHd` are those of all rows. `valid_IM` marks real patches: images of a
-    call may have different numbers of them left.
+    `until` is the number of following layers up to the last one after which patches may be removed.
+    `patches` is the initial number P per image. `query_IHd` is the class token's scaled query;
+    `keys_ISHd` and `values_ISHd` are those of all rows. `valid_IM` marks real patches as opposed to
+    padding, because images of a call may have different numbers of remaining patches.
     """
 
     until: int
@@ -190,17 +189,17 @@ class TowerRows:
     valid_IM: Tensor
 
 
-# From a layer's rows, and the scores of these patches after the layer before [I, M] if there is
-# one, to their scores now [I, M] and the number of patches of each image that stay [I].
+# Takes a layer's rows, and the scores of their patches after the previous layer [I, M] or None.
+# Returns their new scores [I, M] and the number of patches to keep per image [I].
 RankPatches = Callable[[TowerRows, Tensor | None], tuple[Tensor, Tensor]]
 
 
 class TowerPruning:
-    """Removes the patches of lowest score after each of a tower's first layers.
+    """Removes the patches with the lowest scores after each of a tower's first layers.
 
-    `last` is the last layer after which patches leave; every image has as many left then. Those
-    that stay keep their order. Behind the projector each is at its place again, and the others are
-    zero: what follows must remove them.
+    `last` is the last layer after which patches are removed; then every image has the same number
+    of patches. The others keep their order. After the projector they are back at their original
+    positions and the removed ones are zero, which later code must drop.
     """
 
     def __init__(
@@ -219,14 +218,14 @@ class TowerPruning:
             if number > last:
                 continue
             attention = cast(Any, layer).self_attn
-            # The layer's own products are read: nothing is computed a second time.
+            # The layer's own products are used, so that nothing is computed twice.
             for name in ("q_proj", "k_proj", "v_proj"):
                 getattr(attention, name).register_forward_hook(partial(self._keep, name))
             layer.register_forward_hook(partial(self._leave, number))
         projector.register_forward_hook(self._spread)
 
     def places(self) -> Tensor | None:
-        """Return the places in their images of the patches on their way through, [I, M]."""
+        """Return the positions in their images of the current patches, [I, M]."""
         return self._places_IM
 
     def _enter(self, number: int, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -244,7 +243,7 @@ class TowerPruning:
         valid_IM = cast(Tensor, self._valid_IM)
         if bool(valid_IM.all()):
             return None
-        # Additive, which every implementation but flash attention takes.
+        # Additive, which every implementation except flash attention supports.
         hidden_IS = torch.cat([torch.zeros_like(valid_IM[:, :1]), ~valid_IM], dim=1)
         mask_IS = torch.zeros_like(hidden_IS, dtype=states_ISD.dtype)
         mask_IS = mask_IS.masked_fill(hidden_IS, torch.finfo(states_ISD.dtype).min)
@@ -271,7 +270,7 @@ class TowerPruning:
         count = int(left_I.max())
         if bool((left_I >= valid_IM.sum(dim=1)).all()):
             return None
-        # Ties go to the earlier patch, padding last; then back into raster order.
+        # Among equal scores the earlier patch wins, and padding loses; then restore raster order.
         score_IM = self._score_IM.masked_fill(~valid_IM, -torch.inf)
         best_IM = score_IM.argsort(dim=1, descending=True, stable=True)[:, :count]
         stay_IM = torch.arange(count, device=best_IM.device) < left_I[:, None]
@@ -285,14 +284,14 @@ class TowerPruning:
 
     def _spread(self, _: nn.Module, args: tuple[Any, ...], output_IMD: Tensor) -> Tensor | None:
         places_IM, self._places_IM = self._places_IM, None
-        # A projector that is called again, for features of its own, is not part of a pass.
+        # The projector is also called for separate features, which is not part of a pass.
         if not self.enabled or places_IM is None:
             return None
         return spread(output_IMD, places_IM, self.patches)
 
 
 def spread(values: Tensor, places_IM: Tensor, patches: int) -> Tensor:
-    """Put values [I, M, ...] at their places among `patches`, zeros elsewhere: [I, P, ...]."""
+    """Scatter values [I, M, ...] to their positions among `patches`, with zeros elsewhere."""
     empty = values.new_zeros(values.shape[0], patches, *values.shape[2:])
     images_I1 = torch.arange(len(values), device=values.device)[:, None]
     empty[images_I1, places_IM] = values

@@ -1,11 +1,11 @@
 """Attention, keys and features of visual tokens, read from a vision tower.
 
-Shapes: I images (or tiles), S patches and the class token of one, P patches of a call, V visual
-tokens of a call in the order in which they were encoded, c patches merged into a token, D tower
-width, H heads, d a head's width, F width of the features before the projector.
+Shapes: I images (or tiles), S rows of an image (its patches and the class token), P patches of a
+call, V visual tokens of a call in order of encoding, c patches merged into a token, D tower width,
+H heads, d a head's width, F width of the features before the projector.
 
 Only what is read is computed: the query of the class token, or queries in chunks if there is no
-class token, in the layer whose output is projected and in layers that a method names.
+class token, in the layer whose output is projected and in layers that a method requests.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from bench.models.vlm.tower_pass import (
     read_patches,
 )
 
-# Models in which a patch is a token, so that the class token is of the same kind.
+# Models in which a patch is a token, so that the class token has the same form as a visual token.
 PATCH_TOKEN_MODELS = ("llava",)
 
 READ_AND_PRUNED = (
@@ -46,12 +46,12 @@ READ_AND_PRUNED = (
 
 @dataclass(frozen=True)
 class LayerRequest:
-    """One more layer that a method reads, in a tower whose patches are tokens (CLIP in LLaVA).
+    """A further layer that a method reads, in a tower whose patches are tokens (CLIP in LLaVA).
 
-    `layer` counts from 0, or from -1 at the end; a float is the share of the depth at which the
-    layer ends, `projected` the layer whose output is projected. `queries` are those whose attention
-    counts: the class token's, or the mean over the class token and all patches. With `one_head`,
-    queries and keys are not split into heads.
+    `layer` counts from 0, or from -1 at the end; a float is the relative depth of the layer's end,
+    and `projected` is the layer whose output is projected. `queries` selects the attention: that of
+    the class token, or the mean over the class token and all patches. With `one_head`, queries and
+    keys are not split into heads.
     """
 
     layer: int | float | Literal["projected"]
@@ -61,27 +61,27 @@ class LayerRequest:
 
 @dataclass(frozen=True)
 class LayerReading:
-    """Attention that each token receives in one layer, mean over heads, and its keys [V, D]."""
+    """Attention that each token receives in one layer, averaged over heads, and its keys [V, D]."""
 
     received_V: Tensor
     keys_VD: Tensor
 
     def select(self, index: Tensor) -> LayerReading:
-        """Return the tokens with these numbers, in any shape."""
+        """Return the tokens with these indices, in any shape."""
         return LayerReading(self.received_V[index], self.keys_VD[index])
 
 
 @dataclass(frozen=True)
 class TowerOutput:
-    """The visual tokens of one call as the tower produced them, in reading order inside a frame.
+    """The visual tokens of one call as the tower computes them, in reading order per frame.
 
     `received_V` is the attention that a token receives from the class token, or the mean over all
-    patches of its frame if the tower has none; heads are averaged, and the patches of one token
+    patches of its frame if there is no class token; heads are averaged, and patches of a token are
     summed. `keys_VHd` are means over patches. `features_VF` are the projector's inputs, and
-    `project` maps such features [n, F] to embeddings [n, d_model]. `class_VF` are the features that
-    the class token of a token's image would have there; None if it cannot be projected alone.
-    `layers` holds the further layers that were requested. `kept_V` marks the tokens that are left
-    if a method removes some inside the tower; what is read of the others is zero.
+    `project` maps such features [n, F] to embeddings [n, d_model]. `class_VF` are the corresponding
+    features of the class token of a token's image, None if they cannot be projected. `layers` are
+    the further layers requested. `kept_V` marks the remaining tokens if a method removes some
+    inside the tower; values of the others are zero.
     """
 
     received_V: Tensor
@@ -93,7 +93,7 @@ class TowerOutput:
     kept_V: Tensor | None = None
 
     def select(self, index: Tensor) -> TowerOutput:
-        """Return the tokens with these numbers, in any shape."""
+        """Return the tokens with these indices, in any shape."""
         return TowerOutput(
             self.received_V[index],
             self.keys_VHd[index],
@@ -107,12 +107,12 @@ class TowerOutput:
 
 @dataclass(frozen=True)
 class TowerSizes:
-    """MACs that `read` performs for a call, and widths of what it returns.
+    """MACs of `read` for a call, and widths of its results.
 
     `keys` is the width of a token's keys over all `heads`, `features` that of the projector's
-    input; `project` is the MACs of projecting one token, `layers` those of reading each requested
-    layer. `class_token`: there is one that can be projected like a patch. `rows` are those that an
-    image had in the last pass, in each layer after which a method may remove some.
+    input. `project` is the MACs to project one token, `layers` those to read each requested layer.
+    `class_token` is true if there is one that can be projected like a patch. `rows` are the rows
+    per image in the last pass, for each layer after which a method may remove some.
     """
 
     reading_macs: int
@@ -126,7 +126,7 @@ class TowerSizes:
 
 
 class TowerParts(NamedTuple):
-    """A vision tower, the attention that is read in it, and its projector."""
+    """A vision tower, the attention module to observe, and the projector."""
 
     tower: nn.Module
     attention: nn.Module
@@ -155,17 +155,17 @@ class Tower:
         self._projector.register_forward_pre_hook(self._project)
         self._encoder: Sequence[nn.Module] = ()
         if self.config.model_type in PATCH_TOKEN_MODELS:
-            # Feature layer -1 has no layer behind it; either way the module holds its attention.
+            # With feature layer -1 no layer follows, but the module has the attention in any case.
             self._encoder = cast(Any, tower).encoder.layers
             observed = next(m for m in self._encoder if cast(Any, m).self_attn is self._attention)
             observed.register_forward_hook(self._leave)
 
     def request(self, *requests: LayerRequest) -> None:
-        """Read further layers from now on.
+        """Read further layers in later passes.
 
         Raises:
-            UserError: the tower has no class token, several patches make one token, or there is no
-                such layer.
+            UserError: the tower has no class token, merges patches into tokens, or has no such
+                layer.
         """
         if requests and self.pruning is not None:
             raise UserError(READ_AND_PRUNED)
@@ -177,13 +177,13 @@ class Tower:
                 attention.register_forward_pre_hook(partial(self._enter, number), with_kwargs=True)
 
     def prune(self, name: str, rank: RankPatches) -> None:
-        """Let patches leave inside the tower from now on, by the scores of a method of this name.
+        """Remove patches inside the tower in later passes, by the scores of the method `name`.
 
-        They leave before the layer whose output is projected.
+        They are removed before the layer whose output is projected.
 
         Raises:
-            UserError: the tower has no class token, several patches make one token, nothing comes
-                before the projected layer, or another method prunes there or reads further layers.
+            UserError: the tower has no class token or merges patches into tokens, no layer precedes
+                the projected one, or another method removes patches or reads further layers.
         """
         if self._requests or self.pruning is not None:
             raise UserError(READ_AND_PRUNED)
@@ -224,15 +224,15 @@ class Tower:
         self._states = output
 
     def _begin(self, _: nn.Module, args: tuple[Tensor, ...], kwargs: AttentionArguments) -> None:
-        # Only towers for images of any size (Qwen) receive grids.
+        # Only towers for images of any size (Qwen) get grids.
         self._grids = kwargs.get("grid_thw", args[1] if len(args) > 1 else None)
 
     def _attend(self, _: nn.Module, args: tuple[Tensor, ...], kwargs: AttentionArguments) -> None:
         self._hidden = (args[0] if args else kwargs["hidden_states"]), kwargs
 
     def _project(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        # The projector comes last in a pass. `TowerOutput.project` calls it as well, without a pass
-        # through the tower: there is nothing to record then.
+        # The projector is last in a pass. `TowerOutput.project` also calls it, without a pass
+        # through the tower, which must not be recorded.
         if self._hidden is not None:
             call = TowerCall(*self._hidden, args[0], self._grids, self._states, self._layers)
             if self.pruning is not None:
@@ -241,7 +241,7 @@ class Tower:
             self._hidden, self._states, self._layers = None, None, {}
 
     def take_calls(self) -> list[TowerCall]:
-        """Return the passes since the last call of this method, and forget them."""
+        """Return the passes since the last call of this method, and discard them."""
         calls, self._calls = self._calls, []
         return calls
 
@@ -253,7 +253,7 @@ class Tower:
             attention = cast(ClassTokenAttention, self._attention)
             heads, width = attention.num_heads, attention.q_proj.out_features
             # One query per frame (the class token), keys for all patches and the class token, and
-            # their products, `width` MACs each.
+            # their products, with `width` MACs each.
             macs = matrix_weights(attention.q_proj) * len(frames)
             macs += sum(
                 (count + 1) * (matrix_weights(attention.k_proj) + width) for count in patches
@@ -262,8 +262,8 @@ class Tower:
             qkv = cast(PatchAttention, self._attention).qkv
             heads = cast(PatchAttention, self._attention).num_heads
             width = qkv.out_features // 3
-            # `qkv` computes values as well, which are not used; products are count² pairs of
-            # `width` MACs.
+            # `qkv` also computes values, which are not used; products are count² pairs with `width`
+            # MACs each.
             macs = sum(count * matrix_weights(qkv) + count**2 * width for count in patches)
         layers = {request: self._request_macs(request, patches) for request in self._requests}
         project = matrix_weights(self._projector)
@@ -284,7 +284,7 @@ class Tower:
 
     @torch.no_grad()
     def read(self, calls: list[TowerCall]) -> TowerOutput:
-        """Compute the tower output of these passes, in their order."""
+        """Compute the tower's output for these passes, in their order."""
         read = read_class_token if self.config.model_type in CLASS_TOKEN_MODELS else read_patches
         found = [read(self.config, self._attention, call) for call in calls]
         received, keys, features = (torch.cat(part) for part in zip(*found, strict=True))
@@ -326,7 +326,7 @@ def tower_parts(network: nn.Module) -> TowerParts:
     """Return the parts of a network's vision tower.
 
     The attention is that of the layer whose output is projected (CLIP's penultimate in LLaVA), or
-    of the last layer in which patches attend to all of their frame (Qwen).
+    of the last layer in which patches attend to their whole frame (Qwen).
 
     Raises:
         UserError: the tower is not supported.
@@ -346,8 +346,8 @@ def tower_parts(network: nn.Module) -> TowerParts:
         full = getattr(config.vision_config, "fullatt_block_indexes", None) or [-1]
         return TowerParts(inner.visual, inner.visual.blocks[max(full)].attn, inner.visual.merger)
     raise UserError(
-        f"the vision tower of {config.model_type} ({kind}) cannot be read: what reads towers is "
-        "for llava with clip_vision_model, internvl and Qwen-VL"
+        f"the vision tower of {config.model_type} ({kind}) is not supported: methods that read it "
+        "need llava with clip_vision_model, internvl or Qwen-VL"
     )
 
 

@@ -1,14 +1,14 @@
 """Location of the visual tokens of a call, and their cells in frames.
 
-A call is what the multimodal model (the module below the language head) receives. Positions come
+A call is one forward of the multimodal model (the module below the language head). Positions come
 from token ids and processor outputs, never from an offset. A call without an image has no visual
-tokens, whatever its ids are: transformers treats it the same way.
+tokens, whatever its ids are, as in transformers.
 
 A frame is one rectangle of visual tokens in raster order: a whole image (LLaVA, Qwen2-VL), one tile
-of it (InternVL, Idefics3), all tiles of it in their places (LLaVA-NeXT), or one time step of a
-video. Tokens of an image that stand for no part of it, the learned newlines of LLaVA-NeXT, are
-separators: they are text. Shapes: B rows of a batch, S tokens of one call's sequence, V all visual
-tokens of the call in reading order.
+(InternVL, Idefics3), all tiles in their places (LLaVA-NeXT), or one time step of a video. Tokens of
+an image that represent no part of it, such as the learned newlines of LLaVA-NeXT, are separators
+and count as text. Shapes: B rows of a batch, S tokens of one call's sequence, V all visual tokens
+of the call in reading order.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from bench.models.network import TransformersNetwork
 from bench.models.vlm.frames import FRAME_READERS, PIXELS, CallArguments, Frame
 
 ImageAttention = Literal["causal", "frame", "prompt"]
-"""What a call's visual tokens attend to besides earlier tokens: nothing, the rest of their frame,
-or all of the prompt, whose text does so as well."""
+"""What visual tokens attend to besides earlier tokens: nothing, the rest of their frame, or the
+whole prompt, in which case its text does as well."""
 
-# Values that processors write into mm_token_type_ids; 0 is text.
+# Values in the processors' mm_token_type_ids; 0 is text.
 TYPE_IDS = {"image": 1, "video": 2}
 
-# Architectures whose images attend forwards as well; all others are causal.
+# Architectures whose images also attend to later tokens; all others are causal.
 BIDIRECTIONAL: dict[str, ImageAttention] = {"gemma3": "frame", "paligemma": "prompt"}
 
 
@@ -59,8 +59,8 @@ def locate_visual_tokens(network: nn.Module, call: CallArguments) -> VisualToken
             raise UserError(
                 f"the call has pixels of modality {modality}, but its prompts have no token for it"
             )
-        # Videos are numbered after all images: frame numbers identify frames, they are not the
-        # reading order across modalities.
+        # Frames of videos are numbered after those of images: numbers identify frames, but are not
+        # the reading order across modalities.
         first = 0 if found is None else int(found.frame_BS.max()) + 1
         tokens = assign_frames(mask_BS, family(inner, call, modality, mask_BS), first)
         found = tokens if found is None else merge_visual_tokens(found, tokens)
@@ -74,41 +74,41 @@ def _image_attention(model_type: str, call: CallArguments) -> ImageAttention:
         UserError: types of tokens are missing, or mark an answer to learn from.
     """
     types_BS = call.get("token_type_ids")
-    # Without the types, transformers falls back to causal attention with Gemma 3, and with
-    # PaliGemma to an attention that depends on whether there is padding.
+    # Without types, transformers falls back to causal attention for Gemma 3, and for PaliGemma to
+    # attention that depends on padding.
     if model_type not in BIDIRECTIONAL or (types_BS is None and model_type == "gemma3"):
         return "causal"
     if types_BS is None:
         raise UserError("token_type_ids is missing: pass everything that the processor returns")
     if model_type == "paligemma" and bool((types_BS != 0).any()):
         raise UserError(
-            "token_type_ids of paligemma mark an answer behind the prompt (its suffix), which "
+            "token_type_ids of paligemma mark an answer after the prompt (its suffix), which "
             "visual-token methods do not support: give the prompt alone"
         )
     return BIDIRECTIONAL[model_type]
 
 
 def _has_input(call: CallArguments, modality: str) -> bool:
-    """Whether the call has pixels, or features computed from pixels, of this modality."""
+    """Return whether the call has pixels, or features of pixels, of this modality."""
     encoded = call.get("mm_encoder_outputs") or {}
     return call.get(PIXELS[modality]) is not None or encoded.get(modality) is not None
 
 
 def _placeholder_mask(network: nn.Module, call: CallArguments, modality: str) -> Tensor:
-    """Return the tokens that stand for this modality, bool [B, S]."""
+    """Return the placeholder tokens of this modality, bool [B, S]."""
     ids_BS = call.get("input_ids")
     token = getattr(network.config, f"{modality}_token_id", None)
     if ids_BS is not None:
         return cast(Tensor, ids_BS == token)
     embedded_BSD = call["inputs_embeds"]
     if call.get("mm_token_type_ids") is not None:
-        # `generate` passes the types of the whole sequence, also to calls that hold only its last
+        # `generate` passes the types of the whole sequence, even if a call has only its last
         # tokens.
         types_BS = call["mm_token_type_ids"][:, -embedded_BSD.shape[1] :]
         return cast(Tensor, types_BS == TYPE_IDS[modality])
     embed = cast(TransformersNetwork, network).get_input_embeddings()
-    # Embeddings without ids or types: a placeholder token is recognised by its embedding, which is
-    # exact since lookup copies the row.
+    # Without ids or types, placeholders are recognised by their embeddings, exactly, because lookup
+    # copies the row.
     placeholder_D = embed(torch.tensor(token, device=embedded_BSD.device))
     return cast(Tensor, (embedded_BSD == placeholder_D).all(dim=-1))
 
@@ -117,10 +117,9 @@ def _placeholder_mask(network: nn.Module, call: CallArguments, modality: str) ->
 class VisualTokens:
     """Positions of the visual tokens of one call, int64 of shape [B, S].
 
-    `frame_BS` numbers the frames of the call and is -1 where a token is text or padding; `row_BS`
-    and `column_BS` are a token's position inside its frame. `separator_BS` (bool) marks the text
-    that is part of an image; None if there is none. `attention` is what they attend to in the
-    call.
+    `frame_BS` numbers the frames of the call and is -1 for text and padding; `row_BS` and
+    `column_BS` are a token's position in its frame. `separator_BS` (bool) marks text that is part
+    of an image, None if there is none. `attention` is what visual tokens attend to.
     """
 
     frame_BS: Tensor
@@ -131,7 +130,7 @@ class VisualTokens:
 
     @property
     def mask(self) -> Tensor:
-        """Visual tokens, bool [B, S]."""
+        """Mask of visual tokens, bool [B, S]."""
         return self.frame_BS >= 0
 
 
@@ -139,13 +138,13 @@ def assign_frames(mask_BS: Tensor, frames: Sequence[Frame], first: int = 0) -> V
     """Assign frames to the marked tokens in reading order; numbers start at `first`.
 
     Raises:
-        UserError: the frames do not fill the marked tokens exactly, or one would span two rows of
-            the batch, as after cutting a prompt into chunks.
+        UserError: the frames do not match the number of marked tokens, or one would span two rows
+            of the batch, as after splitting a prompt into chunks.
     """
     areas = [frame.tokens for frame in frames]
     counts = mask_BS.sum(dim=1).tolist()
-    # Cumulative counts after each row must be frame boundaries: otherwise a frame would begin in
-    # one prompt and end in the next. 0 stands for leading prompts without an image.
+    # Cumulative counts after each row must be frame boundaries, or a frame would start in one
+    # prompt and end in the next. 0 is for leading prompts without an image.
     if sum(areas) != sum(counts) or not set(accumulate(counts)) <= {0, *accumulate(areas)}:
         raise UserError(
             f"the images of this call have {sum(areas)} visual tokens in {len(frames)} frames, but "
@@ -153,15 +152,15 @@ def assign_frames(mask_BS: Tensor, frames: Sequence[Frame], first: int = 0) -> V
         )
     device = mask_BS.device
     area_F = torch.tensor(areas, dtype=torch.int64, device=device)
-    # With a separator behind every row, a row is one token longer.
+    # With a separator after every row, a row is one token longer.
     lengths = [frame.columns + (frame.separators == "rows") for frame in frames]
     length_F, rows_F, columns_F = (
         torch.tensor(values, dtype=torch.int64, device=device)
         for values in (lengths, [f.rows for f in frames], [f.columns for f in frames])
     )
     frame_V = torch.repeat_interleave(torch.arange(len(areas), device=device), area_F)
-    # Index within the frame: running index minus the first index of its frame. No loop over frames,
-    # so that one call costs a few kernels however many images it has.
+    # Index within the frame: running index minus the first index of its frame. Vectorised, so that
+    # a call needs only a few kernels whatever the number of images.
     inside_V = torch.arange(sum(areas), device=device) - (area_F.cumsum(0) - area_F)[frame_V]
     row_V, column_V = inside_V // length_F[frame_V], inside_V % length_F[frame_V]
     between_V = (column_V >= columns_F[frame_V]) | (row_V >= rows_F[frame_V])

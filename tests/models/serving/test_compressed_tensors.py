@@ -60,7 +60,7 @@ def check(network, folder):
 def test_dense_networks_come_back_through_transformers(method, grid, tmp_path):
     network = build_dense("llama")
     bits = {"bits": (4,), "shares": (1,)} if method is CameraQ else {"bits": 4}
-    # transformers reads zero points where all layers have one form.
+    # transformers supports zero points only if all layers have the same scheme.
     bits["attention_bits"] = 8 if grid == "symmetric" else 4
     applied(method(**bits, group=8, grid=grid), network)
     config = check(network, tmp_path / "out")
@@ -112,16 +112,16 @@ def test_weights_in_half_precision_are_the_same_numbers(tmp_path):
         ("qwen2_moe", CameraQ(shares=(1, 2, 1), block=2, group=4, min_tokens=4), "transformers",
          r"layers\.\d\.mlp\.experts\.\d+\.\w+_proj has 3 and 2 .*one bit width per matrix"),
         ("qwen2_moe", Mc(bits=(4, 2), mean_bits=3, **SMALL), "transformers",
-         r"experts\.\d+\.gate_proj has . bits.* and .*experts\.\d+\.gate_proj . bits"),
+         r"experts\.\d+\.gate_proj has . bits.* but .*experts\.\d+\.gate_proj . bits"),
         ("qwen2_moe", Rtn(bits=4, group=4), "vllm", "grids with any offset.*grid=symmetric"),
         ("qwen2_moe", Rtn(bits=4, group=4, grid="zero_point"), "transformers", "has zero points"),
         ("qwen2_moe", Rtn(bits=4, group=4, grid="symmetric"), "vllm",
-         "has groups of 4, which vllm does not compute: allowed: 32, 64, 128"),
+         "has groups of 4, which vllm does not support: allowed: 32, 64, 128"),
         ("llama", Rtn(bits=4, group=8, grid="zero_point"), "transformers",
-         r"has 8 bits.* and .* 4 bits.*reads zero points where all layers have one form"),
+         r"has 8 bits.* but .* 4 bits.*zero points only if all layers have the same scheme"),
         ("qwen2_moe", Rtn(bits=3, group=4, grid="symmetric"), "vllm", "has 3 bits.*allowed: 4, 8"),
         ("qwen2_moe", Rtn(bits=4, group=8, grid="symmetric"), "transformers",
-         "12 columns, which are no whole groups of 8"),
+         "12 columns, which is not a multiple of the group size 8"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_held_is_said_by_name_and_nothing_is_written(

@@ -18,5 +18,5 @@ def test_every_architecture_is_rebuilt_from_its_config(name):
 @pytest.mark.parametrize("method", [LayerDrop(layers=2), DivPrune(keep=5)])
 def test_work_that_is_skipped_while_running_is_not_written(method):
     network, _ = applied("llava_llama", method)
-    with pytest.raises(UserError, match=r"language_model computes is replaced while it runs"):
+    with pytest.raises(UserError, match=r"language_model is changed only while it runs"):
         refuse_unsavable(network, None)

@@ -96,7 +96,7 @@ def test_unknown_towers_are_named():
         image_token_index=IMAGE,
     )
     network = transformers.LlavaForConditionalGeneration(config)
-    with pytest.raises(UserError, match=r"tower of llava \(siglip_vision_model\) cannot be read"):
+    with pytest.raises(UserError, match=r"tower of llava \(siglip_vision_model\) is not supported"):
         Tower(network)
 
 
