@@ -16,6 +16,8 @@ from types import ModuleType
 
 # 75 is EX_TEMPFAIL of sysexits.h, which schedulers and scripts understand as "retry later".
 EXIT_DONE, EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 75
+EXIT_OUTPUT_CLOSED = 141
+"""128 + SIGPIPE: the code that a shell reports for other programs whose reader has gone."""
 FULL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 UNWRITABLE_ERRNOS = (*FULL_DISK_ERRNOS, errno.EFBIG, errno.EROFS)
 """Error numbers of a disk that accepts no more data; after freeing space a run can resume."""

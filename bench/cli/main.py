@@ -1,7 +1,7 @@
 """Entry point of the command line; commands import their dependencies only when they are called.
 
 Exit codes: 0 done; 1 some runs failed; 2 the user's input is wrong; 75 interrupted, run the same
-command again to resume.
+command again to resume; 141 the reader of the output has gone, as `head` does.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import errno
 import gc
 import os
 import pkgutil
+import select
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
@@ -32,6 +33,7 @@ from bench.errors import (
     EXIT_DONE,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
+    EXIT_OUTPUT_CLOSED,
     EXIT_WRONG_INPUT,
     UNWRITABLE_ERRNOS,
     RunsFailed,
@@ -53,7 +55,18 @@ the default threshold of 700, garbage collection takes a fifth of the start-up t
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     _open_missing_streams()
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    code = _exit_code(list(sys.argv[1:] if arguments is None else arguments))
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # The interpreter would try again when it exits, complain, and end with its own code.
+        _discard_output()
+        code = code or _report_unexpected(error)
+    return code
+
+
+def _exit_code(given: list[str]) -> int:
+    """Run one command, report its error if there is one, and return the exit code."""
     # Handled here for every command, because `run` and `table` do not use argparse.
     whole = TRACEBACK_FLAG in given
     try:
@@ -279,6 +292,9 @@ def _report_exit(error: SystemExit) -> int:
 
 def _report_unexpected(error: BaseException) -> int:
     """Report an unexpected error and return the exit code."""
+    if isinstance(error, BrokenPipeError) and _is_output_closed():
+        # Whoever ends a pipe with `head` has read enough, so there is nothing to tell.
+        return EXIT_OUTPUT_CLOSED
     # A run converts a full disk into `Stopped`; here it happened with files of a sweep.
     if isinstance(error, OSError) and error.errno in UNWRITABLE_ERRNOS:
         cause = f"{error.filename or 'the disk'}: {error.strerror}; free some space"
@@ -292,6 +308,24 @@ def _report_unexpected(error: BaseException) -> int:
     if isinstance(error, MemoryError):
         fail("use less memory: a lower benchmark.batch_size, or a smaller model or calibration")
     return EXIT_FAILED
+
+
+def _is_output_closed() -> bool:
+    """Return whether stdout is a pipe whose reader has gone."""
+    # Asked, because the pipe of a worker or a server may break as well, which is a failure.
+    with suppress(OSError, ValueError):
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    return False
+
+
+def _discard_output() -> None:
+    """Let what is still to be written to stdout go to the null device."""
+    with suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
 
 
 def _save_traceback(error: BaseException) -> str:

@@ -35,6 +35,9 @@ def console() -> Console:
             for segment in super().render(renderable, options):
                 yield segment if segment.control else segment._replace(text=clean(segment.text))
 
+        def on_broken_pipe(self) -> None:
+            raise  # noqa: PLE0704  # Called while it is handled; rich would exit the program.
+
     # rich assumes 80 columns when stdout is not a terminal and would fold wide tables. COLUMNS,
     # where it is set, is the user's own choice and wins.
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH

@@ -1,6 +1,7 @@
 """The page of exit codes and messages is what the program does."""
 
 import inspect
+import os
 import re
 import shlex
 from pathlib import Path
@@ -65,6 +66,8 @@ def raises(error):
     (errors.Stopped("the disk is full"), 75, "bench: the disk is full"),
     (OSError(28, "No space left on device", "x"), 75, "run the same command to resume"),
     (KeyboardInterrupt(), 75, "bench: interrupted; run the same command to resume"),
+    # Of a worker or a server, while the output is read.
+    (BrokenPipeError(32, "Broken pipe"), 1, "bench: failed: BrokenPipeError: [Errno 32] Broken"),
     (RecursionError("too deep"), 1, "bench: failed: RecursionError: too deep (details: "),
     (MemoryError(), 1, "a lower benchmark.batch_size"),
     (SystemExit("video path does not exist"), 1, "ended the program: video path does not exist"),
@@ -86,6 +89,24 @@ def test_whatever_a_command_raises_ends_in_a_sentence(
     assert "Traceback" not in heard
     if code:
         assert re.match("bench: ", heard)
+
+
+@pytest.mark.parametrize("listed", [["methods"], ["methods", "--json"], ["tables", "--json"]])
+def test_a_reader_that_has_gone_is_told_nothing(monkeypatch, capsys, listed):
+    """rich would exit the program, a long text fail at once, and a short one when Python exits."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    with os.fdopen(writes, "w") as pipe:
+        monkeypatch.setattr("sys.stdout", pipe)
+        assert main(["ls", *listed]) == 141
+    assert capsys.readouterr().err == ""
+
+
+def test_output_that_does_not_fit_on_the_disk_is_missed(monkeypatch, capsys):
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        assert main(["ls", "tables", "--json"]) == 75
+    assert "No space left on device" in capsys.readouterr().err
 
 
 def test_without_a_folder_for_the_details_they_are_printed(monkeypatch, tmp_path, capsys):
