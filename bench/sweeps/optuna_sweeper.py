@@ -51,7 +51,7 @@ class OptunaSweeper(LaunchingSweeper):
         study: name; its journal is `results_dir/studies/NAME.log`; an existing study is resumed.
         trials: number of finished trials, pruned ones included.
         parallel: number of trials that are proposed and launched at once.
-        seed: seed of Optuna's TPE sampler.
+        seed: seed of Optuna's TPE sampler; the number of earlier trials is added to it.
         objectives: such as `maximize average` or `minimize flops`: a task or a cost quantity.
         space: range per key in Hydra's sweep syntax: `interval(0.1,0.7)`, `range(2,9)`,
             `choice(a,b)`; `tag(log,interval(...))` samples logarithmically.
@@ -63,9 +63,12 @@ class OptunaSweeper(LaunchingSweeper):
         self, study: str, trials: int, parallel: int, seed: int, objectives: list[str],
         space: dict[str, str], early_tasks: list[str], early_margin: float,
     ) -> None:  # fmt: skip
-        for key, number in (("trials", trials), ("parallel", parallel)):
-            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-                raise UserError(f"hydra.sweeper.{key}={number}: a whole number from 1 on is needed")
+        whole_numbers = {"trials": (trials, 1), "parallel": (parallel, 1), "seed": (seed, 0)}
+        for key, (number, least) in whole_numbers.items():
+            if not isinstance(number, int) or isinstance(number, bool) or number < least:
+                raise UserError(
+                    f"hydra.sweeper.{key}={number}: a whole number from {least} on is needed"
+                )
         # It names a file, which belongs into the folder of studies.
         if not isinstance(study, str) or not study or "/" in study or study.startswith("."):
             raise UserError(f"hydra.sweeper.study={study!r}: a name without slashes is needed")
@@ -115,10 +118,12 @@ class OptunaSweeper(LaunchingSweeper):
         study = optuna.create_study(
             storage=JournalStorage(JournalFileBackend(str(journal))),
             study_name=self.name,
-            sampler=optuna.samplers.TPESampler(seed=self.seed),
             directions=list(self.objectives.values()),
             load_if_exists=True,
         )
+        # A sampler is not stored. With the seed alone, a study that is resumed would draw the
+        # values of its first trials again.
+        study.sampler = optuna.samplers.TPESampler(seed=self.seed + len(study.trials))
         # Optuna stores the directions only: values of different quantities would be mixed silently.
         if study.user_attrs.get("objectives", self.objectives) != self.objectives:
             raise UserError(

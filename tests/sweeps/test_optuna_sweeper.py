@@ -111,6 +111,17 @@ def test_a_killed_search_asks_again_for_what_it_left_and_for_what_failed(tmp_pat
     assert len(third.get_trials(states=(TrialState.WAITING,))) == 2
 
 
+def test_a_search_that_is_resumed_draws_new_values(tmp_path):
+    space = {"ratio": FloatDistribution(0, 1), "k": CategoricalDistribution((1, 2))}
+    drawn = []
+    for _ in range(3):  # each in a process of its own
+        study = opened(tmp_path / "s.log")
+        for trial in (study.ask(space) for _ in range(2)):
+            drawn.append(trial.params["ratio"])
+            study.tell(trial, [0.5, 1.0])
+    assert len(set(drawn)) == len(drawn)
+
+
 def test_a_study_with_other_objectives_is_not_mixed_in(tmp_path):
     opened(tmp_path / "s.log")
     other = OptunaSweeper("s", 3, 1, 7, ["maximize average", "minimize bytes"], {}, [], 2.0)
