@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -134,7 +136,9 @@ def resolve_run(config: RunConfig, session: Session) -> RunInputs:
         from bench.measurement.workload import refuse_long_prompts
 
         refuse_long_prompts(config.costs.timing, config.model, skeleton)
-    _check_methods(config, source, skeleton)
+    # What a method prints is none of a command's results, which may be JSON.
+    with redirect_stdout(sys.stderr):
+        _check_methods(config, source, skeleton)
     planned = session.benchmarks.plan(config.benchmark, offline=config.offline)
     planned.check_model(config.model)
     calibration_inputs = resolve_calibration_inputs(config)

@@ -7,9 +7,10 @@ that contradicts these counts is not claimed in any report.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ from bench.runner.session import shared_state_kept
 from bench.ui import format_quantity
 
 if TYPE_CHECKING:
+    import torch
+
     from bench.config.run_config import RunConfig
     from bench.method import Context, Method, MethodReport
     from bench.models.model import Model
@@ -95,8 +98,8 @@ def _apply_watched(
     """Apply one method; return its report, its seconds and, with `memory`, its peak bytes.
 
     Raises:
-        UserError: the method produced NaN or infinite weights, did not return a report, or changed
-            what other runs of this process share.
+        UserError: the method produced NaN or infinite weights or dtypes that do not fit together,
+            did not return a report, or changed what other runs of this process share.
     """
     from bench.device.devices import LeakMonitor, synchronize
     from bench.device.memory import PeakMemory
@@ -105,10 +108,13 @@ def _apply_watched(
     leaks = LeakMonitor(model.network, model.device)
     monitor = PeakMemory(model.device) if memory else nullcontext()
     knobs = method.model_dump(mode="json")
+    dtypes = _dtypes(model)
     with (
         context.progress.phase(f"applying {name}"),
         shared_state_kept(model.network, name),
         _attribute_errors(name, method),
+        # What a method prints is none of a command's results, which may be JSON.
+        redirect_stdout(sys.stderr),
     ):
         with monitor as peak:
             start = time.perf_counter()
@@ -120,6 +126,7 @@ def _apply_watched(
         # refer to modules that have been replaced.
         model.invalidate_structure()
         refuse_not_finite(model.network, name)
+        _refuse_unmatched_dtypes(name, model, dtypes)
         _refuse_changed_knobs(name, method, knobs)
     if leaked := leaks.leaked_bytes(model.network):
         context.progress.warn(
@@ -279,6 +286,25 @@ def _refuse_wrong_report(name: str, method: Method, report: object) -> None:
             f"{place}.apply reports details that are no JSON values ({error}): use numbers, "
             "strings and lists"
         ) from None
+
+
+def _refuse_unmatched_dtypes(name: str, model: Model, before: dict[str, torch.dtype]) -> None:
+    """Raise if a method gave weights another dtype, with which the network cannot compute."""
+    from bench.measurement.flops.cost_rows import dtype_fault
+
+    now = _dtypes(model)
+    changed = [weight for weight in now if before.get(weight, now[weight]) != now[weight]]
+    # Packed weights and whole networks of another dtype are fine, so the network is tried.
+    if changed and (reason := dtype_fault(model)) is not None:
+        weight = changed[0]
+        raise UserError(
+            f"method {name} left {weight} in {now[weight]}, which was in {before[weight]}, and the "
+            f"network cannot compute with both ({reason}): convert it back before apply returns"
+        )
+
+
+def _dtypes(model: Model) -> dict[str, torch.dtype]:
+    return {name: weight.dtype for name, weight in model.network.named_parameters()}
 
 
 def _refuse_changed_knobs(name: str, method: Method, before: JsonObject) -> None:

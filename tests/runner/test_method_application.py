@@ -149,7 +149,18 @@ def fill_and_halve(network):
     network.bfloat16()
 
 
+def widen_a_projection(network):
+    network.model.layers[0].self_attn.q_proj.double()
+
+
+def widen_experts(network):
+    network.model.layers[1].mlp.experts.double()
+
+
 DEEDS = {
+    "widen a projection": widen_a_projection,
+    "widen experts": widen_experts,
+    "print": lambda network: print("halfway"),
     "zero and halve": zero_and_halve,
     "scale": scale,
     "hold": hold_as_buffers,
@@ -258,6 +269,24 @@ def test_what_the_counts_show_stands(said, effect, does, found):
     assert method.check.found == found
     assert method.confirmed_effect == effect
     assert said == []
+
+
+@pytest.mark.parametrize(
+    ("does", "named"),
+    [
+        ("widen a projection", r"layers\.0\.self_attn\.q_proj\.weight"),
+        ("widen experts", r"layers\.1\.mlp\.experts\.\w+"),
+    ],
+)
+def test_a_dtype_that_does_not_fit_the_others_is_refused_by_method_and_weight(does, named):
+    message = rf"method fake left model\.{named} in torch.float64, which was in torch.float32"
+    with pytest.raises(UserError, match=message):
+        applied(fake=Claimed(effect="none", does=does))
+
+
+def test_what_a_method_prints_is_not_among_the_results(capsys):
+    applied(fake=Claimed(effect="none", does="print", ratio=0))
+    assert capsys.readouterr() == ("", "halfway\n")
 
 
 @pytest.mark.broad

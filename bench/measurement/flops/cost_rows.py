@@ -11,6 +11,7 @@ Shapes: B sequences or images, L tokens.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,7 +25,13 @@ from bench.measurement.flops import analytic, analytic_vlm
 from bench.measurement.flops.analytic import ATTENTION_NAMES, FEED_FORWARD_NAMES
 from bench.measurement.flops.analytic_vlm import visual_layers
 from bench.measurement.flops.conventions import CONVENTION_UNITS, CONVENTIONS, ConventionInputs
-from bench.measurement.flops.counter import CountedFlops, count_flops, on_meta_device
+from bench.measurement.flops.counter import (
+    CountedFlops,
+    count_flops,
+    meta_forward,
+    on_meta_device,
+)
+from bench.measurement.model_size import parameter_dtype
 from bench.measurement.quantities import Measurements
 from bench.models.classifiers.classifier import Classifier
 from bench.models.macs import (
@@ -124,6 +131,29 @@ def count_call(model: Model, config: CostsConfig) -> CountedFlops:
     if model.config.kind == "image_classifier":
         return count_image_flops(cast(Classifier, model.network), config.batch)
     return count_forward_flops(model.network, config.batch, min(config.length, model.max_length))
+
+
+def dtype_fault(model: Model) -> str | None:
+    """Return why a forward fails on the dtypes of the weights, or None as far as is known.
+
+    Of a vision-language model, the decoder is tried.
+    """
+    network = model.network
+    try:
+        with meta_forward(network, own_dtypes=True) as call:
+            if model.config.kind == "image_classifier":
+                config = cast(Classifier, network).config
+                shape = (1, config.channels, config.size, config.size)
+                call(torch.zeros(shape, dtype=parameter_dtype(network), device="meta"))
+            else:
+                call(input_ids=_meta_ids(1, 4), use_cache=False)
+    except UserError as error:
+        reason = str(error.__context__).partition("\n")[0]
+        return reason if _ABOUT_DTYPES.search(reason) else None
+    return None
+
+
+_ABOUT_DTYPES = re.compile(r"dtype|scalar type|same type", re.IGNORECASE)
 
 
 def language_parts(counted: CountedFlops) -> dict[str, int]:

@@ -284,11 +284,13 @@ def on_meta_device(network: nn.Module, count: Callable[[Callable[..., Any]], Cou
 
 
 @contextmanager
-def meta_forward(network: nn.Module, *, fake: bool = True) -> Iterator[Callable[..., Any]]:
+def meta_forward(
+    network: nn.Module, *, fake: bool = True, own_dtypes: bool = False
+) -> Iterator[Callable[..., Any]]:
     """Yield a meta-device forward of the network; its own weights are not touched.
 
     Inputs must be created inside the block, on the meta device. With `fake`, all tensors are fake
-    ones on top of meta tensors, as compilers use them.
+    ones on top of meta tensors, as compilers use them. Floats are bfloat16, unless `own_dtypes`.
 
     Raises:
         UserError: the network needs what the meta device lacks: values, on which its control flow
@@ -299,7 +301,7 @@ def meta_forward(network: nn.Module, *, fake: bool = True) -> Iterator[Callable[
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
     with mode, _countable_experts(network), without_offload_hooks(network), torch.no_grad():
         tensors = (*network.named_parameters(), *network.named_buffers())
-        weights = {name: _meta_like(tensor) for name, tensor in tensors}
+        weights = {name: _meta_like(tensor, own_dtypes) for name, tensor in tensors}
 
         # `named_parameters` lists a tied parameter once; `tie_weights` replaces it under its other
         # names as well.
@@ -313,10 +315,11 @@ def meta_forward(network: nn.Module, *, fake: bool = True) -> Iterator[Callable[
             raise UserError(f"{kind} cannot be counted on the meta device: {reason}") from None
 
 
-def _meta_like(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a meta tensor of the same shape, floats as bfloat16."""
+def _meta_like(tensor: torch.Tensor, own_dtype: bool) -> torch.Tensor:
+    """Return a meta tensor of the same shape, and of the same dtype or with floats as bfloat16."""
     # FLOPs do not depend on the dtype; with one dtype for all floats, inputs always match weights.
-    kind = torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
+    kept = own_dtype or not tensor.is_floating_point()
+    kind = tensor.dtype if kept else torch.bfloat16
     return torch.empty(tensor.shape, dtype=kind, device="meta")
 
 
