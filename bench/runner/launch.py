@@ -392,8 +392,13 @@ def _run_job(composed: DictConfig, session: Session, outcome: LaunchOutcome) -> 
     settings = HydraConfig.get()
     # Hydra stores overrides of its own config separately. The search path is a part of the run:
     # without it, third-party methods would not be found when the command is repeated.
-    searched = Overrides.parse(list(settings.overrides.hydra)).setting("hydra.searchpath")
-    command = shlex.join(["bench", "run", *settings.overrides.task, *searched])
+    task, own = (Overrides.parse(list(settings.overrides[part])) for part in ("task", "hydra"))
+    words = [*settings.overrides.task, *own.setting("hydra.searchpath")]
+    # The config of a sweep or an experiment may ask for all of its runs, of which this is one.
+    is_one = settings.mode == RunMode.MULTIRUN or own.setting("hydra.mode")
+    if is_one and (task.setting("sweep") or task.setting("experiment")):
+        words.append("hydra.mode=RUN")
+    command = shlex.join(["bench", "run", *words])
     if settings.mode == RunMode.MULTIRUN:
         folder = Path(settings.sweep.dir)
         request = RunRequest(command, sweep=folder.name)

@@ -40,3 +40,15 @@ def test_the_search_path_is_part_of_a_runs_command(third_party, tmp_path, flags)
         [*flags, *SMALL, *given, "method=nothing", f"results_dir={tmp_path / 'results'}"]
     )
     assert list(compose_run_config(shlex.split(record.command)[2:]).method) == ["nothing"]
+
+
+@pytest.mark.broad
+def test_the_command_of_a_trial_repeats_it_alone(tmp_path):
+    search = [
+        "sweep=camera_p_pareto", "hydra.sweeper.trials=1", "hydra.sweeper.early_tasks=[]",
+        "benchmark.tasks=[arc_easy]", "~benchmark.perplexity", "benchmark.limit=1",
+        "calibration.rows=1", "costs.length=32", "tracker=none", f"results_dir={tmp_path}",
+    ]  # fmt: skip
+    (trial,) = bench.run(search)
+    assert list(bench.run(shlex.split(trial.command)[2:])) == [trial]
+    assert len(list((tmp_path / "sweeps").iterdir())) == 1
