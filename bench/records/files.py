@@ -18,6 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from filelock import FileLock, Timeout
+
 from bench.errors import FULL_DISK_ERRNOS, UNWRITABLE_ERRNOS, Stopped, UserError
 from bench.records.json_values import MAX_INTEGER, parse_json
 from bench.ui import clean, warn
@@ -209,6 +211,26 @@ def write_folder(path: Path, fill: Callable[[Path], None], own: Collection[str] 
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_folder(path.parent)
+
+
+@contextmanager
+def file_locked(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """Lock a file for this process in the `with` block; `on_wait` is called before waiting.
+
+    The kernel releases the lock when the process ends, however it ends.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        if on_wait is not None:
+            on_wait()
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def refuse_unwritable(key: str, target: Path, *, folder: bool = False) -> None:

@@ -19,7 +19,6 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from bench.errors import UserError, nearest, unknown_name
@@ -78,21 +77,10 @@ class Store:
         is repaired after locking. `on_wait` is called before waiting.
         """
         # Outside the run's folder, which is replaced as a whole.
-        locks = self.root / "locks"
-        locks.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(locks / f"{run_id}.lock")
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            if on_wait is not None:
-                on_wait()
-            lock.acquire()
-        try:
+        with files.file_locked(self.root / "locks" / f"{run_id}.lock", on_wait):
             files.repair_interrupted_write(self.folder(run_id), RECORD_FILES)
             self._remove_leftovers(run_id)
             yield
-        finally:
-            lock.release()
 
     def unfinished(self, run_id: str, process: int = 0) -> Path:
         """Return the folder with the state that a run resumes from until its record is written.

@@ -34,7 +34,6 @@ from bench.sweeps import (
     job_results,
     perform_job,
     sweep_jobs,
-    unfinished_jobs,
 )
 from bench.sweeps.job import STUDY_FILE, objective_value
 from bench.sweeps.plan import SWEEPS, SweepFingerprint, find_sweep, read_plan
@@ -120,7 +119,6 @@ def resume_sweep(
     """
     with host_process_restored():
         plan = find_sweep(results_dir.absolute(), sweep)
-        Store(results_dir).ensure_writable()
         return _resume_plan(plan, session, repeated)
 
 
@@ -201,7 +199,8 @@ def _resume_plan(
     `budget` is the maximum estimated time of these jobs in seconds.
     """
     done_before = {job.run for job in sweep_jobs(plan)} if reused else set()
-    if unfinished_jobs(plan) or not plan.complete:
+    if not plan.complete or any(job.state != "done" for job in sweep_jobs(plan)):
+        Store(plan.results_dir).ensure_writable()
         # Imported here, because a finished sweep is answered without Hydra.
         from bench.config.gate import plan_arguments
         from bench.config.sweep_checks import admit_plan

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from bench.config.overrides import refuse_endless_grid, sweep_values
 from bench.errors import UserError
 from bench.sweeps.plan import plan_in
-from bench.sweeps.status import unfinished_jobs
+from bench.sweeps.status import left_by_others, unfinished_jobs
 
 
 class LaunchingSweeper(Sweeper):  # type: ignore[misc]  # Hydra has no types
@@ -47,14 +47,21 @@ class GridSweeper(LaunchingSweeper):
         self.max_batch_size, self.max_jobs = max_batch_size, max_jobs
 
     def sweep(self, arguments: list[str]) -> None:
-        """Launch the jobs that are neither done nor running elsewhere, in the order of the plan."""
+        """Launch the jobs that are not done, in the order of the plan, until all have ended.
+
+        Jobs that another process runs are waited for, and launched if it does not end them.
+        """
         folder = Path(self.config.hydra.sweep.dir)
         plan = plan_in(folder).with_jobs(self.jobs(arguments), complete=True)
-        waiting = iter([list(job.overrides) for job in unfinished_jobs(plan)])
-        launched = 0
-        while batch := list(itertools.islice(waiting, self.max_batch_size)):
-            self.launcher.launch(batch, initial_job_idx=launched)
-            launched += len(batch)
+        missing, launched = unfinished_jobs(plan), 0
+        while True:
+            waiting = iter([list(job.overrides) for job in missing])
+            while batch := list(itertools.islice(waiting, self.max_batch_size)):
+                self.launcher.launch(batch, initial_job_idx=launched)
+                launched += len(batch)
+            missing = left_by_others(plan)
+            if not missing:
+                return
 
     def jobs(self, arguments: list[str]) -> list[list[str]]:
         """Return the overrides of every job; the command line wins over the config."""

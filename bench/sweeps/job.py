@@ -24,9 +24,10 @@ from pydantic import ConfigDict, Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from bench.errors import UserError, error_sentence
-from bench.records.files import disk_errors_as_stopped, read_json, write_bytes
+from bench.records.files import disk_errors_as_stopped, file_locked, read_json, write_bytes
 from bench.records.record import utc_now
 from bench.security import redact
+from bench.ui import note
 
 if TYPE_CHECKING:
     from bench.records import Record
@@ -82,28 +83,33 @@ def perform_job(
     status |= {"host": platform.node(), "pid": os.getpid(), "started": utc_now()}
     result = None
     path = _status_path(folder, number)
+
+    def report_wait() -> None:
+        note(f"another process runs job {number} of sweep {folder.name}: waiting for it")
+
     # A full disk fails every job alike, so it stops the sweep instead of this job; a status that
     # could not be written counts as lost, and resuming the sweep runs the job again.
-    with disk_errors_as_stopped(folder.parent.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
-            write_status(folder, status)
-            try:
-                result = perform()
-                status |= {"state": "done", "run": result.record.id, "reused": result.reused}
-                status |= {"warning": result.warning}
-            except Exception as error:  # one job's failure, whatever it is, must not stop the sweep
-                status |= {"state": "failed", "reason": failure_reason(error)}
-                # A UserError needs no traceback: its message is the whole story.
-                if not isinstance(error, UserError):
-                    status["log"] = str(_write_traceback(path, error))
-            except BaseException:
-                status |= {"state": "waiting", "reason": "interrupted", "finished": utc_now()}
-                # A full disk may be what interrupted the run, and then this write fails too.
-                with suppress(OSError):
-                    write_status(folder, status)
-                raise
-            write_status(folder, {**status, "finished": utc_now()})
+    with (
+        disk_errors_as_stopped(folder.parent.parent),
+        file_locked(path.with_suffix(".lock"), report_wait),
+    ):
+        write_status(folder, status)
+        try:
+            result = perform()
+            status |= {"state": "done", "run": result.record.id, "reused": result.reused}
+            status |= {"warning": result.warning}
+        except Exception as error:  # one job's failure, whatever it is, must not stop the sweep
+            status |= {"state": "failed", "reason": failure_reason(error)}
+            # A UserError needs no traceback: its message is the whole story.
+            if not isinstance(error, UserError):
+                status["log"] = str(_write_traceback(path, error))
+        except BaseException:
+            status |= {"state": "waiting", "reason": "interrupted", "finished": utc_now()}
+            # A full disk may be what interrupted the run, and then this write fails too.
+            with suppress(OSError):
+                write_status(folder, status)
+            raise
+        write_status(folder, {**status, "finished": utc_now()})
     return result
 
 

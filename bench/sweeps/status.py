@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -10,8 +11,10 @@ from typing import Literal
 from bench.records import Store
 from bench.sweeps.job import JOBS, RunResult, StatusDict, is_running, read_status
 from bench.sweeps.plan import SweepPlan
+from bench.ui import note
 
 JobState = Literal["waiting", "running", "done", "failed"]
+POLL_SECONDS = 0.5
 LOST_WORKER = "the worker on {host} died (killed, out of memory, or preempted)"
 
 
@@ -28,6 +31,8 @@ class SweepJob:
     host: str | None = None
     recorded_before: bool = False
     """Whether it is waiting because its record was removed."""
+    lost: bool = False
+    """Whether it is failed because its process died."""
 
 
 def sweep_jobs(plan: SweepPlan) -> list[SweepJob]:
@@ -61,6 +66,22 @@ def job_rows(plan: SweepPlan) -> list[dict[str, object]]:
 def unfinished_jobs(plan: SweepPlan) -> list[SweepJob]:
     """Return the jobs that are waiting, failed or lost, but none that is running elsewhere."""
     return [job for job in sweep_jobs(plan) if job.state in ("waiting", "failed")]
+
+
+def left_by_others(plan: SweepPlan) -> list[SweepJob]:
+    """Wait for the jobs that other processes are running; return those that they do not end."""
+    others = [job.number for job in sweep_jobs(plan) if job.state == "running"]
+    if others:
+        numbers = ", ".join(map(str, others))
+        note(f"another process runs jobs of sweep {plan.name} ({numbers}): waiting for them")
+    while any(is_running(plan.folder, number) for number in others):
+        time.sleep(POLL_SECONDS)
+    # A job that failed there is not tried again.
+    return [
+        job
+        for job in sweep_jobs(plan)
+        if job.number in others and (job.state == "waiting" or job.lost)
+    ]
 
 
 def job_results(plan: SweepPlan) -> Iterator[RunResult | str]:
@@ -103,7 +124,7 @@ def _read_job(plan: SweepPlan, store: Store, number: int, overrides: tuple[str, 
     if note["state"] == "running":
         if is_running(plan.folder, number):
             return SweepJob(**known, state="running")
-        return SweepJob(**known, state="failed", reason=LOST_WORKER.format(host=host))
+        return SweepJob(**known, state="failed", reason=LOST_WORKER.format(host=host), lost=True)
     state: JobState = "failed" if note["state"] == "failed" else "waiting"
     return SweepJob(**known, state=state, reason=note.get("reason"))
 

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from bench.sweeps import (
     unfinished_jobs,
 )
 from bench.sweeps.plan import SweepFingerprint, find_sweep, read_plan
-from bench.sweeps.status import job_rows, sweep_summary
+from bench.sweeps.status import job_rows, left_by_others, sweep_summary
 from tests.records.test_store import make
 
 ASKED = RunRequest("bench run ratio=0.2", "sweep")
@@ -103,6 +104,31 @@ def test_a_process_that_was_killed_is_told_from_one_that_works(plan):
     assert job.state == "failed"
     assert " died (killed, out of memory, or preempted)" in job.reason
     assert 0 in [job.number for job in unfinished_jobs(plan)]
+
+
+def end_in(plan, number, seconds):
+    def work():
+        time.sleep(seconds)
+        return record(plan)
+
+    perform_job(plan.folder, number, ASKED, work)
+
+
+def test_jobs_of_other_processes_are_waited_for_and_those_they_leave_are_returned(plan):
+    assert left_by_others(plan) == []
+    forked = multiprocessing.get_context("fork").Process
+    ends, dies = (forked(target=end_in, args=(plan, *given)) for given in ((0, 0.5), (1, 600)))
+    ends.start()
+    dies.start()
+    until = time.monotonic() + 30
+    while states(plan)[:2] != ["running"] * 2 and time.monotonic() < until:
+        time.sleep(0.02)
+    threading.Timer(0.2, dies.kill).start()
+    (left,) = left_by_others(plan)
+    assert (left.number, left.lost) == (1, True)
+    assert states(plan) == ["done", "failed", "waiting"]
+    ends.join()
+    dies.join()
 
 
 def test_a_record_that_is_gone_is_missing_again(plan):
