@@ -21,13 +21,12 @@ from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
 
+from bench.cli.arguments import RESULTS_DIR_FLAG, results_dir_as_override
 from bench.cli.parser import (
     COMMANDS,
     RAW_COMMANDS,
-    RESULTS_DIR_FLAG,
     TRACEBACK_FLAG,
     build_parser,
-    results_dir_as_override,
 )
 from bench.errors import (
     EXIT_DONE,

@@ -8,16 +8,22 @@ folder have `--results-dir`; those that print rows have `--json`.
 from __future__ import annotations
 
 import argparse
-import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-from bench.errors import UserError, refuse_unclear_folder
+from bench.cli.arguments import (
+    RESULTS_DIR_FLAG,
+    folder,
+    non_negative_integer,
+    non_negative_number,
+    positive_integer,
+    results_dir_as_override,
+)
+from bench.errors import UserError
 
 TRACEBACK_FLAG = "--traceback"
-RESULTS_DIR_FLAG = "--results-dir"
 COMMANDS = (
     "run", "estimate", "table", "compare", "report", "plot", "ls", "show", "track", "verify",
     "rescore", "status", "resume", "gc", "export", "convert", "carve", "prefetch", "doctor",
@@ -121,19 +127,6 @@ class CommandParser(argparse.ArgumentParser):
         return parsed
 
 
-def results_dir_as_override(words: Sequence[str]) -> list[str]:
-    """Replace `--results-dir FOLDER` in the arguments by the equivalent override."""
-    found, rest = list[str](), iter(words)
-    for word in rest:
-        name, equals, value = word.partition("=")
-        if name != RESULTS_DIR_FLAG:
-            found.append(word)
-            continue
-        folder = value if equals else next(rest, "")
-        found.append(f"results_dir={folder}")
-    return found
-
-
 class _PrintVersion(argparse.Action):
     """Print the version and exit."""
 
@@ -169,19 +162,23 @@ def build_parser() -> CommandParser:
         added.set_defaults(handler=f"bench.cli.commands.{handler}")
         return added
 
+    # In the order of `bench --help`.
     _add_run_commands(command)
+    _add_sweep_commands(command)
+    _add_check_commands(command)
+    _add_model_commands(command)
     _add_record_commands(command)
+    _add_view_commands(command)
+    _add_installation_commands(command)
     return top
 
 
 def _add_run_commands(command: AddCommand) -> None:
-    """Add the commands that compute something."""
+    """Add the commands that compute something, or say what it costs."""
     # `run` and `table` are added only for the help text: see `RAW_COMMANDS`.
-    command("run", "run:run_command", RUN_HELP).add_argument(
-        "overrides", nargs="*", default=[], metavar="KEY=VALUE"
-    )
+    _add_words(command("run", "run:run_command", RUN_HELP), "overrides", "KEY=VALUE")
     estimate = command("estimate", "estimate:run_command", ESTIMATE_HELP)
-    estimate.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE")
+    _add_words(estimate, "overrides", "KEY=VALUE")
     estimate.add_argument("-m", "--multirun", action="store_true", help="estimate a sweep")
     estimate.add_argument(
         "--budget", metavar="TIME", help="fail if it may take longer, such as 30min or 6h"
@@ -189,14 +186,18 @@ def _add_run_commands(command: AddCommand) -> None:
     estimate.add_argument(
         "--check", action="store_true", help="compare estimates with measured times"
     )
-    estimate.add_argument("--json", action="store_true", help="print JSON")
+    _add_json_flag(estimate)
     tables = command("table", "table:run_command", TABLE_HELP)
     tables.add_argument("name", metavar="NAME")
-    tables.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE")
+    _add_words(tables, "overrides", "KEY=VALUE")
     tables.add_argument("--json", action="store_true", help="print the cells as JSON")
     tables.add_argument(
         "--page", type=Path, metavar="FILE.md", help="write a page from existing records"
     )
+
+
+def _add_sweep_commands(command: AddCommand) -> None:
+    """Add the commands on sweeps and on what they leave."""
     status = command(
         "status", "sweeps:status", "show the state of all sweeps, or of each job of one"
     )
@@ -208,6 +209,14 @@ def _add_run_commands(command: AddCommand) -> None:
     )
     garbage = command("gc", "gc:run_command", "delete files that nothing refers to, after asking")
     garbage.add_argument("--yes", action="store_true", help="do not ask")
+    for added in (status, resume, garbage):
+        _add_results_dir(added)
+    for added in (status, garbage):
+        _add_json_flag(added)
+
+
+def _add_check_commands(command: AddCommand) -> None:
+    """Add the commands that compute the results of a record again."""
     verify = command(
         "verify", "verify:run_command", "repeat a part of a run and compare the results"
     )
@@ -216,7 +225,7 @@ def _add_run_commands(command: AddCommand) -> None:
         "--samples", type=int, default=20, metavar="N", help="number of samples per task (20)"
     )
     verify.add_argument(
-        "--tolerance", type=_non_negative_number, default=None, help="allowed relative difference"
+        "--tolerance", type=non_negative_number, default=None, help="allowed relative difference"
     )
     _add_allowed(verify, ALLOWED_HELP)
     rescore = command(
@@ -224,6 +233,13 @@ def _add_run_commands(command: AddCommand) -> None:
     )
     rescore.add_argument("run", metavar="RUN", help=RUN_WORDS)
     _add_allowed(rescore, ALLOWED_HELP)
+    for added in (verify, rescore):
+        _add_results_dir(added)
+        _add_json_flag(added)
+
+
+def _add_model_commands(command: AddCommand) -> None:
+    """Add the commands that write or download models."""
     export = command(
         "export", "export:run_command", "write the model of a run as a Hugging Face folder"
     )
@@ -235,9 +251,10 @@ def _add_run_commands(command: AddCommand) -> None:
     )
     export.add_argument("--onnx", action="store_true", help="also write a classifier as ONNX")
     _add_allowed(export, ALLOWED_HELP)
+    _add_results_dir(export)
     convert = command(
         "convert",
-        "convert:run_command",
+        "conversion:convert",
         "convert a LLaVA checkpoint from the old layout for transformers",
     )
     convert.add_argument(
@@ -245,33 +262,23 @@ def _add_run_commands(command: AddCommand) -> None:
     )
     convert.add_argument("folder", type=Path, metavar="DIR", help="the new folder to write")
     convert.add_argument("--tower", type=Path, required=True, help="the folder of its CLIP model")
-    carve = command("carve", "carve:run_command", CARVE_HELP)
+    carve = command("carve", "conversion:carve", CARVE_HELP)
     carve.add_argument("folder", type=Path, metavar="DIR", help="the new folder to write")
-    carve.add_argument(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="KEY=VALUE",
-        help="model and calibration, as for a run",
-    )
+    _add_words(carve, "overrides", "KEY=VALUE", "model and calibration, as for a run")
     for option, number, words in (
         ("--experts", 16, "routed experts per layer"),
         ("--shared", 8, "width of the shared expert, as a number of experts"),
         ("--chosen", 14, "routed experts per token"),
     ):
         carve.add_argument(
-            option, type=_positive_integer, default=number, metavar="N", help=f"{words} ({number})"
+            option, type=positive_integer, default=number, metavar="N", help=f"{words} ({number})"
         )
     prefetch = command("prefetch", "prefetch:run_command", "download what a run or a table needs")
-    prefetch.add_argument("overrides", nargs="*", default=[], metavar="TABLE|KEY=VALUE")
-    for added in (status, resume, garbage, verify, rescore, export):
-        _add_results_dir(added)
-    for added in (status, garbage, verify, rescore):
-        _add_json_flag(added)
+    _add_words(prefetch, "overrides", "TABLE|KEY=VALUE")
 
 
 def _add_record_commands(command: AddCommand) -> None:
-    """Add the commands that read records or inspect the installation."""
+    """Add the commands that print records."""
     listing = command("ls", "records:ls", "list models, methods, benchmarks, tables or runs")
     listing.add_argument("what", metavar="|".join(LISTABLE))
     show = command("show", "records:show", "show one record: its metrics, costs and command")
@@ -283,7 +290,7 @@ def _add_record_commands(command: AddCommand) -> None:
     compare = command(
         "compare", "records:compare", "compare runs with paired statistics over shared samples"
     )
-    compare.add_argument("runs", nargs="*", default=[], metavar="RUN", help=RUN_WORDS)
+    _add_words(compare, "runs", "RUN", RUN_WORDS)
     compare.add_argument(
         "--baseline", metavar="RUN", help="the run to compare with (default: the dense run)"
     )
@@ -294,14 +301,21 @@ def _add_record_commands(command: AddCommand) -> None:
     )
     compare.add_argument(
         "--flips",
-        type=_non_negative_integer,
+        type=non_negative_integer,
         default=0,
         metavar="N",
         help="show N samples that became wrong, and N that became right",
     )
+    for added in (listing, show, compare):
+        _add_results_dir(added)
+        _add_json_flag(added)
+
+
+def _add_view_commands(command: AddCommand) -> None:
+    """Add the commands that draw records, or send them to W&B."""
     plot = command("plot", "records:plot", PLOT_HELP)
     plot.add_argument("kind", metavar="KIND", help="the kind of figure, as above")
-    plot.add_argument("runs", nargs="*", default=[], metavar="RUN", help=RUN_WORDS)
+    _add_words(plot, "runs", "RUN", RUN_WORDS)
     plot.add_argument(
         "--task", default="average", help="the task whose headline metric is shown (average)"
     )
@@ -332,14 +346,14 @@ def _add_record_commands(command: AddCommand) -> None:
     report.add_argument("--open", action="store_true", help="open it in the browser")
     report.add_argument(
         "--samples",
-        type=_non_negative_integer,
+        type=non_negative_integer,
         default=40,
         metavar="N",
         help="samples to include per run (40)",
     )
     report.add_argument(
         "--sample-runs",
-        type=_non_negative_integer,
+        type=non_negative_integer,
         default=200,
         metavar="N",
         help="include samples of the N newest runs (200)",
@@ -352,13 +366,7 @@ def _add_record_commands(command: AddCommand) -> None:
         "records:track",
         "upload records to W&B again; without RUN, upload all and an overview",
     )
-    track.add_argument(
-        "runs",
-        nargs="*",
-        default=[],
-        metavar="RUN",
-        help="a run, or tracker.entity=NAME for records that name it",
-    )
+    _add_words(track, "runs", "RUN", "a run, or tracker.entity=NAME for records that name it")
     track.add_argument(
         "--model",
         type=Path,
@@ -370,9 +378,17 @@ def _add_record_commands(command: AddCommand) -> None:
         action="store_true",
         help="save a W&B workspace that opens on score against cost (only without RUN)",
     )
+    for added in (plot, report, track):
+        _add_results_dir(added)
+    _add_json_flag(plot)
+
+
+def _add_installation_commands(command: AddCommand) -> None:
+    """Add the commands on this installation and on what it may run."""
     doctor = command(
         "doctor", "doctor:run_command", "show installed packages, devices, and what works offline"
     )
+    _add_json_flag(doctor)
     consent = command(
         "trust", "trust:run_command", "allow the packages and configs of a project file to run"
     )
@@ -384,22 +400,24 @@ def _add_record_commands(command: AddCommand) -> None:
         help="the project file (default: the nearest slimbench.toml)",
     )
     consent.add_argument("--yes", action="store_true", help="do not ask")
-    for added in (listing, show, compare, plot, report, track):
-        _add_results_dir(added)
-    for added in (listing, show, compare, plot, doctor):
-        _add_json_flag(added)
+
+
+def _add_words(
+    added: argparse.ArgumentParser, name: str, metavar: str, text: str | None = None
+) -> None:
+    added.add_argument(name, nargs="*", default=[], metavar=metavar, help=text)
 
 
 def _add_allowed(added: argparse.ArgumentParser, text: str) -> None:
     """Add the overrides with which the user allows code that a stored file needs."""
-    added.add_argument("allowed", nargs="*", default=[], metavar="KEY=VALUE", help=text)
+    _add_words(added, "allowed", "KEY=VALUE", text)
 
 
 def _add_results_dir(added: argparse.ArgumentParser) -> None:
     cast(CommandParser, added).takes_results_dir = True
     added.add_argument(
         RESULTS_DIR_FLAG,
-        type=_folder,
+        type=folder,
         default=Path("results"),
         metavar="FOLDER",
         help="where the records are (results)",
@@ -408,35 +426,3 @@ def _add_results_dir(added: argparse.ArgumentParser) -> None:
 
 def _add_json_flag(added: argparse.ArgumentParser) -> None:
     added.add_argument("--json", action="store_true", help="print JSON")
-
-
-def _folder(text: str) -> Path:
-    try:
-        refuse_unclear_folder(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
-    return Path(text)
-
-
-def _non_negative_number(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    # NaN and infinity are no valid tolerances.
-    if not 0 <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number of at least 0, such as 1e-4")
-    return number
-
-
-def _non_negative_integer(text: str) -> int:
-    # Larger numbers make no sense here, and would fail in libraries.
-    if not (text.isascii() and text.isdecimal() and len(text) < 10):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, such as 0 or 40")
-    return int(text)
-
-
-def _positive_integer(text: str) -> int:
-    if not _non_negative_integer(text):
-        raise argparse.ArgumentTypeError("0 is too small: give 1 or more")
-    return int(text)

@@ -91,7 +91,7 @@ def shared_state_kept(network: nn.Module, method: str) -> Iterator[None]:
     Raises:
         UserError: the block replaced such a function, or left a hook on all modules.
     """
-    settings = [(get(), get, put) for get, put in _process_settings()]
+    settings = [(get(), get, put) for get, put in _restorable_settings()]
     shared = [_Bindings(owner) for owner in _owners_of_shared_code(network)]
     hooks = {name: set(held) for name, held in _hooks_of_all_modules().items()}
     try:
@@ -113,7 +113,7 @@ def shared_state_kept(network: nn.Module, method: str) -> Iterator[None]:
         )
 
 
-def _process_settings() -> list[tuple[Callable[[], Any], Callable[[Any], Any]]]:
+def _restorable_settings() -> list[tuple[Callable[[], Any], Callable[[Any], Any]]]:
     """Return how settings of the process that decide numbers or places are read and set."""
     import torch
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from bench.cli.arguments import results_dir_as_override
 from bench.cli.main import main
-from bench.cli.parser import COMMANDS, RAW_COMMANDS, build_parser, results_dir_as_override
+from bench.cli.parser import COMMANDS, RAW_COMMANDS, build_parser
 from bench.errors import UserError
 
 ARGUMENTS = {

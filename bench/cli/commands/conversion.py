@@ -1,8 +1,9 @@
-"""`bench carve`: convert a dense decoder into a MoE model, without training."""
+"""`bench convert` and `bench carve`: write a checkpoint in another layout, or as another model."""
 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -13,7 +14,20 @@ from bench.records.files import refuse_filled_folder, write_folder
 from bench.ui import Progress, print_text
 
 
-def run_command(given: argparse.Namespace) -> int:
+def convert(given: argparse.Namespace) -> int:
+    """`bench convert FOLDER DIR --tower CLIP`."""
+    # Imported here, because it loads transformers, which is not needed to refuse wrong folders.
+    from bench.models.vlm.original_llava import convert_original_llava, read_original_config
+
+    source, target = given.source, given.folder
+    read_original_config(source)
+    refuse_filled_folder(target)
+    write_folder(target, partial(convert_original_llava, source, given.tower))
+    print_text(f"wrote {target}: bench run model=local model.path={target} model.kind=image_text")
+    return EXIT_DONE
+
+
+def carve(given: argparse.Namespace) -> int:
     """`bench carve DIR model=NAME calibration=NAME --experts E --shared S --chosen K`."""
     target: Path = given.folder
     config = compose_run_config(given.overrides)
