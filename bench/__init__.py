@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,8 +114,9 @@ def compare(
     from bench.reporting.comparison.named_runs import compare_runs
 
     against = None if baseline is None else _run_names([baseline])[0]
-    named = [*runs] if baseline is None else [*runs, baseline]
-    return compare_runs(_run_names(runs), against, _results_folder(named, results_dir))[0]
+    names = _run_names(runs)
+    named = [*runs, baseline] if isinstance(names, list) else []
+    return compare_runs(names, against, _results_folder(named, results_dir))[0]
 
 
 def plot(
@@ -138,10 +139,12 @@ def plot(
     from bench.reporting.plots.figures import PlotRequest, prepare_figure
     from bench.reporting.plots.style import plot_settings
 
-    request = PlotRequest(_results_folder(runs, results_dir), task, cost, scope, knob)
+    names = _run_names(runs)
+    folder = _results_folder(runs if isinstance(names, list) else [], results_dir)
+    request = PlotRequest(folder, task, cost, scope, knob)
     # matplotlib applies its settings when artists are created, so they must hold while drawing.
     with plot_settings():
-        return prepare_figure(kind, _run_names(runs), request).draw()
+        return prepare_figure(kind, names, request).draw()
 
 
 def _given_words(
@@ -152,27 +155,33 @@ def _given_words(
 ) -> list[str]:
     """Convert the arguments of a function of this module into those of the command line."""
     from bench.config.overrides import keyword_overrides
-    from bench.errors import refuse_bare_text
+    from bench.errors import UserError, refuse_bare_text
 
-    words = shlex.split(overrides) if isinstance(overrides, str) else overrides
+    if not isinstance(over or {}, Mapping):
+        raise UserError(f"over={over!r} is no mapping of keys to lists of values")
+    try:
+        words = shlex.split(overrides) if isinstance(overrides, str) else overrides
+    except ValueError as error:  # a quotation without an end
+        raise UserError(f"overrides={overrides!r}: {error}") from None
     refuse_bare_text("overrides", words, f'bench.{function}(["model=micro_moe", "ratio=0.4"])')
     return [*words, *keyword_overrides(config, over or {})]
 
 
 def _run_names(runs: Sequence[str | Record]) -> Sequence[str]:
-    # Values of other types are passed on, to be refused with a message.
-    if isinstance(runs, str):
-        return runs
-    names: list[Any] = [getattr(run, "id", run) for run in runs]
+    # Whatever is no list of runs, such as a single one, is passed on to be refused with a message.
+    single = isinstance(runs, str) or hasattr(runs, "id") or not isinstance(runs, Iterable)
+    names: Sequence[Any] = (
+        getattr(runs, "id", runs) if single else [getattr(run, "id", run) for run in runs]
+    )
     return names
 
 
-def _results_folder(runs: Sequence[str | Record], given: Path | str | None) -> Path:
+def _results_folder(runs: Sequence[str | Record | None], given: Path | str | None) -> Path:
     """Return the folder in which to look up runs: the given one, or that of the records."""
     if given is not None:
         return Path(given)
     # The config of a record comes from a file, and may lack the key or have any value.
-    configs = [run.config for run in runs if hasattr(run, "config")]
+    configs = [getattr(run, "config", {}) for run in runs]
     folders = {str(config["results_dir"]) for config in configs if config.get("results_dir")}
     return Path(folders.pop() if len(folders) == 1 else "results")
 

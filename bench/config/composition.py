@@ -196,16 +196,16 @@ def hydra_errors_as_user_errors(overrides: Sequence[str]) -> Iterator[None]:
         raise _unresolved(error, overrides) from None
     except (ConfigCompositionException, HydraException, OmegaConfBaseException) as error:
         raise _unknown_key(error, overrides) from None
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         if (refused := _not_a_choice(error, overrides)) is None:
             raise
         raise refused from None
 
 
-def _not_a_choice(error: ValueError, overrides: Sequence[str]) -> UserError | None:
+def _not_a_choice(error: Exception, overrides: Sequence[str]) -> UserError | None:
     """Build the error for a group whose choice is a number or null; None for any other error."""
-    # The words of Hydra 1.3, as in `_unknown_key`.
-    if not str(error).startswith("Config group override must be"):
+    # The words of Hydra 1.3, as in `_unknown_key`. It fails on choices in a list.
+    if not str(error).startswith(("Config group override must be", *_NOT_A_TEXT)):
         return None
     for override in Overrides.parse(overrides).parsed:
         key, text = override.key_or_group, text_of(override)
@@ -215,7 +215,8 @@ def _not_a_choice(error: ValueError, overrides: Sequence[str]) -> UserError | No
                 return UserError(f"{text}: null is no choice of a sweep: allowed: {allowed}")
             continue
         value = override.value()
-        if isinstance(value, str | list | dict):
+        listed = value if isinstance(value, list) else [value]
+        if isinstance(value, dict) or all(isinstance(name, str) for name in listed):
             continue
         if key == "method":
             names = "method=[camera_p,camera_q], or method=[] for the dense model"
@@ -223,6 +224,9 @@ def _not_a_choice(error: ValueError, overrides: Sequence[str]) -> UserError | No
         if "." not in key and _choices(key):
             return UserError(f"{text} is no choice: allowed: {', '.join(_choices(key))}")
     return None
+
+
+_NOT_A_TEXT = ("argument of type", "can only concatenate str")
 
 
 def _choices(group: str) -> list[str]:

@@ -43,6 +43,22 @@ def test_runs_are_compared_and_drawn(tmp_path):
         bench.plot("frond", results_dir=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: bench.run(over=[1]), r"over=\[1\] is no mapping of keys to lists"),
+        (lambda: bench.run("model='micro_moe"), "model='micro_moe\": No closing quotation"),
+        (lambda: bench.compare([]), "no run is named: name at least two"),
+        (lambda: bench.compare(None), "runs=None is not a list"),
+        (lambda: bench.compare(types.SimpleNamespace(id="1a2b"), "3c4d"), "runs='1a2b' is not a"),
+        (lambda: bench.plot("front", None), "runs=None is not a list"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(call, said):
+    with pytest.raises(UserError, match=said):
+        call()
+
+
 def test_classes_are_those_of_their_modules():
     assert bench.Session is Session
     assert (bench.Method, bench.Context) == (bench.method.Method, bench.method.Context)

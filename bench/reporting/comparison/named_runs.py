@@ -25,6 +25,8 @@ def compare_runs(
     store = Store(results_dir)
     # Two prefixes may name the same run; by id it is compared once.
     records = list({record.id: record for record in map(store.get, runs)}.values())
+    if not records:
+        raise UserError("no run is named: name at least two runs to compare")
     against = store.get(baseline) if baseline is not None else baseline_of(records)
     candidates = [record for record in records if record.id != against.id]
     if not candidates:
