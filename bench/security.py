@@ -1,4 +1,4 @@
-"""Foreign code, shadowed packages, and secrets.
+"""Foreign code, shadowed packages, secrets, and control characters.
 
 Every text that leaves the program passes `redact`, and what would be stored is refused if it holds
 a secret. Secrets are known by where they are kept (variables that are named like credentials, the
@@ -299,3 +299,26 @@ def _netrc_passwords() -> list[str]:
     except (OSError, netrc.NetrcParseError, UnicodeDecodeError):
         return []
     return [password for _, _, password in known.hosts.values() if password]
+
+
+# A terminal executes control characters: ESC starts sequences that move the cursor, change the
+# window title or hide text. The bidirectional marks reorder what is read ("Trojan Source"), and
+# lone surrogates cannot be encoded.
+_REMOVED = dict.fromkeys(
+    code
+    for first, last in (
+        (0x00, 0x08),
+        (0x0B, 0x1F),
+        (0x7F, 0x9F),
+        (0x202A, 0x202E),
+        (0x2066, 0x2069),
+    )
+    for code in range(first, last + 1)
+)
+_REPLACED = dict.fromkeys(range(0xD800, 0xE000), "\N{REPLACEMENT CHARACTER}")
+_UNSAFE = {**_REMOVED, **_REPLACED}
+
+
+def clean(text: str) -> str:
+    """Return the text without control characters; tabs and line breaks stay."""
+    return text.translate(_UNSAFE)

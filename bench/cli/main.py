@@ -291,7 +291,8 @@ def _report_exit(error: SystemExit) -> int:
 
 def _report_unexpected(error: BaseException) -> int:
     """Report an unexpected error and return the exit code."""
-    if isinstance(error, BrokenPipeError) and _is_output_closed():
+    lost = isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.EIO)
+    if lost and _is_output_closed():
         # Whoever ends a pipe with `head` has read enough, so there is nothing to tell.
         return EXIT_OUTPUT_CLOSED
     # A run converts a full disk into `Stopped`; here it happened with files of a sweep.
@@ -310,7 +311,7 @@ def _report_unexpected(error: BaseException) -> int:
 
 
 def _is_output_closed() -> bool:
-    """Return whether stdout is a pipe whose reader has gone."""
+    """Return whether stdout is a pipe whose reader has gone, or a terminal that was closed."""
     # Asked, because the pipe of a worker or a server may break as well, which is a failure.
     with suppress(OSError, ValueError):
         poll = select.poll()

@@ -5,7 +5,8 @@ program can filter them or add its own handlers. BENCH_LOG_LEVEL=INFO leaves out
 progress, WARNING the notes as well.
 """
 
-from bench.ui.messages import SILENT, Progress, clean, fail, note, says_notes, warn
+from bench.security import clean
+from bench.ui.messages import SILENT, Progress, fail, note, says_notes, warn
 from bench.ui.results import (
     console,
     draw_rows,

@@ -16,11 +16,11 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TextIO, TypeVar
+from typing import TYPE_CHECKING, Protocol, TextIO, TypeVar, cast
 
-from bench.security import redact
+from bench.security import clean, redact
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -33,34 +33,12 @@ PROGRESS_LEVEL = 15
 COLOURS = {logging.WARNING: "33", logging.ERROR: "31"}
 """ANSI colours of levels: yellow and red."""
 
-# A terminal executes control characters: ESC starts sequences that move the cursor, change the
-# window title or hide text. The bidirectional marks reorder what is read ("Trojan Source"), and
-# lone surrogates cannot be encoded.
-_REMOVED = dict.fromkeys(
-    code
-    for first, last in (
-        (0x00, 0x08),
-        (0x0B, 0x1F),
-        (0x7F, 0x9F),
-        (0x202A, 0x202E),
-        (0x2066, 0x2069),
-    )
-    for code in range(first, last + 1)
-)
-_REPLACED = dict.fromkeys(range(0xD800, 0xE000), "\N{REPLACEMENT CHARACTER}")
-_UNSAFE = {**_REMOVED, **_REPLACED}
-
 
 class MessageWriter(Protocol):
     """Where a message is written while a progress display is on the screen."""
 
     def write(self, line: str, level: int) -> None:
         """Write one clean line."""
-
-
-def clean(text: str) -> str:
-    """Return the text without control characters; tabs and line breaks stay."""
-    return text.translate(_UNSAFE)
 
 
 def progress_line(text: str, writer: MessageWriter) -> None:
@@ -320,6 +298,26 @@ class _Lines:
         progress_line(text, self)
 
 
+class _LenientStream:
+    """A stream that drops what it cannot write: progress that nobody sees must not end a run."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        # The terminal was closed, as at the end of an ssh connection.
+        with suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+
 class _TerminalBars:
     """One rich bar per phase; finished bars disappear."""
 
@@ -343,7 +341,9 @@ class _TerminalBars:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            console=Console(file=stream, stderr=stream is None, force_terminal=True),
+            console=Console(
+                file=cast("TextIO", _LenientStream(stream or sys.stderr)), force_terminal=True
+            ),
             transient=True,
         )
         self._tasks: dict[Phase, TaskID] = {}

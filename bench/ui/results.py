@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from bench.errors import EXIT_DONE
-from bench.ui.messages import clean
+from bench.security import clean
 
 # rich is imported by the functions that draw: `bench --help` and the launchers import this module.
 if TYPE_CHECKING:

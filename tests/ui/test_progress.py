@@ -1,5 +1,6 @@
 """Phases on a log file, a terminal and a notebook."""
 
+import errno
 import io
 import os
 import pty
@@ -28,6 +29,36 @@ def lines(stream):
     said = stream.getvalue().splitlines()
     assert all(line[2] == line[5] == ":" for line in said)
     return [line.partition(" ")[2] for line in said]
+
+
+class Closed(io.StringIO):
+    """A terminal that is closed in the middle of a run."""
+
+    closes = False
+
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        if self.closes:
+            raise OSError(errno.EIO, "Input/output error")
+        return super().write(text)
+
+
+def test_a_terminal_that_is_closed_does_not_end_the_run(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    terminal = Closed()
+    progress = ui.Progress(terminal)
+    with progress.phase("scoring", 2):
+        progress.step()
+        assert "scoring" in terminal.getvalue()
+        terminal.closes = True
+        with progress.phase("counting"):
+            progress.warn("nobody hears this")
+        progress.step()
+    with progress.phase("writing"):
+        pass
+    assert set(progress.seconds) == {"scoring", "counting", "writing"}
 
 
 def test_a_phase_is_one_line_in_a_log_file():
