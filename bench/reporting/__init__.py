@@ -1,1 +1,1 @@
-"""Output for readers. Modules here read records only and never touch a model."""
+"""Reports for readers. Modules here read only records and never touch a model."""

@@ -19,7 +19,7 @@ DEVICE_RATES = {"matrix_rate": ("matrix product", "FLOP/s"), "copy_bandwidth": (
 
 
 def print_costs(record: Record) -> None:
-    """Print the measured costs of a run, what is missing and why, and caveats."""
+    """Print the measured costs of a run, missing ones with reasons, and caveats."""
     scopes = measured_scopes(record)
     out = console()
     if not scopes:
@@ -28,8 +28,8 @@ def print_costs(record: Record) -> None:
         return
     threads = record.environment.get("threads")
     title = f"costs of {record.label}: {record.model.name}, run {record.id[:8]}, threads: {threads}"
-    # A column without a single value (energy without a meter, for instance) is left out, so that
-    # the table stays within the width of a terminal.
+    # Columns without any value (for instance energy without a meter) are left out, so that the
+    # table fits a terminal.
     columns = {
         heading: cell for heading, cell in COLUMNS.items() if _has_values(record, scopes, cell)
     }
@@ -37,7 +37,7 @@ def print_costs(record: Record) -> None:
     for scope in scopes:
         table.add_row(scope, *(cell(record, scope) for cell in columns.values()))
     out.print(table)
-    # soft_wrap: reasons are sentences, and rich would otherwise break them at the console width.
+    # soft_wrap, because rich would break the sentences at the console's width.
     for line in (*_size_lines(record), *_note_lines(record), *_missing_lines(record)):
         out.print(line, soft_wrap=True)
 
@@ -45,7 +45,7 @@ def print_costs(record: Record) -> None:
 def measured_scopes(record: Record) -> list[str]:
     """Return the scopes of measured calls in a record, in order of appearance."""
     # A scope is a stage followed by its shapes (`prefill 1x512`). The trailing space excludes
-    # scopes that are a stage alone or merely begin with the same letters.
+    # scopes without shapes and stages with a longer name.
     stages = tuple(f"{stage} " for stage in STAGES)
     quantities = ("latency", "peak_bytes", "energy")
     scopes = (c.scope for c in record.costs if c.quantity in quantities)
@@ -69,7 +69,7 @@ def format_duration(seconds: float) -> str:
 
 
 def _unit(seconds: float) -> tuple[float, str]:
-    """Return the number of seconds and the name of the unit that suits a time."""
+    """Return the factor and the name of the unit that suits a time."""
     return next(((f, u) for f, u in ((1.0, "s"), (1e-3, "ms")) if seconds >= f), (1e-6, "us"))
 
 
@@ -90,8 +90,7 @@ def _dense(record: Record, scope: str) -> str:
 
 def _median_and_range(cost: Cost, prefix: str) -> str:
     """Format the median with the 10th and 90th percentiles: 31.2 (30.9 to 33) ms."""
-    # The median chooses the unit for all three, so that the percentiles can be compared at a
-    # glance.
+    # The unit suits the median and is used for all three numbers, so that they can be compared.
     factor, unit = _unit(cost.parts[f"{prefix}p50"])
     low, middle, high = (cost.parts[f"{prefix}{name}"] / factor for name in ("p10", "p50", "p90"))
     return f"{middle:.3g} ({low:.3g} to {high:.3g}) {unit}"
@@ -146,7 +145,7 @@ def _energy(record: Record, scope: str) -> str:
 
 CostCell = Callable[["Record", str], str]
 
-# Headings in the order of the table. Stands below the functions because it names them.
+# Headings in the order of the table; defined below the functions that it names.
 COLUMNS: dict[str, CostCell] = {
     "median (p10 to p90)": _latency,
     "dense": _dense,
@@ -186,17 +185,17 @@ def _size_lines(record: Record) -> Iterator[str]:
 def _note_lines(record: Record) -> Iterator[str]:
     """Yield the explanation of each mark once."""
     noted = (c for c in record.costs if c.quantity in ("latency", "speedup"))
-    # A cost may carry several notes joined by "; ", and scopes share most of them.
+    # A cost may have several notes joined by "; ", and most notes apply to several scopes.
     notes = (note for c in noted if c.note for note in c.note.split("; "))
     for note in dict.fromkeys(notes):
         yield f"{MARK.strip()} {note}"
 
 
 def _missing_lines(record: Record) -> Iterator[str]:
-    """Yield one line per reason with everything that is missing for it."""
+    """Yield one line per reason, with all costs that are missing for it."""
     by_reason: dict[tuple[str, str], list[str]] = {}
     for gap in record.missing:
-        # The table shows the reason of a missing speed-up in its own cell.
+        # The reason of a missing speed-up is in its cell of the table.
         if gap.quantity not in ("speedup", "realised_speedup_fraction"):
             missing = " ".join(filter(None, (gap.how, gap.quantity.replace("_", " "))))
             by_reason.setdefault((missing, gap.reason), []).append(gap.scope)

@@ -1,4 +1,4 @@
-"""Images of questions, found again in the benchmark of a run and checked against it."""
+"""Images of questions, loaded again from a run's benchmark and checked against the run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Document(NamedTuple):
-    """One document of a task, and the SHA-256 of its images if the run has stored it."""
+    """One document of a task, and the SHA-256 of its images if the run recorded it."""
 
     task: str
     number: int
@@ -28,18 +28,18 @@ class Document(NamedTuple):
 def document_images(
     record: Record, documents: Collection[Document], plans: PlanCache
 ) -> dict[Document, Sequence[Image]]:
-    """Return the images of documents of a run's benchmark; `plans` keeps its data.
+    """Return the images of documents of a run's benchmark; `plans` caches its data.
 
-    Without a hash of the images, the fingerprint of the whole data set must be that of the run.
+    Without a recorded hash of the images, the fingerprint of the whole data set must match.
 
     Raises:
         MissingData: the benchmark's data are not on this machine and cannot be downloaded.
-        UserError: the images of a document differ from those of the run, the benchmark's tasks
-            bring code of their own, or its settings are damaged.
+        UserError: the images of a document have changed since the run, the benchmark's tasks
+            have their own code, or its settings are damaged.
     """
     if not documents:
         return {}
-    # No record can allow code to run, see `bench.runner.replay.recorded_config`.
+    # A record must not allow code to run; see `bench.runner.replay.recorded_config`.
     stored = {**record.config["benchmark"], "trust_code": False}
     try:
         benchmark = BenchmarkConfig.model_validate(stored)
@@ -56,7 +56,7 @@ def _checked_images(record: Record, document: Document, plan: PlannedBenchmark) 
         data = record.provenance.get("data", {}).get(task) or {}
         same = data.get("fingerprint") == plan.fingerprints.get(task)
     else:
-        # Here, since it imports transformers, for which no other comparison need wait.
+        # Imported here, because it imports transformers, which other comparisons do not need.
         from bench.evaluation.multimodal.prompts import image_hash
 
         same = image_hash(images) == expected

@@ -1,9 +1,8 @@
 """Leaderboard: groups of comparable runs, each run compared with its dense model.
 
 A setting is everything that must be equal for two runs to be compared: the weights, their dtype,
-the seed they were trained from, and the benchmark with its limits. Each run is compared with the
-dense run of its own setting, number by number, and only where the identity of the numbers is the
-same.
+the seed of their training, and the benchmark with its limits. Each run is compared with the dense
+run of its own setting, number by number, and only where the identities of the numbers match.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ FIRST_COSTS = ("flops", "seconds", "parameters")
 
 @dataclass(frozen=True)
 class HeadlineColumn:
-    """One headline number of a setting."""
+    """One headline number that runs of a setting have."""
 
     task: str
     metric: str
@@ -44,7 +43,7 @@ class HeadlineColumn:
 
 @dataclass(frozen=True)
 class CostColumn:
-    """One cost that runs of a setting report."""
+    """One cost that runs of a setting have."""
 
     scope: str
     quantity: str
@@ -63,8 +62,8 @@ class Setting:
 
     @property
     def first_cost(self) -> int | None:
-        """The position of the cost to plot first: FLOPs, else time, else parameters, else any."""
-        # FLOPs before time, since they do not depend on the machine of a run.
+        """Position of the cost to plot first: FLOPs, else time, else parameters, else any."""
+        # FLOPs before time, because they do not depend on the machine.
         quantities = [cost.quantity for cost in self.costs]
         preferred = (name for name in FIRST_COSTS if name in quantities)
         default = 0 if quantities else None
@@ -73,11 +72,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class LeaderboardRow:
-    """One run: its numbers in the order of its setting's tasks and costs.
+    """One run, with its numbers in the order of its setting's tasks and costs.
 
-    `dense` is the id of the setting's dense run. `values` holds pairs of value and standard error,
-    `answered` says beside each how many samples it is over if some have no answer, else nothing.
-    `retention` is the fraction of the dense score that is left. `label` tells the run from the
+    `dense` is the id of the setting's dense run. `values` are pairs of value and standard error;
+    `answered` states, for each, the number of samples if some have no answer, else it is empty.
+    `retention` is the retained fraction of the dense score. `label` distinguishes the run from
     others of its setting.
     """
 
@@ -92,7 +91,7 @@ class LeaderboardRow:
 
     @property
     def family(self) -> str:
-        """The methods' names without their ratios; `dense` or `untrained` if there are none."""
+        """The methods' names without ratios; `dense` or `untrained` if there are none."""
         return self.record.family
 
     @property
@@ -102,13 +101,13 @@ class LeaderboardRow:
 
     @property
     def real(self) -> bool:
-        """Whether costs can have fallen: not if zeroed, masked or unconfirmed."""
+        """Whether costs may be lower than the dense run's: not if zeroed, masked or unconfirmed."""
         return without_real_saving(self.record.methods) is None
 
 
 @dataclass(frozen=True)
 class Leaderboard:
-    """All runs, newest first, and the settings they belong to."""
+    """All runs, newest first, and the settings to which they belong."""
 
     settings: tuple[Setting, ...]
     rows: tuple[LeaderboardRow, ...]
@@ -118,8 +117,8 @@ def build_leaderboard(records: Iterable[Record]) -> Leaderboard:
     """Group records into settings and compare each with the dense run of its setting."""
     groups: dict[str, list[Record]] = defaultdict(list)
     keys: dict[str, dict[str, str]] = {}
-    # Newest first: `next` below then takes the newest dense run of a setting as its reference. The
-    # key is serialized, since a dictionary cannot be hashed.
+    # Newest first, so that `next` below selects the newest dense run of a setting. The key is
+    # serialized because dictionaries are not hashable.
     for record in sorted(records, key=lambda r: r.started, reverse=True):
         key = setting_key(record)
         keys[text := json.dumps(key, sort_keys=True)] = key
@@ -139,8 +138,8 @@ def build_leaderboard(records: Iterable[Record]) -> Leaderboard:
 
 
 def _setting(name: str, group: Sequence[Record]) -> Setting:
-    # Oldest first: where records disagree about a number, the newest one wins. The average moves to
-    # the front, since the first number is the setting's score.
+    # Oldest first, so that the newest record wins if records disagree about a number. The average
+    # is moved to the front, because the first number is the setting's score.
     tasks = {
         headline_key(m): _headline_column(m)
         for record in reversed(group)
@@ -152,7 +151,7 @@ def _setting(name: str, group: Sequence[Record]) -> Setting:
         (c.scope, c.quantity): CostColumn(c.scope, c.quantity, c.unit)
         for record in group
         for c in record.headline_costs
-        # Phases split the wall time of the run itself; they say nothing about the model.
+        # Phases of the wall time concern the run itself instead of the model.
         if not c.scope.startswith("phase ")
     }
     return Setting(
@@ -192,11 +191,11 @@ def _value(metric: Metric | None) -> tuple[float, float | None] | None:
 
 
 def _retention(record: Record, metric: Metric | None, dense: Record | None) -> float | None:
-    """Return the fraction of the dense score that is left; None where lower is better."""
+    """Return the retained fraction of the dense score; None if lower values are better."""
     before = dense.metric(metric.task) if dense and metric else None
     if metric is None or metric.value is None or dense is None or before is None:
         return None
-    # Where lower is better the ratio would read upside down; `bench compare` inverts it instead.
+    # If lower is better, the ratio would be misleading; `bench compare` inverts it instead.
     if not before.value or not metric.higher_is_better:
         return None
     if metric_identity(record, metric) != metric_identity(dense, before):

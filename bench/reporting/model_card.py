@@ -1,4 +1,4 @@
-"""README.md of an exported model: what it is, how to load it, how it was made."""
+"""README.md of an exported model: its origin, how to load it, and how it was made."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
 @dataclass(frozen=True)
 class Contents:
-    """What is in an exported folder: a format of `bench.models.saving`, and bytes of weight files.
+    """Contents of an exported folder: a format of `bench.models.saving`, and bytes of weights.
 
-    `removal` says how one width for all experts changed what the run had removed.
+    `removal` describes how equal widths of all experts affect the run's removal of weights.
     """
 
     form: str
@@ -62,8 +62,8 @@ class Contents:
 def model_card(record: Record, contents: Contents, loading: Sequence[str], *, stock: bool) -> str:
     """Return the model card of an exported run.
 
-    `loading` are the commands of the engines that load it, and `stock` tells whether transformers
-    has the network's class.
+    `loading` are the commands of the engines that load it; `stock` is true if transformers has the
+    network's class.
     """
     parts = (
         _front_matter(record),
@@ -78,7 +78,7 @@ def model_card(record: Record, contents: Contents, loading: Sequence[str], *, st
 def _front_matter(record: Record) -> str:
     """Return the YAML block that the Hugging Face hub reads."""
     lines = ["---", "library_name: transformers", "tags: [slimbench, model-compression]"]
-    # Only `owner/name` is a model on the hub; a local path must not be given as a base model.
+    # Only `owner/name` is a model on the hub; a local path is not valid as a base model.
     if _HUB_NAME.fullmatch(record.model.source):
         lines.append(f"base_model: {json.dumps(record.model.source)}")
     return "\n".join([*lines, "---", ""])
@@ -100,8 +100,8 @@ def _size_section(record: Record, contents: Contents) -> str:
 def _loading_section(form: str, loading: Sequence[str], stock: bool) -> str:
     if form == "classifier":
         return LOAD_CLASSIFIER
-    # Replaced modules need slimbench even where transformers has the network's class, so the format
-    # is checked before `stock`.
+    # Replaced modules need slimbench even if transformers has the network's class, so the format is
+    # checked before `stock`.
     if form == "slimbench":
         return LOAD_WITH_SLIMBENCH.format(why=REPLACED_MODULES_NOTE)
     if not stock:
@@ -113,7 +113,7 @@ def _loading_section(form: str, loading: Sequence[str], stock: bool) -> str:
 
 
 def _provenance_section(record: Record) -> str:
-    """Describe what was done to which weights, in enough detail to repeat it."""
+    """Return the origin of the weights and the changes to them, in enough detail to repeat them."""
     model = record.model
     revision = f" at {_code(model.revision)}" if model.revision else ""
     lines = [
@@ -137,8 +137,8 @@ def _provenance_section(record: Record) -> str:
 
 
 def _code(text: str) -> str:
-    """Return text of a record as code in one line, so that it is no Markdown of its own."""
+    """Return text of a record as code in one line, so that it is not interpreted as Markdown."""
     line = " ".join(clean(text).split())
-    # A fence longer than any row of backticks inside; spaces keep backticks at the ends apart.
+    # A fence longer than any row of backticks in the text; spaces separate backticks at its ends.
     fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
     return f"{fence}{line}{fence}" if len(fence) == 1 else f"{fence} {line} {fence}"

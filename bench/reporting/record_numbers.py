@@ -1,7 +1,7 @@
-"""Rules for reading the numbers of a record, shared by all reports.
+"""Rules for reading a record's numbers, shared by all reports.
 
-They say how a metric is shown, when two metrics are the same number, what was scored on what, and
-what the methods did to the weights.
+They determine how a metric is shown, when two metrics are comparable, and how to describe what was
+scored and what the methods did to the weights.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ PERCENT_METRICS = frozenset(
     | {"pope_accuracy", "pope_accuracy_mean", "pope_f1_score", "mmbench_accuracy"}
     | {"mme_perception_share"}
 )
-"""Metrics that are fractions and are shown in %."""
+"""Metrics that are fractions and shown in %."""
 NORMAL_QUANTILE = 1.959963984540054
-"""Half the width of a 95 % interval in standard errors: the 97.5 % quantile of the standard normal
-distribution. A constant, so that no report has to import scipy for it."""
+"""97.5 % quantile of the standard normal distribution, half of a 95 % interval in standard errors.
+A constant, so that reports do not have to import scipy."""
 HARNESS_LIBRARIES = {"lm_eval": "lm-eval", "lmms_eval": "lmms-eval", "images": "slimbench"}
-"""The library whose version is part of the identity, by harness."""
+"""Library whose version is part of a number's identity, by harness."""
 MAX_NAMED = 3
-"""Tasks or files that a heading names."""
+"""Maximum number of tasks or files named in a heading."""
 MODEL_KEYS = ("dtype", "max_length", "seed")
 BENCHMARK_KEYS = (
     "tasks", "metrics", "perplexity", "num_fewshot", "limit", "overlong", "allow_missing",
     "system_prompt", "ocr_tokens", "chat_template", "chat_template_args", "fewshot_as_multiturn",
     "think_end_token", "gen_kwargs",
 )  # fmt: skip
-"""Keys of the benchmark config that decide what is evaluated and what counts as an answer. Together
-with MODEL_KEYS, which decide what is loaded, they identify a setting."""
+"""Keys of the benchmark config that determine what is evaluated and what counts as an answer.
+Together with MODEL_KEYS, which determine what is loaded, they identify a setting."""
 USUAL: dict[str, object] = {
     "overlong": "truncate", "allow_missing": 0.0, "ocr_tokens": True, "chat_template": False,
     "chat_template_args": {}, "fewshot_as_multiturn": True, "think_end_token": None,
     "gen_kwargs": {},
 }  # fmt: skip
-"""Values of keys that headings and settings leave out."""
+"""Values of keys that are omitted in headings and settings."""
 HASH_DIGITS = 8
 MAX_DIFFERENCE_CHARS = 24
-"""Longer entries of a setting are named by their start and a hash."""
+"""Longer entries of a setting are represented by their start and a hash."""
 DIFFERING_KNOBS = 3
-"""Knobs that a label names at most."""
+"""Maximum number of knobs in a label."""
 MAX_KNOB_LENGTH = 24
 
 
@@ -60,7 +60,7 @@ def metric_scale(metric: str) -> tuple[float, int]:
 
 
 def metric_identity(record: Record, metric: Metric) -> dict[str, object]:
-    """Return everything that two comparable numbers must share, under the names users know."""
+    """Return everything that two comparable numbers must share, under names that users know."""
     harness = str(record.config["benchmark"].get("harness"))
     library = HARNESS_LIBRARIES.get(harness, harness)
     source = record.provenance.get("data", {}).get(metric.task) or {}
@@ -70,25 +70,25 @@ def metric_identity(record: Record, metric: Metric) -> dict[str, object]:
         "shots": metric.shots,
         "split": metric.split,
         "task version": metric.task_version,
-        # A harness changes prompts and scoring between releases without a new task version.
+        # A harness may change prompts and scoring between releases without a new task version.
         "harness": f"{library} {record.environment.get('versions', {}).get(library)}",
         "data fingerprint": source.get("fingerprint"),
-        # Numbers over different shares of the same samples are different numbers.
+        # Numbers over different subsets of the samples are not comparable.
         "samples": f"{metric.n} of {metric.n + metric.missing}" if metric.missing else metric.n,
     }
 
 
 def headline_key(metric: Metric) -> tuple[str, str, str, int]:
-    """Return what one row or column of a report stands for: numbers of one kind on one task."""
+    """Return the key of a report's row or column: numbers of one kind on one task."""
     return metric.task, metric.metric, metric.filter, metric.shots
 
 
 def setting_key(record: Record) -> dict[str, str]:
-    """Return everything two comparable runs must share, by name, without unset entries."""
+    """Return everything that two comparable runs must share, by name, without unset entries."""
     benchmark, model = record.config["benchmark"], record.config.get("model", {})
     data = record.provenance.get("data", {})
-    # One hash over the fingerprints of all tasks: a setting may have dozens of them, and a key has
-    # to stay short enough to name the setting by.
+    # One hash over the fingerprints of all tasks, because a setting may have dozens of them, and
+    # the key is also used to name it.
     prints = [data[task].get("fingerprint") for task in sorted(data)]
     entries = {
         "model": record.model.name,
@@ -99,8 +99,8 @@ def setting_key(record: Record) -> dict[str, str]:
         **{name: benchmark.get(name) for name in BENCHMARK_KEYS},
     }
     return {
-        # Unset entries are dropped, so that a record written before a key existed falls into the
-        # same setting as one where the key has its empty or usual default.
+        # Unset entries are dropped, so that records from before a key existed have the same setting
+        # as those with its default.
         name: value if isinstance(value, str) else json.dumps(value, sort_keys=True)
         for name, value in entries.items()
         if value not in (None, {}, []) and not (name in USUAL and value == USUAL[name])
@@ -108,7 +108,7 @@ def setting_key(record: Record) -> dict[str, str]:
 
 
 def question_key(record: Record) -> dict[str, str]:
-    """Return the setting of a run, in which weights drawn with several seeds are one model."""
+    """Return the setting of a run without its seed, so that all seeds of a model share it."""
     key = setting_key(record)
     if record.drawn:
         key.pop("seed", None)
@@ -117,7 +117,7 @@ def question_key(record: Record) -> dict[str, str]:
 
 
 def setting_names(plain: Sequence[str], keys: Sequence[dict[str, str]]) -> list[str]:
-    """Name each setting by its heading, plus the entries that differ between namesakes."""
+    """Name each setting by its heading, plus entries that differ between settings of this name."""
     names = []
     for name, key in zip(plain, keys, strict=True):
         others = [other for same, other in zip(plain, keys, strict=True) if same == name]
@@ -128,7 +128,7 @@ def setting_names(plain: Sequence[str], keys: Sequence[dict[str, str]]) -> list[
 
 
 def _shortened(text: str) -> str:
-    # The start of two long texts may be the same, and a hash of both is not.
+    # Two long texts may start alike, so a hash of the text is added.
     if len(text) <= MAX_DIFFERENCE_CHARS:
         return text
     return f"{text[: MAX_DIFFERENCE_CHARS - HASH_DIGITS - 1]} {_short_hash(text)}"
@@ -145,15 +145,15 @@ def model_text(record: Record) -> str:
         return record.model.name
     # Folders in different places may share a name.
     weights, folder = record.model.fingerprint[:HASH_DIGITS], PurePath(path).name
-    # A model that was given as a path is called by its folder or file already.
+    # The name of a model given as a path is its folder or file.
     known = record.model.name in (folder, PurePath(path).stem)
     return f"{record.model.name} ({'' if known else f'{folder} '}{weights})"
 
 
 def answered_text(metric: Metric) -> str:
-    """Return how many samples a number is over, if some have no answer; else nothing.
+    """Return the number of samples of a metric as a suffix, empty if none is missing.
 
-    An average is over tasks, of which `n` is the number, while rows of these tasks are missing.
+    For an average, `n` is the number of tasks and missing samples are those of these tasks.
     """
     if not metric.missing:
         return ""
@@ -163,10 +163,10 @@ def answered_text(metric: Metric) -> str:
 
 
 def benchmark_text(record: Record) -> str:
-    """Return the benchmark with all that tells two evaluations by it apart.
+    """Return the benchmark with everything that distinguishes two evaluations with it.
 
-    Embedded data and local files are named, since a benchmark's name is that of the real data; so
-    are shots, the limit, and what decides whether a long prompt or a task has a number.
+    Embedded data and local files are included, because a benchmark has the name of its real data.
+    So are shots, the limit, and the treatment of long prompts and missing answers.
     """
     benchmark = record.config["benchmark"]
     unasked = {AVERAGE, *benchmark.get("perplexity", {})}
@@ -188,15 +188,15 @@ def benchmark_text(record: Record) -> str:
 
 
 def scored_text(record: Record) -> str:
-    """Return model and benchmark as the heading of their numbers."""
+    """Return model and benchmark as a heading for their numbers."""
     return f"{model_text(record)} on {benchmark_text(record)}"
 
 
 def benchmark_names(records: Sequence[Record]) -> dict[str, str]:
-    """Return the benchmark of each run, by its id, so that equal names mean comparable numbers.
+    """Return the benchmark of each run by id, so that equal names mean comparable numbers.
 
-    Runs that share a heading and not all that decides what was scored (tasks, metrics, data) get
-    the entries in which they differ. Weights drawn with several seeds are one model.
+    Runs that share a heading but differ in what was scored (tasks, metrics, data) get the entries
+    in which they differ. All seeds of a model's weights count as the same model.
     """
     keys = [question_key(record) for record in records]
     names = setting_names([scored_text(record) for record in records], keys)
@@ -207,10 +207,10 @@ def benchmark_names(records: Sequence[Record]) -> dict[str, str]:
 
 
 def data_text(record: Record, task: str) -> str | None:
-    """Return what a task was scored on if that is not the real data set, else None.
+    """Return what a task was scored on if it is not the real data set, else None.
 
-    A file is named without its folder and with the start of its fingerprint, since files in
-    different places may share a name.
+    A file is represented by its name without folder and the start of its fingerprint, because files
+    in different places may share a name.
     """
     source = record.provenance.get("data", {}).get(task) or {}
     if source.get("origin") == "embedded":
@@ -222,12 +222,12 @@ def data_text(record: Record, task: str) -> str | None:
 
 
 def _origins(record: Record) -> Iterator[str]:
-    """Yield what tells the data of a run from the real data sets."""
+    """Yield what distinguishes the data of a run from the real data sets."""
     data = record.provenance.get("data", {})
     embedded = [task for task, source in data.items() if source.get("origin") == "embedded"]
     files = [task for task, source in data.items() if source.get("origin") == "file"]
     if embedded:
-        # With few others it is clearer to name the tasks.
+        # With only a few other tasks it is clearer to name the tasks.
         yield "embedded data" if len(embedded) == len(data) else f"embedded: {_listed(embedded)}"
     if files:
         named = [f"{task} from {data_text(record, task)}" for task in files]
@@ -240,14 +240,15 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def effect_text(methods: Sequence[AppliedMethod]) -> str:
-    """Return what was done to the weights, such as `removed+quantized`; empty if nothing was."""
+    """Return what was done to the weights, such as `removed+quantized`, or an empty string."""
     return "+".join(standing_effects(methods))
 
 
 def run_knobs(record: Record) -> dict[str, object]:
-    """Return what decides a run besides its model, its benchmark and its seed, by dotted name.
+    """Return what determines a run besides its model, benchmark and seed, by dotted name.
 
-    These are the knobs of its methods, and the settings of the text and pictures that they read.
+    These are the knobs of its methods, and the settings of calibration text and images that they
+    read.
     """
     found = {
         name: value
@@ -255,18 +256,18 @@ def run_knobs(record: Record) -> dict[str, object]:
         for name, value in _dotted(method.name, method.config)
     }
     for group in ("calibration", "prompts"):
-        # A config has both groups whether or not a method reads them; the provenance tells.
+        # A config has both groups whether or not a method reads them, which the provenance shows.
         settings = record.config.get(group)
         if record.provenance.get(group) is None or not isinstance(settings, dict):
             continue
-        # A source of the same name says nothing more than the name.
+        # A source that equals the name adds nothing.
         unsaid = {"seed", *(("source",) if settings.get("source") == settings.get("name") else ())}
         found |= {f"{group}.{key}": each for key, each in settings.items() if key not in unsaid}
     return found
 
 
 def _dotted(name: str, value: object) -> Iterator[tuple[str, object]]:
-    """Yield the entries of a mapping one by one, as those of a recipe."""
+    """Yield the entries of a mapping separately, such as those of a recipe."""
     if isinstance(value, dict) and value:
         for key, inner in value.items():
             yield from _dotted(f"{name}.{key}", inner)
@@ -275,15 +276,15 @@ def _dotted(name: str, value: object) -> Iterator[tuple[str, object]]:
 
 
 def differing_names(knobs: Sequence[Mapping[str, object]]) -> dict[str, str]:
-    """Return the dotted knobs in which runs differ, with the name that tells each from the others.
+    """Return the dotted knobs in which runs differ, each with the shortest distinct name.
 
-    That is its last part where it suffices, else the whole.
+    The name is the knob's last part if that is sufficient, else the whole dotted name.
     """
     names = dict.fromkeys(name for each in knobs for name in each)
     differing = [n for n in names if any(each.get(n) != knobs[0].get(n) for each in knobs)]
     tails = {name: name.rpartition(".")[2] for name in differing}
     shared = Counter(tails.values())
-    # Of what is read, `rows` alone would not say what has them.
+    # A bare `rows` would not show whether it belongs to calibration text or prompts.
     inputs = ("calibration.", "prompts.")
     return {
         name: name if shared[tail] > 1 or name.startswith(inputs) else tail
@@ -292,7 +293,7 @@ def differing_names(knobs: Sequence[Mapping[str, object]]) -> dict[str, str]:
 
 
 def distinct_labels(group: Sequence[Record]) -> dict[str, str]:
-    """Return the label of each run by id; runs of equal labels also say the knobs that differ."""
+    """Return the label of each run by id; equal labels are extended by the knobs that differ."""
     alike: dict[str, list[Record]] = defaultdict(list)
     for record in group:
         alike[record.label].append(record)
@@ -307,9 +308,9 @@ def distinct_labels(group: Sequence[Record]) -> dict[str, str]:
 
 
 def differing_settings(group: Sequence[Record]) -> dict[str, str]:
-    """Return, by id, the first settings in which each run differs from the others; empty if none.
+    """Return, by id, the first settings in which each run differs from the others, if any.
 
-    All that decides a run by its config counts, not only what its methods read.
+    All settings in the config that determine a run count, even if its methods do not read them.
     """
     settings = [
         run_knobs(record)
@@ -318,7 +319,7 @@ def differing_settings(group: Sequence[Record]) -> dict[str, str]:
             for key in dict.fromkeys(["seed", "benchmark", *record.config])
             if key not in UNTELLING
             for name, value in _dotted(key, record.config.get(key))
-            # Of `auto` and what it stands for, the results are the same.
+            # `auto` gives the same results as the value that it resolves to.
             if name != "model.device"
         }
         for record in group
@@ -335,16 +336,16 @@ UNTELLING = frozenset({
     "calibration", "force", "keep_weights", "method", "objective", "offline", "packages", "prompts",
     "ratio", "results_dir", "threads", "tracker",
 })  # fmt: skip
-"""Parts of a config that do not decide a result, or whose knobs are those of the methods."""
+"""Parts of a config that do not affect results, or that are covered by the methods' knobs."""
 
 
 def _knob_texts(record: Record) -> dict[str, str]:
-    """Return what can differ between runs of one label, as short texts."""
+    """Return the settings that may differ between runs of one label, as short texts."""
     knobs = {**run_knobs(record), "seed": record.config.get("seed")}
     return {key: _shortened_knob(str(value)) for key, value in knobs.items()}
 
 
 def _shortened_knob(text: str) -> str:
-    # Most are a number or a word; looking for words takes longer than all else about a label.
+    # Most values are numbers or single words, for which the search below is skipped to save time.
     plain = len(text) <= MAX_KNOB_LENGTH and text.isalnum()
     return text if plain else textwrap.shorten(text, MAX_KNOB_LENGTH)

@@ -1,4 +1,4 @@
-"""A search as its sweeper writes it: objectives and trials, read from a sweep's folder."""
+"""Searches: objectives and trials, read from the file that a sweeper writes into its folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, TypeAdapter
 
-# pydantic needs this one below Python 3.12.
+# Below Python 3.12, pydantic requires this TypedDict.
 from typing_extensions import TypedDict
 
 from bench.errors import UserError
@@ -19,12 +19,12 @@ from bench.sweeps.plan import SWEEPS
 
 
 class TrialReport(TypedDict):
-    """One trial of a search, as the sweeper writes it."""
+    """One trial of a search, as written by the sweeper."""
 
     run: str | None
     state: str
     front: bool
-    # Of a trial that failed there are none.
+    # Empty if the trial failed.
     values: Annotated[list[float], BeforeValidator(lambda values: values or [])]
     params: dict[str, object]
 
@@ -62,16 +62,16 @@ def _parsed(path: Path) -> StudyReport:
 
 @dataclass(frozen=True)
 class Study:
-    """A search and the names of all sweeps that added trials to it, the newest first."""
+    """A search, and the names of all sweeps that added trials to it, newest first."""
 
     report: StudyReport
     sweeps: tuple[str, ...]
 
 
 def studies_in(results_dir: Path) -> list[Study]:
-    """Return every search of a results folder, the newest first; a damaged one with a warning."""
+    """Return every search of a results folder, newest first; warn about damaged ones."""
     found: dict[str, Study] = {}
-    # A sweep's folder is named by its start, so that the reverse order is the newest first.
+    # Folders are named by their start time, so that the reverse order is newest first.
     for path in sorted((results_dir / SWEEPS).glob(f"*/{STUDY_FILE}"), reverse=True):
         sweep = path.parent.name
         try:
@@ -79,16 +79,16 @@ def studies_in(results_dir: Path) -> list[Study]:
         except (OSError, ValueError) as error:
             warn_once(path, error)
             continue
-        # Each sweep of a study writes all of its trials, those of earlier sweeps included.
+        # Each sweep of a study writes all of its trials, including those of earlier sweeps.
         newest = found.get(report["study"], Study(report, ()))
         found[report["study"]] = Study(newest.report, (*newest.sweeps, sweep))
     return list(found.values())
 
 
 def pareto_trials(study: StudyReport) -> list[dict[str, object]]:
-    """Return one row per Pareto-optimal trial, the best in the first objective first."""
+    """Return one row per Pareto-optimal trial, sorted by the first objective, best first."""
     best = [trial for trial in study["trials"] if trial["front"]]
-    # Optuna keeps each objective in its own direction; the sign makes ascending order best first.
+    # Optuna stores objectives in their own direction; the sign makes ascending order best first.
     sign = -1.0 if next(iter(study["objectives"].values())) == "maximize" else 1.0
     best.sort(key=lambda trial: sign * float(trial["values"][0]))
     return [
@@ -102,9 +102,9 @@ def pareto_trials(study: StudyReport) -> list[dict[str, object]]:
 
 
 def best_so_far(study: StudyReport, objective: str) -> list[float | None]:
-    """Return the best value of an objective after each trial, None before the first one.
+    """Return the best value of an objective after each trial, None before the first value.
 
-    Trials that failed or were stopped early have no value and leave it as it is.
+    Trials that failed or were stopped early have no value and do not change the best one.
     """
     place = list(study["objectives"]).index(objective)
     choose = max if study["objectives"][objective] == "maximize" else min

@@ -34,27 +34,27 @@ if TYPE_CHECKING:
     from bench.records import Cost, Metric, Record
 
 MAX_RUNS_PER_TABLE = 7
-"""Wider tables are hard to read even where the terminal is wide enough."""
+"""Wider tables are hard to read even if the terminal is wide enough."""
 SIZES = ("parameters", "nonzero_parameters", "bytes")
 WORK_UNITS = {
     "flops": "FLOP",
     "cache_bytes": "B in the cache",
-    # Not in turn with the dense model, on whatever the machine was doing: no basis of a claim.
+    # Not interleaved with the dense model and possibly on a busy machine, so no basis of a claim.
     "seconds": "s, alone",
     "method_seconds": "s in the method, alone",
 }
-"""Costs of one forward or prefill, with their units; the scope of such a cost holds its shapes."""
+"""Costs of one forward or prefill, with their units; their scopes include shapes."""
 HEADLINE_STAGES = (FORWARD, PREFILL, DECODE)
-"""Stages whose speed-up is shown in the summary; the table of costs has all of them."""
+"""Stages whose speed-up is in the summary; the table of costs has all of them."""
 
 
 def print_summary(records: Sequence[Record], reused: int = 0) -> None:
     """Print scores in % with standard errors, perplexities, parameters and work.
 
-    A table of costs follows for each run in which costs were measured.
+    A table of costs follows for each run with measured costs.
 
-    Runs of one model that are evaluated in the same way share a table. Runs beyond the seventh, or
-    beyond the width of the terminal, continue in further tables, so that no number is cut.
+    Runs of one model that are evaluated in the same way share a table. A table has at most seven
+    runs, or as many as fit the terminal; further runs continue in further tables.
     """
     if not records:
         return
@@ -72,11 +72,11 @@ def print_summary(records: Sequence[Record], reused: int = 0) -> None:
 
 
 def _alike(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
-    """Return the runs whose numbers may stand side by side, under a heading of their own."""
+    """Return groups of runs with comparable numbers, each with a heading."""
     groups: dict[str, list[Record]] = defaultdict(list)
     keys: dict[str, dict[str, str]] = {}
     for record in records:
-        # Runs that differ in their headline metrics have rows of their own in one table.
+        # Runs with different headline metrics share a table, in which they have different rows.
         key = {name: part for name, part in setting_key(record).items() if name != "metrics"}
         plain = scored_text(record)
         keys[text := json.dumps([plain, key], sort_keys=True)] = key
@@ -124,14 +124,14 @@ def _table(title: str, records: Sequence[Record], labels: Mapping[str, str]) -> 
 
 
 def _heading(label: str) -> str:
-    """Break a label into lines, which keeps columns narrow: methods, ratio, knobs that differ."""
+    """Break a label into lines to keep columns narrow: methods, ratio, knobs that differ."""
     name, *knobs = label.split(", ")
     return "\n".join([*name.rsplit(" ", 1), *knobs])
 
 
 @dataclass(frozen=True)
 class _HeadlineRow:
-    """What one row of scores stands for; `parts` are the numbers that an average is of."""
+    """Key of a row of scores; `parts` are the numbers of which an average is the mean."""
 
     task: str
     metric: str
@@ -167,11 +167,11 @@ def _headline_row(record: Record, metric: Metric) -> _HeadlineRow:
 
 
 def _row_title(row: _HeadlineRow, metric: Metric, rows: Sequence[_HeadlineRow]) -> str:
-    """Return task, metric, unit and n, and what tells the row from others of this metric."""
+    """Return task, metric, unit and n, and what distinguishes rows of the same metric."""
     same = [other for other in rows if (other.task, other.metric) == (row.task, row.metric)]
     through = f",{row.filter}" if len({other.filter for other in same}) > 1 else ""
     percent = " %" if row.metric in PERCENT_METRICS else ""
-    # A cell says how many samples are missing; the title counts all of them.
+    # A cell states the number of missing samples; the title counts all of them.
     n = metric.n if row.task == AVERAGE else metric.n + metric.missing
     shots = f", {row.shots}-shot" if len({other.shots for other in same}) > 1 else ""
     own = sorted(row.parts - frozenset.intersection(*(other.parts for other in same)))
@@ -196,7 +196,7 @@ def _size_cell(record: Record, name: str) -> str:
 
 
 def _work_columns(records: Sequence[Record]) -> dict[tuple[str, str], str]:
-    """Return scope and quantity of every work cost that any run has, with its unit."""
+    """Return scope and quantity of every work cost of any run, with its unit."""
     return {
         (cost.scope, cost.quantity): WORK_UNITS[cost.quantity]
         for record in records
@@ -206,16 +206,16 @@ def _work_columns(records: Sequence[Record]) -> dict[tuple[str, str], str]:
 
 
 def _is_superseded(cost: Cost, record: Record) -> bool:
-    """Whether a quick time taken while counting is superseded by a careful latency measurement."""
+    """Return whether a latency measurement replaces a time that was taken while counting."""
     return cost.quantity.endswith("seconds") and bool(record.cost("latency", cost.scope))
 
 
 def _work_cell(record: Record, name: str, scope: str) -> str:
-    """Format one cost; a time is not shown for runs whose weights are only masked or zeroed."""
+    """Format one cost; times are not shown for runs whose weights are only masked or zeroed."""
     cost = record.cost(name, scope)
     if cost is not None and name.endswith("seconds"):
-        # Masked or zeroed weights are still multiplied, so a shorter time would be noise and would
-        # read as a speed-up.
+        # Computations still use masked or zeroed weights, so a shorter time would be noise that
+        # looks like a speed-up.
         return without_real_saving(record.methods) or f"{cost.value:.4f}"
     return format_quantity(cost.value if cost else None)
 

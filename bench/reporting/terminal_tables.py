@@ -1,4 +1,4 @@
-"""Tables of a terminal: one look, and as many columns at a time as fit its width."""
+"""Tables for a terminal: a common style, and as many columns at a time as fit its width."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ UNBOUNDED_WIDTH = 100_000
 def terminal_table(headings: Iterable[str], title: str | None = None, labels: int = 1) -> Table:
     """Return an empty table: `labels` columns without a heading, then right-aligned numbers."""
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", show_edge=False)
-    # "fold" everywhere: rich would otherwise cut a cell that is too wide, and a cut number is a
-    # wrong number.
+    # "fold" everywhere, because rich would otherwise truncate wide cells, and a truncated number is
+    # a wrong number.
     for _ in range(labels):
         table.add_column("", overflow="fold")
     for heading in headings:
@@ -25,12 +25,12 @@ def terminal_table(headings: Iterable[str], title: str | None = None, labels: in
 
 
 def widest_fitting(build: Callable[[int], Table], most: int, out: Console) -> tuple[Table, int]:
-    """Return the table of the most columns that fit the console, at least one, and their number.
+    """Return the widest table that fits the console, and its number of columns, at least one.
 
-    `build` makes the table of a given number of columns.
+    `build` makes the table with a given number of columns.
     """
-    # rich clamps a measurement to the console's width, so that every table would seem to fit;
-    # measured without a bound, the width is the one the table really needs.
+    # rich limits a measurement to the console's width, so every table would seem to fit. Measured
+    # without a limit, the width is the one that the table needs.
     unbounded = out.options.update(max_width=UNBOUNDED_WIDTH)
     for count in range(most, 1, -1):
         table = build(count)

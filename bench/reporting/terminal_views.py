@@ -1,4 +1,4 @@
-"""Lists, one record and a search on a terminal."""
+"""Lists, single records and searches on a terminal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def list_configs(group: str) -> list[dict[str, object]]:
     """Return the shipped and third-party configs of a group with their first comment line."""
-    # Hydra takes long to import and only this listing needs it.
+    # Imported here, because Hydra is slow to import and only this list needs it.
     from bench.config.composition import config_names
 
     return [{group: name, "about": describe_config(group, name)} for name in config_names(group)]
@@ -34,7 +34,7 @@ def list_runs(results_dir: Path) -> list[dict[str, object]]:
     store = Store(results_dir)
     rows = _indexed_runs(store)
     listed = {row["run"] for row in rows}
-    # What the index does not hold is unreadable, or has no metric; either is read, for the reason.
+    # Records without rows in the index are unreadable or have no metric; both are read here.
     others = [store.find(run) for run in store.ids() if run not in listed]
     rows += [_run_row(record) for record in others if record is not None]
     rows.sort(key=lambda row: str(row["started"]))
@@ -46,14 +46,14 @@ def list_runs(results_dir: Path) -> list[dict[str, object]]:
 
 SHOWN_DIGITS = 8
 MAX_ALIKE = 300
-"""Runs, the newest, whose files are read to tell those of one name apart."""
+"""Maximum number of runs, newest first, that are read to distinguish those of equal names."""
 MINUTE = slice(len("2026-"), len("2026-11-29T20:04"))
 
 
 def shown_runs(rows: Sequence[dict[str, object]], store: Store) -> list[dict[str, object]]:
-    """Return the rows of `list_runs` as a terminal shows them: ids and times short.
+    """Return the rows of `list_runs` as shown on a terminal, with short ids and times.
 
-    Runs of one model, method and benchmark say the settings in which they differ.
+    Runs of the same model, method and benchmark get the settings in which they differ.
     """
     differing = _told_apart(rows, store)
     short = {str(row["run"])[:SHOWN_DIGITS] for row in rows}
@@ -72,7 +72,7 @@ def shown_runs(rows: Sequence[dict[str, object]], store: Store) -> list[dict[str
 
 
 def _told_apart(rows: Sequence[dict[str, object]], store: Store) -> dict[str, str]:
-    """Return, by id, in what runs differ that share model, method and benchmark."""
+    """Return, by id, how runs with the same model, method and benchmark differ."""
     alike: dict[tuple[object, ...], list[str]] = defaultdict(list)
     for row in reversed(rows):
         alike[row["model"], row["method"], row["benchmark"]].append(str(row["run"]))
@@ -87,7 +87,7 @@ def _told_apart(rows: Sequence[dict[str, object]], store: Store) -> dict[str, st
 
 
 def _indexed_runs(store: Store) -> list[dict[str, object]]:
-    """Return a row per record with metrics, from the index: thousands of files take seconds."""
+    """Return a row per record with metrics from the index, because reading all files is slow."""
     from bench.records.index import index_table
     from bench.records.record import AVERAGE
 
@@ -119,7 +119,7 @@ def _indexed_runs(store: Store) -> list[dict[str, object]]:
         if task == AVERAGE:
             row["average"] = value
     for run, own in scores.items():
-        # As in figures: a run of one task has no average and is represented by that task.
+        # A run of one task has no average and is represented by that task, as in figures.
         found[run]["score"] = next(iter(own.values())) if len(own) == 1 else own.get(AVERAGE)
     return list(found.values())
 
@@ -151,22 +151,22 @@ def _benchmark(record: Record) -> str | None:
 
 
 DESCRIBING_LINES = 2
-"""Lines of comment in which the first sentence of a config ends."""
+"""Maximum number of comment lines for the first sentence of a config."""
 
 
 def describe_config(group: str, name: str) -> str:
-    """Return the first comment of a config file, which describes it."""
+    """Return the first sentence of the comment at the top of a config file, its description."""
     file = config_file(group, name)
     if file is None:
-        # A plug-in's class is described by its docstring; importing it only to list it is not due.
+        # A plug-in's class is not imported for its docstring only to list it.
         return f"{target}, a plug-in" if (target := active().methods.get(name)) else ""
     comments = [
         line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("# ")
     ]
-    # Hydra reads `# @package ...` in the first line; it is a directive and no description.
+    # Hydra reads `# @package ...` in the first line, which is a directive.
     described = [line for line in comments if not line.startswith("# @package")]
     text = " ".join(line.removeprefix("# ") for line in described[:DESCRIBING_LINES])
-    # The first sentence may continue in the next line; a point within a word does not end it.
+    # The first sentence may continue on the next line; a full stop inside a word does not end it.
     sentence = re.match(r".*?\.(?= |$)", text)
     first = described[0].removeprefix("# ") if described else ""
     return sentence[0] if sentence else first
@@ -196,13 +196,13 @@ def print_record(record: Record) -> None:
         if method.name in lost:
             out.print(f"  {lost[method.name]}", soft_wrap=True)
     draw_rows([_metric_row(record, index) for index in range(len(record.metrics))], "metrics")
-    # Only what was found: rows of zeros would hide it.
+    # Only nonzero counts, which would be hard to find among rows of zeros.
     names = ("truncated", "spanning", "tied", "repeated_examples")
     counts = [each.model_dump(include={"task", "documents", *names}) for each in record.evidence]
     caveats = [row for row in counts if any(row[name] for name in names)]
     if caveats:
         draw_rows(caveats, "documents with caveats")
-    # Parts and notes are too wide for this table; `print_costs` shows the ones that matter.
+    # Parts and notes are too wide for this table; `print_costs` shows those that matter.
     rows = [c.model_dump(exclude={"parts", "note"}) for c in record.costs]
     draw_rows(rows, "all costs")
     print_costs(record)
@@ -216,7 +216,7 @@ def _metric_row(record: Record, index: int) -> dict[str, object]:
 
 
 def print_search(folder: Path) -> None:
-    """Print the Pareto set of a search and write `pareto.csv` and `pareto.svg` next to its jobs."""
+    """Print the Pareto set of a search and write `pareto.csv` and `pareto.svg` into its folder."""
     study = read_study(folder)
     rows = pareto_trials(study)
     draw_rows(rows, title=f"study {study['study']}: Pareto-optimal trials")
@@ -238,7 +238,7 @@ def plot_trials(study: StudyReport, path: Path) -> bool:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    # Not pyplot, which would choose a GUI backend and keep the figure in global state.
+    # Not pyplot, which would select a GUI backend and keep the figure in global state.
     figure = Figure(figsize=(6, 4), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.add_subplot()

@@ -37,7 +37,7 @@ RUN_COLUMNS = (
     "retention",
 )
 ANSWERED = "answered"
-"""Column beside a score that says how many samples it is over, where answers are missing."""
+"""Column beside a score with the number of its samples, if answers are missing."""
 
 
 def sync_all(
@@ -51,8 +51,8 @@ def sync_all(
 ) -> Iterator[tuple[str, str | None]]:
     """Send all records and one overview per project; yield each name and its error, if any.
 
-    With `workspace`, a saved view of each project as well. `entities` are those that the person at
-    the keyboard allows; see `tracker_of`.
+    With `workspace`, a saved view of each project is sent as well. `entities` are those that the
+    user allows; see `tracker_of`.
     """
     yield from sync_runs(store, records, entities)
     projects: dict[TrackerConfig, list[Record]] = defaultdict(list)
@@ -70,7 +70,7 @@ def sync_runs(
     store: Store, records: Sequence[Record], entities: Collection[str] = ()
 ) -> Iterator[tuple[str, str | None]]:
     """Send records; yield each id with one sentence if sending failed."""
-    # Against all records: the dense run of a setting may not be among those that are sent.
+    # From all records, because the dense run of a setting may not be among those to send.
     ratios = {row.record.id: row.retention for row in build_leaderboard(store.all()).rows}
     for record in records:
         try:
@@ -81,17 +81,17 @@ def sync_runs(
 
 
 def tracker_of(record: Record, entities: Collection[str] = ()) -> TrackerConfig:
-    """Return where a record is sent: its own tracker settings, always with kind `wandb`.
+    """Return where to send a record: its own tracker settings, always with kind `wandb`.
 
     Raises:
-        UserError: the settings are not valid, or name an entity that is not allowed.
+        UserError: the settings are invalid, or name an entity that is not allowed.
     """
-    # A run without a tracker is sent as well: the user asked for all records to be in W&B.
+    # Runs without a tracker are sent as well, because the user asks for all records in W&B.
     try:
         config = TrackerConfig(**{**record.config.get("tracker", {}), "kind": "wandb"})
     except (ValidationError, TypeError):
         raise UserError(f"run {record.id} is not sent: its tracker settings are damaged") from None
-    # A record may come from somebody else, and its overview holds everybody's records.
+    # A record may be untrusted, and its project's overview contains all records.
     if config.entity not in (None, os.environ.get("WANDB_ENTITY"), *entities):
         raise UserError(
             f"run {record.id} is not sent: it names the W&B entity {config.entity!r}, which no "
@@ -103,7 +103,7 @@ def tracker_of(record: Record, entities: Collection[str] = ()) -> TrackerConfig:
 def build_overview(
     leaderboard: Leaderboard, page: Path | None, tables: Sequence[Table] = ()
 ) -> Overview:
-    """Return the leaderboard, one Pareto plot per setting, and the papers' tables as plain rows."""
+    """Return the leaderboard, a Pareto plot per setting, and the papers' tables, as plain rows."""
     plots = (_scatter(leaderboard, index) for index in range(len(leaderboard.settings)))
     return Overview(
         leaderboard=_leaderboard_rows(leaderboard),
@@ -115,8 +115,8 @@ def build_overview(
 
 def _leaderboard_rows(leaderboard: Leaderboard) -> WandbTable:
     """Return one row per run, with a column for every headline number and cost of any setting."""
-    # Settings differ in tasks and costs, and W&B wants one rectangular table: the columns are the
-    # union in order of appearance, and cells a setting does not have stay empty.
+    # Settings differ in tasks and costs, but W&B requires a rectangular table: the columns are the
+    # union in order of appearance, and cells without a value are empty.
     settings = leaderboard.settings
     kinds = Counter(task for task, _, _ in {_kind(c) for s in settings for c in s.tasks})
     names = [[_score_name(column, kinds) for column in setting.tasks] for setting in settings]
@@ -149,7 +149,7 @@ def _kind(column: HeadlineColumn) -> tuple[str, str, str]:
 
 
 def _score_name(column: HeadlineColumn, kinds: Mapping[str, int]) -> str:
-    """Return the task, with metric and filter if settings differ in these."""
+    """Return the task, with metric and filter if settings differ in them."""
     several = kinds[column.task] > 1
     return f"{column.task} {column.metric},{column.filter}" if several else column.task
 
@@ -170,7 +170,7 @@ def _score(value: tuple[float, float | None] | None) -> float | None:
 
 
 def _scatter(leaderboard: Leaderboard, index: int) -> ScatterPlot | None:
-    """Return the score of a setting's runs against its first cost; None without either."""
+    """Return the scores of a setting's runs against its first cost; None if either is missing."""
     setting = leaderboard.settings[index]
     at = setting.first_cost
     if not setting.tasks or at is None:

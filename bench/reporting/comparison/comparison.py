@@ -1,4 +1,4 @@
-"""Baseline, pairs of numbers that may be subtracted, the family of tests."""
+"""Choice of a baseline, pairing of comparable numbers, and correction for multiple tests."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class ComparedRun:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Candidates against one baseline; `refused` states, one sentence each, what was not paired."""
+    """Candidates against one baseline; `refused` has one sentence per number that is not paired."""
 
     baseline: Record
     candidates: tuple[Record, ...]
@@ -84,7 +84,7 @@ def compare(baseline: ComparedRun, candidates: Sequence[ComparedRun]) -> Compari
     """Compare every candidate with the baseline, per task and on average.
 
     Raises:
-        UserError: not a single number of any candidate can be compared.
+            UserError: no number of any candidate can be compared.
     """
     contrasts: list[Contrast] = []
     refused: list[str] = []
@@ -95,8 +95,8 @@ def compare(baseline: ComparedRun, candidates: Sequence[ComparedRun]) -> Compari
     if not contrasts:
         reason = refused[0] if refused else "the runs have no task in common"
         raise UserError(f"nothing to compare: {reason}")
-    # Averages are a family of their own: they are computed from the samples of the tasks, and would
-    # make the correction of every task harsher without adding evidence.
+    # Averages are a separate family: they are computed from the samples of the tasks, and would
+    # make the correction of every task stricter without adding evidence.
     corrected = _holm_corrected(_holm_corrected(contrasts, average=True), average=False)
     records = tuple(candidate.record for candidate in candidates)
     return Comparison(baseline.record, records, tuple(corrected), tuple(dict.fromkeys(refused)))
@@ -106,8 +106,8 @@ def _holm_corrected(contrasts: list[Contrast], *, average: bool) -> list[Contras
     """Apply Holm's correction to one family of tests: the averages, or everything else."""
     family = [c for c in contrasts if c.p is not None and (c.task == AVERAGE) == average]
     adjusted = holm([c.p for c in family if c.p is not None])
-    # By object identity: two contrasts with equal fields are still two tests, and `replace` below
-    # needs to find each of them again.
+    # By object identity, because contrasts with equal fields are still different tests, and
+    # `replace` below must find each of them.
     p_by_test = dict(zip(map(id, family), adjusted, strict=True))
     return [replace(c, p_holm=p_by_test[id(c)]) if id(c) in p_by_test else c for c in contrasts]
 
@@ -118,7 +118,7 @@ class _RunPair:
     def __init__(self, baseline: ComparedRun, candidate: ComparedRun) -> None:
         self.baseline, self.candidate = baseline, candidate
         self.refused: list[str] = []
-        # A generator per candidate: naming one more leaves the intervals of the others as they are.
+        # A generator per candidate, so that another candidate does not change the intervals.
         self._generator = np.random.default_rng(SEED)
         self._paired: dict[tuple[str, str], PairedScores | None] = {}
 
@@ -131,12 +131,12 @@ class _RunPair:
             if (other := self.candidate.record.metric(base.task)) is not None
         ]
         self._name_unshared()
-        # Tasks before the average, whose draws reuse those of its tasks.
+        # Tasks before the average, which reuses their draws.
         found = [c for base, other in tasks if (c := self._task(base, other)) is not None]
         return [*self._average(), *found]
 
     def _name_unshared(self) -> None:
-        """Record the tasks that one of the runs alone has scored, which no row would show."""
+        """Record the tasks that only one of the runs scored, because no row would show them."""
         records = (self.baseline.record, self.candidate.record)
         names = [
             {m.task: None for m in record.metrics if m.headline and m.task != AVERAGE}
@@ -144,13 +144,13 @@ class _RunPair:
         ]
         for record, own, others in zip(records, names, reversed(names), strict=True):
             alone = [task for task in own if task not in others]
-            # Runs without a task in common are refused whole, in a sentence of their own.
+            # Runs without common tasks are refused as a whole, with a message of their own.
             if alone and len(alone) < len(own):
                 only = f"only run {record.id[:8]} has scored it"
                 self.refused.append(f"{', '.join(alone)}: not compared, since {only}")
 
     def _task(self, base: Metric, other: Metric) -> Contrast | None:
-        """Contrast one headline metric; None if the two numbers may not be subtracted."""
+        """Contrast one headline metric; return None if the numbers are not comparable."""
         if not self._same(base, other):
             return None
         paired = self._pair(base, other)
@@ -168,7 +168,7 @@ class _RunPair:
         return unpaired_contrast(run, base, base.value, other.value)
 
     def _same(self, base: Metric, other: Metric) -> bool:
-        """Whether two numbers may be subtracted; if not, record the reason."""
+        """Return whether two numbers are comparable; if not, record the reason."""
         baseline, candidate = self.baseline, self.candidate
         reason = identity_mismatch((baseline.record, base), (candidate.record, other))
         reason = reason or sample_mismatch(baseline.samples, candidate.samples, base)
@@ -179,9 +179,9 @@ class _RunPair:
         return reason is None
 
     def _pair(self, base: Metric, other: Metric) -> PairedScores | None:
-        """Pair two numbers of one identity; None if the samples do not reproduce them."""
+        """Pair two comparable numbers; return None if the samples do not reproduce them."""
         key = (base.task, base.metric)
-        # Cached: the average must use the very resamples that its tasks were reported with, and
+        # Cached, because the average must use the resamples that were reported for its tasks, and
         # drawing again would advance the generator.
         if key not in self._paired:
             baseline = unit_scores(self.baseline.samples, base)
@@ -194,7 +194,7 @@ class _RunPair:
         return self._paired[key]
 
     def _average(self) -> list[Contrast]:
-        """Contrast the averages by the benchmark's own rule, if both average the same metrics."""
+        """Contrast the averages by the benchmark's own rule, if both are over the same metrics."""
         baseline, candidate = self.baseline.record, self.candidate.record
         base, other = baseline.metric(AVERAGE), candidate.metric(AVERAGE)
         if base is None or other is None or base.value is None or other.value is None:
@@ -211,7 +211,7 @@ class _RunPair:
         whole = [part for part in parts if part is not None]
         if len(whole) < len(parts) and (base.missing or other.missing):
             return []
-        # A task without sample scores cannot be resampled, so the mean has no interval.
+        # A task without scores per sample cannot be resampled, so the mean has no interval.
         if len(whole) < len(parts):
             return [unpaired_contrast(candidate.id, base, base.value, other.value)]
         return [paired_contrast(candidate.id, base, mean_of_pairs(whole))]
@@ -235,7 +235,7 @@ def identity_mismatch(
     record, metric = baseline
     other_record, other = candidate
     identity, other_identity = metric_identity(record, metric), metric_identity(other_record, other)
-    # Pairing takes care of rows that one of the runs did not answer.
+    # Samples that only one of the runs answered are handled by pairing.
     identity["samples"] = metric.n + metric.missing
     other_identity["samples"] = other.n + other.missing
     for name, value in identity.items():
@@ -273,7 +273,7 @@ def _samples_by_document(samples: pd.DataFrame, metric: Metric) -> pd.DataFrame:
 
 
 def _shared_hashes(base: pd.DataFrame, other: pd.DataFrame) -> Iterator[tuple[str, str]]:
-    # A hash that only one of the runs recorded cannot be compared.
+    # Hashes that only one of the runs recorded cannot be compared.
     return ((c, noun) for c, noun in HASH_COLUMNS.items() if c in base and c in other)
 
 

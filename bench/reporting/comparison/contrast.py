@@ -30,10 +30,10 @@ from bench.reporting.statistics import (
 class Contrast:
     """One metric of two runs; a field that was not computed is None, and `note` gives the reason.
 
-    `low` and `high` bound the difference at 95 %. `p` is from the exact McNemar test if units are
-    either right or wrong, else from the bootstrap; `p_holm` is corrected over its family: all tasks
-    of all candidates, or all candidates' averages. `detectable` is the difference that `n` units
-    detect with 80 % power. `retention` is the percentage of the baseline that is left.
+    `low` and `high` are the 95 % interval of the difference. `p` is from the exact McNemar test if
+    units are either right or wrong, else from the bootstrap; `p_holm` is corrected over its family:
+    all tasks of all candidates, or all candidates' averages. `detectable` is the difference that
+    `n` units detect with 80 % power. `retention` is the candidate's percentage of the baseline.
     """
 
     run: str
@@ -64,9 +64,10 @@ class Contrast:
 class PairedScores:
     """One metric of a baseline and a candidate.
 
-    `draws` [R, 2] holds the metric's values over resamples. `gained` and `lost` count the units
-    that only one of the two has right; None if units are not simply right or wrong. `units` counts
-    the resampled units, `left_out` those that only one of the two answered.
+    `draws` [R, 2] are the metric's values over resamples. `gained` and `lost` are the numbers of
+    units that only the candidate or only the baseline has right; None if units are not simply right
+    or wrong. `units` is the number of resampled units, `left_out` that of units which only one of
+    the two answered.
     """
 
     baseline: float
@@ -90,15 +91,15 @@ class PairedScores:
 
 
 def paired_contrast(run: str, metric: Metric, paired: PairedScores) -> Contrast:
-    """Compute interval, test, detectable difference and retention of one metric's pairs."""
+    """Return interval, test, detectable difference and retention of one metric's pairs."""
     low, high = percentile_interval(paired.differences)
     # The spread of a statistic over bootstrap resamples estimates its standard error.
     error = float(paired.differences.std(ddof=1))
     retained, retained_low, retained_high = _retention(paired, metric.higher_is_better)
     if paired.gained is not None and paired.lost is not None:
         tested = mcnemar(paired.gained, paired.lost)
-        # The normal approximation can promise more than the exact test can deliver: with fewer
-        # flips than this no p-value reaches the level, so the larger bound counts.
+        # The normal approximation may promise more than the exact test can show: with fewer flips
+        # than this no p-value reaches the level, so the larger bound is used.
         p, mid = tested.exact, tested.mid
         least = min_significant_flips() / paired.units
     else:
@@ -112,8 +113,8 @@ def paired_contrast(run: str, metric: Metric, paired: PairedScores) -> Contrast:
         lost=paired.lost,
         p=p,
         p_mid=mid,
-        # 0 if the two runs never differ: then nothing is known about the power of the test. And so
-        # few units that no p-value reaches the level detect nothing.
+        # 0 if the two runs never differ: then the power of the test is unknown. If there are too
+        # few units for a p-value below the level, no difference is detectable.
         detectable=(
             max(detectable_difference(error), least) or None
             if least_p(paired.units) <= LEVEL
@@ -155,15 +156,15 @@ def _side_by_side(run: str, metric: Metric, n: int, baseline: float, candidate: 
 def _retention(
     paired: PairedScores, higher_is_better: bool
 ) -> tuple[float, float, float] | tuple[None, None, None]:
-    """Return the percentage of the baseline that is left, with its interval.
+    """Return the candidate's percentage of the baseline, with its interval.
 
-    If lower is better the ratio is inverted, so that less than 100 is a loss in either case.
+    If lower is better the ratio is inverted, so that less than 100 is always a loss.
     """
     base_R, candidate_R = paired.draws.T
     over, under = paired.candidate, paired.baseline
     if not higher_is_better:
         base_R, candidate_R, over, under = candidate_R, base_R, under, over
-    # A ratio to zero is undefined, and one to a value of changing sign has no meaning.
+    # A ratio to zero is undefined, and a ratio to values of different signs is meaningless.
     if under <= 0 or (base_R <= 0).any():
         return None, None, None
     low, high = percentile_interval(100 * candidate_R / base_R)
@@ -175,15 +176,15 @@ def pair_scores(
 ) -> PairedScores:
     """Pair two runs by unit and resample each stratum independently.
 
-    Both runs scored the same documents, as `sample_mismatch` makes sure; units that only one of
-    them answered are in neither value.
+    Both runs must have scored the same documents, see `sample_mismatch`; units that only one of
+    them answered are left out.
     """
     both = baseline.units.merge(candidate.units, on=["unit", "stratum"], validate="1:1")
     left_out = len(baseline.units) + len(candidate.units) - 2 * len(both)
     baseline = _restricted(baseline, both, "score_x")
     candidate = _restricted(candidate, both, "score_y")
     drawn = [
-        # Resampling within a stratum keeps its size, as the metric's definition does: POPE's splits
+        # Resampling within a stratum keeps its size, as in the metric's definition: POPE's splits
         # and MME's categories have a fixed number of questions.
         resampled_means(group[["score_x", "score_y"]].to_numpy(), generator)
         for _, group in both.groupby("stratum")
@@ -217,8 +218,8 @@ def mean_of_pairs(parts: list[PairedScores]) -> PairedScores:
     return PairedScores(
         baseline=float(np.mean([part.baseline for part in parts])),
         candidate=float(np.mean([part.candidate for part in parts])),
-        # The draws of the tasks are independent, so averaging them draw by draw gives the
-        # distribution of the mean.
+        # The draws of the tasks are independent, so their mean per draw has the distribution of the
+        # mean.
         draws=np.mean([part.draws for part in parts], axis=0),
         units=sum(part.units for part in parts),
         left_out=sum(part.left_out for part in parts),

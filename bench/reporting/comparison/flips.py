@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 class Flip:
     """One sample whose score differs between the candidate and the baseline.
 
-    `image` is the SHA-256 of the sample's image, if any; `source` locates the data set of the
-    document.
+    `image` is the SHA-256 of the sample's image, if any; `source` locates the document's data set.
     """
 
     run: str
@@ -63,8 +62,8 @@ def find_flips(
     if base is None or other is None or not base.index.equals(other.index):
         return []
     change = other["score"] - base["score"]
-    # A stable sort keeps equal changes in document order, so that the choice is reproducible; for
-    # accuracies all changes are equal.
+    # A stable sort keeps equal changes in document order, so that the selection is reproducible:
+    # for accuracies all changes are equal.
     order = change.abs().sort_values(ascending=False, kind="stable").index
     lost = [position for position in order if change[position] < 0][:limit]
     gained = [position for position in order if change[position] > 0][:limit]
@@ -74,11 +73,11 @@ def find_flips(
 
 
 def _scored(samples: pd.DataFrame, metric: Metric) -> pd.DataFrame | None:
-    """Return a metric's samples by task and document with their `score`, if each has one."""
+    """Return a metric's samples by task and document with their `score`; None without scores."""
     rows = metric_rows(samples, metric)
-    # `X_mean` (POPE's mean over splits) is computed from the per-answer scores of `X`.
+    # `X_mean` (POPE's mean over splits) is computed from the scores of `X` per answer.
     single = metric.metric.removesuffix("_mean")
-    # A document with several rows has no single score that could flip.
+    # A document with several rows does not have a single score that could flip.
     if single not in rows or rows.duplicated(["task", "doc_id"]).any():
         return None
     scored = rows.assign(score=rows[single].astype(float)).dropna(subset=["score"])
@@ -109,7 +108,7 @@ def _text(row: SampleRow, column: str) -> str | None:
 def _target(row: SampleRow) -> str | None:
     """Return the correct answer; if the target is the index of a choice, return that choice."""
     target, choices = _text(row, "target"), list(row.get("choices", ()))
-    # lm-eval stores the index as text. A number that is no index of a choice is the answer itself.
+    # lm-eval stores the index as text. A number that is not such an index is itself the answer.
     if choices and target is not None and target.isdecimal() and int(target) < len(choices):
         return str(choices[int(target)])
     return target
@@ -127,7 +126,7 @@ def _answer(row: SampleRow, metric: str) -> str | None:
 
 
 IMAGE_FOLDER = "pictures"
-"""Folder of the results that receives the images of flips."""
+"""Folder in the results for images of flips."""
 
 
 def write_flip_images(
@@ -135,13 +134,13 @@ def write_flip_images(
 ) -> dict[str, list[Path]]:
     """Write the images of flips as PNG files; return the files by image hash.
 
-    The benchmark is that of `record`. Files are named by the hash; an existing file is kept.
+    The benchmark is that of `record`. Files are named by the hash; existing ones are kept.
 
     Raises:
         MissingData: the benchmark's data are not on this machine and cannot be downloaded.
-        UserError: as `document_images` raises it.
+        UserError: see `document_images`.
     """
-    # Several questions may be about one image, which is written once.
+    # Several questions may have the same image, which is written once.
     wanted = {f.image: Document(f.task, f.document, f.image) for f in flips if f.image}
     if not wanted:
         return {}
@@ -150,7 +149,7 @@ def write_flip_images(
     found = document_images(record, list(wanted.values()), PlanCache())
     for name, document in wanted.items():
         images = found[document]
-        # 64 bits of the hash are enough to tell the images of one results folder apart.
+        # 64 bits of the hash suffice to distinguish the images of a results folder.
         stem = results_dir / IMAGE_FOLDER / name[:16]
         stem.parent.mkdir(parents=True, exist_ok=True)
         written[name] = [Path(f"{stem}-{number}.png") for number in range(len(images))]

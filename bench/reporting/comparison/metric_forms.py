@@ -1,9 +1,8 @@
-"""A metric of one run as a function of means over its scored units.
+"""Metrics of a run as functions of means over scored units.
 
 Every headline metric has this form: an accuracy is a mean over samples, POPE's is the mean of three
-splits' means, MME's sums means over categories, a perplexity is the exponential of a mean loss. The
-form of a number is not taken on trust: it is accepted only if it reproduces the value in the
-record.
+splits' means, MME's sums means over categories, a perplexity is the exponential of a mean loss. A
+form is accepted for a number only if it reproduces the value in the record.
 
 Shapes: S strata, `...` any number of resamples.
 """
@@ -33,7 +32,7 @@ class UnitScores:
     """Scored units, and how the metric's value follows from their means.
 
     `units` has the columns `unit` (its name), `stratum` and `score`. The value is `scale` times the
-    mean over strata of the mean over units, and e to the power of that if `exponential`.
+    mean over strata of the mean over units, and the exponential of that if `exponential`.
     """
 
     units: pd.DataFrame
@@ -47,15 +46,15 @@ class UnitScores:
 
     @property
     def observed(self) -> float:
-        """The metric of the units without resampling."""
+        """Value of the metric without resampling."""
         means_S = self.units.groupby("stratum")["score"].mean().to_numpy()
         return float(self.value(means_S))
 
     @property
     def binary(self) -> bool:
         """Whether every unit is right or wrong with equal weight, so that flips can be counted."""
-        # In strata of different size a unit weighs differently in the mean of means, and McNemar's
-        # count of flips would test a different hypothesis than the reported difference.
+        # In strata of different sizes, units have different weights in the mean of means, so
+        # McNemar's count of flips would test another hypothesis than the reported difference.
         sizes = self.units["stratum"].value_counts()
         return bool(self.units["score"].isin([0.0, 1.0]).all()) and sizes.nunique() == 1
 
@@ -64,17 +63,18 @@ MetricForm = Callable[[pd.DataFrame, str], Iterator[UnitScores]]
 
 
 def unit_scores(samples: pd.DataFrame, metric: Metric) -> UnitScores | None:
-    """Return the units behind a number, or None if the samples do not reproduce it."""
+    """Return the units of a number, or None if the samples do not reproduce it."""
     rows = metric_rows(samples, metric)
     if "missing" in rows:
-        # Without an answer there is no score, although a form might compute one from the response.
+        # Samples without an answer have no score, although a form might compute one from the
+        # response.
         rows = rows[rows["missing"].isna()]
     if rows.empty or metric.value is None:
         return None
     for form in METRIC_FORMS:
         for found in form(rows, metric.metric):
-            # A unit that occurs twice means that the form grouped the samples wrongly, even where
-            # the value happens to match.
+            # A repeated unit means that the form grouped the samples incorrectly, even if the value
+            # happens to match.
             whole = not found.units.empty and not found.units["unit"].duplicated().any()
             if whole and math.isclose(found.observed, metric.value, rel_tol=1e-6, abs_tol=1e-9):
                 return found
@@ -82,14 +82,14 @@ def unit_scores(samples: pd.DataFrame, metric: Metric) -> UnitScores | None:
 
 
 def metric_rows(samples: pd.DataFrame, metric: Metric) -> pd.DataFrame:
-    """Return the samples of a task, or of the members of a task group, under one filter."""
-    # Image classifiers have no filter, which a frame holds as NaN; their metrics say "none".
+    """Return the samples of a task, or of the members of a task group, with one filter."""
+    # Image classifiers have no filter, which is NaN in a frame and "none" in their metrics.
     named = samples.get("filter", pd.Series(None, samples.index, dtype=object)).astype(object)
     filters = named.where(named.notna(), "none")
     seen = samples[filters == metric.filter]
     own = seen["task"] == metric.task
     # lm-eval names members after their group (`mmlu_anatomy`). An unrelated task with this prefix
-    # would be caught by `unit_scores`, which has to reproduce the value.
+    # would be detected by `unit_scores`, which must reproduce the value.
     members = seen["task"].str.startswith(f"{metric.task}_")
     return seen[own] if own.any() else seen[members]
 
@@ -106,7 +106,7 @@ def _unit_names(rows: pd.DataFrame) -> Column:
 def _means(rows: pd.DataFrame, metric: str) -> Iterator[UnitScores]:
     """Yield the mean over samples, then, for a task group, the mean of the tasks' means."""
     if metric in rows:
-        # Groups differ in whether they weight members by size; the record's value decides.
+        # Groups may or may not weight members by size; the value in the record decides.
         yield UnitScores(_unit_table(_unit_names(rows), "all", rows[metric]))
         yield UnitScores(_unit_table(_unit_names(rows), rows["task"], rows[metric]))
 
@@ -134,11 +134,11 @@ def _mme(rows: pd.DataFrame, metric: str) -> Iterator[UnitScores]:
     if kind not in ("score", "share") or not {single, "category", "unit"} <= set(rows):
         return
     images = rows.dropna(subset=[single]).astype({single: float}).groupby(["category", "unit"])
-    # MME asks two questions per image. A category scores 100 × (accuracy + accuracy+), the second
-    # being the share of images with both answers right (Fu et al., arXiv 2306.13394).
+    # MME asks two questions per image. A category scores 100 × (accuracy + accuracy+), where
+    # accuracy+ is the share of images with both answers right (Fu et al., arXiv 2306.13394).
     points = 100 * images[single].mean() + 100 * (images[single].min() == 1)
     table = points.rename("score").reset_index().rename(columns={"category": "stratum"})
-    # A score sums over categories, while `UnitScores.value` averages: the scale undoes that.
+    # The metric sums over categories, while `UnitScores.value` averages, so it is scaled.
     categories = float(table["stratum"].nunique())
     yield UnitScores(table, scale=categories if kind == "score" else 1 / MAX_MME_POINTS)
 

@@ -1,4 +1,4 @@
-"""A comparison of runs that a user names: as objects, as JSON, and with images of flips."""
+"""Comparison of runs that a user names: as objects, as JSON, and with images of flips."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def compare_runs(
     """
     refuse_bare_text("runs", runs, 'bench.compare(["1a2b", "3c4d"])')
     store = Store(results_dir)
-    # Two prefixes may name the same run; by id it is compared once.
+    # Two prefixes may identify the same run, which is compared only once.
     records = list({record.id: record for record in map(store.get, runs)}.values())
     if not records:
         raise UserError("no run is named: name at least two runs to compare")
@@ -46,7 +46,7 @@ def _all_flips(
     """Return the flips of every compared task."""
     if limit < 1:
         return []
-    # Only compared tasks: a refused one scored different questions, where a flip means nothing.
+    # Only compared tasks, because refused ones scored different questions.
     tasks = [c.task for c in comparison.contrasts if c.run == candidate.record.id]
     metrics = [m for m in map(baseline.record.metric, tasks) if m is not None]
     return [flip for metric in metrics for flip in find_flips(baseline, candidate, metric, limit)]
@@ -58,8 +58,8 @@ def flip_images(
     """Write the images of flips; return the files by hash, or the reason why there are none."""
     try:
         return write_flip_images(flips, comparison.baseline, results_dir), None
-    # The data may be gone from this machine. A comparison is worth printing without images, so the
-    # reason is reported and not raised.
+    # The data may be unavailable on this machine. The comparison is useful without images, so the
+    # reason is returned instead of raised.
     except UserError as error:
         return {}, f"images of flips are not shown: {error}"
 

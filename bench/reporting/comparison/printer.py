@@ -28,17 +28,17 @@ from bench.ui import console
 
 COLUMNS = ("difference [95 %]", "gained / lost", "p (Holm)", "detectable", "retained %")
 MAX_PROMPT_CHARS = 700
-"""Characters shown of a prompt, taken from its end, where the question is."""
+"""Maximum number of characters of a prompt, counted from its end, where the question is."""
 SIGNIFICANCE_LEVEL = 0.05
 
 
 def print_comparison(
     comparison: Comparison,
     flips: Sequence[Flip] = (),
-    # Immutable, since a default value is shared by all calls.
+    # Immutable, because a default value is shared by all calls.
     pictures: Mapping[str, Sequence[Path]] = MappingProxyType({}),
 ) -> None:
-    """Print every candidate's table, the power, what was refused, and flips.
+    """Print every candidate's table, the power, refused numbers, and flips.
 
     `pictures` maps image hashes to the files of the flips' images.
     """
@@ -61,18 +61,18 @@ def print_comparison(
 
 
 def power_sentences(comparison: Comparison) -> list[str]:
-    """Return, for every candidate, the smallest difference that could have been detected.
+    """Return a sentence per candidate on the smallest difference that could have been detected.
 
-    Only contrasts without a significant difference count; of the tasks of one unit, the one with
-    the least power is named.
+    Only contrasts without a significant difference are used; among tasks with the same unit, the
+    one with the least power is reported.
     """
     sentences = []
     for record in comparison.candidates:
         worst: dict[tuple[bool, str], Contrast] = {}
         for row in comparison.contrasts:
             if row.run == record.id and row.detectable and (row.p or 0.0) > SIGNIFICANCE_LEVEL:
-                # Points and perplexities cannot be ranked against each other, and an average
-                # usually has more power than its tasks.
+                # Points and perplexities cannot be compared with each other, and an average usually
+                # has more power than its tasks.
                 kind = (row.task == AVERAGE, _unit(row))
                 worst[kind] = max(worst.get(kind, row), row, key=lambda c: c.detectable or 0.0)
         sentences += [_power_sentence(record, row) for row in worst.values()]
@@ -95,11 +95,11 @@ def _tables(
     labels: Mapping[str, str],
     out: Console,
 ) -> Iterator[Table]:
-    """Yield a candidate's table, in several parts of whole columns where the console is narrow."""
+    """Yield a candidate's table, split by columns if the console is too narrow."""
     own, other = labels[candidate.id], labels[baseline.id]
     models = " against ".join(dict.fromkeys((model_text(candidate), model_text(baseline))))
     title = f"{own} against {other}: {models} on {benchmark_text(candidate)}"
-    # Knobs on lines of their own keep the columns narrow.
+    # Knobs on separate lines keep the columns narrow.
     names = [f"{labels[r.id]}\n{r.id[:8]}".replace(", ", "\n") for r in (baseline, candidate)]
     columns = (*names, *COLUMNS)
 

@@ -1,7 +1,8 @@
-"""Comparison of settings over seeds: does one train better than another, whatever the draw?
+"""Comparison of settings over seeds: whether one trains better than another in general.
 
-Samples tell two networks apart, seeds two ways of making them. Runs of one setting and several
-seeds are one series; two series are compared in the pairs that share a seed.
+Tests over samples compare two networks; tests over seeds compare two ways to train them. Runs with
+the same setting and different seeds are a series; two series are compared by pairs with equal
+seeds.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from bench.ui import console
 
 @dataclass(frozen=True)
 class SeedContrast:
-    """One series against the baseline's, in % where the metric is a fraction.
+    """One series against the baseline's, in % if the metric is a fraction.
 
-    `difference` is the mean over the `pairs` of seeds that both have, `deviation` its standard
-    deviation; `p` is that of a sign-flip test, `p_holm` corrected over all series compared.
+    `difference` is the mean over the `pairs` of common seeds, `deviation` its standard deviation;
+    `p` is from a sign-flip test, and `p_holm` is corrected over all compared series.
     """
 
     series: str
@@ -51,17 +52,17 @@ class SeedContrast:
 def compare_seeds(records: Sequence[Record], baseline: Record) -> list[SeedContrast]:
     """Compare every series with that of `baseline`.
 
-    A series is compared by its average, or by the only task that it scored.
+    A series is compared by its average, or by its task if it has only one.
 
     Raises:
-        UserError: runs are of different models or benchmarks, or no series shares two seeds with
-            the baseline's.
+        UserError: runs have different models or benchmarks, or no series has two seeds in common
+            with the baseline's.
     """
     _refuse_different_questions(records, baseline)
     named = series_names(records)
     values: dict[str, dict[object, float]] = defaultdict(dict)
     metric, higher = "", True
-    # Of two runs of one setting and seed, as before and after an update, the newest counts.
+    # The newest of several runs with the same setting and seed is used, for example after updates.
     for record in sorted(records, key=lambda record: record.started):
         headline = [m for m in record.metrics if m.headline]
         found = headline[0] if len(headline) == 1 else record.metric(AVERAGE)
@@ -74,8 +75,8 @@ def compare_seeds(records: Sequence[Record], baseline: Record) -> list[SeedContr
     own = named[baseline.id]
     if own not in values:
         raise UserError(
-            f"run {baseline.id[:8]} has neither an average nor a single task with a number, by "
-            "which settings are compared over seeds: choose another baseline"
+            f"run {baseline.id[:8]} has neither an average nor a single task with a number, which "
+            "is needed to compare settings over seeds: choose another baseline"
         )
     contrasts = [
         replace(contrast, higher_is_better=higher)
@@ -115,7 +116,7 @@ def _contrast(
 
 
 def comparable(record: Record, baseline: Record) -> bool:
-    """Tell whether two runs are of one model and answered the same questions."""
+    """Return whether two runs have the same model and answered the same questions."""
     return question_key(record) == question_key(baseline)
 
 

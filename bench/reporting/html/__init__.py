@@ -1,4 +1,4 @@
-"""One self-contained HTML file over all records: no server, no network, nothing to install."""
+"""One self-contained HTML file for all records: no server, no network, nothing to install."""
 
 from bench.reporting.html.report import WrittenReport, write_report
 from bench.reporting.html.samples import SampleShare

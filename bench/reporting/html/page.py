@@ -1,9 +1,9 @@
-"""The page as a file: template, style, scripts, and data that cannot become markup or run.
+"""Rendering of the page: template, style, scripts, and data that cannot become markup or code.
 
-Text from data and models is untrusted. It enters the page in two forms only: as JSON in which every
+Text from data and models is untrusted. It enters the page only in two forms: as JSON in which every
 character with a meaning in HTML or JavaScript is escaped, and as gzip in base64, whose alphabet has
-no such character. A policy in the page's head allows the page's own scripts by their hashes and
-nothing else, network requests included.
+no such character. A policy in the page's head allows only the page's own scripts, by hash, and no
+network requests.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ APP_SCRIPTS = (
     "data", "format", "route", "theme", "figure", "grid", "overview", "leaderboard", "pareto",
     "tables", "samples", "run", "compare", "searches", "main",
 )  # fmt: skip
-"""The page's own scripts. They share one scope, and each uses only those before it."""
+"""The page's own scripts. They share a scope, and each uses only earlier ones."""
 PACKAGE_FILES = importlib.resources.files("bench.reporting.html")
 
 
@@ -34,13 +34,13 @@ def render_page(
     searches: Sequence[Mapping[str, object]] = (),
 ) -> str:
     """Return the complete HTML page."""
-    # Escaping is on for every template, not chosen by file name, and an undefined variable is an
-    # error: a silent gap could drop the security policy from the head.
+    # Escaping is enabled for every template, whatever its file name, and an undefined variable is
+    # an error, because it could remove the security policy from the head.
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined)
-    # The policy holds the hashes of exactly the texts that the template inserts: a script must not
-    # change, not even by white space, once the policy is built.
+    # The policy contains hashes of the scripts as inserted, so they must not change afterwards, not
+    # even in white space.
     scripts = [*vendored_scripts(), app_script()]
     return environment.from_string(_read_text("page.html.jinja")).render(
         title="slimbench report",
@@ -55,10 +55,10 @@ def render_page(
 
 
 def vendored_scripts() -> list[str]:
-    """Return the libraries, each as released except for its pointer to a source map."""
+    """Return the libraries as released, except for the reference to a source map."""
     listed = json.loads(_read_text("vendor/vendor.json"))
-    # Developer tools would request the source map, which the page's policy forbids and which is not
-    # shipped.
+    # Developer tools would request the source map, which is not shipped and which the policy
+    # blocks.
     return [_without_map(_read_text(f"vendor/{entry['file']}")) for entry in listed]
 
 
@@ -77,9 +77,9 @@ def _read_text(name: str) -> str:
     return PACKAGE_FILES.joinpath(name).read_text(encoding="utf-8")
 
 
-# `<` starts `</script>` and `<!--`, which end or change a script element in whatever string they
-# stand; U+2028 and U+2029 are line breaks to JavaScript but not to JSON. Inside JSON strings, the
-# only place where these can occur, \u escapes mean the same.
+# `<` starts `</script>` and `<!--`, which end or change a script element even inside strings.
+# U+2028 and U+2029 are line breaks in JavaScript but not in JSON. They occur only inside JSON
+# strings, where \u escapes are equivalent.
 ESCAPES = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&'\u2028\u2029"}
 
 
@@ -90,9 +90,9 @@ def json_text(value: object) -> Markup:
 
 def gzip_base64(value: object) -> str:
     """Return JSON as gzip in base64, which the browser unpacks on demand."""
-    # "replace": a model's answer may hold a lone surrogate, which UTF-8 cannot encode.
+    # "replace", because a model's answer may contain a lone surrogate, which UTF-8 cannot encode.
     text = _dump(value).encode("utf-8", "replace")
-    # mtime=0: the same records give the same file, byte by byte.
+    # With mtime=0, the same records give the same file byte by byte.
     packed = gzip.compress(text, compresslevel=6, mtime=0)
     return base64.b64encode(packed).decode()
 
@@ -101,8 +101,8 @@ def security_policy(scripts: Sequence[str]) -> str:
     """Return the content security policy that allows exactly these inline scripts."""
     digests = (hashlib.sha256(script.encode()).digest() for script in scripts)
     allowed = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
-    # Inline styles are allowed for the style sheet in the head and for the style attributes that
-    # plots set. Whatever is not named here is denied by the first rule.
+    # Inline styles are allowed for the style sheet in the head and for style attributes of plots.
+    # The first rule forbids everything else that is not listed.
     rules = (
         "default-src 'none'",
         f"script-src {allowed}",
@@ -116,7 +116,7 @@ def security_policy(scripts: Sequence[str]) -> str:
 
 def _dump(value: object) -> str:
     """Return compact JSON; infinite values and NaN become null."""
-    # A quarter of the time of Python's own encoder, which alone writes half a character.
+    # Takes a quarter of the time of Python's own encoder, which is needed only for lone surrogates.
     try:
         return to_json(value, inf_nan_mode="null").decode()
     except ValueError:

@@ -1,7 +1,7 @@
-"""The HTML report over all records of a results folder: collected, packed, written.
+"""The HTML report over all records of a results folder: collecting, packing and writing.
 
-The page gets an index at once (leaderboard, papers' tables), and chunks of records and samples
-that it unpacks when a run is opened.
+The page loads an index immediately (leaderboard, papers' tables), and unpacks chunks of records and
+samples when a run is opened.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from bench.reporting.tables.table import Table, TableCell
 from bench.reporting.tables.writers import TABLE_FOLDER
 from bench.reporting.terminal_views import describe_config
 
-# Records per compressed chunk: the browser unpacks a chunk to show one run, so a chunk must be
-# small to open fast and large to compress well.
+# Records per compressed chunk. The browser unpacks a chunk to show one run: small chunks open fast,
+# large ones compress well.
 RUNS_PER_CHUNK = 50
 
 
 @contextmanager
 def _collection_paused() -> Iterator[None]:
-    """Let no garbage be collected: records stay to the end, and a search of them frees nothing."""
-    # With thousands of records it takes a fifth of the time.
+    """Pause garbage collection, which would search records that are needed to the end."""
+    # With thousands of records, this saves a fifth of the time.
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -57,7 +57,7 @@ class WrittenReport:
     bytes: int
 
     def __str__(self) -> str:
-        """Describe the file in one line."""
+        """Return a line about the file."""
         runs = f"{self.runs} run{'' if self.runs == 1 else 's'}"
         return f"{runs}, {self.runs_with_samples} with samples, {self.bytes / 1e6:.1f} MB"
 
@@ -72,7 +72,7 @@ def write_report(
     """Write one HTML file over all records of a results folder, atomically.
 
     `out` defaults to `report.html` in the folder; `share` limits the embedded samples; `tables`
-    builds the papers' tables from the records: by default those that `bench table` has written.
+    builds the papers' tables from the records, by default those that `bench table` has written.
 
     Raises:
         UserError: the folder does not exist, or the file cannot be written.
@@ -98,15 +98,15 @@ def write_report(
         searches=[search_entry(search) for search in searches],
     ).encode("utf-8", "replace")
     write_bytes(path, content)
-    # The atomic write goes through a temporary file that only its owner may read; a report is
-    # there to be shared.
+    # The temporary file of the atomic write is readable only by its owner, but a report is for
+    # sharing.
     path.chmod(0o644)
     shown = sum(len(chunk["runs"]) for chunk in chunks)
     return WrittenReport(path, len(records), shown, len(content))
 
 
 def _built_tables(records: Sequence[Record], results_dir: Path) -> list[Table]:
-    """Return the papers' tables that somebody asked for; records fill others by chance."""
+    """Return the papers' tables that a user has built; records may match others by chance."""
     folder = results_dir / TABLE_FOLDER
     asked = {file.stem for file in folder.glob("*.csv")} if folder.is_dir() else set()
     return [table for table in tables_of(records) if table.file in asked] if asked else []
@@ -126,7 +126,7 @@ def _report_index(
     tables: Sequence[dict[str, object]],
     searches: Sequence[Study],
 ) -> dict[str, object]:
-    """Return the data the page needs at once; everything else is unpacked when it is opened."""
+    """Return the data that the page needs immediately; the rest is unpacked on demand."""
     # Samples are chunked by setting and details by position, so a run has two chunk numbers.
     chunk_of_run = {run: at for at, chunk in enumerate(chunks) for run in chunk["runs"]}
     return {
@@ -152,14 +152,14 @@ def _report_index(
 
 
 def _sentences(leaderboard: Leaderboard) -> dict[str, dict[str, str]]:
-    """Return the sentence in the config of each method, model and benchmark of the report."""
+    """Return the description of each method, model and benchmark in the report, by config."""
     names = {
         "method": {method.name for row in leaderboard.rows for method in row.record.methods},
         "model": {setting.model for setting in leaderboard.settings},
         "benchmark": {setting.benchmark for setting in leaderboard.settings},
     }
     return {
-        # Names of a stranger's records may hold anything, and a file of a config is looked up.
+        # Names in untrusted records may be anything, but are used to look up config files.
         group: {name: describe_config(group, name) for name in sorted(found) if name.isidentifier()}
         for group, found in names.items()
     }
@@ -188,13 +188,13 @@ def _run_entry(row: LeaderboardRow, chunk: int, samples_chunk: int | None) -> di
 
 
 MAX_LIST_LENGTH = 100
-"""List entries shown of a method's report; `record.json` has all of them."""
+"""Maximum number of list entries shown of a method's report; `record.json` has all of them."""
 
 
 def run_details(record: Record) -> dict[str, object]:
     """Return a record as plain data for the page of its run.
 
-    A metric also has its `identity` (equal ones may be subtracted), and `percent` if it is a share.
+    A metric also has its `identity` (equal ones are comparable), and `percent` if it is a fraction.
     """
     content = record.model_dump(mode="json")
     for metric, entry in zip(record.metrics, content["metrics"], strict=True):
@@ -206,14 +206,14 @@ def run_details(record: Record) -> dict[str, object]:
 
 
 def _identity_digest(record: Record, metric: Metric) -> str:
-    # A digest, since the page only tests for equality and a fingerprint of data is long. Not
-    # through JSON, which takes ten times as long for the many metrics of a large report.
+    # A digest, because the page only tests for equality and fingerprints of data are long. JSON
+    # would take ten times as long for the many metrics of a large report.
     text = repr([*metric_identity(record, metric).values()])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def shorten_lists(value: object) -> object:
-    """Cut long lists and append how many entries were cut."""
+    """Truncate long lists and append the number of omitted entries."""
     if isinstance(value, dict):
         return {key: shorten_lists(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -242,7 +242,7 @@ def table_entry(table: Table) -> dict[str, object]:
         "title": table.title,
         "stand_in": table.stand_in,
         "columns": [
-            # No digits: the page writes the number with a decimal prefix.
+            # Without digits, because the page formats the number with a decimal prefix.
             {
                 "name": head.text,
                 "unit": head.unit,

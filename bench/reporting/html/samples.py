@@ -1,9 +1,8 @@
-"""The scored samples that a report carries, and their compact form.
+"""Scored samples in a report, and their compact form.
 
-Per run and task the same evenly spaced questions are shown, whatever the answers were: a choice
-that depends on the answers would make a method look better or worse than it is. So runs of one
-setting share their questions, whose texts are stored once, and each answer can be shown next to the
-dense model's.
+The same evenly spaced questions are shown for every run of a task, independent of the answers: a
+selection by answers would make a method look better or worse. So runs of a setting share their
+questions, whose texts are stored once, and each answer can be shown beside the dense model's.
 """
 
 from __future__ import annotations
@@ -42,16 +41,16 @@ NON_SCORE_COLUMNS = frozenset(
 )
 RUNS_PER_CHUNK = 25
 SampleRow = dict[str, Any]
-"""A row of `samples.parquet`; metrics add columns of their own to the common ones."""
+"""A row of `samples.parquet`; metrics add columns to the common ones."""
 MAX_TEXT_LENGTH = 4000
-"""Characters shown of a prompt or an answer; windows of perplexity tasks are longer."""
+"""Maximum number of characters of a prompt or an answer; perplexity windows are longer."""
 
 
 @dataclass(frozen=True)
 class SampleShare:
-    """Embedded samples: `per_run` samples of each of the `runs` newest runs.
+    """Size of the embedded samples: `per_run` samples of each of the `runs` newest runs.
 
-    With `images`, the images of their questions as thumbnails.
+    `images` adds thumbnails of their questions' images.
     """
 
     per_run: int = 40
@@ -62,7 +61,7 @@ class SampleShare:
 class SampleEntry(TypedDict):
     """One sample as the page reads it.
 
-    `prompt` and `choices` are positions in the chunk's `texts`, `images` in its `images`.
+    `prompt` and `choices` are indices into the chunk's `texts`, `images` into its `images`.
     """
 
     task: str
@@ -86,7 +85,7 @@ PackedOutcomes = tuple[str, int, str]
 
 
 class RunSamples(TypedDict):
-    """The number of all samples of a run, those that the report carries, and all outcomes."""
+    """Number of all samples of a run, the samples in the report, and all outcomes."""
 
     total: int
     samples: list[SampleEntry]
@@ -94,9 +93,9 @@ class RunSamples(TypedDict):
 
 
 class SampleChunk(TypedDict):
-    """Samples of some runs by run id, and the texts and images (data URIs) that they share.
+    """Samples of some runs by run id, with shared texts and images (data URIs).
 
-    `no_images` is the reason why images that were asked for are left out.
+    `no_images` is the reason why requested images are missing.
     """
 
     texts: list[str]
@@ -108,14 +107,14 @@ class SampleChunk(TypedDict):
 def sample_chunks(
     leaderboard: Leaderboard, store: Store, share: SampleShare
 ) -> Iterator[SampleChunk]:
-    """Yield the samples of the newest runs in chunks that are unpacked together.
+    """Yield the samples of the newest runs, in chunks that are unpacked together.
 
-    Dense runs are included even if they are old, since all other runs are compared with them.
+    Dense runs are included even if they are old, because other runs are compared with them.
     """
     newest = leaderboard.rows[: share.runs] if share.per_run else ()
     wanted = {row.record.id for row in newest} | {row.dense for row in newest}
-    # By setting, because only runs of one setting share texts; the stable sort keeps the newest
-    # first within a setting.
+    # Sorted by setting, because only runs of one setting share texts; the stable sort keeps the
+    # newest first within a setting.
     rows = sorted((r for r in leaderboard.rows if r.record.id in wanted), key=lambda r: r.setting)
     plans = PlanCache() if share.images else None
     for _, group in groupby(rows, key=lambda row: row.setting):
@@ -126,7 +125,7 @@ def sample_chunks(
 def _batched(rows: Iterable[LeaderboardRow], size: int) -> Iterator[tuple[LeaderboardRow, ...]]:
     """Yield tuples of `size` rows; the last one may be shorter."""
     left = iter(rows)
-    # itertools.batched exists from Python 3.12 on.
+    # `itertools.batched` requires Python 3.12.
     while batch := tuple(islice(left, size)):
         yield batch
 
@@ -134,7 +133,7 @@ def _batched(rows: Iterable[LeaderboardRow], size: int) -> Iterator[tuple[Leader
 def _sample_chunk(
     rows: Sequence[LeaderboardRow], store: Store, per_run: int, plans: PlanCache | None
 ) -> SampleChunk:
-    """Return the samples of some runs; with `plans`, the images of their questions as well."""
+    """Return the samples of some runs; with `plans`, also the images of their questions."""
     chosen: dict[str, list[SampleRow]] = {}
     runs: dict[str, RunSamples] = {}
     for row in rows:
@@ -149,7 +148,8 @@ def _sample_chunk(
     seen: Thumbnails = {}
     reason = None
     if plans is not None:
-        # Runs of a setting have the same questions, so any of their records names the benchmark.
+        # Runs of a setting have the same questions, so any of their records identifies the
+        # benchmark.
         seen, reason = thumbnails(rows[0].record, chain(*chosen.values()), plans)
     texts: dict[str, int] = {}
     images: dict[str, int] = {}
@@ -161,17 +161,17 @@ def _sample_chunk(
 Thumbnails: TypeAlias = "dict[tuple[str, int], list[str]]"
 """Images by task and document, as data URIs."""
 THUMBNAIL_SIDE = 240
-"""Pixels of a thumbnail's longer side; smaller images stay as they are."""
+"""Pixels of a thumbnail's longer side; smaller images are not changed."""
 
 
 def thumbnails(
     record: Record, rows: Iterable[SampleRow], plans: PlanCache
 ) -> tuple[Thumbnails, str | None]:
-    """Return small images of the questions, and the reason if there are none.
+    """Return small images of the questions, or the reason if there are none.
 
-    The benchmark's data may be gone from this machine, which must not cost the report.
+    The benchmark's data may be unavailable on this machine, which must not prevent the report.
     """
-    # Rows of a classifier have no hash, but each of them is about an image.
+    # Rows of a classifier have no hash, but each of them has an image.
     classified = record.config["benchmark"].get("harness") == "images"
     asked = (Document(row["task"], row["doc_id"], row.get("image_hash")) for row in rows)
     wanted = dict.fromkeys(each for each in asked if each.image_hash or classified)
@@ -186,7 +186,7 @@ def thumbnails(
 
 
 def _data_uri(image: Image) -> str:
-    """Return a small image as it is, and a small copy of a large one."""
+    """Return a small image unchanged, or a reduced copy of a large one."""
     from PIL import ImageOps
 
     shown = ImageOps.exif_transpose(image).convert("RGB")
@@ -215,10 +215,10 @@ def chosen_samples(table: pa.Table | None, per_run: int) -> list[SampleRow]:
     """Return about `per_run` of a run's samples, evenly spaced per task."""
     if table is None:
         return []
-    # Two small columns decide which rows are kept; their positions are taken from the order in the
-    # file, which is that of the documents and so the same in every run of a setting.
+    # Only two small columns are read to select rows. Positions follow the order in the file, which
+    # is that of the documents and the same in every run of a setting.
     positions = _positions(table)
-    # At least one sample of every task, even where that exceeds `per_run`.
+    # At least one sample of every task, even if there are more tasks than `per_run`.
     per_task = max(1, per_run // len(positions))
     chosen = [p for group in positions.values() for p in evenly_spaced(group, per_task)]
     rows: list[SampleRow] = table.take(chosen).to_pylist()
@@ -237,8 +237,8 @@ def _positions(table: pa.Table) -> dict[tuple[str | None, ...], list[int]]:
 def packed_outcomes(table: pa.Table, record: Record) -> dict[str, PackedOutcomes]:
     """Return the outcomes of every headline metric that is a mean of right and wrong answers.
 
-    Like the forms of `bench compare`, a metric's outcomes count only if their mean is the number in
-    the record. With them the page pairs any two runs over the same questions.
+    As in `bench compare`, outcomes count only if their mean is the number in the record. With them
+    the page can pair any two runs over the same questions.
     """
     found: dict[str, PackedOutcomes] = {}
     positions = _positions(table)
@@ -253,7 +253,7 @@ def packed_outcomes(table: pa.Table, record: Record) -> dict[str, PackedOutcomes
         if not set(scores) <= {0.0, 1.0} or abs(sum(scores) / len(rows) - metric.value) > 1e-9:
             continue
         digest = hashlib.sha256()
-        # What `bench compare` asks of a pair: the same documents, asked in the same words.
+        # The condition for pairs in `bench compare`: the same documents and the same prompts.
         for name in ("doc_id", "doc_hash", "prompt_hash"):
             if name in table.column_names:
                 digest.update(repr(table[name].take(rows).to_pylist()).encode())
@@ -271,9 +271,9 @@ def evenly_spaced(positions: list[int], count: int) -> list[int]:
 def _sample_entry(
     row: SampleRow, texts: dict[str, int], images: dict[str, int], seen: Thumbnails
 ) -> SampleEntry:
-    """Keep the question, the answer and the scores of a sample.
+    """Return the question, the answer and the scores of a sample.
 
-    Its texts are added to `texts`, and those images of `seen` that it shows to `images`.
+    Its texts are added to `texts`, and its images among `seen` to `images`.
     """
 
     def position(text: str | None) -> int | None:
@@ -288,9 +288,9 @@ def _sample_entry(
         "prompt": position(row.get("prompt")),
         "target": _optional_text(row.get("target")),
         "choices": [position(choice) for choice in row.get("choices") or []],
-        # Several questions may be about one image.
+        # Several questions may have the same image.
         "images": [images.setdefault(uri, len(images)) for uri in pictures],
-        # The page shows fewer digits than that, and shorter numbers compress better.
+        # The page shows fewer digits, and shorter numbers compress better.
         "logs": [round(value, 3) for value in row.get("loglikelihoods") or []],
         "answer": _optional_text(row.get("prediction") if answer is None else answer),
         "raw": _raw_text(row),
@@ -306,7 +306,7 @@ def _sample_entry(
 
 
 def _raw_text(row: SampleRow) -> str | None:
-    """Return what the model wrote, if a filter made something else of it."""
+    """Return the model's output if a filter changed it, else None."""
     written = row.get("generations") or []
     return _optional_text(written[0]) if written and written[0] != row.get("response") else None
 

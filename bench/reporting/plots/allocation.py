@@ -1,8 +1,8 @@
-"""Per-layer pruning allocation, read from the method reports of records, as heat maps.
+"""Pruning per layer, read from the method reports of records, as heat maps.
 
-Read are a method's `layers` (see `bench.method.LayerReport`) and, of the rest of its report, which
-has no fixed schema, `heads` with `shape.heads`, `work` with `shape`, and `kept_by_layer` with
-`groups_by_layer`.
+A method's `layers` are read (see `bench.method.LayerReport`). The rest of its report has no fixed
+schema; `heads` with `shape.heads`, `work` with `shape`, and `kept_by_layer` with `groups_by_layer`
+are read.
 
 Shapes: L layers, E experts, H heads.
 """
@@ -27,7 +27,7 @@ from bench.reporting.statistics import Floats
 class AllocationGrid:
     """A matrix of numbers for a heat map; unknown ones are NaN.
 
-    `scale_top` is the number with the lightest colour; None for the largest one in the matrix.
+    `scale_top` is the value with the lightest colour, None for the largest value in the matrix.
     """
 
     title: str
@@ -47,7 +47,7 @@ def allocation_grids(records: Sequence[Record]) -> list[AllocationGrid]:
 
 
 def _run_grids(record: Record) -> Iterator[AllocationGrid]:
-    """Yield the grids of a run whose rows are layers."""
+    """Yield the grids of a single run, whose rows are layers."""
     for method in record.methods:
         title = f"{record.model.name}, {record.label}"
         yield from _expert_grids(title, method)
@@ -57,22 +57,22 @@ def _run_grids(record: Record) -> Iterator[AllocationGrid]:
 def _expert_grids(title: str, method: AppliedMethod) -> Iterator[AllocationGrid]:
     """Yield the kept fraction of each expert's micro-experts, and each expert's share of energy."""
     layers = [layer for layer in method.layers if layer.width_per_expert is not None]
-    # Columns are experts: layers that list different ones cannot share a grid.
+    # Columns are experts, so layers with different ones cannot share a grid.
     if not layers or len({tuple(layer.experts or ()) for layer in layers}) > 1:
         return
     rows = tuple(str(layer.layer) for layer in layers)
     columns = tuple(str(expert) for expert in layers[0].experts or ())
     width_LE = np.array([layer.width_per_expert for layer in layers], dtype=float)
     gone_LE = np.array([layer.removed_per_expert for layer in layers], dtype=float)
-    # An expert that an earlier method emptied has width 0: NaN leaves its cell blank, while 0 would
-    # read as pruned by this method.
+    # An expert that an earlier method emptied has width 0. With NaN its cell is blank, while 0
+    # would look as if this method had pruned it.
     kept_LE = np.divide(
         width_LE - gone_LE, width_LE, out=np.full_like(width_LE, np.nan), where=width_LE > 0
     )
     yield AllocationGrid(title, "micro-experts kept", rows, columns, kept_LE, column_name="expert")
     if all(layer.energy_per_expert is not None for layer in layers):
         energy_LE = np.array([layer.energy_per_expert for layer in layers], dtype=float)
-        # The bound avoids 0/0 in a layer that calibration never reached.
+        # The lower bound avoids 0/0 for a layer that no calibration token reached.
         share_LE = energy_LE / np.maximum(energy_LE.sum(axis=1, keepdims=True), 1e-300)
         yield AllocationGrid(
             title, "share of the layer's energy", rows, columns, share_LE,
@@ -83,7 +83,7 @@ def _expert_grids(title: str, method: AppliedMethod) -> Iterator[AllocationGrid]
 def _head_grids(title: str, method: AppliedMethod) -> Iterator[AllocationGrid]:
     """Yield the heads that still attend to the image."""
     report = method.report
-    # A budget search reports `heads` too, as their total number and not as lists by layer.
+    # A budget search also reports `heads`, but as a total number instead of lists per layer.
     kept = report.get("heads") or report.get("head_pruning", {}).get("heads")
     count = report.get("shape", {}).get("heads")
     if not count or not isinstance(kept, list) or not kept or not isinstance(kept[0], list):
@@ -103,13 +103,13 @@ def _layer_profiles(records: Sequence[Record]) -> Iterator[AllocationGrid]:
     for record in records:
         for method in record.methods:
             for quantity, by_layer in _layer_quantities(method).items():
-                # The layers are part of the key: rows of a grid must have the same columns, and
-                # methods may report different subsets of layers.
+                # The key includes the layers, because rows of a grid need the same columns, and
+                # methods may report different layers.
                 key = (record.model.name, quantity, tuple(by_layer))
                 row = f"{record.label} ({record.id[:8]})"
                 lines[key][row] = list(by_layer.values())
     for (model, quantity, columns), rows in lines.items():
-        # Shares have the same scale everywhere; bits have no natural maximum.
+        # All shares have the same scale; bits have no natural maximum.
         top = None if quantity == BITS_PER_WEIGHT else 1.0
         values = np.array(list(rows.values()), dtype=float)
         names = tuple(rows)
@@ -143,15 +143,15 @@ def _index_labels(count: int) -> tuple[str, ...]:
 
 
 ROW_HEIGHT, FRAME_HEIGHT = 0.3, 0.95
-"""Inches: the height of a row and of everything around the rows."""
+"""Inches: height of a row, and of everything around the rows."""
 FIGURE_WIDTH = 7.0
 MAX_ANNOTATED_COLUMNS = 24
-"""The largest number of columns with numbers written into the cells."""
+"""Maximum number of columns for which cells contain numbers."""
 MAX_HEATMAPS = 16
 
 
 def draw_allocation(grids: Sequence[AllocationGrid]) -> Figure:
-    """Draw grids below each other, each with its own scale; lighter is more, in greyscale as well.
+    """Draw grids below each other, each with its own scale; lighter is more, even in greyscale.
 
     Raises:
         UserError: there are more grids than fit on a page.
@@ -160,7 +160,7 @@ def draw_allocation(grids: Sequence[AllocationGrid]) -> Figure:
         raise UserError(
             f"at most {MAX_HEATMAPS} heat maps per page, got {len(grids)}: select fewer runs"
         )
-    # Rows have the same height in all maps, whatever the number of layers.
+    # All maps have the same row height, whatever their numbers of layers.
     heights = [len(grid.rows) * ROW_HEIGHT + FRAME_HEIGHT for grid in grids]
     figure = Figure(figsize=(FIGURE_WIDTH, sum(heights)), layout="constrained")
     axes = figure.subplots(len(grids), 1, squeeze=False, height_ratios=heights)
@@ -189,7 +189,8 @@ def _draw_heatmap(figure: Figure, axes: Axes, grid: AllocationGrid) -> None:
 def _annotate_cells(axes: Axes, grid: AllocationGrid, top: float) -> None:
     for (row, column), value in np.ndenumerate(grid.values):
         if not np.isnan(value):
-            # The upper part of cividis is too light for white text, the lower too dark for black.
+            # The upper part of cividis is too light for white text, the lower part too dark for
+            # black.
             ink = "black" if value > 0.55 * top else "white"
             text = f"{value:.2f}".removeprefix("0") if value < 1 else f"{value:.3g}"
             axes.text(

@@ -31,7 +31,7 @@ METHODS_REST = "methods, the rest"
 RUN_PHASES = frozenset({METHODS_REST, "scoring", "loading the model", "counting costs"})
 """Phases of every run; all other phases are parts of a method."""
 BAR_HEIGHT, FRAME_HEIGHT, LETTER_WIDTH = 0.32, 1.1, 0.075
-"""Inches: the height of a bar, of everything around the bars, and the width of a label's letter."""
+"""Inches: height of a bar, height of everything around the bars, and width of a label's letter."""
 
 
 class PartFill(NamedTuple):
@@ -44,11 +44,11 @@ class PartFill(NamedTuple):
 def cost_parts(records: Sequence[Record], cost: str, scope: str | None = None) -> pd.DataFrame:
     """Return one row per run and per part of one of its costs.
 
-    The parts must add up to the whole, which excludes the percentiles of a measured time. The parts
-    of `wall` are the phases of the run itself.
+    Parts must add up to the cost, which excludes the percentiles of a measured time. The parts of
+    `wall` are the phases of the run.
 
     Raises:
-        UserError: no run records parts of this cost, or it is of several shapes.
+        UserError: no run has parts of this cost, or it was recorded for several shapes.
     """
     scored = benchmark_names(records)
     rows = [
@@ -85,14 +85,14 @@ def draw_breakdown(frame: pd.DataFrame) -> Figure:
     figure, axes = draw_panels(frame, lambda axes, rows: _draw_bars(axes, rows, fills))
     most = int(frame.groupby(["model", "benchmark"])["run"].nunique().max())
     figure.set_figheight(FRAME_HEIGHT + BAR_HEIGHT * most)
-    # The labels of the bars stand beside the panel, which keeps the width that its title needs.
+    # The labels of the bars are beside the panel, which keeps the width that its title needs.
     beside = frame.groupby(["model", "benchmark"], sort=False)["label"].agg(
         lambda x: x.str.len().max()
     )
     figure.set_figwidth(figure.get_figwidth() + LETTER_WIDTH * int(beside.sum()))
     for each in axes:
-        # The limits of the fullest panel hold for all: bars are equally thick everywhere. Upper and
-        # lower are swapped so that the first run is on top.
+        # All panels have the limits of the fullest one, so that bars are equally thick. Upper and
+        # lower are swapped to put the first run on top.
         each.set_ylim(most - 0.5, -0.5)
     handles = [
         Patch(facecolor=fill.colour, hatch=fill.hatch, edgecolor=INK, linewidth=0.4, label=name)
@@ -127,7 +127,7 @@ def _parts(
         return
     same = (c for c in record.headline_costs if c.quantity == quantity)
     fitting = (cost for cost in same if scope in (None, cost.scope))
-    # `parts` is also used for percentiles and bounds, which have no meaning in a stack.
+    # `parts` is also used for percentiles and bounds, which cannot be stacked.
     found = next(filter(_adds_up, fitting), None)
     if found is not None:
         name = cost_name(found)
@@ -136,14 +136,14 @@ def _parts(
 
 
 def _adds_up(cost: Cost) -> bool:
-    # 1 % for parts that were rounded or timed one by one.
+    # A tolerance of 1 % for parts that were rounded or timed separately.
     return bool(cost.parts) and math.isclose(sum(cost.parts.values()), cost.value, rel_tol=0.01)
 
 
 def _phase_seconds(record: Record) -> dict[str, float]:
     """Return the seconds of a run's disjoint phases.
 
-    Phases of single tasks are summed under one name, as are those of single methods.
+    Phases of different tasks are added under one name, and so are those of different methods.
     """
     found: dict[str, float] = defaultdict(float)
     for cost in record.costs:
@@ -152,8 +152,8 @@ def _phase_seconds(record: Record) -> dict[str, float]:
             scoring = name.startswith(f"{record.model.name} on ")
             applying = name.startswith("applying ")
             found["scoring" if scoring else METHODS_REST if applying else name] += cost.value
-    # Phases inside a method are timed within the method's own phase as well: they are subtracted
-    # from it, or their time would be counted twice.
+    # Phases inside a method are also part of the method's own phase, from which they are
+    # subtracted so that they do not count twice.
     within = sum(value for name, value in found.items() if name not in RUN_PHASES)
     if METHODS_REST in found:
         found[METHODS_REST] = max(0.0, found[METHODS_REST] - within)

@@ -18,17 +18,17 @@ BINS = 10
 
 
 def answer_confidences(samples: pd.DataFrame) -> pd.DataFrame:
-    """Return `confidence` and `right` of every sample whose answer is one of several.
+    """Return `confidence` and `right` for every sample with several possible answers.
 
     The confidence in a choice is the softmax of the choices' log-likelihoods; the confidence in a
-    class is the classifier's probability. Generated answers have none. `right` is what the task's
-    accuracy counts.
+    class is the classifier's probability. Generated answers have none. `right` is the score that
+    the task's accuracy averages.
     """
-    # Generation tasks have no accuracy, and an interrupted store may have no samples at all.
+    # Generation tasks have no accuracy, and an interrupted store may have no samples.
     if samples.empty or not {"acc", "loglikelihoods"} <= set(samples):
         return pd.DataFrame(columns=["confidence", "right"])
     graded = samples[samples["acc"].notna()].astype({"acc": float})
-    # A single log-likelihood is that of a text, not of a choice: its softmax is always 1.
+    # A single log-likelihood is that of a text instead of a choice, and its softmax is always 1.
     scores = graded["loglikelihoods"].map(len) > 1
     chosen = graded[scores]["loglikelihoods"].map(_highest_share)
     found = [pd.DataFrame({"confidence": chosen, "right": graded[scores]["acc"]})]
@@ -43,13 +43,13 @@ def answer_confidences(samples: pd.DataFrame) -> pd.DataFrame:
 def _highest_share(loglikelihoods: np.ndarray) -> float:
     """Return the softmax of the largest entry."""
     value_C = np.asarray(loglikelihoods, dtype=float)
-    # Shifted by the maximum against underflow, the largest term is exp(0) = 1.
+    # Shifted by the maximum to avoid underflow, so the largest term is exp(0) = 1.
     return float(1 / np.exp(value_C - value_C.max()).sum())
 
 
 def bin_answers(answers: pd.DataFrame) -> pd.DataFrame:
     """Return mean confidence, accuracy and size of each bin of equal width."""
-    # A confidence of exactly 1 belongs to the last bin, not to one of its own.
+    # A confidence of exactly 1 belongs to the last bin.
     bin_of_answer = np.minimum((answers["confidence"] * BINS).astype(int), BINS - 1)
     grouped = answers.groupby(bin_of_answer)
     means = grouped.mean().rename(columns={"right": "accuracy"})
@@ -57,7 +57,7 @@ def bin_answers(answers: pd.DataFrame) -> pd.DataFrame:
 
 
 def wilson_interval(share: pd.Series, n: pd.Series) -> tuple[pd.Series, pd.Series]:
-    """Return the 95 % interval of a share of n answers; it stays within 0 and 1.
+    """Return the 95 % interval of a share of n answers, which is within 0 and 1.
 
     Source: Wilson, J. Am. Stat. Assoc. 22 (1927), 209-212.
     """
@@ -72,7 +72,7 @@ def wilson_interval(share: pd.Series, n: pd.Series) -> tuple[pd.Series, pd.Serie
 
 
 def expected_calibration_error(bins: pd.DataFrame) -> float:
-    """Return the expected calibration error: the mean gap of the bins, weighted by size.
+    """Return the expected calibration error: the mean gap of the bins, weighted by their size.
 
     Source: Naeini, Cooper and Hauskrecht (AAAI 2015); Guo et al., arXiv 1706.04599, equation 3.
     """
@@ -112,13 +112,13 @@ def confidence_curves(runs: Sequence[ComparedRun]) -> pd.DataFrame:
 def draw_calibration(frame: pd.DataFrame) -> Figure:
     """Draw the rows of `confidence_curves`; on the diagonal, accuracy equals confidence.
 
-    Bars are 95 % intervals; the grey columns show how many answers are in each bin.
+    Bars are 95 % intervals; the grey columns show the number of answers in each bin.
     """
     styles = series_styles(frame["name"])
     figure, axes = draw_panels(
         frame, lambda axes, rows: _draw_calibration_panel(axes, rows, styles)
     )
-    # Nearly square panels, so that the diagonal looks like one.
+    # Panels are nearly square, so that the diagonal has a slope of about 45°.
     figure.set_figheight(4)
     handles = [handle for each in axes for handle in each.get_legend_handles_labels()[0]]
     add_legend(figure, handles, title="expected calibration error")
@@ -132,7 +132,7 @@ def _draw_calibration_panel(
     for name, line in group.groupby("name", sort=False):
         look = styles[str(name)]
         low, high = wilson_interval(line["accuracy"], line["n"])
-        # Rounding may put an end a hair on the wrong side of a share of exactly 0 or 1.
+        # Rounding may put an end slightly beyond a share of exactly 0 or 1.
         below = (line["accuracy"] - low).clip(lower=0)
         above = (high - line["accuracy"]).clip(lower=0)
         axes.errorbar(
@@ -159,6 +159,6 @@ def _draw_counts(axes: Axes, group: pd.DataFrame) -> None:
     columns.set_ylabel("answers per bin", loc="bottom")
     columns.grid(visible=False)
     columns.spines["right"].set_visible(False)
-    # The curves are what is read, so that the columns stand behind them.
+    # The curves are more important, so the columns are drawn behind them.
     axes.set_zorder(columns.get_zorder() + 1)
     axes.patch.set_visible(False)

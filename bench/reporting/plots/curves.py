@@ -28,12 +28,12 @@ from bench.reporting.plots.style import (
 def summarize_families(frame: pd.DataFrame) -> pd.DataFrame:
     """Return one row per family and amount: the mean of its runs and an error bar.
 
-    The bar of a single run is its 95 % interval; that of several runs (seeds) spans their minimum
-    and maximum, and `runs` holds their number.
+    The bar of a single run is its 95 % interval. With several runs (seeds) the bar is from their
+    minimum to their maximum, and `runs` is their number.
     """
     rows = []
     keys = ["model", "benchmark", "family", "amount"]
-    # dropna=False: the dense model has no amount, and pandas would drop its group.
+    # dropna=False, because the dense model has no amount and pandas would drop its group.
     for key, group in frame.groupby(keys, sort=False, dropna=False):
         mean, low, high = group["value"].mean(), group["value"].min(), group["value"].max()
         error = group["error"].iloc[0]
@@ -48,10 +48,10 @@ def summarize_families(frame: pd.DataFrame) -> pd.DataFrame:
 
 def draw_curves(frame: pd.DataFrame, knob: str) -> Figure:
     """Draw the rows of `summarize_families`; the dense model is a horizontal line with a band."""
-    # A panel in which no run has the knob would be empty but for the dense line.
+    # A panel without a run that has the knob would show only the dense line.
     panels = frame.groupby(["model", "benchmark"])["amount"]
     frame = frame[panels.transform(lambda amounts: amounts.notna().any()).astype(bool)]
-    # Families without a value of the knob are not drawn and must use up no style.
+    # Families without a value of the knob are not drawn and must not use a style.
     with_amount = frame[frame["amount"].notna() | (frame["family"] == "dense")]
     families = series_styles(with_amount["family"])
     figure, _ = draw_panels(frame, lambda axes, rows: _draw_curve_panel(axes, rows, families, knob))
@@ -85,7 +85,7 @@ def _draw_curve_panel(
 
 
 DENSE_AT_ZERO = frozenset({"ratio"})
-"""Knobs of which 0 means the dense model; others (`keep`, `bits`) have no value for it."""
+"""Knobs for which 0 is the dense model; others (`keep`, `bits`) have no such value."""
 
 
 def _draw_dense(axes: Axes, row: pd.Series, knob: str) -> None:
@@ -104,16 +104,16 @@ HISTORY_QUANTITIES = {
     "alive": "groups alive",
     "fractional": "groups between kept and removed",
 }
-"""Drawn quantities with their titles, in this order, if a history has them."""
+"""Quantities to draw if a history has them, in this order, with their titles."""
 
 
 def training_histories(records: Sequence[Record]) -> pd.DataFrame:
     """Return one row per run, step and quantity reported during training.
 
-    Runs that differ in their seed only have the same `series`.
+    Runs that differ only in their seed have the same `series`.
 
     Raises:
-        UserError: none of the runs has trained anything.
+        UserError: no run has a method that trains.
     """
     named = series_names(records)
     rows = [
@@ -138,7 +138,7 @@ def _history_rows(record: Record) -> Iterator[dict[str, object]]:
                         "quantity": name, "time": time, "at": line[time], "value": line[name],
                         "budget": budget,
                     }  # fmt: skip
-        # Short fine-tunings report a bare list with one loss per step.
+        # Short fine-tunings report a plain list with one loss per step.
         for step, loss in enumerate(method.report.get("losses", []), start=1):
             yield {
                 "quantity": "loss", "time": "step", "at": step, "value": loss, "budget": None
@@ -146,7 +146,7 @@ def _history_rows(record: Record) -> Iterator[dict[str, object]]:
 
 
 def draw_training(frame: pd.DataFrame) -> Figure:
-    """Draw one panel per quantity and one line per series: the mean of its seeds, with their range.
+    """Draw a panel per quantity, with a line per series: the mean of its seeds, and their range.
 
     A budget of groups is a dotted line.
     """

@@ -1,4 +1,4 @@
-"""Figures by kind, from the runs that a user names to files."""
+"""Figures by kind: from the runs that a user names to files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from bench.ui import warn
 
 @dataclass(frozen=True)
 class PlotRequest:
-    """Options of a figure; each kind of plot reads those that concern it."""
+    """Options of a figure; each kind of plot reads only its own."""
 
     results_dir: Path
     task: str = AVERAGE
@@ -41,7 +41,7 @@ class PreparedFigure:
 
     def rows(self) -> list[dict[str, object]]:
         """Return the data as JSON values."""
-        # Through pandas' own JSON, which turns NaN into null and numpy numbers into plain ones.
+        # With pandas' own JSON, which converts NaN to null and numpy numbers to plain ones.
         found: list[dict[str, object]] = json.loads(self.data.to_json(orient="records"))
         return found
 
@@ -64,13 +64,13 @@ def prepare_figure(kind: str, runs: Sequence[str], request: PlotRequest) -> Prep
 
 def _plot_order(record: Record) -> tuple[str, str, bool, str]:
     """Order runs by panel, the dense model first, then by label."""
-    # Styles are assigned in this order, and consecutive ones differ most, so that neighbours in a
-    # legend do not look alike.
+    # Styles are assigned in this order and consecutive styles differ most, so that neighbours in a
+    # legend are easy to distinguish.
     return record.model.name, benchmark_text(record), not record.is_dense, record.label
 
 
 def figure_files(kind: str, outputs: Sequence[Path], results_dir: Path) -> list[Path]:
-    """Return the given files, or one in every format at `RESULTS/plots/KIND.*`."""
+    """Return the given files, or one per format at `RESULTS/plots/KIND.*`."""
     return list(outputs) or [
         results_dir / "plots" / f"{kind}.{suffix}" for suffix in FIGURE_FORMATS
     ]
@@ -79,10 +79,10 @@ def figure_files(kind: str, outputs: Sequence[Path], results_dir: Path) -> list[
 def write_figures(
     prepared: PreparedFigure, kind: str, outputs: Sequence[Path], results_dir: Path
 ) -> list[Path]:
-    """Write a figure to the files of `figure_files`, which have been checked."""
+    """Write a figure to the files from `figure_files`, which have been checked."""
     paths = figure_files(kind, outputs, results_dir)
-    # matplotlib applies its settings when artists are created, so the figure is drawn, and not only
-    # saved, within the context.
+    # matplotlib applies settings when artists are created, so the figure must also be drawn within
+    # the context.
     with plot_settings():
         figure = prepared.draw()
         for path in paths:
@@ -130,7 +130,7 @@ def _calibration(records: list[Record], request: PlotRequest) -> PreparedFigure:
             read.append(ComparedRun(record, samples(record.id, request.results_dir)))
         except UserError as error:
             faults.append(error)
-    # Damaged samples of one run are no reason to draw none of the others.
+    # Damaged samples of one run must not prevent a figure of the others.
     if faults and not read:
         raise faults[0]
     for fault in faults:

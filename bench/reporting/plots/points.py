@@ -22,11 +22,11 @@ from bench.reporting.record_numbers import (
 )
 
 COST_WORDS = {"flops": "FLOPs", "macs": "MACs", "seconds": "time", "bytes": "memory"}
-"""Quantities as a reader of a figure calls them."""
+"""Names of quantities for the reader of a figure."""
 SPREAD_KEYS = (("least", "most"), ("p10", "p90"))
-"""Names that costs give to the ends of a measured spread."""
+"""Names of the ends of a measured spread, as in costs."""
 AMOUNT_KNOBS = frozenset({"ratio", "keep", "k", "average", "budget", "bits", "threshold", "layers"})
-"""Knobs for the amount of compression; along them a family has one colour."""
+"""Knobs for the amount of compression, which do not change a family's colour."""
 
 
 def run_points(
@@ -38,15 +38,15 @@ def run_points(
     knob: str = "ratio",
     amounts: Collection[str] = AMOUNT_KNOBS,
 ) -> pd.DataFrame:
-    """Return one row per run that has the task, and the cost if one is requested.
+    """Return one row per run with the task, and with the cost if one is requested.
 
     `value` and `error` (half of a 95 % interval) are in % if the metric is a fraction. A run of one
     task has no average and is represented by that task. Times of runs whose weights are only zeroed
-    or masked are left out, since these gain no time. `knob` and `amounts` are those of
+    or masked are left out, because these runs save no time. For `knob` and `amounts` see
     `family_names`.
 
     Raises:
-        UserError: no run has this task, or this cost, or it is of several shapes.
+        UserError: no run has this task or this cost, or the cost is for several shapes.
     """
     named, scored = family_names(records, knob, amounts), benchmark_names(records)
     metrics = {record.id: _headline(record, task) for record in records}
@@ -65,7 +65,7 @@ def run_points(
         }
         if cost is not None:
             found = _cost(record, cost, scope)
-            # Every unit of time is stored in seconds, so "s" marks all measured times.
+            # All times are stored in seconds, so "s" identifies measured times.
             if found is None or (found.unit == "s" and row["unreal"]):
                 continue
             row |= _cost_columns(found)
@@ -79,7 +79,7 @@ def run_points(
 
 
 def _no_cost(records: Sequence[Record], cost: str, scope: str | None) -> UserError:
-    """Build the error for a cost that no run has, has in this scope, or may show."""
+    """Return the error for a cost that no run has, has in this scope, or may show."""
     costs = [each for record in records for each in record.headline_costs]
     scopes = dict.fromkeys(each.scope for each in costs if each.quantity == cost)
     if not scopes:
@@ -95,7 +95,7 @@ def _no_cost(records: Sequence[Record], cost: str, scope: str | None) -> UserErr
 
 
 def refuse_mixed_scopes(frame: pd.DataFrame, cost: str) -> None:
-    """Raise if costs of different shapes would stand on one axis.
+    """Raise if costs of different shapes would share an axis.
 
     The rows have `scope`, and the runs of a panel share `model` and `benchmark`.
     """
@@ -152,11 +152,11 @@ def _cost_columns(cost: Cost) -> dict[str, object]:
 
 
 def cost_name(cost: Cost) -> str:
-    """Return what a cost is of, such as `FLOPs, forward 1 × 512 tokens` or `bytes of the model`."""
+    """Return a name such as `FLOPs, forward 1 × 512 tokens` or `bytes of the model`."""
     quantity = COST_WORDS.get(cost.quantity, cost.quantity.replace("_", " "))
     if cost.scope == "model":
         return f"{quantity} of the model"
-    # A scope such as `forward 1x512` is of one row of 512 tokens.
+    # A scope such as `forward 1x512` means one row of 512 tokens.
     scope = re.sub(r"(\d+)x(\d+)", r"\1 × \2 tokens", cost.scope)
     return f"{quantity}, {scope}"
 
@@ -166,8 +166,8 @@ def family_names(
 ) -> dict[str, str]:
     """Return each run's family by run id: its methods, and the knobs in which families differ.
 
-    Neither the knob `along` nor those of `amounts` separate families. Where runs of one family are
-    averaged, `amounts` is empty: a mean over several amounts is a number of nothing.
+    The knob `along` and those in `amounts` do not separate families. If runs of a family are
+    averaged, `amounts` is empty, because a mean over several amounts is meaningless.
     """
     named = {}
     for group, knobs in _alike(records, lambda run: _family_knobs(run, along, amounts)):
@@ -177,7 +177,7 @@ def family_names(
 
 
 def series_names(records: Sequence[Record]) -> dict[str, str]:
-    """Return a name per run id that runs share if they differ in nothing but their seed."""
+    """Return a name per run id, which is the same for runs that differ only in their seed."""
     many_models = len({record.model.name for record in records}) > 1
     named = {}
     for group, knobs in _alike(records, _knobs_beside_label):
@@ -193,7 +193,7 @@ Knobs = dict[str, object]
 def _alike(
     records: Sequence[Record], knobs_of: Callable[[Record], Knobs]
 ) -> Iterator[tuple[list[Record], list[Knobs]]]:
-    """Yield the runs of the same methods, which alone are told apart by knobs, with these."""
+    """Yield groups of runs with the same methods, and the knobs that may distinguish them."""
     alike: dict[tuple[str, ...], list[Record]] = defaultdict(list)
     for record in records:
         alike[tuple(method.name for method in record.methods)].append(record)
@@ -202,9 +202,9 @@ def _alike(
 
 
 def _differences(knobs: Sequence[Knobs]) -> list[str]:
-    """Return what to add to a name: with every knob in it, a legend would be unreadable."""
+    """Return what to add to a name: only knobs that differ, to keep legends readable."""
     shown = differing_names(knobs)
-    # What is null or absent goes without saying: others of these runs have it.
+    # Knobs that are null or absent are not mentioned, because other runs of the group have them.
     return [
         "".join(f", {shown[n]}={each[n]}" for n in shown if each.get(n) is not None)
         for each in knobs
@@ -212,11 +212,11 @@ def _differences(knobs: Sequence[Knobs]) -> list[str]:
 
 
 def _family_knobs(record: Record, along: str, amounts: Collection[str]) -> Knobs:
-    """Return every knob of a run that is neither the one along a curve nor an amount."""
+    """Return every knob of a run except the one along a curve and the amounts."""
     last, amount = along.rpartition(".")[2], knob_value(record, along)
 
     def moves(name: str, value: object) -> bool:
-        # Several methods may take the ratio of the run, which moves them together.
+        # Several methods may use the run's ratio, which then changes together.
         return name.rpartition(".")[2] == last and amount in (None, value)
 
     return {
@@ -227,7 +227,7 @@ def _family_knobs(record: Record, along: str, amounts: Collection[str]) -> Knobs
 
 
 def _knobs_beside_label(record: Record) -> Knobs:
-    """Return every knob of a run but the ratio, which its label has."""
+    """Return every knob of a run except the ratio, which is in its label."""
     knobs = run_knobs(record)
     return {name: value for name, value in knobs.items() if name.rpartition(".")[2] != "ratio"}
 
@@ -235,8 +235,8 @@ def _knobs_beside_label(record: Record) -> Knobs:
 def knob_value(record: Record, knob: str) -> float | None:
     """Return the value of a knob of the first method that has it.
 
-    A dotted name is a path through methods and config: `camera_p.alpha`, `calibration.rows`. None
-    for a dense run, which has no amount, and if the knob is missing or not a number.
+    A dotted name is a path through methods and config: `camera_p.alpha`, `calibration.rows`. Return
+    None for a dense run, which has no amount, and if the knob is missing or not a number.
     """
     if not record.methods:
         return None
@@ -248,7 +248,7 @@ def knob_value(record: Record, knob: str) -> float | None:
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:
-    # True is an int in Python, and a switch is no amount.
+    # True is an int in Python, but a boolean is not an amount.
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

@@ -1,9 +1,8 @@
-"""Style of figures: colours that colour-blind readers can tell apart, panels, axes, legends.
+"""Style of figures: colours for colour-blind readers, panels, axes, legends.
 
-A family of runs differs in colour, marker, line and hatch, never in colour alone, so that a figure
-says the same in greyscale. Colours: Okabe and Ito, Color Universal Design (2008), without the
-yellow, which is too light for lines on white. Heat maps use cividis, whose lightness grows with the
-value.
+Families of runs differ in colour, marker, line and hatch, so that they can be distinguished in
+greyscale as well. Colours: Okabe and Ito, Color Universal Design (2008), without the yellow, which
+is too light for lines on white. Heat maps use cividis, whose lightness increases with the value.
 """
 
 from __future__ import annotations
@@ -56,8 +55,8 @@ RC_PARAMS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "slimbench",
 }
-"""Text remains text in SVG and PDF (font type 42, no outlines), and the fixed salt for SVG ids
-makes equal figures equal files."""
+"""Text remains text in SVG and PDF (font type 42, no outlines). The fixed salt for SVG ids makes
+equal figures equal files."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +70,14 @@ class SeriesStyle:
 
 
 DENSE_STYLE = SeriesStyle(INK, "*", "-", "")
-"""The dense model is black and has a star everywhere."""
+"""The dense model is black with a star in all figures."""
 
 
 def series_styles(families: Iterable[str]) -> dict[str, SeriesStyle]:
     """Return a style per family in order of appearance; the dense model has its own."""
     named = dict.fromkeys(families)
-    # The cycles of colours, markers, lines and hatches have different lengths, so families that
-    # share a colour differ in the rest.
+    # The cycles of colours, markers, lines and hatches have different lengths, so families with
+    # the same colour differ in the rest.
     others = [name for name in named if name != "dense"]
     found = dict(zip(others, islice(_cycle_styles(), len(others)), strict=True))
     return {"dense": DENSE_STYLE, **found} if "dense" in named else found
@@ -97,7 +96,7 @@ def _cycle_styles() -> Iterator[SeriesStyle]:
 
 
 def tint(colour: str) -> tuple[float, float, float]:
-    """Return a colour half-way to white: a hatch on it stays visible, in greyscale as well."""
+    """Return a colour halfway to white, on which a hatch is visible even in greyscale."""
     red, green, blue = to_rgb(colour)
     return (1 + red) / 2, (1 + green) / 2, (1 + blue) / 2
 
@@ -110,10 +109,10 @@ def plot_settings() -> Iterator[None]:
 
 
 def check_figure_file(path: Path) -> None:
-    """Raise if a figure cannot be written at a path, before its data are read.
+    """Raise if a figure cannot be written to a path; called before data are read.
 
     Raises:
-        UserError: the format is none of the three, or the file cannot be written.
+        UserError: the format is not one of the three, or the file cannot be written.
     """
     if path.suffix.removeprefix(".").lower() not in FIGURE_FORMATS:
         raise UserError(f"--output {path}: the name must end in {', '.join(FIGURE_FORMATS)}")
@@ -123,8 +122,8 @@ def check_figure_file(path: Path) -> None:
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure in the format of the file's suffix; equal figures give equal files."""
     suffix = path.suffix.removeprefix(".").lower()
-    # matplotlib writes its version into PNG and the time into SVG and PDF, which would make every
-    # file differ.
+    # matplotlib writes its version into PNG and the time into SVG and PDF, so that files would
+    # always differ.
     undated = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format=suffix, metadata=undated[suffix])
@@ -132,11 +131,11 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 MAX_PANELS = 4
 TITLE_WIDTH = 44
-"""Letters of a line of a panel's title."""
+"""Letters per line of a panel's title."""
 PANEL_WIDTH, PANEL_HEIGHT = 4.2, 3.2
 """Inches per panel."""
 LEGEND_LINE_HEIGHT, LEGEND_LETTER_WIDTH = 0.2, 0.085
-"""Inches: the height of a line of the legend and the width of a letter in it."""
+"""Inches: height of a line of the legend, and width of a letter in it."""
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "µ"))
 
 
@@ -148,7 +147,7 @@ def draw_panels(
     Raises:
         UserError: there are more panels than fit side by side.
     """
-    # Only runs of one model on one benchmark share axes: their numbers mean the same.
+    # Only runs of one model on one benchmark share axes, because their numbers are comparable.
     panels = list(frame.groupby(["model", "benchmark"], sort=False))
     figure, axes = _panel_figure([f"{model} on {benchmark}" for (model, benchmark), _ in panels])
     for each, (_, group) in zip(axes, panels, strict=True):
@@ -170,9 +169,9 @@ def _panel_figure(names: list[str]) -> tuple[Figure, list[Axes]]:
 
 
 def add_legend(figure: Figure, handles: Sequence[Artist], title: str | None = None) -> None:
-    """Put one legend below all panels and enlarge the figure to make room for it."""
-    # The width is estimated from the number of letters: matplotlib knows real text sizes only after
-    # drawing, and a figure height set then would need a second layout.
+    """Put a legend below all panels and enlarge the figure for it."""
+    # The width is estimated from the number of letters: matplotlib knows text sizes only after
+    # drawing, and changing the figure's height then would require a second layout.
     longest = max(len(str(handle.get_label())) for handle in handles)
     columns = max(
         1, min(len(handles), int(figure.get_figwidth() / (0.6 + longest * LEGEND_LETTER_WIDTH)))
@@ -194,7 +193,7 @@ def family_handles(families: dict[str, SeriesStyle], *, joined: bool) -> list[Li
 
 
 def zeroed_handle() -> Line2D:
-    """Return the legend handle of points whose saving is not real."""
+    """Return the legend handle of points with savings that are not real."""
     return Line2D(
         [], [], color=INK, marker="o", markerfacecolor="white", linestyle="none",
         label="zeroed, masked or unconfirmed: no real saving",
@@ -202,15 +201,15 @@ def zeroed_handle() -> Line2D:
 
 
 def label_metric_axis(axes: Axes, name: str, task: str, higher_is_better: bool) -> None:
-    """Label the axis of a headline metric, and say which direction is better."""
+    """Label the axis of a headline metric, including which direction is better."""
     shown = name.replace("mean", "average") if task == AVERAGE else f"{task} {name}"
     axes.set_ylabel(f"{shown} ({'higher' if higher_is_better else 'lower'} is better)")
 
 
 def label_unit_axis(axes: Axes, name: str, unit: str, largest: float) -> None:
-    """Label the axis of a cost, with the decimal prefix that suits the largest value."""
+    """Label the axis of a cost, with a decimal prefix for the largest value."""
     factor, prefix = next((p for p in PREFIXES if p[0] <= abs(largest)), PREFIXES[-1])
-    # matplotlib's own formatter would write a factor such as 1e9 at the end of the axis.
+    # matplotlib's own formatter would put a factor such as 1e9 at the end of the axis.
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / factor:g}"))
     axes.xaxis.set_major_locator(MaxNLocator(6))
     shown = f"{prefix}{'' if unit == '1' else unit}"

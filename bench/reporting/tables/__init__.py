@@ -1,4 +1,4 @@
-"""Papers' tables: our numbers next to the published ones, from records alone."""
+"""Papers' tables: our numbers beside the published ones, built only from records."""
 
 from bench.reporting.tables.builder import build_table, records_of_table, table_of, tables_of
 from bench.reporting.tables.table import (

@@ -1,4 +1,4 @@
-"""Tables built from records, and the agreement of the order of methods with the source's."""
+"""Tables built from records, and whether the order of methods agrees with the source's."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ PublishedCells = Mapping[tuple[str, str, str, str], "PublishedCell"]
 
 
 class RatedMethod(NamedTuple):
-    """One method with both of its numbers."""
+    """One method with our number and the published one."""
 
     name: str
     ours: OurValue
@@ -58,7 +58,7 @@ class PairCounts(NamedTuple):
 
 
 def table_of(name: str, records: Sequence[Record], scale: str | None = None) -> Table:
-    """Return a table filled from records; among records of one run the newest counts."""
+    """Return a table filled from records; the newest record of each run is used."""
     return _filled_table(name, scale, _by_choices(records))
 
 
@@ -68,7 +68,7 @@ def _filled_table(name: str, scale: str | None, named: _NamedRecords) -> Table:
 
 
 def tables_of(records: Sequence[Record]) -> Iterator[Table]:
-    """Yield every table, real or stand-in, of which at least one line has a record."""
+    """Yield every table, real or stand-in, with a record for at least one line."""
     named = _by_choices(records)
     for name in table_names():
         for scale in table_scales(name):
@@ -78,7 +78,7 @@ def tables_of(records: Sequence[Record]) -> Iterator[Table]:
 
 
 def build_table(config: TableConfig, slot_records: Mapping[TableSlot, Sequence[Record]]) -> Table:
-    """Put the records of each line next to the published cells."""
+    """Combine the records of each line with the published cells."""
     theirs = {name: _section_cells(config, name) for name in config.sections}
     lines = {
         slot: _table_line(config, slot, slot_records.get(slot, ()), theirs[slot.section])
@@ -91,8 +91,8 @@ def build_table(config: TableConfig, slot_records: Mapping[TableSlot, Sequence[R
         title=config.title,
         stand_in=config.stand_in,
         columns=tuple(_heads(config, labels)),
-        # A line with neither our number nor a published one is left out; one with either stays,
-        # since a gap in the reproduction has to be visible.
+        # Lines without our number and without a published one are left out. Others stay, because a
+        # gap in the reproduction must be visible.
         lines=tuple(
             replace(line, cells=tuple(_beside(config, line.cells, changes.get(slot, {}))))
             for slot, line in lines.items()
@@ -104,7 +104,7 @@ def build_table(config: TableConfig, slot_records: Mapping[TableSlot, Sequence[R
 
 
 def _heads(config: TableConfig, labels: Mapping[str, str | None]) -> Iterator[ColumnHead]:
-    """Yield the head of each column, and of its changes against dense if they are asked for."""
+    """Yield the head of each column, and of its change from dense if the table has changes."""
     for name, column in config.columns.items():
         head = ColumnHead(name, column.unit, column.lower_is_better, labels[name])
         yield head
@@ -127,7 +127,7 @@ def _beside(
 def _changes(
     config: TableConfig, slot_records: Mapping[TableSlot, Sequence[Record]]
 ) -> dict[TableSlot, dict[str, TableCell]]:
-    """Return the changes of each line against the dense line of its section, by column."""
+    """Return each line's changes from the dense line of its section, by column."""
     whole = {
         slot: records for slot, records in slot_records.items() if len(records) == len(slot.runs)
     }
@@ -170,7 +170,7 @@ def _section_cells(config: TableConfig, section: str) -> PublishedCells:
 def _table_line(
     config: TableConfig, slot: TableSlot, records: Sequence[Record], theirs: PublishedCells
 ) -> TableLine:
-    # A mean over some of the seeds would change when the rest arrives: all or nothing.
+    # All seeds or none, because a mean over some of them would change when the others arrive.
     whole = records if len(records) == len(slot.runs) else ()
     cells = [_table_cell(config, slot, name, whole, theirs) for name in config.columns]
     ids = tuple(record.id for record in whole)
@@ -181,8 +181,8 @@ def _table_line(
 def _label(
     config: TableConfig, name: str, slot_records: Mapping[TableSlot, Sequence[Record]]
 ) -> str | None:
-    """Return what a column's numbers were scored on; None if the column's name says it."""
-    # A column is named after the real data set, which a stand-in or a local file replaces.
+    """Return what a column's numbers were scored on; None if the column's name states it."""
+    # Columns are named after real data sets, which a stand-in or a local file may replace.
     labels = dict.fromkeys(
         label
         for slot, records in slot_records.items()
@@ -193,7 +193,7 @@ def _label(
     )
     task = config.columns[name].task
     if any(labels):
-        # Where the sections name the data sets, a column's name says what was measured on them.
+        # If the sections name the data sets, the column's name is that of a measured quantity.
         measured = f"{name}, " if task is not None and task.startswith("$") else ""
         return measured + " / ".join(label or name for label in labels)
     return f"embedded {task}" if config.stand_in and task not in (None, AVERAGE) else None
@@ -206,7 +206,7 @@ def _table_cell(
     records: Sequence[Record],
     theirs: PublishedCells,
 ) -> TableCell:
-    """Fill one cell; a stand-in shows our number only."""
+    """Return one cell; in a stand-in table it has only our number."""
     column = numbers.with_variables(config.columns[name], config.sections[slot.section].variables)
     ours = numbers.our_value(column, records) if records else None
     if config.stand_in:
@@ -214,8 +214,8 @@ def _table_cell(
     cell = _published_in_section(config, slot.section, slot.row, slot.variant, name, theirs)
     if ours is None or cell is None:
         return TableCell(ours, cell)
-    # The reason with the widest scope wins: what the table's author knows about a section, about a
-    # row, then about a column, then what the identities say.
+    # The reason with the widest scope is used: first that of a section in the table's config, then
+    # of a row, then of a column, and last a difference of identities.
     known = config.sections[slot.section], config.rows[slot.row], column
     reason = next((part.differs for part in known if part.differs), None)
     reason = reason or numbers.incomparable_reason(column, records, cell)
@@ -247,7 +247,7 @@ def _published_of_model(
 
 
 def _notes(config: TableConfig, theirs: Mapping[str, PublishedCells]) -> Iterator[str]:
-    """Yield what the source leaves open and what is suspicious in it."""
+    """Yield what the source does not state, and what is suspicious in it."""
     if config.stand_in:
         return
     rows = {row.published or name for name, row in config.rows.items()}
@@ -278,11 +278,10 @@ def _agreements(
     theirs: Mapping[str, PublishedCells],
     labels: Mapping[str, str | None],
 ) -> Iterator[OrderAgreement]:
-    """Compare the order of methods with each published model, variant by variant."""
+    """Compare the order of methods with that of each published model, variant by variant."""
     variants = list(config.variants) or [""]
     for section, part in config.sections.items():
-        # A section may stand for several models of the source; each of them gives an order of its
-        # own.
+        # A section may represent several models of the source, each with its own order.
         for model in part.published or (section,):
             for variant in variants:
                 same = [ln for ln in lines if (ln.section, ln.variant) == (section, variant)]
@@ -302,11 +301,11 @@ def _rated_methods(
     name: str,
     theirs: PublishedCells,
 ) -> Iterator[RatedMethod]:
-    """Yield the methods for which both numbers are known."""
+    """Yield the methods with both numbers."""
     for line in lines:
         ours = line.cells[index].ours
         cell = _published_of_model(config, model, line.name, line.variant, name, theirs)
-        # A bound cannot be ranked: the number behind it is unknown.
+        # A bound cannot be ranked, because the number itself is unknown.
         if ours is not None and cell is not None and cell.relation == "=":
             factor = numbers.UNITS[cell.unit][1]
             yield RatedMethod(line.name, ours, float(cell.value) * factor)
@@ -332,7 +331,7 @@ def _agreement(
 
 
 class _RunChoices(NamedTuple):
-    """A run's choices of config groups: cheap to compare before anything is composed."""
+    """A run's choices of config groups, which can be compared without composing a config."""
 
     model: str
     benchmark: str
@@ -343,7 +342,7 @@ _NamedRecords: TypeAlias = "Mapping[_RunChoices, Sequence[Record]]"
 
 
 def _by_choices(records: Sequence[Record]) -> _NamedRecords:
-    """Sort records by their choices of config groups, the newest of each first."""
+    """Group records by their choices of config groups, newest first."""
     named: dict[_RunChoices, list[Record]] = {}
     for record in sorted(records, key=lambda record: record.started, reverse=True):
         named.setdefault(_choices_of_record(record), []).append(record)
@@ -353,7 +352,7 @@ def _by_choices(records: Sequence[Record]) -> _NamedRecords:
 def records_of_table(
     slots: Sequence[TableSlot], records: Sequence[Record]
 ) -> dict[TableSlot, list[Record]]:
-    """Return the records of each line that has all of its runs; of one run the newest counts."""
+    """Return the records of each line whose runs all have one; the newest of each run is used."""
     return _match_records(slots, _by_choices(records))
 
 
@@ -361,8 +360,8 @@ def _match_records(
     lines: Sequence[TableSlot], named: _NamedRecords
 ) -> dict[TableSlot, list[Record]]:
     """Find the records of each line by everything that determines a result, except the device."""
-    # Identities are exact but need a run to be composed by Hydra, which is slow. The choices of
-    # config groups can be read from the overrides and rule out nearly all records first.
+    # Comparing identities is exact but requires Hydra to compose a run, which is slow. Choices of
+    # config groups can be read from the overrides, and rule out nearly all records first.
     found: dict[TableSlot, list[Record]] = {}
     for slot in lines:
         hits = [_newest_record(run, named.get(_choices_in_overrides(run), ())) for run in slot.runs]
@@ -375,7 +374,7 @@ def _choices_of_record(record: Record) -> _RunChoices:
     config = record.config
     model, methods = config.get("model", {}), config.get("method", {})
     name, adapter = str(model.get("name")), model.get("adapter")
-    # What a run adds to the name of its choice: the adapter, and the tasks of a whole harness.
+    # Suffixes that a run adds to the name of its choice: the adapter, and a harness's tasks.
     plain = name.removesuffix(f"+{PurePath(adapter).name}") if adapter else name
     benchmark = config["benchmark"]["name"].partition(":")[0]
     return _RunChoices(plain, benchmark, tuple(methods))
@@ -384,7 +383,7 @@ def _choices_of_record(record: Record) -> _RunChoices:
 def _choices_in_overrides(run: Overrides) -> _RunChoices:
     chosen = dict(override.split("=", 1) for override in run)
     methods = chosen.get("method", "").strip("[]").split(",")
-    # `method=dense` and no method at all are the same run.
+    # `method=dense` and no method are the same run.
     named = tuple(name for name in methods if name not in ("", "dense"))
     model = chosen.get("model.name") or recorded_name("model", chosen.get("model", ""))
     return _RunChoices(model, recorded_name("benchmark", chosen.get("benchmark", "")), named)
@@ -396,13 +395,13 @@ def _newest_record(run: Overrides, likely: Sequence[Record]) -> Record | None:
 
     for record in likely:
         # The provenance shows whether the run read calibration text or prompts. Settings that no
-        # method read have no influence and are left out of the identity.
+        # method read do not affect results and are left out of the identity.
         calibrated = record.provenance.get("calibration") is not None
         prompted = record.provenance.get("prompts") is not None
         try:
             found = identity_of(record.config, calibrated=calibrated, prompted=prompted)
         except (KeyError, TypeError, AttributeError):
-            continue  # a config of another program, which no run of ours can equal
+            continue  # The config is of another program and cannot match our runs.
         if found == _composed_identity(run):
             return record
     return None
@@ -422,8 +421,8 @@ def count_pairs(rated: Sequence[RatedMethod]) -> PairCounts:
     for one, two in combinations(rated, 2):
         here, there = one.ours.value - two.ours.value, one.theirs - two.theirs
         error = math.hypot(one.ours.stderr or 0.0, two.ours.stderr or 0.0)
-        # The errors of the two methods are treated as independent. Both are scored on the same
-        # samples, so the error of the difference is usually smaller and some close pairs are not.
+        # The errors of the two methods are treated as independent. Because both are scored on the
+        # same samples, the true error is usually smaller, and some "close" pairs are not.
         if abs(here) <= NORMAL_QUANTILE * error or here * there == 0:
             close += 1
         elif here * there > 0:
@@ -440,11 +439,11 @@ def kendall_tau(rated: Sequence[RatedMethod]) -> float | None:
     from scipy.stats import kendalltau
 
     value = float(kendalltau([r.ours.value for r in rated], [r.theirs for r in rated]).statistic)
-    # Kendall's tau is undefined where all values of one side are equal.
+    # Kendall's tau is undefined if all values of one side are equal.
     return None if math.isnan(value) else value
 
 
 def best_first(names: Sequence[str], values: Sequence[float], lower: bool) -> tuple[str, ...]:
-    """Return the names, the best value first."""
+    """Return the names sorted by value, the best first."""
     ranked = sorted(zip(values, names, strict=True), key=lambda pair: pair[0], reverse=not lower)
     return tuple(name for _, name in ranked)

@@ -1,7 +1,7 @@
-"""Text of cells, headings and notes, the same in every format of a table.
+"""Texts of cells, headings and notes, which are the same in every format of a table.
 
-A cell has three texts: ours, theirs (the published number) and the difference, or a reference to
-the reason why there is none.
+A cell has three texts: ours, theirs (the published number), and the difference or a reference to
+the reason for its absence.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DIGITS = {
     "%": 2, "share": 3, "perplexity": 2, "points": 1, "T": 2, "ms": 2, "s": 3, "min": 3, "h": 4,
     "ratio": 2,
 }  # fmt: skip
-"""Decimals by unit; counts and FLOP have a decimal prefix instead."""
+"""Decimals by unit; counts and FLOPs have a decimal prefix instead."""
 TRUST_MARKS: dict[Trust, str] = {
     "paper": "",
     "authors_code": "ᶜ",
@@ -44,7 +44,7 @@ CELL_KINDS = ("ours", "theirs", "difference")
 
 
 def heading_text(table: Table) -> str:
-    """Return the title; that of a stand-in says so."""
+    """Return the title, which says if the table is a stand-in."""
     return f"{table.title}: {STAND_IN}" if table.stand_in else table.title
 
 
@@ -62,7 +62,7 @@ def line_text(line: TableLine) -> str:
 
 
 def our_text(number: OurValue | None, head: ColumnHead) -> str:
-    """Return our number with its standard error; a change against the dense model has a sign."""
+    """Return our number with its standard error; changes from the dense model have a sign."""
     if number is None:
         return EMPTY
     if head.unit in ("count", "FLOP"):
@@ -74,7 +74,7 @@ def our_text(number: OurValue | None, head: ColumnHead) -> str:
 
 
 def their_text(cell: TableCell, unit: str) -> str:
-    """Return the published number as printed, with its marks, and its unit if it is not `unit`."""
+    """Return the published number as printed, with its marks, and with its unit if different."""
     if cell.published is None:
         return EMPTY
     own = "" if cell.published.unit == unit else f" {cell.published.unit}"
@@ -83,7 +83,7 @@ def their_text(cell: TableCell, unit: str) -> str:
 
 
 def difference_text(cell: TableCell, unit: str, refusals: Sequence[str]) -> str:
-    """Return ours minus theirs and whether theirs is in our interval, or the reason's number."""
+    """Return ours minus theirs and whether theirs is in our interval, or the number of a note."""
     if cell.refusal is not None:
         return f"not subtracted [{refusals.index(cell.refusal) + 1}]"
     if cell.difference is None:
@@ -99,18 +99,18 @@ def cell_texts(table: Table, cell: TableCell, head: ColumnHead) -> tuple[str, st
 
 
 def line_kinds(table: Table, line: TableLine) -> tuple[str, ...]:
-    """Return the kinds of number that a line has; at least our own."""
+    """Return the kinds of numbers that a line has, at least ours."""
     texts = [cell_texts(table, c, h) for c, h in zip(line.cells, table.columns, strict=True)]
     kinds = [kind for i, kind in enumerate(CELL_KINDS) if any(text[i] != EMPTY for text in texts)]
-    # A line without any number still shows its name and an empty cell.
+    # A line without any number still has a name and an empty cell.
     return tuple(kinds) or ("ours",)
 
 
 def best_cells(table: Table) -> frozenset[tuple[int, int]]:
-    """Return line and column of our best numbers, which a printed table sets in bold.
+    """Return line and column of our best numbers, which printed tables set in bold.
 
     Methods are compared within a section and a variant, such as 40 %. Lines without a variant, such
-    as the dense model, compete with none, and the only number of its kind is not the best of them.
+    as the dense model, are not compared, and a single number is not the best of its kind.
     """
     groups: dict[tuple[str, str, int], dict[int, float]] = {}
     for place, line in enumerate(table.lines):
@@ -143,7 +143,7 @@ def footnotes(table: Table) -> list[str]:
     """Return everything below a table, in order."""
     cites = any(cell.published for line in table.lines for cell in line.cells)
     shown = [LEGEND] if cites and not table.stand_in else []
-    # Numbered by their position in `refusals`, which the cells refer to.
+    # Numbered by position in `refusals`, to which the cells refer.
     shown += [f"[{i}] {reason}" for i, reason in enumerate(table.refusals, 1)]
     return [*shown, *table.notes]
 

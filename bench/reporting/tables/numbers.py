@@ -1,4 +1,4 @@
-"""Our numbers as a table's columns ask for them, and whether the published ones are the same."""
+"""Our numbers for a table's columns, and whether the published ones are comparable."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ UNITS = {
     "h": ("time", 3600.0), "T": ("flops", 1e12), "FLOP": ("flops", 1.0), "count": ("count", 1.0),
     "ratio": ("ratio", 1.0),
 }  # fmt: skip
-"""The quantity that a unit measures, and its size in that quantity's basic unit."""
+"""Quantity that a unit measures, and the unit's size in the quantity's basic unit."""
 IDENTITY_FIELDS = ("metric", "filter", "shots", "split", "harness")
 """Together with the task, the full identity of a number."""
 
@@ -38,7 +38,7 @@ def with_variables(column: TableColumn, variables: dict[str, str]) -> TableColum
 def our_value(column: TableColumn, records: Sequence[Record]) -> OurValue | None:
     """Return a column's number over the runs of a line, or None if one of them lacks it.
 
-    A single run has the standard error over its samples; several runs (seeds) have the standard
+    A single run has the standard error over its samples. Several runs (seeds) have the standard
     error of their mean, with Student's t for the interval.
     """
     found = [_record_value(column, record) for record in records]
@@ -48,8 +48,8 @@ def our_value(column: TableColumn, records: Sequence[Record]) -> OurValue | None
     ids = tuple(record.id for record in records)
     if len(values) > 1:
         stderr: float | None = statistics.stdev(values) / math.sqrt(len(values))
-        # With two or three seeds a normal interval would be far too narrow: t is 12.7 and 4.3 where
-        # the normal quantile is 1.96.
+        # With two or three seeds a normal interval is far too narrow: t is 12.7 and 4.3 instead of
+        # the normal quantile 1.96.
         reach = _student_quantile(len(values) - 1)
     else:
         stderr, reach = next(error for _, error in filter(None, found)), NORMAL_QUANTILE
@@ -72,13 +72,13 @@ def _record_value(column: TableColumn, record: Record) -> tuple[float, float | N
     """Return a number of one record and its standard error, in the column's unit."""
     factor = UNITS[column.unit][1]
     if column.quantity == "method_seconds":
-        # Here the time of applying all methods, from their reports; the cost of the same name is
-        # the time spent in methods during a forward pass.
+        # The time to apply all methods, from their reports; the cost of the same name is the time
+        # spent in methods during a forward.
         return math.fsum(method.seconds for method in record.methods) / factor, None
     if column.quantity is not None:
         costs = [c for c in record.headline_costs if c.quantity == column.quantity]
-        # A scope is a stage followed by its shapes: the table names the stage, and the first shape
-        # counts.
+        # A scope is a stage followed by its shapes. The table names the stage, and the first shape
+        # is used.
         same = [cost for cost in costs if cost.scope.partition(" ")[0] == column.scope]
         return (same[0].value / factor, None) if same else None
     metric = column_metric(column, record)
@@ -91,12 +91,12 @@ def _record_value(column: TableColumn, record: Record) -> tuple[float, float | N
 def change_to_dense(
     column: TableColumn, records: Sequence[Record], dense: Sequence[Record]
 ) -> OurValue | None:
-    """Return the change of a column's number against the dense runs, seed by seed.
+    """Return the change of a column's number from the dense runs, seed by seed.
 
-    A cost changes by a share in percent, any other number by a difference in the column's unit.
-    Several seeds have the standard error of their mean. A single pair has none: its two runs share
-    their samples, so that their errors are not independent; `bench compare` pairs the samples.
-    None if one of the runs lacks the number.
+    The change of a cost is relative, in percent; that of any other number is a difference in the
+    column's unit. Several seeds have the standard error of their mean. A single pair has none,
+    because both runs share their samples and so their errors are not independent; `bench compare`
+    pairs the samples. Return None if one of the runs lacks the number.
     """
     changes = []
     for run, before in zip(records, dense, strict=True):
@@ -117,7 +117,7 @@ def change_to_dense(
 def unlike_dense(
     column: TableColumn, records: Sequence[Record], dense: Sequence[Record]
 ) -> str | None:
-    """Return what of a number's identity differs between the runs and the dense ones, if any."""
+    """Return how the identities of a number in the runs and the dense ones differ, or None."""
     for run, before in zip(records, dense, strict=True):
         ours, theirs = column_metric(column, run), column_metric(column, before)
         if ours is None or theirs is None:
@@ -130,7 +130,7 @@ def unlike_dense(
 
 
 def scored_on(column: TableColumn, records: Sequence[Record]) -> Iterator[str | None]:
-    """Yield what each record was scored on, None where that is the whole real data set."""
+    """Yield what each record was scored on, None for the whole real data set."""
     for record in records:
         metric = column_metric(column, record)
         if metric is None or column.task is None:
@@ -141,7 +141,7 @@ def scored_on(column: TableColumn, records: Sequence[Record]) -> Iterator[str | 
             name = _average_text(record, metric)
         else:
             name = data_text(record, column.task)
-        # A file's name does not tell which task reads it.
+        # A file's name does not show which task reads it.
         if name is not None and column.task != AVERAGE and column.task not in name:
             name = f"{column.task} from {name}"
         parts = [part for part in (name or (column.task if cut else None), cut) if part]
@@ -149,7 +149,7 @@ def scored_on(column: TableColumn, records: Sequence[Record]) -> Iterator[str | 
 
 
 def _limit(record: Record, task: str) -> int | None:
-    """Return how many samples of a task a run scored at most; None if all."""
+    """Return the maximum number of samples of a task that a run scored; None if all."""
     benchmark = record.config["benchmark"]
     text = benchmark.get("perplexity", {}).get(task) or {}
     limit: int | None = text.get("windows") or benchmark.get("limit")
@@ -157,7 +157,7 @@ def _limit(record: Record, task: str) -> int | None:
 
 
 def _average_text(record: Record, average: Metric) -> str | None:
-    """Return what an average is of if not of real data sets only."""
+    """Return the data of an average, None if they are only real data sets."""
     found = [data_text(record, m.task) for m in record.metrics if m.headline]
     replaced = [text for text in found if text]
     if not replaced:
@@ -167,7 +167,7 @@ def _average_text(record: Record, average: Metric) -> str | None:
 
 
 def column_metric(column: TableColumn, record: Record) -> Metric | None:
-    """Return the metric of a record that a column names."""
+    """Return the metric of a record for a column."""
     same = [
         metric
         for metric in record.metrics
@@ -180,16 +180,16 @@ def column_metric(column: TableColumn, record: Record) -> Metric | None:
 def incomparable_reason(
     column: TableColumn, records: Sequence[Record], theirs: PublishedCell
 ) -> str | None:
-    """Return why our number and the published one differ in identity, or None if they do not.
+    """Return how our number and the published one differ in identity, or None.
 
-    Parts that the source does not state are no difference; `unstated_parts` lists them.
+    Parts that the source does not state do not count; `unstated_parts` lists them.
     """
     kind = UNITS[column.unit][0]
     if UNITS.get(theirs.unit, ("", 0))[0] != kind:
         return f"unit: ours {column.unit}, theirs {theirs.unit or 'not stated'}"
     for field in IDENTITY_FIELDS:
         wanted, given = getattr(column, field), getattr(theirs, field)
-        # 0 shots is a statement, so only an empty field and None count as not stated.
+        # 0 shots is a value, so only an empty field and None count as not stated.
         if given not in ("", None) and given != wanted:
             return f"{field}: ours {wanted}, theirs {given}"
     for record in records:
@@ -200,7 +200,7 @@ def incomparable_reason(
 
 
 def different_images(theirs: Mapping[str, str | int], records: Sequence[Record]) -> str | None:
-    """Return how the images of our runs became pixels otherwise than the source's."""
+    """Return how image preprocessing of our runs differs from the source's, or None."""
     for record in records:
         ours = record.config.get("model", {}).get("processor") or {}
         for key, value in theirs.items():
@@ -211,12 +211,12 @@ def different_images(theirs: Mapping[str, str | int], records: Sequence[Record])
 
 
 def _record_mismatch(column: TableColumn, record: Record) -> str | None:
-    """Return how a record's number deviates from the one that the table asks for."""
+    """Return how a record's number differs from the one that the table requires, or None."""
     metric = column_metric(column, record)
     if metric is None:
         return None
     benchmark = record.config["benchmark"]
-    # Not comparable even where the identity matches: a limit is not part of the published one.
+    # Not comparable even if the identities match, because a limit is not part of the published one.
     limit = None if column.task is None else _limit(record, column.task)
     if limit is not None:
         covered = f"{limit:.0%} of the" if isinstance(limit, float) else f"the first {limit}"
@@ -234,11 +234,11 @@ def _record_mismatch(column: TableColumn, record: Record) -> str | None:
 
 
 def unstated_parts(column: TableColumn, theirs: PublishedCell) -> list[str]:
-    """Return the parts of the identity that the table states and the source does not."""
+    """Return the parts of the identity that the table states but the source does not."""
     unstated = [field for field in IDENTITY_FIELDS if getattr(theirs, field) in ("", None)]
     return [f"{f} {getattr(column, f)}" for f in unstated if getattr(column, f) not in ("", None)]
 
 
 def convert_unit(theirs: PublishedCell, unit: str) -> float:
-    """Return the published number in a different unit of the same quantity."""
+    """Return the published number in another unit of the same quantity."""
     return float(theirs.value) * UNITS[theirs.unit][1] / UNITS[unit][1]

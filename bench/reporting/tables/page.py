@@ -1,8 +1,8 @@
-"""A page of results in Markdown, from the records of one table: numbers, paired tests, gaps.
+"""A page of results in Markdown, from the records of a table: numbers, paired tests, gaps.
 
-A page is read far from its records, so it states what it rests on: dates, commits, machine,
-weights, data, and the lines that were not run. What it found comes first: the differences that a
-paired test tells from chance, and no others.
+A page is read without its records, so it states its basis: dates, commits, machine, weights, data,
+and the lines that were not run. Its findings come first; they are only the differences that are
+significant in a paired test.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def results_page(
 ) -> str:
     """Return the page of a table with the records of its lines.
 
-    `command` is what writes the page again.
+    `command` is the command that writes the page again.
 
     Raises:
         UserError: no line has a record.
@@ -71,14 +71,14 @@ def results_page(
 
 
 def _pipe_table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: int = 0) -> str:
-    """Return a table in Markdown whose last `numbers` columns are aligned to the right."""
+    """Return a table in Markdown whose last `numbers` columns are right-aligned."""
     rules = ["---"] * (len(heads) - numbers) + ["---:"] * numbers
     lines = [heads, rules, *([text.replace("|", r"\|") for text in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _basis_rows(records: Sequence[Record]) -> Iterator[tuple[str, str]]:
-    """Yield what the numbers rest on; where runs differ, every value once."""
+    """Yield the basis of the numbers; if runs differ, every distinct value is listed."""
 
     def each(read: Callable[[Record], str]) -> str:
         return "; ".join(dict.fromkeys(map(read, records)))
@@ -100,7 +100,7 @@ def _basis_rows(records: Sequence[Record]) -> Iterator[tuple[str, str]]:
 
 
 def _minute(moment: str) -> str:
-    """Return the date and time of an ISO moment in UTC, to the minute."""
+    """Return the date and time of an ISO timestamp in UTC, to the minute."""
     return datetime.fromisoformat(moment).astimezone(UTC).strftime("%Y-%m-%d %H:%M")
 
 
@@ -123,7 +123,7 @@ def _libraries_text(record: Record) -> str:
 
 
 def _numbers(table: Table) -> Iterator[str]:
-    """Yield one table of numbers per section, and what their marks mean."""
+    """Yield one table of numbers per section, and the meaning of the marks."""
     heads = ["", *(_head_text(head) for head in table.columns), "run"]
     sections = cell_text.lines_by_section(table)
     for section, lines in sections:
@@ -134,13 +134,13 @@ def _numbers(table: Table) -> Iterator[str]:
 
 
 def _caveats(config: TableConfig, records: Iterable[Record]) -> Iterator[str]:
-    """Yield the caveats of the costs that the columns show, each with its runs; nothing if none."""
+    """Yield the caveats of the costs in the columns, each with its runs."""
     shown = {(c.quantity, c.scope) for c in config.columns.values() if c.quantity is not None}
     runs: dict[str, dict[str, None]] = {}
     for record in records:
         for cost in record.headline_costs:
             if cost.note and (cost.quantity, cost.scope.partition(" ")[0]) in shown:
-                # A cost may carry several, of which other runs have some.
+                # A cost may have several caveats, some of them shared with other runs.
                 for note in cost.note.split("; "):
                     runs.setdefault(note, {})[f"`{record.id[:8]}`"] = None
     if runs:
@@ -171,7 +171,7 @@ class _Family:
 def _families(
     config: TableConfig, slot_records: FoundRecords, samples: ReadSamples
 ) -> Iterator[_Family]:
-    """Yield the tests of every line against the dense one, then those that the table names."""
+    """Yield the tests of every line against the dense one, then those in the table's config."""
     slots = [slot for slot in table_slots(config) if slot_records.get(slot)]
     dense = [slot for slot in slots if slot_records[slot][0].is_dense]
     for base in dense:
@@ -192,7 +192,7 @@ def _family(
     from bench.reporting.comparison import ComparedRun, compare
 
     def with_samples(slot: TableSlot) -> ComparedRun:
-        # The first seed stands for a line of several: pairs are of samples, not of means.
+        # The first seed represents a line of several seeds, because samples are paired, not means.
         record = slot_records[slot][0]
         return ComparedRun(record, samples(record.id))
 
@@ -206,7 +206,7 @@ def _family(
 
 
 def _findings(families: Sequence[_Family]) -> Iterator[str]:
-    """Yield the differences that chance does not explain, and how many samples they rest on."""
+    """Yield the significant differences, and the number of samples behind them."""
     from bench.reporting.comparison.printer import SIGNIFICANCE_LEVEL, difference_text, p_text
 
     contrasts = [c for family in families for c in family.contrasts]

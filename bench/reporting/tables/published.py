@@ -1,7 +1,7 @@
 """Published numbers of papers: one row per cell, with its source and its trust level.
 
 The files are `results/published/*.csv`. An empty field means that the source does not state it; a
-cell that no source reports has no row. Values keep the printed digits.
+cell that no source reports has no row. Values keep their printed digits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bench.security import PUBLISHED_DIR
 SOURCES, SUMS = "sources.csv", "SHA256SUMS"
 Trust = Literal["paper", "authors_code", "secondary", "third_party"]
 TRUST: dict[Trust, int] = {"paper": 0, "authors_code": 1, "secondary": 2, "third_party": 3}
-"""From the most to the least trusted: the paper or its own figure, the authors' repository, a note
+"""Trust levels in descending order: the paper or its own figure, the authors' repository, a note
 about the paper, a third party's run or reprint."""
 
 
@@ -29,8 +29,8 @@ class PublishedCell(BaseModel):
     """One published cell.
 
     `model`, `row`, `setting` and `column` locate it in its table; `metric`, `filter`, `shots`,
-    `split` and `harness` identify what it measures, as far as the source states it. `relation` is
-    `<` or `>` if the source gives a bound. `flag` explains why the number is suspicious.
+    `split` and `harness` identify what it measures, if the source states them. `relation` is `<` or
+    `>` if the source gives a bound. `flag` explains why the number is suspicious.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,7 +48,7 @@ class PublishedCell(BaseModel):
     harness: str
     unit: str
     relation: Literal["=", "<", ">"]
-    # Decimal keeps trailing zeros: 71.20 must not be reprinted as 71.2.
+    # Decimal keeps trailing zeros, because 71.20 must not be reprinted as 71.2.
     value: Decimal
     source: str
     trust: Trust
@@ -94,21 +94,21 @@ def published_cells(
 ) -> dict[tuple[str, str, str, str], PublishedCell]:
     """Return the cells of some tables of a file by position.
 
-    If several sources report a cell, the most trusted one wins; among equals the table named first,
-    then the first row in the file.
+    If several sources report a cell, the most trusted one is used; among equals the table named
+    first, then the first row in the file.
     """
     rows = [cell for cell in read_published(name) if cell.table in tables]
     rows.sort(key=lambda cell: (TRUST[cell.trust], tables.index(cell.table)))
     found: dict[tuple[str, str, str, str], PublishedCell] = {}
-    # The sort is stable and `setdefault` keeps the first cell of a position, which together give
-    # the order of precedence above.
+    # The sort is stable and `setdefault` keeps the first cell per position, which gives the order
+    # of precedence above.
     for cell in rows:
         found.setdefault(cell.position, cell)
     return found
 
 
 def released_checksums() -> dict[str, str]:
-    """Return the SHA-256 of every file as it was released."""
+    """Return the SHA-256 of every released file."""
     lines = (PUBLISHED_DIR / SUMS).read_text(encoding="utf-8").splitlines()
     return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
@@ -121,8 +121,8 @@ def _verified_text(file: str) -> str:
     """
     content = (PUBLISHED_DIR / file).read_bytes()
     released, found = released_checksums().get(file), hashlib.sha256(content).hexdigest()
-    # An edited or added number is not a published one, and every comparison with it would be wrong
-    # without a sign of it.
+    # An edited or added number is not a published one, and comparisons with it would be wrong
+    # without any indication.
     if released is None:
         raise UserError(
             f"{PUBLISHED_DIR / file} is not listed in {SUMS}: remove it, or add its SHA-256"

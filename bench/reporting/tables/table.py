@@ -1,4 +1,4 @@
-"""A finished table, from which every format (terminal, CSV, Markdown, LaTeX, HTML) is written.
+"""A finished table, from which all formats (terminal, CSV, Markdown, LaTeX, HTML) are written.
 
 Values are in their column's unit.
 """
@@ -14,8 +14,8 @@ from bench.reporting.tables.published import PublishedCell
 class ColumnHead:
     """A column: its name, the unit of its numbers, and whether lower is better.
 
-    `label` says what our numbers were scored on if that is not what the name says. The numbers of a
-    column `to_dense` are changes against the dense line of their section.
+    `label` states what our numbers were scored on if it differs from the name. The numbers of a
+    column with `to_dense` are changes from the dense line of their section.
     """
 
     name: str
@@ -26,7 +26,7 @@ class ColumnHead:
 
     @property
     def text(self) -> str:
-        """The label, or the name without one."""
+        """The label if there is one, else the name."""
         return self.label or self.name
 
 
@@ -34,7 +34,7 @@ class ColumnHead:
 class OurValue:
     """Our number: one run's, or the mean over seeds, with its 95 % interval if it has one.
 
-    `missing` counts the samples of the runs that have no answer and are not in it.
+    `missing` is the number of samples without an answer, which are not included.
     """
 
     value: float
@@ -49,8 +49,8 @@ class OurValue:
 class TableCell:
     """Our number, the published one, and their difference or the reason why there is none.
 
-    `inside` states whether the published number lies in our interval. `published` is in its
-    source's own unit.
+    `inside` is true if the published number is in our interval. `published` has its source's own
+    unit.
     """
 
     ours: OurValue | None = None
@@ -62,7 +62,7 @@ class TableCell:
 
 @dataclass(frozen=True)
 class TableLine:
-    """One method in one variant and section; `runs` are the ids of its records.
+    """One method with one variant in a section; `runs` are the ids of its records.
 
     `marks` are the warnings of its runs, such as `untrained`.
     """
@@ -79,7 +79,7 @@ class TableLine:
 class OrderAgreement:
     """Agreement with the source's order of methods: pairs in the same and in reversed order.
 
-    `close` pairs are too close to call: zero lies in the 95 % interval of our difference. `tau` is
+    `close` pairs are too close to call: zero is in the 95 % interval of our difference. `tau` is
     Kendall's tau-b over all methods, None for fewer than three.
     """
 
@@ -109,11 +109,11 @@ class Table:
 
     @property
     def file(self) -> str:
-        """The name of its files without a suffix; a stand-in never replaces the real table."""
+        """Name of the table's files without suffix; a stand-in never replaces the real table."""
         return f"{self.name}_micro" if self.stand_in else self.name
 
     @property
     def refusals(self) -> tuple[str, ...]:
-        """Why numbers were not subtracted: each reason once, in order of appearance."""
+        """Distinct reasons why numbers were not subtracted, in order of appearance."""
         reasons = (cell.refusal for line in self.lines for cell in line.cells)
         return tuple(dict.fromkeys(reason for reason in reasons if reason))

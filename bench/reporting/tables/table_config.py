@@ -1,4 +1,4 @@
-"""The config of a table, conf/table/NAME.yaml, and the lines with the runs that it asks for."""
+"""The config of a table, conf/table/NAME.yaml, and its lines with the runs that they need."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bench.errors import UserError, unknown_name
 CONFIG_GROUP, MICRO = "table", "micro"
 Overrides = tuple[str, ...]
 Tree = dict[str, Any]
-"""YAML before it is validated."""
+"""YAML before validation."""
 Unit = Literal[
     "%", "share", "perplexity", "points", "s", "min", "h", "ms", "T", "count", "FLOP", "ratio"
 ]
@@ -38,9 +38,9 @@ class PublishedTables(_TableModel):
 class TableSection(_TableModel):
     """A section: lines that share a model; `run` is None if slimbench has no such model.
 
-    `published` names the source's models that the section stands for, `tables` the tables they are
-    in if not in the table's own. `differs` explains why its numbers are not those of the source, as
-    when another model stands for one that nobody can load.
+    `published` names the source's models that the section represents, `tables` their tables if they
+    differ from the table's own. `differs` explains why its numbers are not those of the source, for
+    example because another model replaces one that is not available.
     """
 
     run: tuple[str, ...] | None = ()
@@ -51,11 +51,11 @@ class TableSection(_TableModel):
 
 
 class TableRow(_TableModel):
-    """A method, once per variant, or once only with `variants: false`.
+    """A method, once per variant, or only once with `variants: false`.
 
-    A list of variants restricts where the method can be run; in the others only the published
-    number is shown. `run` holds its overrides, None if slimbench has no such method. `published` is
-    its name in the source. `differs` explains why its numbers are not those of the source's row.
+    A list of variants restricts where the method can be run; other variants show only the published
+    number. `run` are its overrides, None if slimbench has no such method. `published` is its name
+    in the source. `differs` explains why its numbers are not those of the source's row.
     """
 
     run: tuple[str, ...] | None = None
@@ -68,7 +68,7 @@ class TableColumn(_TableModel):
     """Identity of a number: of a task (`task`, `metric`, ...) or of a cost (`quantity`, `scope`).
 
     `of` is the number of tasks in an average. `published` is the column's name in the source;
-    `differs` explains why the source's numbers are different ones. `$NAME` in `task` is a variable
+    `differs` explains why the source's numbers are not comparable. `$NAME` in `task` is a variable
     of the section.
     """
 
@@ -91,12 +91,12 @@ class TableConfig(_TableModel):
     """One table. `runs` are overrides of all its runs; with several `seeds`, cells are means.
 
     `variants` maps a variant to the values of the variables `$NAME` in the rows' overrides. A
-    `stand_in` runs on different models than the source's and is never subtracted from it. `images`
-    states how the source's images became pixels, by the keys of `model.processor`: numbers of runs
-    with other values are not subtracted. Without `published` the numbers are ours alone. `about`
-    says on the table's page what a reader has to know, and `against` names rows by a row that the
-    page compares them with, variant by variant. `to_dense` names columns that get a column of
-    changes against the section's dense line beside them.
+    `stand_in` uses other models than the source and is never compared with its numbers. `images`
+    states how the source preprocessed images, by the keys of `model.processor`: numbers of runs
+    with other values are not subtracted. Without `published` the table has only our numbers.
+    `about` is text for the reader of the table's page. `against` maps rows to a row with which the
+    page compares them, variant by variant. `to_dense` names columns beside which changes from the
+    section's dense line are shown.
     """
 
     name: str
@@ -116,15 +116,15 @@ class TableConfig(_TableModel):
 
 
 def table_names() -> list[str]:
-    """Return the names of all tables, third-party ones included."""
+    """Return the names of all tables, including those of plug-ins."""
     from bench.config.composition import config_names
 
     return config_names(CONFIG_GROUP)
 
 
-@cache  # A report builds every table twice, and composing takes longer than the rest of it.
+@cache  # A report builds every table twice, and composing is the slowest part of it.
 def _composed_table(name: str) -> Tree:
-    """Return the config of a table as it is written; the caller must not change it."""
+    """Return the config of a table as written; the caller must not change it."""
     from omegaconf import OmegaConf
 
     from bench.config.composition import compose_section
@@ -146,7 +146,7 @@ COST_COLUMNS: Tree = {
     "FLOPs": {"quantity": "flops", "scope": "forward", "unit": "FLOP", "lower_is_better": True},
     "parameters": {"quantity": "parameters", "unit": "count", "lower_is_better": True},
 }
-"""Columns of counted costs that any table can be given; no source has printed them."""
+"""Columns of counted costs that can be added to any table; no source has printed them."""
 
 
 def load_table_config(
@@ -154,9 +154,9 @@ def load_table_config(
 ) -> TableConfig:
     """Return one table's config; with `scale="micro"`, the config of its stand-in.
 
-    The `micro` part is merged into the rest: mappings merge, lists are replaced, null removes.
-    `chosen` restricts the table to some sections, rows, variants or columns; `costs` adds columns,
-    and `to_dense` changes against the dense model.
+    The `micro` part is merged into the rest: mappings are merged, lists are replaced, null removes.
+    `chosen` restricts the table to some sections, rows, variants or columns. `costs` adds columns,
+    and `to_dense` adds changes from the dense model.
 
     Raises:
         UserError: there is no such table, scale, section, row, variant, column or cost.
@@ -168,14 +168,14 @@ def load_table_config(
     if scale == MICRO:
         if micro is None:
             raise UserError(f"table {name} has no stand-in on the embedded models: omit scale")
-        # `stand_in` is set here and not in the file, so that no stand-in can pass for the real
-        # table.
+        # `stand_in` is set here instead of in the file, so that a stand-in cannot be taken for the
+        # real table.
         plain = _without_nulls(_merged(plain, {**micro, "stand_in": True}))
-    # After the merge: names that only the stand-in has can be chosen as well.
+    # After the merge, so that names which only the stand-in has can be selected.
     for part, kept in (chosen or {}).items():
         if part in PARTS:
             plain[part] = _selected(part, plain.get(part, {}), kept)
-    # After the columns of the table, which a choice of columns does not concern.
+    # After the table's own columns, because a selection of columns does not affect them.
     added = _selected(COSTS, COST_COLUMNS, (chosen or {}).get(COSTS, []))
     plain["columns"] = {**plain.get("columns", {}), **added}
     if TO_DENSE in (chosen or {}):
@@ -183,7 +183,7 @@ def load_table_config(
     try:
         return TableConfig.model_validate({**plain, "name": name})
     except ValidationError as error:
-        # The first fault is enough; later ones often follow from it.
+        # The first fault suffices, because later ones often follow from it.
         fault = error.errors()[0]
         key = ".".join(map(str, fault["loc"]))
         raise UserError(f"table {name}: {key}: {fault['msg'].lower()}") from None
@@ -214,7 +214,7 @@ def _selected(part: str, there: Tree, kept: list[str]) -> Tree:
 
 @dataclass(frozen=True)
 class TableSlot:
-    """One line and the overrides of its runs, one per seed; no runs if it cannot be run here."""
+    """One line and the overrides of its runs, one per seed; no runs if it cannot be run."""
 
     section: str
     row: str
@@ -223,7 +223,7 @@ class TableSlot:
 
 
 def table_slots(config: TableConfig) -> list[TableSlot]:
-    """Return every line of a table: per section first rows without a variant, then by variant."""
+    """Return every line of a table: per section, rows without a variant, then by variant."""
     return [
         TableSlot(section, row, variant, tuple(_slot_runs(config, section, row, variant)))
         for section in config.sections
@@ -234,7 +234,7 @@ def table_slots(config: TableConfig) -> list[TableSlot]:
 def _row_order(config: TableConfig) -> Iterator[tuple[str, str]]:
     """Yield rows with their variants; an empty string means no variant."""
     fixed = [name for name, row in config.rows.items() if not row.variants or not config.variants]
-    # The dense baseline has no variant, so it opens every section.
+    # The dense baseline has no variant, so it is first in every section.
     yield from ((name, "") for name in fixed)
     for variant in config.variants:
         yield from ((name, variant) for name in config.rows if name not in fixed)
@@ -246,7 +246,7 @@ def _slot_runs(config: TableConfig, section: str, row: str, variant: str) -> Ite
     if method.run is None or model.run is None or not possible:
         return
     variables = {**model.variables, **config.variants.get(variant, {})}
-    # From general to specific, as Hydra lets the last override of a key win.
+    # From general to specific, because Hydra uses the last override of a key.
     texts = (*config.runs, *model.run, *method.run)
     run = tuple(Template(text).safe_substitute(variables) for text in texts)
     for seed in config.seeds or (None,):
@@ -254,16 +254,15 @@ def _slot_runs(config: TableConfig, section: str, row: str, variant: str) -> Ite
 
 
 def with_overrides(run: Overrides, given: Overrides) -> Overrides:
-    """Return a run's overrides with `given` appended; `given` wins where both set a key."""
-    # An override that loses is dropped, so that every reader of the overrides finds one value per
-    # key.
+    """Return a run's overrides and `given`, which takes precedence if both set a key."""
+    # Overridden ones are dropped, so that every key has a single value.
     keys = {override.split("=")[0] for override in given}
     return (*(override for override in run if override.split("=")[0] not in keys), *given)
 
 
 @cache
 def recorded_name(group: str, choice: str) -> str:
-    """Return the name under which a run records a choice: of a folder of the user's, its own."""
+    """Return the name under which a run records a choice; for a folder, the folder's own name."""
     from bench.config.composition import compose_section
     from bench.config.overrides import model_config
     from bench.security import CONFIG_DIR
@@ -274,6 +273,6 @@ def recorded_name(group: str, choice: str) -> str:
     if own is None:
         try:
             own = compose_section(group, choice)[group]
-        except Exception:  # Hydra's, for a choice that is gone: no record is of it
+        except Exception:  # Hydra's, for a missing choice, of which there is no record.
             return choice
     return str(own.get("name", choice))

@@ -1,6 +1,6 @@
-"""The formats of a finished table: CSV, Markdown, LaTeX, HTML, and a terminal.
+"""The formats of a finished table: CSV, Markdown, LaTeX, HTML, and terminal.
 
-Every format but CSV shows a cell by the texts of `cell_text`; CSV has the plain values.
+All formats except CSV show cells with the texts of `cell_text`; CSV has plain values.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from bench.reporting.terminal_tables import terminal_table, widest_fitting
 from bench.ui import console
 
 RECORD_LINK = "../runs/{run}/record.json"
-"""The target of a cell's link, relative to `results/tables`."""
+"""Target of a cell's link, relative to `results/tables`."""
 
 
 TABLE_FOLDER = "tables"
-"""Folder of the written tables in a results folder."""
+"""Folder of written tables in a results folder."""
 
 
 def write_table(table: Table, results_dir: Path) -> list[Path]:
@@ -40,15 +40,15 @@ def write_table(table: Table, results_dir: Path) -> list[Path]:
 
 
 def table_rows(table: Table) -> list[dict[str, object]]:
-    """Return one row per cell: our number, the published one, source and runs; absent is None."""
+    """Return one row per cell: our number, the published one, source and runs; None if absent."""
     found: list[dict[str, object]] = []
     for line in table.lines:
         for head, cell in zip(table.columns, line.cells, strict=True):
             position = {"section": line.section, "variant": line.variant, "row": line.name}
             about = {"table": table.name, "stand_in": table.stand_in, **position}
-            # Every row has every key, as a CSV file and a frame need it.
+            # Every row has all keys, as CSV files and data frames require.
             values = {**dict.fromkeys(VALUE_COLUMNS), **_cell_values(cell)}
-            # A stand-in's column is not called by the name of the data that it stands in for.
+            # The column of a stand-in does not have the name of the replaced data.
             column = {"column": head.text if table.stand_in else head.name, "unit": head.unit}
             found.append({**about, **column, "scored_on": head.label, **values})
     return found
@@ -123,7 +123,7 @@ def _linked_texts(table: Table, line: TableLine, kind: str) -> list[str]:
         if kind == "ours" and cell.ours is not None:
             text = f"[{text}]({RECORD_LINK.format(run=cell.ours.runs[0])})"
         text = f"**{text}**" if column in best else text
-        # A bare pipe would end the cell.
+        # A pipe would end the cell.
         texts.append(text.replace("|", r"\|"))
     return texts
 
@@ -135,9 +135,9 @@ def _best_columns(table: Table, line: TableLine, kind: str) -> set[int]:
     return {column for row, column in found if row == place}
 
 
-# Square brackets and stars are wrapped in braces: a row of a tabular ends in `\\`, and one of them
-# after it would be read as its option. `<`, `>` and `|` are different glyphs in the default font
-# encoding of LaTeX. A line end might end a paragraph, which a caption must not.
+# Square brackets and stars are wrapped in braces, because after the `\\` at the end of a row LaTeX
+# would read them as its option. `<`, `>` and `|` are other glyphs in LaTeX's default font encoding.
+# A line break could end a paragraph, which is not allowed in a caption.
 LATEX_ESCAPES = {
     "\\": r"\textbackslash{}", "%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "$": r"\$",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
@@ -171,7 +171,7 @@ def as_latex(table: Table) -> str:
     notes += [_escape_latex(cell_text.agreement_text(found)) + r"\\" for found in table.agreements]
     caption = rf"\caption{{{_escape_latex(cell_text.heading_text(table))}}}"
     tabular = [rf"\begin{{tabular}}{{{columns}}}", *body, r"\bottomrule", r"\end{tabular}"]
-    # A paragraph that nothing follows would add space below the table.
+    # A paragraph without following text would add space below the table.
     small = [r"\par\medskip\footnotesize\raggedright", *notes] if notes else []
     label = rf"\label{{tab:{table.file.replace('_', '-')}}}"
     whole = [r"\begin{table}", r"\centering", caption, label, *tabular, *small, r"\end{table}"]
@@ -179,8 +179,7 @@ def as_latex(table: Table) -> str:
 
 
 def _escape_latex(text: str) -> str:
-    # Letter by letter: replacing one character after another would escape the backslashes of
-    # earlier replacements.
+    # Letter by letter, because successive replacements would escape backslashes of earlier ones.
     return "".join(LATEX_ESCAPES.get(letter, letter) for letter in text)
 
 
@@ -243,7 +242,7 @@ def _html_rows(table: Table, line: TableLine) -> list[str]:
 def _html_cell(table: Table, cell: TableCell, head: ColumnHead, kind: str) -> str:
     text = html.escape(_kind_text(table, cell, head, kind))
     if kind == "ours" and cell.ours is not None:
-        # The mean links to the first seed's record, and small numbers to those of the others.
+        # The mean links to the first seed's record, and small numbers link to the others.
         first, *others = cell.ours.runs
         more = "".join(
             f' <a href="{RECORD_LINK.format(run=run)}" title="run {run}">{number}</a>'
@@ -283,7 +282,7 @@ def print_table(table: Table) -> None:
 
 
 def _widest_part(table: Table, columns: range, out: Console) -> tuple[RichTable, int]:
-    """Return a part with as many of the columns as fit, at least one, and their number."""
+    """Return a table with as many of the columns as fit, at least one, and their number."""
     return widest_fitting(lambda count: _rich_part(table, columns[:count]), len(columns), out)
 
 
