@@ -115,5 +115,5 @@ def run_command(given: argparse.Namespace) -> int:
             onnx=given.onnx,
             allowed=given.allowed,
         )
-    print_text(f"wrote {given.folder} ({written}); its README.md tells how to load it")
+    print_text(f"wrote {given.folder} ({written}); its README.md says how to load it")
     return EXIT_DONE

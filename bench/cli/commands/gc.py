@@ -184,7 +184,7 @@ def _recorded_by_now(path: Path, store: Store) -> str | None:
         return None
     if _is_locked(store.root / "locks" / f"{path.name}.lock"):
         raise _Keep(f"a process is working on run {path.name}")
-    # What is newer belongs to a run that is to replace the record, and goes on from here.
+    # Newer state belongs to a run that will replace the record, and that resumes from it.
     if _newest(path) > record.lstat().st_mtime_ns:
         raise _Keep(f"newer than the record of run {path.name}, which it may replace")
     return f"run {path.name} is recorded"
@@ -200,7 +200,7 @@ def _forgotten_sweep(folder: Path, store: Store) -> str | None:
     except (OSError, ValueError) as error:
         raise _Keep(f"this version cannot read the sweep: {reason_of(error)}") from None
     jobs = sweep_jobs(plan)
-    # A job without a status may be in a queue, for days. A failed one has no record, but its note
+    # A job without a status may be in a queue for days. A failed job has no record, but its note
     # and log still explain the failure.
     if not jobs or any(job.state != "waiting" or not job.recorded_before for job in jobs):
         return None
@@ -229,7 +229,7 @@ def _part_of_sweep(path: Path, store: Store) -> str | None:
 
 
 def _refuse_foreign_queue_files(folder: Path) -> None:
-    """Raise `_Keep` if a folder of queue submissions holds what the queue did not write."""
+    """Raise `_Keep` if a folder of queue submissions has files that the queue did not write."""
     for place, _, files in os.walk(folder, followlinks=False):
         for name in files:
             if not _QUEUE_FILES.fullmatch(name):
@@ -241,7 +241,7 @@ def _holds_foreign(entry: Path) -> _Keep:
 
 
 def _is_locked(path: Path) -> bool:
-    """Whether a process holds a lock; in doubt it does."""
+    """Return whether a process holds a lock; true if in doubt."""
     if not path.exists():
         return False
     try:
@@ -259,7 +259,7 @@ def _is_regular(path: Path) -> bool:
 
 
 def _inside(path: Path) -> list[os.stat_result]:
-    """Return the states of an entry and of all that is in it; links are not followed."""
+    """Return the states of an entry and of everything in it; links are not followed."""
     states = [path.lstat()]
     if stat.S_ISDIR(states[0].st_mode):
         for folder, _, files in os.walk(path, followlinks=False):
@@ -286,8 +286,8 @@ def _measured(path: Path, relative: str, reason: str) -> Entry:
 
 
 def remove(results_dir: Path, listed: tuple[Entry, ...]) -> Iterator[tuple[Entry, str | None]]:
-    """Delete what was listed; yield each entry with the reason why it was left, if it was."""
-    # Looked at once more: a process may have begun to use what it was listed for.
+    """Delete the listed entries; yield each one, with the reason if it was not deleted."""
+    # Checked again, because a process may have started to use an entry since it was listed.
     now = {entry.path: entry for entry in find_unreferenced(results_dir).removable}
     for entry in listed:
         if now.get(entry.path) != entry:
@@ -302,7 +302,7 @@ def remove(results_dir: Path, listed: tuple[Entry, ...]) -> Iterator[tuple[Entry
 
 
 def _delete(root: Path, entry: Entry) -> None:
-    """Delete an entry, every folder above it opened without following links."""
+    """Delete an entry, opening all folders above it without following links."""
     *folders, name = Path(entry.path).parts
     with _opened(root, folders) as parent:
         state = os.lstat(name, dir_fd=parent)
@@ -311,8 +311,8 @@ def _delete(root: Path, entry: Entry) -> None:
         if stat.S_ISDIR(state.st_mode):
             shutil.rmtree(name, dir_fd=parent)
         elif entry.path.endswith(".lock"):
-            # While it is held: whoever opened the file before finds it unlinked, and opens a new
-            # one.
+            # Deleted while the lock is held: a process that has opened the file before sees that
+            # it is unlinked, and opens a new one.
             with FileLock(root / entry.path, blocking=False):
                 os.unlink(name, dir_fd=parent)
         else:
@@ -321,7 +321,7 @@ def _delete(root: Path, entry: Entry) -> None:
 
 @contextmanager
 def _opened(root: Path, folders: list[str]) -> Iterator[int]:
-    """Open a folder below `root`, none of whose parents there is a link."""
+    """Open a folder below `root`, without following links on the way."""
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
     handle = os.open(root, flags)
     try:

@@ -19,7 +19,7 @@ from bench.ui import print_text
 def prefetch_run(arguments: list[str]) -> Iterator[str]:
     """Download the weights and data sets of a run, or of all runs of a sweep.
 
-    Yields one line per item that is now on this machine; alternatives of a sweep repeat theirs.
+    Yield one line per item once it is on this machine; runs of a sweep may repeat items.
     """
     overrides = Overrides.parse(arguments).without_repeats()
     for config in alternative_configs(overrides):
@@ -36,7 +36,7 @@ def run_command(given: argparse.Namespace) -> int:
     names = [word for word in given.overrides if "=" not in word and not word.startswith("~")]
     overrides = [word for word in given.overrides if word not in names]
     runs = runs_of_table(names[0], overrides) if names else [overrides]
-    # Runs share models and data; each is reported once.
+    # Runs share models and data, which are reported once.
     reported: set[str] = set()
     for line in (line for run in runs for line in prefetch_run(run)):
         if line not in reported:

@@ -1,7 +1,7 @@
-"""The commands that only read records: ls, show, compare, plot, report, track.
+"""Commands that only read records: ls, show, compare, plot, report, track.
 
-Each imports its own part of `bench.reporting`: they share nothing, and matplotlib and pandas are
-slow to import.
+Each command imports only its own part of `bench.reporting`, because matplotlib and pandas are slow
+to import.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def track(given: argparse.Namespace) -> int:
         raise UserError(f"--model {given.model}: name the one RUN that was exported there")
     if given.workspace:
         if runs:
-            raise UserError("--workspace is of a whole project: give no RUN with it")
+            raise UserError("--workspace is for a whole project: give no RUN with it")
         optional_module("wandb_workspaces", WORKSPACE_EXTRA)
     if given.model is not None:
         record = store.get(runs[0])
@@ -169,14 +169,14 @@ def track(given: argparse.Namespace) -> int:
     from bench.reporting.tables.builder import tables_of
 
     records = store.all()
-    # The page is sent as well, and holds samples of all runs.
+    # The page contains samples of all runs and is sent as well.
     at_home = any(not record.config.get("tracker", {}).get("samples", True) for record in records)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "report.html" if at_home else None
         share = SampleShare(runs=0) if at_home else None
         page = write_report(given.results_dir, out, share).path
-        # The overview in W&B holds the report page and the tables, which are built from all
-        # records: it is only renewed when all are sent.
+        # The overview in W&B has the report page and the tables, which are built from all
+        # records, so it is updated only if all are sent.
         tables = tuple(tables_of(records))
         sent = sync_all(store, records, page, tables, entities, workspace=given.workspace)
         return _report_sent(sent, store, records)
@@ -192,11 +192,10 @@ def _allowed_entity(word: str) -> str:
 def _report_sent(
     sent: Iterable[tuple[str, str | None]], store: Store, records: Sequence[Record]
 ) -> int:
-    """Print what was sent, and what was not and why; return the exit code."""
+    """Print which records were sent, and the errors of the others; return the exit code."""
     failed = False
     offline = _is_offline(records)
-    # A generator: each record is sent as the loop reaches it, and a failed one does not stop the
-    # rest.
+    # A generator, so that records are sent one by one and a failure does not stop the others.
     for what, warning in sent:
         if warning:
             warn(warning)
@@ -213,13 +212,13 @@ def _report_sent(
 
 
 def _is_offline(records: Sequence[Record]) -> bool:
-    """Tell whether W&B writes files instead of sending, for all of these records."""
+    """Return whether W&B writes files instead of sending, for all of these records."""
     from bench.reporting.wandb_sync import tracker_of
     from bench.tracking.wandb_run import wandb_mode
 
     modes = set()
     for record in records:
-        with suppress(UserError):  # named when it is sent
+        with suppress(UserError):  # Reported when the record is sent.
             entity = record.config.get("tracker", {}).get("entity")
             modes.add(wandb_mode(tracker_of(record, [entity])))
     return modes == {"offline"}

@@ -1,7 +1,7 @@
-"""`bench rescore RUN`: the harness's present filters and metrics on stored answers.
+"""`bench rescore RUN`: apply the harness's current filters and metrics to stored answers.
 
-No model is loaded. The documents are found again and their requests built again; each is answered
-from the run's samples. What differs from the record then comes from the harness.
+No model is loaded. The documents are loaded and their requests built again; each request is
+answered from the run's samples. Any difference from the record then comes from the harness.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SampleKey = tuple[str, str | None, int]
 
 @dataclass(frozen=True)
 class ChangedSample:
-    """A value of a sample that is not what the run stored."""
+    """A value of a sample that differs from the one that the run stored."""
 
     task: str
     filter: str | None
@@ -58,14 +58,14 @@ class Rescored:
     samples: list[ChangedSample]
 
     def plain(self) -> dict[str, object]:
-        """Return all of it as JSON values."""
+        """Return everything as JSON values."""
         return asdict(self)
 
 
 def rescore(run: str, results_dir: Path, session: Session, allowed: Sequence[str] = ()) -> Rescored:
     """Score a run's stored answers again; `run` may be a prefix of its id.
 
-    `allowed` are the overrides by which the user lets code run that the record cannot allow; see
+    `allowed` are the overrides with which the user allows code that the record cannot allow; see
     `bench.runner.replay.recorded_config`.
 
     Raises:
@@ -86,7 +86,7 @@ def rescore(run: str, results_dir: Path, session: Session, allowed: Sequence[str
 
 
 def _plain_row(row: Mapping[Hashable, Any]) -> SampleRow:
-    """Return a row of a data frame with lists in place of arrays, and None for a missing value."""
+    """Return a row of a data frame with lists instead of arrays, and None for missing values."""
     plain = {str(name): v.tolist() if hasattr(v, "tolist") else v for name, v in row.items()}
     return {name: None if _is_nan(value) else value for name, value in plain.items()}
 
@@ -96,7 +96,7 @@ def _is_nan(value: object) -> bool:
 
 
 def _metric_rows(record: Record, evaluation: Evaluation) -> Iterator[dict[str, Any]]:
-    """Yield every metric with its stored and its new value; one that is gone has none."""
+    """Yield every metric with its stored and its new value; one of them may be missing."""
     known = {_metric_key(metric): metric for metric in record.metrics}
     new = {_metric_key(metric): metric for metric in evaluation.metrics}
     for key in known | new:
@@ -119,7 +119,7 @@ def _changed(stored: Sequence[SampleRow], found: Sequence[SampleRow]) -> Iterato
     known = {_sample_key(row): row for row in stored}
     for row in found:
         key = _sample_key(row)
-        # What the model saw and said is the same by construction.
+        # What the model got and generated is the same by construction.
         names = [name for name in row if name not in SAMPLE_COLUMNS or name == "response"]
         for name in names:
             was, value = known.get(key, {}).get(name), row[name]

@@ -11,7 +11,7 @@ from bench.runner.session import Session
 from bench.ui import fail, warn
 
 INFO_FLAGS = frozenset({"--cfg", "-c", "--info", "-i", "--hydra-help", "--version"})
-"""Flags that Hydra answers itself; nothing is run."""
+"""Flags that Hydra handles itself; nothing is run."""
 
 
 def run_command(arguments: list[str]) -> int:
@@ -45,11 +45,11 @@ def split_option(arguments: Sequence[str], name: str) -> tuple[str | None, list[
 
 def print_outcome(outcome: LaunchOutcome, session: Session) -> int:
     """Print the outcome of a run, a sweep or a search, and return the exit code."""
-    # Imported here: both load pandas or plotting code, for which the run need not wait.
+    # Imported here, because both load pandas or plotting code, which the run does not need.
     from bench.reporting.summary import print_summary
     from bench.reporting.terminal_views import print_search
 
-    if not session.process_group.is_first:  # of several processes only the first prints
+    if not session.process_group.is_first:  # Only the first of several processes prints.
         return EXIT_FAILED if outcome.failures else EXIT_DONE
     if outcome.study_folder is not None:
         print_search(outcome.study_folder)
@@ -60,7 +60,7 @@ def print_outcome(outcome: LaunchOutcome, session: Session) -> int:
 
 def print_problems(outcome: LaunchOutcome) -> int:
     """Print warnings and failures without secrets, and return the exit code."""
-    # Jobs often share a warning, such as an unreachable tracker; each text is printed once.
+    # Jobs often have the same warning, such as an unreachable tracker; each text is printed once.
     for warning in dict.fromkeys(outcome.warnings):
         warn(warning)
     for failure in outcome.failures:

@@ -1,4 +1,4 @@
-"""`bench status` and `bench resume`."""
+"""`bench status` and `bench resume`: the state of sweeps, and how to continue them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ def status(given: argparse.Namespace) -> int:
 
 
 ARGUMENTS_SHOWN = 120
-"""Characters; `--json` has them whole, and `bench status SWEEP` those in which jobs differ."""
+"""Maximum number of characters; `--json` shows all of them, and `bench status SWEEP` those in which
+jobs differ."""
 
 
 def _shown_sweep(summary: dict[str, object]) -> dict[str, object]:
-    """Return a sweep's row as a terminal shows it, without arguments that all sweeps here share."""
+    """Return a sweep's row for a terminal, without the arguments that all listed sweeps share."""
     words = [
         word
         for word in str(summary["arguments"]).split(" ")
@@ -36,7 +37,7 @@ def _shown_sweep(summary: dict[str, object]) -> dict[str, object]:
 
 
 def _without_empty(rows: list[dict[str, object]]) -> list[dict[str, object]]:
-    """Return rows without the columns in which none has anything: most jobs have no log."""
+    """Return rows without empty columns: most jobs, for example, have no log."""
     filled = [
         key for row in rows[:1] for key in row if any(row[key] not in (None, "") for row in rows)
     ]
@@ -45,7 +46,7 @@ def _without_empty(rows: list[dict[str, object]]) -> list[dict[str, object]]:
 
 def resume(given: argparse.Namespace) -> int:
     """`bench resume SWEEP`."""
-    # Imported here: `status`, which many people run often, does not need Hydra.
+    # Imported here, because `status` is used often and does not need Hydra.
     from bench.cli.commands.run import print_outcome
     from bench.runner.launch import resume_sweep
     from bench.runner.session import Session

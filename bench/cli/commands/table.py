@@ -1,4 +1,4 @@
-"""`bench table`: run what a paper's table lacks, then write our numbers next to the published ones.
+"""`bench table`: run what is missing for a paper's table, then write it with published numbers.
 
 The runs are those of `bench run`: the same overrides, the same sweep, the same records.
 """
@@ -44,12 +44,12 @@ if TYPE_CHECKING:
 RESERVED_KEYS = ("model", "method", "benchmark", "ratio", "experiment")
 """Keys that a table sets for its runs; users select among its rows instead."""
 SELECTIONS = (*PARTS, COSTS, TO_DENSE)
-"""Keys of the table that take a list of names."""
+"""Keys of the table whose value is a list of names."""
 PAGE_OPTION = "--page"
 
 
 class MissingInputs(UserError):
-    """Inputs of a table's runs that this machine cannot reach; one sentence each."""
+    """Inputs of a table's runs that are not available on this machine; one sentence each."""
 
     def __init__(self, sentences: Sequence[str]) -> None:
         super().__init__("; ".join(sentences))
@@ -58,7 +58,7 @@ class MissingInputs(UserError):
 
 @dataclass(frozen=True)
 class FinishedTable:
-    """A finished table, its run outcomes, and the files it was written to."""
+    """A finished table, the outcome of its runs, and the files to which it was written."""
 
     table: Table
     launched: LaunchOutcome
@@ -73,7 +73,7 @@ class TableRequest:
     selections: dict[str, list[str]] = field(default_factory=dict)
     seeds: tuple[int, ...] = ()
     run_overrides: tuple[str, ...] = ()
-    """Overrides that every run receives in addition to its own."""
+    """Overrides for every run in addition to its own."""
     launcher_overrides: tuple[str, ...] = ()
     """Overrides of Hydra's config, which apply to the sweep of all runs."""
 
@@ -89,7 +89,7 @@ class TableRequest:
         others = []
         own: dict[str, str] = {}
         for argument in arguments:
-            # A table's own keys are no overrides of Hydra: names of rows may hold any character.
+            # A table's own keys are not overrides of Hydra: names of rows may have any character.
             key, _, value = argument.partition("=")
             if key in ("scale", *SELECTIONS) and own.setdefault(key, argument) != argument:
                 raise UserError(f"{own[key]} and {argument} both set {key}: give one of them")
@@ -131,7 +131,7 @@ def _parse_seeds(value: str) -> tuple[int, ...]:
     if not all(text.isdecimal() for text in texts):
         raise UserError(f"seed={value}: give whole numbers, as in seed=1,2,3")
     seeds = tuple(map(int, texts))
-    # One run that counts twice would make the mean look surer than it is.
+    # A run that counts twice would make the mean look more certain than it is.
     if len(set(seeds)) < len(seeds):
         raise UserError(f"seed={value}: give each seed once")
     return seeds
@@ -141,7 +141,7 @@ def make_table(name: str, arguments: Sequence[str], session: Session) -> Finishe
     """Run what is missing, then build and write the table.
 
     Raises:
-        MissingInputs: models or data are out of reach; nothing was run.
+        MissingInputs: models or data are not available; nothing was run.
         UserError: the overrides are wrong; nothing was run.
     """
     request = TableRequest.parse(arguments)
@@ -152,7 +152,7 @@ def make_table(name: str, arguments: Sequence[str], session: Session) -> Finishe
     store = Store(names.results_dir)
     store.ensure_writable()
     refuse_unwritable("results_dir", store.root / TABLE_FOLDER, folder=True)
-    # Records are looked up by run id, so a table shares runs with sweeps and with other tables.
+    # Records are found by run id, so a table shares runs with sweeps and other tables.
     wanted = [run for run in runs if names.force or store.find(names.ids[run]) is None]
     launched = _launch_runs(wanted, request, session) if wanted else LaunchOutcome()
     records = {line: _records_of(line, request, names, store) for line in lines if line.runs}
@@ -161,10 +161,10 @@ def make_table(name: str, arguments: Sequence[str], session: Session) -> Finishe
 
 
 def write_page(name: str, arguments: Sequence[str], page: Path) -> Path:
-    """Write the results page of a table from the records there are; nothing is run.
+    """Write the results page of a table from existing records; nothing is run.
 
     Raises:
-        UserError: the overrides are wrong, no record is there, or the file cannot be written.
+        UserError: the overrides are wrong, there is no record, or the file cannot be written.
     """
     from bench.records import samples
     from bench.records.files import write_bytes
@@ -172,7 +172,7 @@ def write_page(name: str, arguments: Sequence[str], page: Path) -> Path:
 
     request = TableRequest.parse(arguments)
     config = _table_config(name, request)
-    # The overrides of a run are part of what identifies its record.
+    # The overrides of a run help to identify its record.
     given = request.run_overrides
     asked = {
         slot: replace(slot, runs=tuple(with_overrides(run, given) for run in slot.runs))
@@ -205,7 +205,7 @@ def _table_config(name: str, request: TableRequest) -> TableConfig:
 
 def _distinct_runs(lines: Sequence[TableSlot], request: TableRequest) -> list[tuple[str, ...]]:
     """Return the runs of all lines without duplicates."""
-    # The dense run, for example, stands in many lines; a dict keeps the order of the table.
+    # The dense run, for example, belongs to many lines. A dict keeps the order of the table.
     runs = (with_overrides(run, request.run_overrides) for line in lines for run in line.runs)
     return list(dict.fromkeys(runs))
 
@@ -220,12 +220,12 @@ class _RunIds:
 
 
 def _name_runs(runs: Sequence[tuple[str, ...]], session: Session) -> _RunIds:
-    """Compose and resolve every run and return its id; report all missing inputs at once."""
+    """Compose and resolve every run and return its id; report all missing inputs together."""
     if not runs:
         raise UserError("the selected rows have only published numbers: select different rows")
     configs = {run: compose_run_config(run) for run in runs}
-    # `resolve_run` would stop at the first missing input; a table with many models should name all
-    # of them.
+    # `resolve_run` stops at the first missing input, but a table with many models should report
+    # all of them.
     _refuse_missing(list(configs.values()), session)
     first = next(iter(configs.values()))
     ids = {run: resolve_run(config, session).id for run, config in configs.items()}
@@ -233,9 +233,9 @@ def _name_runs(runs: Sequence[tuple[str, ...]], session: Session) -> _RunIds:
 
 
 def _refuse_missing(configs: Sequence[RunConfig], session: Session) -> None:
-    """Raise with one sentence for each model and data set that cannot be reached."""
-    # One probe instead of a timeout per model and data set; after it everything is looked up in
-    # caches.
+    """Raise with one sentence for each model and data set that is not available."""
+    # A single probe instead of a timeout per model and data set; afterwards only caches are
+    # searched.
     if _may_need_hub(configs) and not hub.is_reachable():
         hub.go_offline()
     sentences = dict.fromkeys(s for config in configs for s in _missing_inputs(config, session))
@@ -244,7 +244,7 @@ def _refuse_missing(configs: Sequence[RunConfig], session: Session) -> None:
 
 
 def _may_need_hub(configs: Sequence[RunConfig]) -> bool:
-    """Return whether any run may need the hub; a table of embedded models must not wait for it."""
+    """Return whether any run may need the hub; tables of embedded models must not wait for it."""
     models = (config.model for config in configs)
     if any(m.path is None and not m.source.startswith(("embedded:", "fresh:")) for m in models):
         return True
@@ -268,7 +268,7 @@ def _missing_inputs(config: RunConfig, session: Session) -> Iterator[str]:
         try:
             look_up()
         except MissingData as error:
-            # Only a benchmark names several items, and its message does not say the cure.
+            # Only a benchmark has several items, and its message does not contain the cure.
             for item in error.items:
                 yield f"data {item} are neither cached nor reachable: {cure}"
             if not error.items:
@@ -278,7 +278,7 @@ def _missing_inputs(config: RunConfig, session: Session) -> Iterator[str]:
 def _launch_runs(
     runs: Sequence[tuple[str, ...]], request: TableRequest, session: Session
 ) -> LaunchOutcome:
-    """Run them as a sweep of `bench run -m`; a failed run leaves its cells empty."""
+    """Run all of them as a sweep of `bench run -m`; a failed run leaves its cells empty."""
     listed = ",".join(f"[{','.join(map(quoted_text, run))}]" for run in runs)
     sweep = ["-m", "hydra/sweeper=list", f"hydra.sweeper.runs=[{listed}]"]
     try:
@@ -293,15 +293,14 @@ def _records_of(
     """Return the records of a line, or none if one of its runs failed."""
     ids = [names.ids[with_overrides(run, request.run_overrides)] for run in line.runs]
     records = [record for record in map(store.find, ids) if record is not None]
-    # A mean over the seeds that happened to succeed would not be the number that the table
-    # announces.
+    # A mean over only the successful seeds would not be the number that the table states.
     return records if len(records) == len(ids) else []
 
 
 def run_command(arguments: list[str]) -> int:
     """`bench table NAME [KEY=VALUE ...] [-m] [--page FILE]`."""
     page, arguments = _split_page(arguments)
-    # The name may stand anywhere among the overrides, as Hydra allows for its own flags.
+    # The name may be anywhere among the overrides, as Hydra allows for its own flags.
     # `~KEY` is an override without a value.
     names = [word for word in arguments if not word.startswith(("-", "~")) and "=" not in word]
     if len(names) != 1:
@@ -326,7 +325,7 @@ def run_command(arguments: list[str]) -> int:
 
 
 def _split_page(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """Return the file after `--page`, None without one, and the other arguments."""
+    """Return the file after `--page`, None without the option, and the other arguments."""
     value, rest = split_option(arguments, PAGE_OPTION)
     if value is None:
         return None, rest

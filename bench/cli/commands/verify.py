@@ -1,6 +1,6 @@
 """`bench verify`: repeat part of a run with the same code, and compare sample by sample.
 
-The model is rebuilt from its weights, methods and calibration text, or loaded as the run kept it
+The model is rebuilt from its weights, methods and calibration text, or loaded if the run saved it
 (keep_weights), then scored on the first samples of each task. Metrics, log-likelihoods and
 responses are compared with the recorded ones.
 """
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
     from bench.records import Record
 
 TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "bfloat16": 0.05, "float16": 0.05}
-"""Tolerance per dtype; a different batch size changes summation order."""
+"""Relative tolerance per dtype; a different batch size changes the order of summation."""
 EXACT_FIELDS = ("doc_hash", "prompt_hash", "target", "response", "prediction", "missing")
 """Text fields that must be identical."""
 UNCOMPARED_FIELDS = frozenset(
     {"doc_id", "tied_choices", "truncated_tokens", "spans_join", "in_examples"}
 )
-"""Numbers that follow from those compared, or from the prompt; older records lack them."""
+"""Numbers that follow from compared ones or from the prompt; older records do not have them."""
 MAX_SHOWN_FAULTS = 5
 SampleKey = tuple[str, str | None, object]
 SampleRow = dict[str, Any]
@@ -47,9 +47,9 @@ SampleRow = dict[str, Any]
 class Verdict:
     """Result of repeating a part of a run: samples per task, and which numbers differ.
 
-    `worst` is the largest relative difference. `faults` describes, one sentence each, every number
-    that differs by more than `tolerance`. `changed` lists versions and devices that differ from the
-    run's, which is not a fault by itself.
+    `worst` is the largest relative difference. `faults` has one sentence per number that differs by
+    more than `tolerance`. `changed` lists versions and devices that differ from the run's, which is
+    not a fault in itself.
     """
 
     run: str
@@ -81,13 +81,14 @@ def verify(
     """Repeat the first `samples` of each task of a run; `run` may be a prefix of its id.
 
     A number agrees if it differs by at most `tolerance` times its magnitude, or times 1 if that is
-    larger; the default tolerance depends on the model's dtype. `allowed` are the overrides by which
-    the user lets code run that the record cannot allow; see `bench.runner.replay.recorded_config`.
+    larger; the default tolerance depends on the model's dtype. `allowed` are the overrides with
+    which the user allows code that the record cannot allow; see
+    `bench.runner.replay.recorded_config`.
 
     Raises:
         UserError: there is no such run, or its weights, data or calibration text have changed.
     """
-    # Imported here: it loads torch, and an unknown run is refused without.
+    # Imported here, because it loads torch, which is not needed to refuse an unknown run.
     from bench.device.devices import select_device, select_dtype
 
     if samples < 1:
@@ -99,17 +100,17 @@ def verify(
     frame = recorded_samples(record.id, results_dir)
     if frame.empty:
         raise UserError(
-            f"run {record.id} has no samples to repeat: it measured perplexity or costs only; "
-            "`bench run` with force=true repeats it whole"
+            f"run {record.id} has no samples to repeat: it measured only perplexity or costs; "
+            "`bench run` with force=true repeats all of it"
         )
     config = recorded_config(record, allowed)
     refuse_changed_data(config, record, session)
-    # Never beyond the run's own limit: further samples were not scored and could not be compared.
+    # Never beyond the run's own limit, because further samples have no recorded results.
     scored = config.benchmark.limit or samples
-    if isinstance(scored, float):  # a share of each task
+    if isinstance(scored, float):  # A fraction of each task.
         scored = int(frame.groupby("task")["doc_id"].nunique().min())
     limit = min(samples, scored)
-    # Rows without an answer are compared as well, however large their share of this part.
+    # Samples without an answer are compared as well, whatever their share of this part.
     part = config.benchmark.model_copy(update={"limit": limit, "allow_missing": 1.0})
     model = rebuild_model(record, store, session, allowed)
     found = evaluate(model, plan(part, offline=config.offline)).samples
@@ -139,11 +140,11 @@ def _compare(
             f"{where}: different {name}" for name in EXACT_FIELDS if _text_differs(old, row, name)
         ]
         for name, was, value in _number_pairs(old, row):
-            # What was not finite and is not again agrees: the run recorded no answer there.
+            # If a value was not finite and still is not, it agrees: the run recorded no answer.
             repeated = was == value or (math.isnan(was) and math.isnan(value))
             difference = 0.0 if repeated else abs(was - value) / max(1.0, abs(was))
             numbers, worst = numbers + 1, max(worst, difference)
-            # Not `difference > tolerance`: a NaN compares false and must count as a fault.
+            # `difference > tolerance` would be false for NaN, which must count as a fault.
             if not difference <= tolerance:
                 faults.append(f"{where}: {name} was {was:.6g} and is {value:.6g}")
     if not numbers:
@@ -153,14 +154,14 @@ def _compare(
 
 
 def _sample_key(row: SampleRow) -> SampleKey:
-    """Identify a sample."""
-    # Image rows have no filter, which the stored frame holds as NaN, and NaN equals nothing.
+    """Return the key of a sample."""
+    # Samples of classifiers have no filter, which is NaN in the stored frame and equals nothing.
     name = row["filter"] if isinstance(row["filter"], str) else None
     return row["task"], name, row["doc_id"]
 
 
 def _text_differs(old: SampleRow, row: SampleRow, name: str) -> bool:
-    """Return whether a text present on both sides differs."""
+    """Return whether a text that both sides have differs."""
     was, value = old.get(name), row.get(name)
     return isinstance(was, str) and isinstance(value, str) and was != value
 
@@ -168,7 +169,7 @@ def _text_differs(old: SampleRow, row: SampleRow, name: str) -> bool:
 def _number_pairs(old: SampleRow, row: SampleRow) -> Iterator[tuple[str, float, float]]:
     """Yield every number of a sample by name, as recorded and as computed now.
 
-    A number missing on one side is yielded as NaN, which agrees with nothing.
+    A number that one side lacks is yielded as NaN, which never agrees.
     """
     for name, value in row.items():
         if name == "loglikelihoods":
@@ -194,8 +195,7 @@ def print_verdict(verdict: Verdict) -> None:
     for change in verdict.changed:
         out.print(f"changed since the run: {change}")
     for fault in verdict.faults[:MAX_SHOWN_FAULTS]:
-        # A broken environment makes every number differ; a few faults are enough to see the
-        # pattern.
+        # In a broken environment every number differs, and a few faults suffice to see a pattern.
         out.print(f"differs: {fault}")
     if len(verdict.faults) > MAX_SHOWN_FAULTS:
         out.print(f"and {len(verdict.faults) - MAX_SHOWN_FAULTS} more")
