@@ -1,15 +1,15 @@
-"""Text to calibrate and to test on: found and hashed first, cut into rows with a tokenizer.
+"""Text for calibration and testing: found and hashed first, then cut into rows with a tokenizer.
 
-Rows of tokens are cut at random, as the GPTQ and CAMERA code does it. A whole text is joined by
-blank lines and tokenised once, and every row starts at a random token. From separate documents,
-every row is a random window of a random document longer than the row.
+Rows of tokens are cut at random, as in the code of GPTQ and CAMERA. The documents of one long text
+are joined with blank lines and tokenized together, and every row starts at a random token. If
+documents are separate, every row is a random window of a random document longer than the row.
 
-The embedded text is real English prose that ships with every Python installation: the language
+The embedded text is English prose that ships with every Python installation: the language
 reference. The pages of `pydoc_data.topics` are split into train and test by a hash of the page
-name, so a page stays in its split whatever a Python version adds, drops or rewords.
+name, so a page stays in its split if other pages are added, removed or changed.
 
-The ids of a long text are remembered in the user's cache folder: tokenizing millions of letters
-takes seconds, and every run of a model calibrates on the same text.
+The ids of a long text are cached in the user's cache folder, because tokenizing millions of
+characters takes seconds and every run of a model calibrates on the same text.
 
 Shapes: B rows, L tokens per row.
 """
@@ -43,26 +43,26 @@ if TYPE_CHECKING:
 
 WIKITEXT2 = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 C4_SHARD = "en/c4-train.00000-of-01024.json.gz"
-# Letters above which reading the ids back is faster than tokenizing once more.
+# Number of characters above which reading cached ids is faster than tokenizing.
 _LONG_TEXT = 100_000
 _WORLD_FOLDER = Path(__file__).parent / "synthetic" / "world"
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Tokenised text: `tokens` is int64 [B, L]; `fingerprint` is the SHA-256 of these tokens."""
+    """Tokenized text: `tokens` is int64 [B, L]; `fingerprint` is the SHA-256 of these tokens."""
 
     tokens: Tensor
     fingerprint: str
 
 
 MOST_CHARACTERS = 16
-"""Characters of a token on average, above those of any tokenizer on text."""
+"""Upper bound on the mean number of characters per token, for any tokenizer."""
 
 
 @dataclass(frozen=True)
 class TextShare:
-    """Documents of one origin, and the number of rows to cut from them.
+    """Documents from one source, and the number of rows to cut from them.
 
     `joined` documents form one long text; otherwise no row spans two documents.
     """
@@ -76,21 +76,21 @@ class TextShare:
         """Return the rows, each of `length` token ids.
 
         Raises:
-            UserError: there are too few tokens; the message holds the counts.
+            UserError: there are too few tokens; the message states the numbers.
         """
         if self.joined:
             return self._from_joined(length, tokenizer, rng)
         return self._from_documents(length, tokenizer, rng)
 
     def check(self, length: int, tokenizer: Tokenizer) -> None:
-        """Raise as `cut` would if one long text is too short; a long one is not tokenised."""
+        """Raise like `cut` if a joined text is too short; long texts are not tokenized."""
         plenty = MOST_CHARACTERS * self._needed(length) <= sum(map(len, self.documents))
         if self.joined and not plenty:
             self._refuse_fewer(len(token_ids("\n\n".join(self.documents), tokenizer)), length)
 
     def _needed(self, length: int) -> int:
-        # Rows may overlap, but with fewer tokens than they hold most of them would. `randint` needs
-        # one token more than a row.
+        # Rows may overlap, but with fewer tokens than in all rows most of them would. `randint`
+        # requires one more token than a row has.
         return max(self.rows * length, length + 1)
 
     def _refuse_fewer(self, tokens: int, length: int) -> None:
@@ -113,9 +113,9 @@ class TextShare:
     def _from_documents(
         self, length: int, tokenizer: Tokenizer, rng: random.Random
     ) -> list[list[int]]:
-        # The order of draws and their bounds are those of GPTQ's get_c4: draw a document until one
+        # The order of draws and their bounds are those of GPTQ's get_c4: draw documents until one
         # is long enough, then a start. Any other order (filtering short documents first, drawing
-        # all starts at the end) would give different rows for a seed.
+        # all starts at the end) would give different rows for the same seed.
         rows: list[list[int]] = []
         too_short: set[int] = set()
         while len(rows) < self.rows:
@@ -125,11 +125,11 @@ class TextShare:
                     f"is longer than {length} tokens: lower calibration.length"
                 )
             chosen = rng.randint(0, len(self.documents) - 1)
-            # Drawn all the same, as GPTQ does; only tokenising it a second time is saved.
+            # Drawn as in GPTQ, but not tokenized a second time.
             if chosen in too_short:
                 continue
             ids = token_ids(self.documents[chosen], tokenizer)
-            # Equal length is too short as well: `randint(0, -1)` would raise.
+            # Equal length is too short as well, because `randint(0, -1)` would raise.
             if len(ids) <= length:
                 too_short.add(chosen)
                 continue
@@ -140,14 +140,14 @@ class TextShare:
 
 @dataclass(frozen=True)
 class CalibrationSource:
-    """Calibration text before tokenisation; `fingerprint` covers the text and the settings."""
+    """Calibration text before tokenization; `fingerprint` covers the text and the settings."""
 
     config: CalibrationConfig
     parts: tuple[TextShare, ...]
     fingerprint: str
 
     def check(self, tokenizer: Tokenizer) -> None:
-        """Raise if a text has fewer tokens than its rows need, before weights are loaded."""
+        """Raise before weights are loaded if a text has fewer tokens than its rows need."""
         for part in self.parts:
             part.check(self.config.length, tokenizer)
 
@@ -159,21 +159,21 @@ class CalibrationSource:
         """
         import torch
 
-        # A generator of its own: the draws must not depend on what a run drew before. All shares
-        # use this one generator in turn, so their order decides the rows.
+        # A separate generator, because draws must not depend on earlier ones of the run. All shares
+        # use it in turn, so their order affects the rows.
         rng = random.Random(self.config.seed)
         rows: list[list[int]] = []
         for part in self.parts:
             rows += part.cut(self.config.length, tokenizer, rng)
         tokens_BL = torch.tensor(rows, dtype=torch.int64)
-        # The bytes alone cannot tell 2 rows of 8 tokens from 4 rows of 4.
+        # The shape is hashed too, because 2 rows of 8 tokens have the same bytes as 4 rows of 4.
         digest = hashlib.sha256(f"{tuple(tokens_BL.shape)}".encode())
         digest.update(tokens_BL.numpy().tobytes())
         return Calibration(tokens_BL, digest.hexdigest())
 
 
 def resolve_calibration(config: CalibrationConfig, *, offline: bool) -> CalibrationSource:
-    """Find the text and hash it together with the settings, without tokenising it.
+    """Find the text and hash it together with the settings, without tokenizing it.
 
     Raises:
         MissingData: a data set is neither cached nor downloadable, or the file of source=text
@@ -181,13 +181,13 @@ def resolve_calibration(config: CalibrationConfig, *, offline: bool) -> Calibrat
         UserError: the file of source=text is not UTF-8.
     """
     parts = _text_shares(config, offline=offline)
-    # `name` and `path` only say where the text comes from: two configs with equal text and equal
-    # settings are one calibration, wherever the file lies.
+    # `name` and `path` only state the origin of the text: configs with equal texts and settings are
+    # the same calibration, wherever the file is.
     settings = config.model_dump(mode="json", exclude={"name", "path"})
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for part in parts:
         for document in part.documents:
-            # One digest per document, or moving a boundary between two would change nothing.
+            # One digest per document, because moving a boundary between two must change the hash.
             digest.update(hashlib.sha256(document.encode()).digest())
     return CalibrationSource(config, parts, digest.hexdigest())
 
@@ -200,7 +200,7 @@ def prefetch_calibration(config: CalibrationConfig) -> str:
 
 def _text_shares(config: CalibrationConfig, *, offline: bool) -> tuple[TextShare, ...]:
     if config.source == "embedded":
-        # An odd row goes to the world: with rows=1 there is no English share.
+        # An odd row goes to the synthetic world: with rows=1 there is no English share.
         half = config.rows // 2
         return _world_share(config.rows - half), *((_english_share(half),) if half else ())
     if config.source == "world":
@@ -210,7 +210,7 @@ def _text_shares(config: CalibrationConfig, *, offline: bool) -> tuple[TextShare
     if config.source == "text":
         return (TextShare(str(config.path), [_read_text(str(config.path))], config.rows),)
     documents = _documents_from_hub(config, offline=offline)
-    # As in GPTQ's datautils.py: WikiText-2 is one long text, C4 one window per document.
+    # As in GPTQ's datautils.py: WikiText-2 is one long text, C4 has one window per document.
     return (TextShare(config.source, documents, config.rows, joined=config.source != "c4"),)
 
 
@@ -221,7 +221,7 @@ def _world_share(rows: int) -> TextShare:
 @functools.cache
 def _world_corpus() -> list[str]:
     # Kept per process, because every run of a sweep reads the whole corpus, and in the user's cache
-    # folder, because drawing it takes seconds. What is drawn depends on this code alone, and on
+    # folder, because drawing it takes seconds. The result depends only on this code and on
     # Python's generator.
     code = {file.name: file for file in _WORLD_FOLDER.glob("*.py")}
     place = cache_folder("world") / f"{contents_hash(code)}-{platform.python_version()}"
@@ -244,9 +244,9 @@ def _read_text(path: str) -> str:
     key = f"calibration.path={path}"
     file = Path(path).expanduser()
     if file.exists() and not file.is_file():
-        raise UserError(f"{key} is not a file")  # a pipe or a device may never end
+        raise UserError(f"{key} is not a file")  # Reading a pipe or a device may never end.
     try:
-        # Without a byte order mark, which would be a token of its own.
+        # Without a byte order mark, which would become a token.
         text = file.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise MissingData(f"{key}: {error.strerror}") from None
@@ -254,7 +254,7 @@ def _read_text(path: str) -> str:
         where = error.object.count(b"\n", 0, error.start) + 1
         raise UserError(f"{key} is not a UTF-8 text file: see line {where}") from None
     if not text.strip():
-        raise UserError(f"{key} holds no text")
+        raise UserError(f"{key} contains no text")
     return text
 
 
@@ -262,7 +262,7 @@ def _documents_from_hub(config: CalibrationConfig, *, offline: bool) -> Sequence
     """Return the training documents of WikiText-2 (raw) or of C4's first shard."""
     from bench.data import hub
 
-    # One probe of 3 s instead of the retries of `datasets`, which take far longer to give up.
+    # A probe of 3 s instead of the retries of `datasets`, which take far longer.
     if offline or not hub.is_reachable():
         hub.go_offline()
     try:
@@ -287,8 +287,8 @@ _BUCKETS = 5
 
 
 def is_test_page(name: str) -> bool:
-    """Tell whether the page called `name` is in the test split (about one page in five)."""
-    # SHA-256, because `hash` of a string differs from process to process (PYTHONHASHSEED).
+    """Return whether the page called `name` is in the test split (about one page in five)."""
+    # SHA-256, because Python's `hash` of a string differs between processes (PYTHONHASHSEED).
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % _BUCKETS == 0
 
 
@@ -300,7 +300,7 @@ def train_text() -> str:
 
 @cache
 def test_text() -> str:
-    """Return all pages that perplexity is measured on, sorted by name."""
+    """Return all pages for measuring perplexity, sorted by name."""
     return _join(test=True)
 
 
@@ -312,22 +312,22 @@ def fingerprint() -> str:
 def _join(*, test: bool) -> str:
     train = {text.strip() for name, text in topics.items() if not is_test_page(name)}
     pages = (topics[name].strip() for name in sorted(topics) if is_test_page(name) == test)
-    # A few topics are aliases of one page, and their names may hash to both splits: such a page is
-    # a training page only, or the test text would contain training text.
+    # Some topics are aliases of the same page, and their names may be in both splits. Such a page
+    # counts as a training page, so that the test text does not contain training text.
     return "\n\n".join(dict.fromkeys(p for p in pages if not test or p not in train))
 
 
 def token_ids(text: str, tokenizer: Any) -> array[int]:
-    """Tokenize one text as the tokenizer is configured, or read its ids back.
+    """Tokenize a text with the tokenizer's own settings, or read its cached ids.
 
-    The returned array takes 4 bytes a token, a list of Python integers about nine times that.
+    The returned array takes 4 bytes per token, a list of Python integers about nine times as much.
     """
     if len(text) < _LONG_TEXT:
         return array("i", tokenizer(text, verbose=False)["input_ids"])
     return _long_token_ids(text, tokenizer)
 
 
-# Two entries serve the two halves of `embedded` in all runs of a process.
+# Two entries suffice for both halves of `embedded` in all runs of a process.
 @functools.lru_cache(maxsize=2)
 def _long_token_ids(text: str, tokenizer: Any) -> array[int]:
     key = _memory_key(text, tokenizer)
@@ -342,14 +342,14 @@ def _long_token_ids(text: str, tokenizer: Any) -> array[int]:
 
 
 def _memory_key(text: str, tokenizer: Any) -> str | None:
-    """Hash all that decides the ids of a text; None for a tokenizer that runs Python of its own."""
+    """Hash everything that determines the ids; None if the tokenizer runs its own Python code."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not type(tokenizer).__module__.startswith("transformers."):
         return None
     kind = f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}"
     versions = [importlib.metadata.version(name) for name in ("tokenizers", "transformers")]
-    # The serialized form holds vocabulary, merges, normalisation and what is put around a text.
-    # Its arguments count as well, but not where its files lie.
+    # The serialized form has the vocabulary, merges, normalization and added special tokens. Its
+    # arguments count as well, except for the paths of its files.
     settings = sorted(
         (name, repr(value))
         for name, value in tokenizer.init_kwargs.items()
@@ -364,7 +364,7 @@ def _memory_key(text: str, tokenizer: Any) -> str | None:
 
 
 def _read_ids(place: Path) -> array[int] | None:
-    """Return remembered ids, or None if there are none or they are not what was written."""
+    """Return cached ids, or None if there are none or they are damaged."""
     body, ids = read_checked(place), array("i")
     if body is None or len(body) % ids.itemsize:
         return None

@@ -1,6 +1,6 @@
 """Conversations about images, rendered and encoded by a model's own processor.
 
-transformers has no types for its tokenizers and processors: the Protocols name what is used.
+transformers has no types for its tokenizers and processors, so Protocols name the members in use.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Tokenizer(Protocol):
-    """Text as token ids."""
+    """Encodes text as token ids."""
 
     padding_side: str
     bos_token: str | None
@@ -35,16 +35,16 @@ class Tokenizer(Protocol):
         """Return the ids of a text as `input_ids`; `verbose` warns if it is long."""
 
     def get_vocab(self) -> dict[str, int]:
-        """Return the ids of all tokens, added ones included."""
+        """Return the ids of all tokens, including added ones."""
 
 
 class Processor(Protocol):
-    """Images and text as inputs of a vision-language model."""
+    """Converts images and text to inputs of a vision-language model."""
 
     tokenizer: Tokenizer
 
     def __call__(self, *, text: list[str], return_tensors: str, **options: object) -> ModelInputs:
-        """Return tensors by the names under which the model takes them."""
+        """Return tensors by the names of the model's arguments."""
 
     def apply_chat_template(self, conversation: Sequence[ChatMessage], **options: object) -> str:
         """Return the text of a conversation."""
@@ -52,7 +52,7 @@ class Processor(Protocol):
 
 ModelInputs = Mapping[str, "Tensor"]
 
-# `role`, and `content`: parts with a `type` and, for text, the `text`.
+# `role`, and `content`: a list of parts with a `type` and, for text, the `text`.
 ChatMessage = dict[str, str | list[dict[str, str]]]
 
 
@@ -65,7 +65,7 @@ VICUNA_TEMPLATE = (
     "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 
-# A question and its answer; the answer is None where the model has to generate it.
+# A question and its answer, which is None if the model has to generate it.
 Turn = tuple[str, str | None]
 
 
@@ -82,18 +82,18 @@ def render_chat(
     """Return the text of a conversation, with all images before the first question.
 
     The text ends with the last answer or, if that is None, with the generation prompt. `system` is
-    the system message that opens the conversation. A first question that holds the processor's
-    image token places its images itself, as in lmms-eval's adapter for LLaVA.
+    the system message at the start. If the first question contains the processor's image token, it
+    determines the places of its images, as in lmms-eval's adapter for LLaVA.
 
     Raises:
-        UnfitImage: it does so for a different number of images than there are.
+        UnfitImage: the number of image tokens differs from the number of images.
     """
     token = getattr(processor, "image_token", None)
     placed = turns[0][0].count(token) if token else 0
     if placed and placed != images:
         raise UnfitImage(
-            f"the question holds {token} {placed} times, each of which stands for an image, but "
-            f"has {images}"
+            f"the question contains {token} {placed} times, once for each image, but the number of "
+            f"its images is {images}"
         )
     messages = _opening(system)
     for number, (question, answer) in enumerate(turns):
@@ -106,21 +106,21 @@ def render_chat(
 
 
 IMAGE_HERE = None
-"""Stands for an image among the parts of a question."""
+"""Placeholder for an image among the parts of a question."""
 
 
 def render_interleaved(
     processor: Processor, parts: Sequence[str | None], *, system: str | None
 ) -> str:
-    """Return the prompt of one question whose images stand among its texts, as `IMAGE_HERE`.
+    """Return the prompt of a question with images between its texts, given as `IMAGE_HERE`.
 
     Raises:
-        UnfitImage: a text holds the token that stands for an image.
+        UnfitImage: a text contains the image token.
     """
     token = getattr(processor, "image_token", None)
     texts = [part for part in parts if part is not None]
     if token and any(token in text for text in texts):
-        raise UnfitImage(f"its text holds {token}, which stands for an image")
+        raise UnfitImage(f"its text contains {token}, which is the placeholder of an image")
     content: list[dict[str, str]] = [
         {"type": "image"} if part is IMAGE_HERE else {"type": "text", "text": part}
         for part in parts
@@ -143,7 +143,7 @@ def _rendered(
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
         )
-    except Exception as error:  # a template is a program, which may raise anything
+    except Exception as error:  # A template is a program and may raise any exception.
         raise UserError(f"the model's chat template fails: {error_sentence(error)}") from error
 
 
@@ -160,10 +160,10 @@ def encode_chats(
 ) -> dict[str, Tensor]:
     """Return the processor's tensors for rendered conversations and their images."""
     # Many chat templates write the BOS token themselves. The tokenizer would add a second one,
-    # which changes the scores without any error.
+    # which changes the scores without an error.
     bos_token = processor.tokenizer.bos_token
     if bos_token and all(text.startswith(bos_token) for text in texts):
         options["add_special_tokens"] = False
-    if any(images):  # a batch of text only passes no `images` at all
+    if any(images):  # A batch with only text has no argument `images`.
         options["images"] = [list(of_text) for of_text in images]
     return dict(processor(text=list(texts), return_tensors="pt", **options))

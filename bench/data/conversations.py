@@ -1,4 +1,4 @@
-"""Conversations about images to train on: drawn scenes, or a JSON file in LLaVA's layout.
+"""Conversations about images for training: drawn scenes, or a JSON file in LLaVA's layout.
 
 LLaVA's layout (that of `llava_v1_5_mix665k.json`, used in its second training stage) is a list of
 objects with `image`, a path relative to a folder, and `conversations`, a list of turns with `from`
@@ -39,7 +39,7 @@ class _Row(TypedDict):
 class Conversations:
     """Conversations by index, with images opened on access.
 
-    `fingerprint` identifies the set. For a file it hashes the JSON, not the images it refers to.
+    `fingerprint` identifies the set; that of a file hashes the JSON but not the images.
     """
 
     fingerprint: str
@@ -51,16 +51,16 @@ class Conversations:
 
     def __getitem__(self, number: int) -> Conversation:
         row = self._rows[number]
-        if isinstance(row, Conversation):  # drawn scenes hold the image itself
+        if isinstance(row, Conversation):  # Drawn scenes contain their image.
             return row._replace(image=row.image.convert("RGB"))
         return Conversation(_open_image(self._folder / row["image"]), _turns(row))
 
 
 def embedded_conversations(count: int, seed: int) -> Conversations:
-    """Return conversations about scenes that appear in no task."""
+    """Return conversations about scenes that are not in any task."""
     from bench.data.synthetic.scenes import ConversationSpec, draw_conversations
 
-    # The conversations are a pure function of split, count and seed: no need to hash the pixels.
+    # The conversations are a pure function of split, count and seed, so pixels are not hashed.
     digest = hashlib.sha256(f"scenes train {count} {seed}".encode()).hexdigest()
     return Conversations(
         digest, draw_conversations("train", count, seed, ConversationSpec(describe=False))
@@ -84,7 +84,7 @@ def conversations_from_file(path: str, folder: str) -> Conversations:
         raise MissingData(f"conversations: {path} cannot be read: {error.strerror}") from None
     try:
         rows = [row for row in json.loads(content) if "image" in row]
-        # Every row is checked now: a bad one must not end a training hours after its start.
+        # All rows are checked here, because an invalid one must not end a training after hours.
         for row in rows:
             _turns(row)
             _refuse_outside(images, row["image"])
@@ -96,7 +96,7 @@ def conversations_from_file(path: str, folder: str) -> Conversations:
 
 
 def _turns(row: _Row) -> list[tuple[str, str]]:
-    # `<image>` is dropped because the chat template puts the image token where the model wants it.
+    # `<image>` is dropped, because the chat template puts the image token where the model needs it.
     messages = row["conversations"]
     pairs = list(zip(messages[0::2], messages[1::2], strict=True))
     if not pairs or any((a["from"], b["from"]) != ("human", "gpt") for a, b in pairs):
@@ -107,7 +107,7 @@ def _turns(row: _Row) -> list[tuple[str, str]]:
 def _refuse_outside(folder: Path, name: str) -> None:
     # A downloaded JSON file is untrusted: `../` or a symlink must not reach other files.
     if not (folder / name).resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"image {name!r} lies outside the folder of images")
+        raise ValueError(f"image {name!r} is outside the folder of images")
 
 
 def _open_image(file: Path) -> Image:

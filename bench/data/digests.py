@@ -1,10 +1,9 @@
-"""Digests of files and of source code, for ids that must not miss a changed byte.
+"""Digests of files and of source code, for ids that depend on every byte.
 
-The digest of a large file is remembered in the user's cache folder, so that weights are read once
-and not once a run. A remembered digest is used only if nothing about the file has changed: device,
-inode, size, modification time and change time. The last is set by the kernel and by nothing else,
-so a file that was exchanged under its old size and modification time (tar, rsync, Nix, image
-layers) is read again.
+The digest of a large file is cached in the user's cache folder, so that weights are not read in
+every run. A cached digest is used only if device, inode, size, modification time and change time of
+the file are unchanged. Only the kernel sets the change time, so a file that was replaced with the
+same size and modification time (tar, rsync, Nix, image layers) is read again.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from pathlib import Path
 from typing import TypeAlias
 
 FileStamp: TypeAlias = tuple[int, int, int, int, int]
-"""Device, inode, size, modification and change time of a file: equal until somebody writes it."""
+"""Device, inode, size, modification and change time of a file, which change with every write."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-# The coarsest clock of the file systems in use (FAT, old NFS) counts in steps of two seconds.
+# The coarsest clocks of common file systems (FAT, old NFS) have steps of two seconds.
 _CLOCK_STEP_NS = 2 * 10**9
 
 
@@ -44,7 +43,7 @@ def fingerprint(files: Iterable[Path]) -> str:
 
 
 def digest(file: Path) -> str:
-    """Return the SHA-256 of a file's content, read or remembered."""
+    """Return the SHA-256 of a file's content, read or cached."""
     real = file.resolve()
     place = cache_folder("digests") / hashlib.sha256(str(real).encode()).hexdigest()
     began, before = time.time_ns(), file_stamp(real)
@@ -53,8 +52,8 @@ def digest(file: Path) -> str:
         return known
     with real.open("rb") as stream:
         computed = hashlib.file_digest(stream, "sha256").hexdigest()
-    # As git does for its index: within one step of the clock, a second write leaves no trace in
-    # the times. What was written so shortly before it was read is read again next time.
+    # As in git's index: a second write within one step of the clock does not change the times. So
+    # files written shortly before they are read are read again next time.
     at_rest = max(before[-2:]) < began - _CLOCK_STEP_NS
     if at_rest and file_stamp(real) == before:
         _remember(place, before, computed)
@@ -62,16 +61,16 @@ def digest(file: Path) -> str:
 
 
 def cache_folder(name: str) -> Path:
-    """Return the folder of what is kept between runs only because it takes time to make."""
+    """Return a folder for files that are kept between runs only to save time."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "slimbench" / name
 
 
 def _remembered(place: Path, stamp: FileStamp) -> str | None:
-    """Return what is remembered of a file in this state; None if nothing is, or nothing legible."""
+    """Return the cached value for a file in this state; None if it is absent or unreadable."""
     try:
         *numbers, known = json.loads(place.read_text())
-    # A memory that a full disk cut off is treated as absent.
+    # A value that a full disk truncated counts as absent.
     except (OSError, ValueError, TypeError):
         return None
     return known if tuple(numbers) == stamp and _SHA256.fullmatch(str(known)) else None
@@ -82,11 +81,11 @@ def _remember(place: Path, stamp: FileStamp, value: str) -> None:
 
 
 def _write_memory(place: Path, content: object) -> None:
-    """Write JSON atomically; without a writable cache it is computed again next time."""
+    """Write JSON atomically; if the cache is not writable, it is computed again next time."""
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        # Jobs of a sweep share the cache: rename is atomic, so that a reader sees the whole digest
-        # or none.
+        # Jobs of a sweep share the cache. A rename is atomic, so readers see a complete digest or
+        # none.
         with tempfile.NamedTemporaryFile("w", dir=place.parent, delete=False) as stream:
             json.dump(content, stream)
         Path(stream.name).replace(place)
@@ -98,7 +97,7 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def read_checked(place: Path) -> bytes | None:
-    """Return what `write_checked` wrote; None if there is nothing, or not what was written."""
+    """Return what `write_checked` wrote; None if it is absent or damaged."""
     try:
         content = place.read_bytes()
     except OSError:
@@ -108,7 +107,7 @@ def read_checked(place: Path) -> bytes | None:
 
 
 def write_checked(place: Path, body: bytes) -> None:
-    """Write bytes and their digest atomically; a cache that cannot be written is left as it is."""
+    """Write bytes and their digest atomically, if the cache is writable."""
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("wb", dir=place.parent, delete=False) as stream:
@@ -119,33 +118,33 @@ def write_checked(place: Path, body: bytes) -> None:
         written.write_bytes(hashlib.sha256(body).digest() + body)
         written.replace(place)
     except OSError:
-        # On a full disk, one such file would be left by every run.
+        # On a full disk, every run would leave such a file.
         written.unlink(missing_ok=True)
 
 
 def contents_hash(files: Mapping[str, Path]) -> str:
-    """Hash small files under the names given; their contents are read and not looked up."""
+    """Hash small files under the given names, reading their contents without the cache."""
     total = hashlib.sha256()
     for name in sorted(files):
         content = files[name].read_bytes()
-        # With the length, so that a byte moved from one file to the next changes the hash.
+        # With the length, so that moving a byte from one file to the next changes the hash.
         total.update(f"{name} {len(content)}\n".encode() + content)
     return total.hexdigest()
 
 
-# Up to this number each file has a memory of its own; more share one, which is read whole.
+# Up to this number, each file has its own cache entry; larger sets share one.
 _OWN_MEMORY = 100
-# A package of more files holds data rather than code: of these only imported modules are read.
+# A package with more files contains data rather than code; only its imported modules are read.
 _FILES_READ = 1000
 MAX_READ_BYTES, MAX_REMEMBERED = 32 * 2**30, 1_000_000
-"""Bytes and files of one set up to which an id covers their contents. More would be read for many
-minutes before a run begins."""
+"""Maximum bytes and files of a set whose contents are part of an id. Reading more would delay the
+start of a run by many minutes."""
 
 
 def state_hash(files: Mapping[str, Path]) -> str:
-    """Hash files under the names given by their content.
+    """Hash files by their contents, under the given names.
 
-    A set above the limits counts by sizes and times, and the hash says so at its end.
+    Sets above the limits are hashed by sizes and times, which the end of the hash states.
     """
     states, weak = file_states(files)
     lines = [f"{name} {states[name]}\n" for name in sorted(files)]
@@ -153,9 +152,9 @@ def state_hash(files: Mapping[str, Path]) -> str:
 
 
 def file_states(files: Mapping[str, Path]) -> tuple[dict[str, str], str | None]:
-    """Return the digest of each file, and None; of a set above the limits, sizes and times.
+    """Return the digest of each file, and None; or for sets above the limits, sizes and times.
 
-    In place of None there is then a sentence on what was not read.
+    In the second case, None is replaced by a sentence about what was not read.
     """
     if len(files) <= _OWN_MEMORY:
         return {name: digest(file) for name, file in files.items()}, None
@@ -168,9 +167,9 @@ def file_states(files: Mapping[str, Path]) -> tuple[dict[str, str], str | None]:
 
 
 def _digests_of_set(files: Mapping[str, Path], stamps: Mapping[str, FileStamp]) -> dict[str, str]:
-    """Return the digests of many files, whose memory is one file: a million would fill the cache.
+    """Return the digests of many files, with a single cache file: one per digest would be too many.
 
-    As with `digest`, only files that nobody has written since are taken from it.
+    As in `digest`, cached values are used only for files that have not been written since.
     """
     root = os.path.commonpath([file.absolute() for file in files.values()])
     place = cache_folder("digests") / hashlib.sha256(f"set {root}".encode()).hexdigest()
@@ -184,7 +183,7 @@ def _digests_of_set(files: Mapping[str, Path], stamps: Mapping[str, FileStamp]) 
             with file.open("rb") as stream:
                 value = hashlib.file_digest(stream, "sha256").hexdigest()
         found[name] = str(value)
-        # See `digest`: what was written a moment ago, or while it was read, is read again.
+        # See `digest`: files written shortly before or during reading are read again.
         if max(stamp[-2:]) < began - _CLOCK_STEP_NS and file_stamp(file) == stamp:
             fresh[name] = [*stamp, found[name]]
     if fresh != known:
@@ -200,21 +199,21 @@ def _remembered_set(place: Path) -> dict[str, list[object]]:
         return {}
 
 
-# Libraries that an id names by their version. `bench` has a part of its own in an id.
+# Libraries whose versions are part of an id. `bench` has its own part of an id.
 _BY_VERSION = frozenset({"bench", "torch", "transformers", "lm_eval", "lmms_eval"})
-# Packages of many methods or tasks, of which an id covers what is imported.
+# Packages with many methods or tasks, of which only imported modules are part of an id.
 _BY_IMPORTS = _BY_VERSION | {"methods"}
-# What a task may read from its own folder, which has the model cards of a harness as well.
+# Files that a task may read from its own folder, which also has a harness's model cards.
 _READ_SUFFIXES = frozenset(
     {".json", ".yaml", ".yml", ".toml", ".txt", ".csv", ".tsv", ".jinja", ".npy", ".npz",
      ".safetensors", ".so", ".cu", ".cpp"}
 )  # fmt: skip
 
 
-# Once per process, as Python imports a module once: an edit counts from the next process on.
+# Once per process, because Python also imports a module once: edits affect the next process.
 @functools.cache
 def code_hash(file: Path, module: str, own: str) -> str:
-    """Hash a module with everything it imports from the package `own`, or from a working copy."""
+    """Hash a module and everything it imports from the package `own` or from a working copy."""
     files = code_files(file, module, own)
     modules = {name: found for name, found in files.items() if "/" not in name}
     data = {name: found for name, found in files.items() if "/" in name}
@@ -222,14 +221,14 @@ def code_hash(file: Path, module: str, own: str) -> str:
 
 
 def code_files(file: Path, module: str, own: str) -> dict[str, Path]:
-    """Return the files that `code_hash` covers: modules by their names, data by names with a slash.
+    """Return the files that `code_hash` covers: modules by name, data by names with a slash.
 
-    A package counts whole, with everything that its modules import: what it reads, or imports by a
-    name that it computes, cannot be told from its source. Of the packages of this repository and of
-    harnesses only the imported modules count, so that a method does not change with another, and
-    the data that lies with them. A single module lies among anything, so that only what it imports
-    and what its strings name counts. Installed libraries are left out: they do not change without
-    their version.
+    A package is included as a whole, with everything that its modules import, because its source
+    does not show what it reads or imports by computed names. In the packages of this repository and
+    of harnesses, only imported modules are included, and data beside them, so that a method does
+    not change with another one. A single module may lie among unrelated files, so only its imports
+    and files named in its strings are included. Installed libraries are left out, because they
+    change only with their version.
     """
     seen: dict[str, Path] = {}
     waiting: list[tuple[str, Path | None]] = [(module, file)]
@@ -238,7 +237,7 @@ def code_files(file: Path, module: str, own: str) -> dict[str, Path]:
         if name in seen or found is None:
             continue
         seen[name] = found
-        # Importing a module runs the packages above it as well.
+        # Importing a module also runs the packages above it.
         imported = (name.rpartition(".")[0], *_imported_names(found, name))
         waiting += [(other, module_file(other, own)) for other in imported if other]
         modules, data = _files_with(found, name)
@@ -250,7 +249,7 @@ def code_files(file: Path, module: str, own: str) -> dict[str, Path]:
 def imported_libraries(file: Path, module: str, own: str) -> set[str]:
     """Return the installed libraries, by top-level module, that the code of `code_files` imports.
 
-    Those of which an id has the version in any case are left out.
+    Libraries whose versions are always part of an id are left out.
     """
     found: set[str] = set()
     for name, place in code_files(file, module, own).items():
@@ -265,21 +264,21 @@ def library_version(name: str) -> str | None:
     """Return the version of a library; None if it is not installed."""
     try:
         return version(name)
-    except PackageNotFoundError:  # whoever needs it says so
+    except PackageNotFoundError:  # Code that needs it raises its own error.
         return None
 
 
 @functools.cache
 def distribution_of(module: str) -> str:
-    """Return the name under which a top-level module was installed: scikit-learn for sklearn."""
-    # Listing the modules of all distributions takes a third of a second.
+    """Return the distribution of a top-level module, for example scikit-learn for sklearn."""
+    # Cached, because listing the modules of all distributions takes a third of a second.
     if library_version(module) is not None:
         return module
     return packages_distributions().get(module, [module])[0]
 
 
 def _files_with(file: Path, module: str) -> tuple[dict[str, Path], dict[str, Path]]:
-    """Return modules that may be imported along with one, and the data that it may read."""
+    """Return the modules that may be imported with a module, and the data that it may read."""
     top = module.partition(".")[0]
     if "." not in module and file.stem != "__init__":
         return _named_in_strings(file)
@@ -288,7 +287,7 @@ def _files_with(file: Path, module: str) -> tuple[dict[str, Path], dict[str, Pat
     folders = tuple(place for place in _places_of(top) if file.is_relative_to(place))
     if folders:
         return _whole_package(top, folders)
-    # Harnesses load files by path, under names by which Python does not find them.
+    # Harnesses load files by path, under names with which Python does not find them.
     package = module if file.stem == "__init__" else module.rpartition(".")[0]
     return _whole_package(package, (file.parent,))
 
@@ -296,7 +295,7 @@ def _files_with(file: Path, module: str) -> tuple[dict[str, Path], dict[str, Pat
 @functools.cache
 def _whole_package(name: str, folders: tuple[Path, ...]) -> tuple[dict[str, Path], dict[str, Path]]:
     modules, data = {}, {}
-    # As Python does, the first folder before the others, and `a/__init__.py` before `a.py`.
+    # As in Python, the first folder precedes the others, and `a/__init__.py` precedes `a.py`.
     for folder in reversed(folders):
         files = files_within(folder)
         for inside, file in sorted(files.items()):
@@ -311,7 +310,7 @@ def _whole_package(name: str, folders: tuple[Path, ...]) -> tuple[dict[str, Path
 
 @functools.cache
 def _data_of(folder: Path, top: str) -> dict[str, Path]:
-    """Return what lies in the folder of a package, other than code and packages."""
+    """Return the files in the folder of a package other than code and subpackages."""
     if top in _BY_VERSION:
         return {file.name: file for file in folder.iterdir() if file.suffix in _READ_SUFFIXES}
     files = files_within(folder, with_packages=False)
@@ -320,16 +319,16 @@ def _data_of(folder: Path, top: str) -> dict[str, Path]:
 
 @functools.cache
 def _named_in_strings(file: Path) -> tuple[dict[str, Path], dict[str, Path]]:
-    """Return the modules, files and folders beside a module that strings in its source name."""
+    """Return modules, files and folders beside a module that are named in its strings."""
     modules, data = {}, {}
     for text in _strings(file):
-        # In an f-string, what follows the folder begins with a slash.
+        # In an f-string, the part after the folder starts with a slash.
         name = text.strip("/")
         place = os.path.join(file.parent, name)  # noqa: PTH118 (pathlib drops dots)
-        # The folder itself and what lies above it hold anything.
+        # The folder itself and its parents may contain anything.
         if not Path(name).parts or ".." in Path(name).parts:
             continue
-        # Not by pathlib, which raises if a sentence is too long for a path.
+        # Not with pathlib, which raises if a sentence is too long for a path.
         if name.isidentifier() and os.path.isfile(f"{place}.py"):  # noqa: PTH113
             modules[name] = Path(f"{place}.py")
         if os.path.isfile(place):  # noqa: PTH113
@@ -347,16 +346,16 @@ def _strings(file: Path) -> set[str]:
 
 
 def files_within(folder: Path, *, with_packages: bool = True) -> dict[str, Path]:
-    """Return the files below a folder that can be read, by relative name.
+    """Return the readable files below a folder by relative name.
 
-    Caches of Python and hidden folders, such as those of git, are left out; linked folders are not.
+    Caches of Python and hidden folders, such as git's, are left out; linked folders are included.
     """
     files: dict[str, Path] = {}
     entered: set[Path] = set()
     for place, inner, names in os.walk(folder, followlinks=True):
         here = Path(place)
         real = here.resolve()
-        # A link may lead to a folder above it.
+        # A link may lead to a parent folder.
         if real in entered or not (here == folder or with_packages or "__init__.py" not in names):
             inner.clear()
             continue
@@ -370,7 +369,7 @@ def files_within(folder: Path, *, with_packages: bool = True) -> dict[str, Path]
 
 @functools.cache
 def module_file(name: str, own: str) -> Path | None:
-    """Return the file of a module; None if it is not `own` and comes from an installed library."""
+    """Return the file of a module; None if it is not `own` and is in an installed library."""
     top, *parts = name.split(".")
     is_own = name == own or name.startswith(f"{own}.")
     if top in sys.stdlib_module_names or (top in _BY_VERSION and not is_own):
@@ -391,7 +390,7 @@ def module_file(name: str, own: str) -> Path | None:
 @functools.cache
 def _places_of(top: str) -> tuple[Path, ...]:
     """Return the file of a top-level module, or the folders of a package, without importing it."""
-    # A package without `__init__.py` has folders and no file.
+    # A package without `__init__.py` has folders but no file.
     module = sys.modules.get(top)
     folders, origin = getattr(module, "__path__", None), getattr(module, "__file__", None)
     if module is None:
@@ -404,7 +403,7 @@ def _places_of(top: str) -> tuple[Path, ...]:
     return tuple(map(Path, folders)) if folders else (Path(origin),) if origin else ()
 
 
-# The methods of a run share most of what they import, and parsing is what takes time.
+# Cached, because methods of a run share most of their imports and parsing is slow.
 @functools.cache
 def _imported_names(file: Path, module: str) -> tuple[str, ...]:
     """Return the absolute names of all modules that a file may import, at any depth of its code."""
@@ -412,9 +411,9 @@ def _imported_names(file: Path, module: str) -> tuple[str, ...]:
 
 
 def _parsed(file: Path) -> ast.AST:
-    """Return the syntax tree of a file; an empty one if it is compiled, or a draft that is not run.
+    """Return the syntax tree of a file, empty for compiled files and for files with syntax errors.
 
-    Python itself says what is wrong with a file that it runs.
+    Python itself reports syntax errors in a file that it runs.
     """
     try:
         return ast.parse(file.read_bytes() if file.suffix == ".py" else b"")
@@ -431,5 +430,5 @@ def _names_in_imports(file: Path, module: str) -> Iterator[str]:
             above = package.split(".")[: len(package.split(".")) + 1 - node.level]
             base = ".".join([*(above if node.level else []), *filter(None, [node.module])])
             yield base
-            # Whether a name is a module or a function is seen by looking for its file.
+            # Whether a name is a module or a function depends on whether its file exists.
             yield from (f"{base}.{alias.name}" for alias in node.names)

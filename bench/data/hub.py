@@ -1,4 +1,4 @@
-"""Access to the Hugging Face hub, online or offline: data sets and repositories of models."""
+"""Access to the Hugging Face hub, online or offline: data sets and model repositories."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class DatasetUnreachable(Exception):
 
 
 def go_offline() -> None:
-    """Keep this process and its children off the hub, so that only cached files are loaded."""
-    # Children inherit the environment. The libraries read it only once, when they are imported, so
-    # the constants of those that are imported already have to be set as well.
+    """Disable the hub in this process and its children, so that only cached files are loaded."""
+    # Children inherit the environment. The libraries read it only on import, so the constants of
+    # libraries that are already imported must be set as well.
     os.environ.update(dict.fromkeys(_OFFLINE_VARIABLES, "1"))
     for module, names in _OFFLINE_CONSTANTS.items():
         if module in sys.modules:
@@ -42,7 +42,7 @@ def go_offline() -> None:
 
 @contextmanager
 def offline_switch_restored() -> Iterator[None]:
-    """Undo `go_offline` at the end of the block, for a process that goes on afterwards."""
+    """Undo `go_offline` at the end of the block, for a process that continues afterwards."""
     variables = {name: os.environ.get(name) for name in _OFFLINE_VARIABLES}
     constants = dict(_offline_constants())
     try:
@@ -52,8 +52,8 @@ def offline_switch_restored() -> Iterator[None]:
             os.environ.pop(variable, None)
             if value is not None:
                 os.environ[variable] = value
-        # A library that was imported during the block read the switch of the block, so its
-        # constants are those that the restored environment would have given.
+        # A library imported during the block has read the switch of the block, so its constants
+        # are set to the values for the restored environment.
         switched_off = any((value or "").upper() in _TRUE for value in variables.values())
         for key, _ in list(_offline_constants()):
             module, name = key
@@ -61,7 +61,7 @@ def offline_switch_restored() -> Iterator[None]:
 
 
 def _offline_constants() -> Iterator[tuple[tuple[str, str], object]]:
-    """Yield the constants of the libraries that are imported already, with their values."""
+    """Yield the constants of the libraries that are already imported, with their values."""
     for module, names in _OFFLINE_CONSTANTS.items():
         if module in sys.modules:
             for name in names:
@@ -69,23 +69,23 @@ def _offline_constants() -> Iterator[tuple[tuple[str, str], object]]:
 
 
 def is_offline() -> bool:
-    """Tell whether the hub is switched off for this process."""
-    # The constant and not the variable: it is what the library acts on, and it accepts more
-    # spellings ("1", "ON", "YES", "TRUE") than a comparison here would.
+    """Return whether the hub is switched off for this process."""
+    # The constant instead of the variable, because the library acts on it and accepts more
+    # spellings ("1", "ON", "YES", "TRUE").
     import huggingface_hub.constants
 
     return bool(huggingface_hub.constants.HF_HUB_OFFLINE)
 
 
 def is_reachable(timeout: float = 3.0) -> bool:
-    """Tell whether the hub answers within `timeout` seconds; False if it is switched off."""
+    """Return whether the hub answers within `timeout` seconds; False if it is switched off."""
     from huggingface_hub import constants, get_session
 
     if is_offline():
         return False
     try:
         answer = get_session().head(constants.ENDPOINT, timeout=timeout)
-    except Exception:  # the transport's own error classes differ between versions of the hub
+    except Exception:  # Error classes of the transport differ between versions of the hub.
         return False
     return bool(answer.status_code < 400)
 
@@ -100,13 +100,13 @@ def load_dataset(repository: str, config: str | None, **options: object) -> Data
 
     try:
         return datasets.load_dataset(repository, config, **options)
-    except Exception as error:  # missing, gated, uncached and unplugged share no base class
+    except Exception as error:  # Missing, gated, uncached and offline have no common base.
         raise unreachable_error(dataset_name(repository, config), error) from error
 
 
 def has_cached_data_sets() -> bool:
     """Return whether any data set of the hub is in the local caches."""
-    # Imports neither `datasets` nor a harness: an empty cache is known in milliseconds.
+    # Without importing `datasets` or a harness, so that an empty cache is known in milliseconds.
     from huggingface_hub import constants
 
     prepared = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets")
@@ -117,8 +117,8 @@ def has_cached_data_sets() -> bool:
 def download_file(repository: str, file: str) -> Path:
     """Return the local path of one file of a data set's repository, downloading it if needed.
 
-    Use it for a part of a large data set: `load_dataset` with `data_files` does not find its own
-    cache again when the hub is switched off.
+    Use it for parts of large data sets, because `load_dataset` with `data_files` does not find its
+    own cache if the hub is switched off.
 
     Raises:
         DatasetUnreachable: the file is neither cached nor downloadable.
@@ -127,7 +127,7 @@ def download_file(repository: str, file: str) -> Path:
 
     try:
         return Path(hf_hub_download(repository, file, repo_type="dataset"))
-    except Exception as error:  # as in `load_dataset`
+    except Exception as error:  # As in `load_dataset`.
         raise unreachable_error(dataset_name(repository, file), error) from error
 
 
@@ -137,10 +137,10 @@ def dataset_name(repository: str, part: str | None) -> str:
 
 
 def commit_of(splits: Mapping[str, object]) -> str | None:
-    """Return the commit that the loaded splits came from, or None if it is unknown."""
-    # `datasets` keeps no commit on a loaded split, but puts it into the path of the cache file.
+    """Return the commit of the loaded splits, or None if it is unknown."""
+    # `datasets` does not store the commit in a split, but in the path of its cache file.
     for split in splits.values():
-        for file in getattr(split, "cache_files", ()):  # a streamed split has none
+        for file in getattr(split, "cache_files", ()):  # A streamed split has none.
             commit = commit_in_path(file["filename"])
             if commit:
                 return commit
@@ -154,22 +154,22 @@ def commit_in_path(path: str | Path) -> str | None:
 
 
 def unreachable_error(name: str, error: Exception) -> DatasetUnreachable:
-    """Build the error; it gives a reason unless the hub is switched off, which is reason enough."""
+    """Build the error, with a reason unless the hub is switched off, which is reason enough."""
     if is_offline():
         return DatasetUnreachable(name)
     reason = str(error).partition("\n")[0]
     return DatasetUnreachable(f"{name}: {type(error).__name__}: {reason}")
 
 
-# Weights in subfolders and in formats of different software would be downloaded in vain.
+# Other subfolders and formats are not needed and not downloaded.
 IGNORE_PATTERNS = ["*/*", "consolidated*"]
 
 
 @dataclass(frozen=True)
 class HubRequest:
-    """A repository of the hub, and how messages speak of it.
+    """A repository of the hub, and how messages refer to it.
 
-    `overrides` ask for it on the command line, and `local_key` takes a folder in its place.
+    `overrides` select it on the command line, and `local_key` is the key for a folder instead.
     """
 
     repository: str
@@ -211,16 +211,16 @@ def hub_folder(
         raise UserError(f"{name}: this revision does not exist") from None
     except RepositoryNotFoundError:
         raise UserError(
-            f"{name}: it does not exist on the hub or is private, and is no folder here"
+            f"{name}: it does not exist on the hub or is private, and is not a folder here"
         ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError):
         raise MissingData(not_cached_message(request, offline=offline)) from None
-    # Snapshot folders are named by the commit that the revision resolved to.
+    # Snapshot folders are named after the commit to which the revision resolves.
     return Path(folder), Path(folder).name
 
 
 def not_cached_message(request: HubRequest, *, offline: bool) -> str:
-    """Say that a repository is neither cached nor reachable, and what to do about it."""
+    """Return a message that a repository is neither cached nor reachable, with the cure."""
     where = "and offline=true" if offline else "and the hub cannot be reached"
     return (
         f"{request.words} is not in the local cache {where}: run `bench prefetch "
@@ -229,7 +229,7 @@ def not_cached_message(request: HubRequest, *, offline: bool) -> str:
 
 
 def hub_weight_bytes(request: HubRequest, *, offline: bool) -> float | None:
-    """Return the bytes of a repository's weight files, None if the hub does not answer."""
+    """Return the size of a repository's weight files in bytes, None if the hub does not answer."""
     if offline:
         return None
     from huggingface_hub import HfApi

@@ -2,7 +2,7 @@
 
 Channel means and standard deviations are the values in common use for each training set.
 
-The digits need no folder: see `bench.data.handwritten_digits`. The last 200 of their training
+The digits need no folder, see `bench.data.handwritten_digits`. The last 200 of their training
 images are held out for choosing hyperparameters.
 """
 
@@ -138,8 +138,8 @@ def _load_torchvision_set(
         parts = [maker(folder, train=train, download=download) for train in (True, False)]
     except PermissionError as error:
         raise UserError(f"{error.filename} of image data set {name}: {error.strerror}") from error
-    # torchvision raises RuntimeError for absent or corrupt files, and URLError without a network.
-    # Other errors, such as a full disk, are not about the folder and pass.
+    # torchvision raises RuntimeError for missing or corrupt files, and URLError without a network.
+    # Other errors, such as a full disk, are not about the folder and not caught.
     except (RuntimeError, FileNotFoundError, NotADirectoryError, URLError) as error:
         raise MissingData(
             f"{folder} does not hold {name} in torchvision's layout ({source.class_name}): set "
@@ -162,7 +162,7 @@ def _load_torchvision_set(
 
 
 def _load_parquet_set(name: str, source: _TorchvisionSet, folder: Path) -> Splits:
-    """Read the hub's schema: a column of encoded images and one of labels."""
+    """Load a data set in the hub's schema: a column of encoded images and one of labels."""
     parts = []
     for role, where in (("training", "train"), ("test", "test")):
         files = sorted(folder.glob(f"{where}*.parquet"))
@@ -201,7 +201,7 @@ def _decoded_images(name: str, source: _TorchvisionSet, files: list[Path]) -> tu
         try:
             table = parquet.read_table(file)
         except (ArrowException, OSError) as error:
-            raise UserError(f"image data set {name}: {file} is no parquet file: {error}") from error
+            raise UserError(f"image data set {name}: {file} is not parquet: {error}") from error
         columns = [
             next((column for column in known if column in table.column_names), None)
             for known in (_IMAGE_COLUMNS, _LABEL_COLUMNS)
@@ -216,7 +216,7 @@ def _decoded_images(name: str, source: _TorchvisionSet, files: list[Path]) -> tu
             data = cell["bytes"] if isinstance(cell, dict) else cell
             try:
                 pixels.append(np.asarray(Image.open(io.BytesIO(data)).convert(mode)))
-            # Pillow raises many kinds of error at a damaged image.
+            # Pillow raises various errors for damaged images.
             except Exception as error:
                 raise UserError(f"image data set {name}: {file} row {row}: {error}") from error
         labels += table[label].to_pylist()
@@ -250,8 +250,8 @@ def _load_mnist_5k() -> Splits:
 
 
 def _pixels_and_labels(part: Any) -> tuple[Tensor, Tensor]:
-    """Return pixels uint8 [N, C, H, H] and labels [N] of a torchvision set held in memory."""
-    # MNIST holds a tensor [N, H, H], CIFAR a numpy array [N, H, H, C].
+    """Return pixels uint8 [N, C, H, H] and labels [N] of a torchvision set in memory."""
+    # MNIST has a tensor [N, H, H], CIFAR a numpy array [N, H, H, C].
     pixels = torch.as_tensor(part.data)
     pixel_NCHH = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
     return pixel_NCHH.contiguous(), torch.as_tensor(part.targets)
@@ -260,7 +260,7 @@ def _pixels_and_labels(part: Any) -> tuple[Tensor, Tensor]:
 def _refuse_misfit(
     name: str, source: _TorchvisionSet, role: str, pixel_NCHH: Tensor, label_N: Tensor
 ) -> None:
-    """Raise UserError unless images and labels are those that a classifier of the set takes.
+    """Raise UserError unless images and labels match a classifier of the set.
 
     torchvision reads MNIST's files without a checksum, so a damaged label would be a wrong answer.
     """
@@ -281,13 +281,13 @@ def _refuse_misfit(
 
 
 def _load_imagenet(folder: Path) -> Splits:
-    """Read `train/` and `val/` with one sub-folder per class, the usual layout of ImageNet."""
+    """Load `train/` and `val/` with one subfolder per class, the usual layout of ImageNet."""
     missing = [part for part in ("train", "val") if not (folder / part).is_dir()]
     if missing:
         raise MissingData(f"{folder} does not hold imagenet: it has no {' and no '.join(missing)}")
     # ImageFolder, because torchvision's ImageNet class also needs the archive of the devkit.
     train, test = _image_folder(folder / "train"), _image_folder(folder / "val")
-    # Labels are positions in the sorted names of the folders: one folder less shifts all others.
+    # Labels are positions in the sorted folder names, so one missing folder shifts all others.
     unshared = sorted(set(train.classes) ^ set(test.classes))
     if unshared:
         raise UserError(
@@ -303,17 +303,17 @@ def _load_imagenet(folder: Path) -> Splits:
         size=IMAGENET_SIZE,
         classes=len(train.classes),
         provenance=f"ImageNet folders train and val, {len(train.classes)} classes",
-        # ImageFolder sorts by class: the last training images would all be of the last classes.
+        # ImageFolder sorts by class, so the last training images would all be of the last classes.
         held_out=0,
     )
 
 
-# Names of the part that is scored; a folder without any is scored whole.
+# Names of the part that is scored; a folder without any is scored as a whole.
 _SCORED_PARTS = ("test", "val", "validation")
 
 
 def _load_folder(folder: Path, size: int) -> Splits:
-    """Read a folder of images with one sub-folder per class, below `train` and `test` if it has.
+    """Load a folder of images with one subfolder per class, in `train` and `test` if they exist.
 
     Images are resized and cropped to `size`, and normalised as for ImageNet.
     """
@@ -343,7 +343,7 @@ def _load_folder(folder: Path, size: int) -> Splits:
 
 
 def _image_folder(folder: Path) -> Any:
-    """Return torchvision's view of a folder with one sub-folder of images per class."""
+    """Return torchvision's view of a folder with one subfolder of images per class."""
     from torchvision import datasets
 
     try:
@@ -354,7 +354,7 @@ def _image_folder(folder: Path) -> Any:
 
 
 def _transforms(size: int) -> tuple[ImageTransform, ImageTransform]:
-    """Return what is done to an image of ImageNet's kind when it is scored, and in training."""
+    """Return the transforms of images like ImageNet's: for scoring, and for training."""
     from torchvision import transforms
 
     finish = [transforms.ToTensor(), transforms.Normalize(*IMAGENET_STATISTICS)]
@@ -378,7 +378,7 @@ def load_digit_images() -> Splits:
     pixel_NCHH = torch.tensor(levels).double().mul(scale).round().to(torch.uint8)[:, None]
     label_N = torch.tensor(labels)
     count = handwritten_digits.TRAIN_IMAGES
-    # Statistics of the training images only: the test images must not influence the model.
+    # Statistics only of the training images, because the test images must not affect the model.
     train = pixel_NCHH[:count].float() / 255
     statistics = ((float(train.mean()),), (float(train.std()),))
     return Splits(

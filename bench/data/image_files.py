@@ -1,4 +1,4 @@
-"""Images as they come from files: what cannot be shown to a model as it is meant is refused."""
+"""Decoding of image files; images that cannot be shown faithfully to a model are refused."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ if TYPE_CHECKING:
 
 Opened = TypeVar("Opened")
 PIXEL_LIMIT = (1 << 30) // 4 // 3
-"""PIL's default: 256 MiB of RGB. It refuses twice as many pixels."""
+"""PIL's default: 256 MiB of RGB. PIL refuses images with twice as many pixels."""
 
 
 class UnfitImage(UserError):
-    """An image that no model can be shown; the message is the reason."""
+    """An image that cannot be shown to a model; the message is the reason."""
 
 
 def open_images(work: Callable[[], Opened]) -> Opened:
-    """Return what `work` opens and decodes.
+    """Return the result of `work`, which opens and decodes an image.
 
     Raises:
-        UnfitImage: it fails, whatever the error; running out of memory passes.
+        UnfitImage: it fails with any error other than running out of memory.
     """
-    # Decoders raise OSError, SyntaxError, ValueError, struct.error and more on damaged files, and a
-    # task's own code AttributeError or KeyError where there is no image. All mean the same here.
+    # For damaged files, decoders raise OSError, SyntaxError, ValueError, struct.error and more; for
+    # missing images, a task's own code raises AttributeError or KeyError.
     try:
         with _strict_decoding():
             return work()
@@ -43,11 +43,11 @@ def open_images(work: Callable[[], Opened]) -> Opened:
 
 @contextmanager
 def _strict_decoding() -> Iterator[None]:
-    """Let PIL refuse files that are cut off, and more pixels than its own limit."""
+    """Make PIL refuse truncated files, and images above its own limit of pixels."""
     import PIL.Image
     import PIL.ImageFile
 
-    # lmms-eval switches both checks off for the whole process, and the missing part becomes grey.
+    # lmms-eval disables both checks for the whole process, and missing parts become grey.
     before = PIL.ImageFile.LOAD_TRUNCATED_IMAGES, PIL.Image.MAX_IMAGE_PIXELS
     PIL.ImageFile.LOAD_TRUNCATED_IMAGES, PIL.Image.MAX_IMAGE_PIXELS = False, PIXEL_LIMIT
     try:
@@ -59,13 +59,13 @@ def _strict_decoding() -> Iterator[None]:
 def refuse_clipped(image: Image) -> Image:
     """Return an image unless its conversion to 8 bits per channel would clip it.
 
-    PIL does not scale values above 255 but cuts them off: 16-bit grey becomes white.
+    PIL does not scale values above 255 but clips them: 16-bit grey becomes white.
 
     Raises:
-        UnfitImage: the image holds such values.
+        UnfitImage: the image has such values.
     """
     if image.mode == "F":
-        raise UnfitImage("its image holds floating-point values; save it with 8 bits per channel")
+        raise UnfitImage("its image has floating-point values; save it with 8 bits per channel")
     if image.mode == "I" or image.mode.startswith("I;"):
         low, high = image.getextrema()
         if low < 0 or high > 255:  # type: ignore[operator]  # a pair of numbers in these modes
@@ -80,8 +80,8 @@ def decode_image(content: bytes) -> Image:
     """Decode the bytes of an image file to RGB.
 
     Raises:
-        UnfitImage: they are no image, are cut off, or hold more than PIL's limit of pixels, or the
-            image would be clipped.
+        UnfitImage: they are not an image, are truncated, or have more pixels than PIL's limit, or
+            the image would be clipped.
     """
     import PIL.Image
 

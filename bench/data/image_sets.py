@@ -1,4 +1,4 @@
-"""Image data sets from which normalised batches are fetched by index, and the order of batches.
+"""Image data sets with normalised batches by index, and the order of batches.
 
 Order and augmentation are pure functions of seed, epoch and batch number, so a resumed run sees
 exactly the images of an uninterrupted one.
@@ -46,7 +46,7 @@ class ImageSet(ABC):
 
     @property
     def unread(self) -> str | None:
-        """What the fingerprint does not cover by content, None if there is nothing."""
+        """What the fingerprint does not cover by content, or None."""
         return None
 
 
@@ -61,9 +61,9 @@ class ImageShape:
 
 @dataclass(frozen=True)
 class Splits:
-    """Training and test images of a data set, with the facts that a record stores about it.
+    """Training and test images of a data set, with facts for a record.
 
-    The last `held_out` training images are for choosing hyperparameters: see `for_selection`.
+    The last `held_out` training images are for choosing hyperparameters, see `for_selection`.
     """
 
     name: str
@@ -83,11 +83,11 @@ class Splits:
     def for_selection(self) -> Splits:
         """Return splits for choosing a strength or a schedule without using the test images.
 
-        `test` holds the last `held_out` training images and `train` the remaining ones. The chosen
-        hyperparameters are then trained on all of the original `train` and tested once.
+        `test` are the last `held_out` training images and `train` the others. A network with the
+        chosen hyperparameters is then trained on the whole original `train` and tested once.
 
         Raises:
-            UserError: the data set holds out no images, because its training images are sorted.
+                UserError: no images are held out, because the training images are sorted.
         """
         if not self.held_out:
             raise UserError(f"{self.name} has no images held out for validation: use split=test")
@@ -97,12 +97,12 @@ class Splits:
             train=Subset(self.train, range(count)),
             test=Subset(self.train, range(count, len(self.train))),
             provenance=f"{self.provenance}; the last {self.held_out} training images held out",
-            held_out=0,  # so that a second call is refused: nothing is left to hold out
+            held_out=0,  # A second call is refused, because no images are left to hold out.
         )
 
 
 class TensorSet(ImageSet):
-    """Images held in memory as uint8."""
+    """Images in memory as uint8."""
 
     def __init__(
         self,
@@ -138,9 +138,9 @@ class TensorSet(ImageSet):
     def _augment(self, image_BCHH: Tensor, generator: torch.Generator) -> Tensor:
         count, size = len(image_BCHH), image_BCHH.shape[-1]
         if self._shift:
-            # Each image has a shift of its own, so one advanced index gathers a window per image
-            # from the padded batch; slicing would need a loop. Padding comes after normalisation,
-            # so that the border has the mean colour.
+            # Each image has its own shift, so one advanced index gathers a window per image from
+            # the padded batch, where slicing would need a loop. Padding follows normalisation, so
+            # that the border has the mean colour.
             moves = 2 * self._shift + 1
             shift_B2 = torch.randint(moves, (count, 2), generator=generator)
             place_BH = torch.arange(size) + shift_B2[:, :1]
@@ -177,7 +177,7 @@ class Subset(ImageSet):
 
     @property
     def unread(self) -> str | None:
-        """Say what the larger set says."""
+        """What the larger set's fingerprint does not cover by content."""
         return self._whole.unread
 
 
@@ -195,7 +195,7 @@ ImageTransform = Callable[["Image"], Tensor]
 
 
 class FolderSet(ImageSet):
-    """Images decoded from files on access, with one sub-folder per class.
+    """Images decoded from files on access, with one subfolder per class.
 
     `test` and `training` are torchvision transforms from a PIL image to a tensor [C, H, H].
     """
@@ -221,9 +221,9 @@ class FolderSet(ImageSet):
             if generator is None:
                 images.append(self._test(image))
                 continue
-            # torchvision's transforms take no generator and draw from torch's global one: it is
-            # seeded per image inside a fork, which restores the state the training relies on.
-            # `devices=[]` keeps the fork from saving the state of every GPU.
+            # torchvision's transforms draw from torch's global generator, so it is seeded per image
+            # inside a fork, which restores its state for the training. With `devices=[]` the fork
+            # does not save the state of every GPU.
             seed = int(torch.randint(2**62, (), generator=generator))
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
@@ -237,7 +237,7 @@ class FolderSet(ImageSet):
             raise UnfitImage(f"{self._folder.samples[index][0]}: {error}") from error
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 over file names, labels and contents, or sizes and times of many."""
+        """Return the SHA-256 over file names, labels and contents (or sizes and times if many)."""
         total = hashlib.sha256()
         states, _ = self._states
         for name, label in self._folder.samples:
@@ -247,7 +247,7 @@ class FolderSet(ImageSet):
 
     @property
     def unread(self) -> str | None:
-        """What the fingerprint covers by sizes and times only, None if it covers all contents."""
+        """What the fingerprint covers only by sizes and times, None if it covers all contents."""
         return self._states[1]
 
     @cached_property
@@ -263,15 +263,15 @@ def training_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the augmented training batches of one epoch, starting at batch `start`.
 
-    Seed and epoch fix the permutation. A last, smaller batch is dropped.
+    Seed and epoch determine the permutation. A last, smaller batch is dropped.
 
     Yields:
         image_BCHH (float32) and label_B (int64).
     """
     order_N = torch.randperm(len(images), generator=_generator(seed, epoch, 0))
-    # One generator per batch, so that a resumed run draws the augmentation of batch `start`
-    # without replaying the batches before it. The last partial batch is dropped because BatchNorm
-    # cannot normalise a batch of one.
+    # One generator per batch, so that a resumed run draws the augmentation of batch `start` without
+    # repeating earlier batches. The last partial batch is dropped because BatchNorm cannot
+    # normalise a batch of one.
     for place in range(start, len(images) // size):
         index_B = order_N[place * size : (place + 1) * size]
         yield images.fetch(index_B, _generator(seed, epoch, place + 1))
@@ -284,6 +284,6 @@ def sequential_batches(images: ImageSet, size: int) -> Iterator[tuple[Tensor, Te
 
 
 def _generator(seed: int, epoch: int, place: int) -> torch.Generator:
-    # A polynomial in a large prime: different (seed, epoch, place) get different streams as long as
-    # epoch and place stay below it. Place 0 is the permutation, so batches count from 1.
+    # A polynomial in a large prime: different (seed, epoch, place) have different streams while
+    # epoch and place are below it. Place 0 is the permutation, so batches count from 1.
     return torch.Generator().manual_seed((seed * _PRIME + epoch) * _PRIME + place)

@@ -1,4 +1,4 @@
-"""Prompts with images for calibration: embedded scenes, a file, a split on the hub."""
+"""Prompts with images for calibration: embedded scenes, a file, or a split on the hub."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ class PromptSource:
         """Return the processor's tensors, in batches of `config.batch` prompts padded on the left.
 
         A prompt is one user turn with the image before the question, in the model's own chat
-        template with its `system` message, up to the start of the answer, as in an evaluation.
+        template with the `system` message, up to the start of the answer, as in evaluation.
         """
         return ProcessedPrompts.of(list(self._calls(processor, system)))
 
     def _calls(self, processor: Processor, system: str | None) -> Iterator[ModelInputs]:
-        # Left padding, as for generation: the last position of every row is its last token. The
-        # side is state of the tokenizer and is restored, because evaluation relies on its own.
+        # Padded on the left, as for generation, so that the last position of every row is its last
+        # token. The side is state of the tokenizer and is restored, because evaluation has its own.
         side, processor.tokenizer.padding_side = processor.tokenizer.padding_side, "left"
         try:
             for start in range(0, len(self.prompts), self.config.batch):
@@ -114,24 +114,24 @@ def _draw_prompts(config: PromptsConfig, *, offline: bool) -> Iterator[ImageProm
     )
     if len(rows) < config.count:
         raise UserError(f"{key} has {len(rows)} rows, but prompts.count={config.count}")
-    # Rows are sampled by index, so that only the drawn images of a hub data set are decoded.
+    # Rows are sampled by index, so that only the selected images of a hub data set are decoded.
     for place in random.Random(config.seed).sample(range(len(rows)), config.count):
         row = _drawn_row(rows, place, key)
         yield _decode_row(row, config, key, place)
 
 
 def _drawn_row(rows: Sequence[_Row], place: int, key: str) -> _Row:
-    # A split of `datasets` decodes the image here.
+    # A split of `datasets` decodes the image on access.
     try:
         return open_images(lambda: rows[place])
     except UnfitImage as error:
-        raise UserError(f"{key}: row {place} is no prompt, since {error}") from error
+        raise UserError(f"{key}: row {place} is not a prompt: {error}") from error
 
 
 def _embedded_prompts(config: PromptsConfig) -> Iterator[ImagePrompt]:
     from bench.data.synthetic.scenes import ConversationSpec, draw_conversations
 
-    # Of each conversation only the first question is used.
+    # Only the first question of each conversation is used.
     for image, turns in draw_conversations(
         "train", config.count, config.seed, ConversationSpec(describe=False)
     ):
@@ -143,7 +143,7 @@ def _rows_from_file(config: PromptsConfig, key: str) -> Sequence[_Row]:
     from pyarrow import ArrowException, parquet
 
     file = Path(str(config.path)).expanduser()
-    # A pipe or a device exists as well, and may never end.
+    # Pipes and devices also exist, but reading them may never end.
     if not file.is_file():
         raise UserError(f"{key}: no such file")
     try:
@@ -151,7 +151,7 @@ def _rows_from_file(config: PromptsConfig, key: str) -> Sequence[_Row]:
     except (OSError, ValueError, ArrowException) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{key} cannot be read as parquet: {reason}") from error
-    # Rows become Python objects, images included, only when they are drawn.
+    # Rows, including images, are converted to Python objects only when they are selected.
     rows: Sequence[_Row] = datasets.Dataset(table)
     return rows
 
@@ -190,12 +190,12 @@ def _decode_row(row: _Row, config: PromptsConfig, key: str, place: int) -> Image
     try:
         return _decode_image(row[config.image_column]), question
     except UnfitImage as error:
-        raise UserError(f"{key}: row {place} is no prompt, since {error}") from error
+        raise UserError(f"{key}: row {place} is not a prompt: {error}") from error
 
 
 def _decode_image(value: object) -> Image:
-    # The hub hands over decoded images. A parquet file holds bytes, or a struct of bytes and path
-    # if `datasets` wrote it.
+    # The hub's library returns decoded images. A parquet file has bytes, or a struct of bytes and
+    # path if `datasets` wrote it.
     import PIL.Image
 
     if isinstance(value, PIL.Image.Image):

@@ -167,7 +167,7 @@ def test_prefetch_says_what_is_there(text):
 def test_a_text_of_nothing_a_folder_and_a_wrong_byte_are_named_before_a_model_is_loaded(tmp_path):
     blank, marked, wrong = tmp_path / "blank", tmp_path / "marked", tmp_path / "wrong"
     blank.write_text(" \n\n")
-    with pytest.raises(UserError, match="blank holds no text"):
+    with pytest.raises(UserError, match="blank contains no text"):
         resolve_calibration(config(path=str(blank)), offline=True)
     for path in (tmp_path, "/dev/zero"):
         with pytest.raises(UserError, match="is not a file"):

@@ -106,8 +106,8 @@ def test_a_file_that_does_not_fit_is_one_sentence(tmp_path, options, rows, said)
     [
         ({"question": "  "}, "row 1 has no text in 'question'"),
         ({"question": None}, "row 1 has no column 'question'"),
-        ({"image": {"bytes": stored(1)["image"]["bytes"][:-40]}}, "row 1 is no prompt, since its"),
-        ({"image": {"bytes": b"no image"}}, "row 1 is no prompt, since its image cannot be opened"),
+        ({"image": {"bytes": stored(1)["image"]["bytes"][:-40]}}, "row 1 is not a prompt: its"),
+        ({"image": {"bytes": b"no image"}}, "row 1 is not a prompt: its image cannot be opened"),
     ],
 )
 def test_a_row_that_is_no_prompt_is_named(tmp_path, change, said):
