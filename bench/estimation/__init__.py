@@ -1,1 +1,1 @@
-"""What a run costs before it runs: time, memory, downloads and energy, from shapes alone."""
+"""Estimates of a run before it starts: time, memory, downloads and energy, from shapes alone."""

@@ -1,4 +1,4 @@
-"""How good estimates were: measured times of recorded phases against their bounds."""
+"""Accuracy of estimates: measured times of recorded phases compared with their bounds."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import NamedTuple
 from bench.records import Record
 
 SHORTEST = 0.5
-"""Seconds below which a phase is noise: it is not held against its estimate."""
+"""Phases shorter than this, in seconds, are noise and not compared with their estimates."""
 _PREFIX = "phase "
 _ALWAYS = ("counting costs", "measuring costs")
-"""Phases of every run; that of loading lacks where a model was there already."""
+"""Phases of every run; loading is not among them, because the model may be loaded already."""
 
 
 class Compared(NamedTuple):
-    """One phase of one record: what was estimated and what was measured, in seconds.
+    """One phase of one record: its estimate and its measured time, in seconds.
 
-    Bounds are None where nothing was estimated, `measured` where no time was kept.
+    Bounds are None if nothing was estimated, `measured` is None if no time was recorded.
     """
 
     run: str
@@ -30,34 +30,34 @@ class Compared(NamedTuple):
 
     @property
     def inside(self) -> bool:
-        """Whether the measured time lies between the bounds; inverted ones hold nothing."""
+        """Whether the measured time is between the bounds; false if they are inverted."""
         if self.low is None or self.high is None or self.measured is None:
             return False
         return self.low <= self.measured <= self.high
 
     @property
     def width(self) -> float:
-        """The upper bound over the lower; infinite where that is 0, or a bound is not a number."""
+        """Upper bound divided by lower bound; infinite if that is 0 or a bound is not a number."""
         if self.low is None or self.high is None or not 0 < self.low <= self.high:
             return inf
         return self.high / self.low
 
     @property
     def matters(self) -> bool:
-        """Whether it was, or should have been, longer than noise."""
-        # Not `max`, which drops a bound that is not a number.
+        """Whether the phase was, or should have been, longer than noise."""
+        # Not `max`, which ignores a bound that is not a number.
         return any(not seconds < SHORTEST for seconds in (self.low, self.measured) if seconds)
 
     @property
     def kind(self) -> str:
-        """The phase without the names of models and tasks."""
+        """Name of the phase without models and tasks."""
         return "evaluating" if " on " in self.phase else self.phase
 
 
 def compared_phases(records: Iterable[Record]) -> Iterator[Compared]:
-    """Yield the phases of records with an estimate: all that were estimated, then all others.
+    """Yield the phases of records with an estimate: first the estimated ones, then the others.
 
-    What was estimated and has no time, or the reverse, is a flaw of the estimate as well.
+    A phase with an estimate but no time, or the reverse, also counts against the estimate.
     """
     for record in records:
         if not record.estimate:
@@ -76,17 +76,17 @@ def compared_phases(records: Iterable[Record]) -> Iterator[Compared]:
 
 
 def _is_estimated(phase: str, model: str) -> bool:
-    """Whether a phase is of a kind that estimates have: what methods time inside is not."""
+    """Return whether estimates have this kind of phase; phases inside a method have none."""
     return phase.startswith(("applying ", f"{model} on ")) or phase in _ALWAYS
 
 
 def accuracy_rows(records: Iterable[Record]) -> list[dict[str, object]]:
-    """Return a row per kind of phase, and one for all, of phases above half a second.
+    """Return a row per kind of phase, and one for all, for phases above half a second.
 
-    A phase counts as outside if it was not estimated, or not measured. `measured / middle` is the
-    geometric mean of measured times over the geometric middle of their bounds: above 1, estimates
-    are too low. `high / low` is how wide the bounds are, on the same mean. Both are of the phases
-    that have proper bounds and a time, and None without any.
+    A phase counts as outside if it was not estimated or not measured. `measured / middle` is the
+    geometric mean of measured times divided by the geometric middle of their bounds: above 1,
+    estimates are too low. `high / low` is the geometric mean width of the bounds. Both are computed
+    over phases with proper bounds and a time, and None without any.
     """
     kinds: dict[str, list[Compared]] = defaultdict(list)
     for each in compared_phases(records):
@@ -116,7 +116,7 @@ def _row(kind: str, phases: list[Compared]) -> dict[str, object]:
 
 
 def _mean(logarithms: list[float], digits: int) -> float | None:
-    """Return the geometric mean of numbers given by their logarithms; None of none."""
+    """Return the geometric mean of numbers given by their logarithms, None if there are none."""
     if not logarithms:
         return None
     return round(exp(sum(logarithms) / len(logarithms)), digits)

@@ -1,6 +1,6 @@
-"""Hardware by name: the files of `conf/hardware`, and `here`, the rates of this machine.
+"""Hardware by name: the files of `conf/hardware`, and `here`, the measured rates of this machine.
 
-They are measured once and remembered in the cache folder.
+Rates are measured once and stored in the cache folder.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ from bench.measurement.roofline import device_limits, fastest_seconds
 from bench.ui import warn
 
 _VERSION = 2
-"""Raised with every change of what is measured, so that older figures are not read."""
+"""Increased with every change of the measurement, so that older figures are not used."""
 _OPERATORS = 500
 _LINK_BYTES = 2**28
 _ATTEMPTS = 3
-"""Measurements in total while other processes disturb them."""
+"""Maximum number of measurements while other processes disturb them."""
 _known: dict[Path, BaseModel | None] = {}
-"""Figures by the file that would remember them: the runs of a process may differ in threads."""
+"""Figures by their cache file, because runs of a process may have different numbers of threads."""
 _Figures = TypeVar("_Figures", bound=BaseModel)
 
 
 def hardware_names() -> list[str]:
-    """Return the boards that there are, and `here`."""
+    """Return the names of all boards, and `here`."""
     return [HERE, *sorted(f.stem for f in FOLDER.glob("*.yaml") if f.stem[0] != "_")]
 
 
 def load_hardware(name: str) -> HardwareConfig:
-    """Return a board by name; `here` measures this machine once and remembers it.
+    """Return a board by name; `here` measures this machine once and caches the result.
 
     Raises:
-        UserError: there is no such board; the nearest name is given.
+        UserError: the board does not exist; the nearest name is suggested.
     """
     if name == HERE:
         return measured_here()
@@ -65,9 +65,9 @@ def load_hardware(name: str) -> HardwareConfig:
 
 
 def measured_here() -> HardwareConfig:
-    """Return this machine's figures, measured in two seconds or read from the cache folder.
+    """Return this machine's figures, measured within two seconds or read from the cache folder.
 
-    They are keyed by processor, GPU, threads and version of torch, since each changes them.
+    They are keyed by processor, GPU, threads and version of torch, each of which affects them.
     """
     found = measured_once("rates", lambda: _measure(select_device("auto")), HardwareConfig)
     assert found is not None  # they can be measured on any machine
@@ -75,10 +75,10 @@ def measured_here() -> HardwareConfig:
 
 
 def known_here() -> HardwareConfig | None:
-    """Return this machine's figures if this process or an earlier one measured them.
+    """Return this machine's figures if they have been measured before.
 
-    `bench estimate` does. A run does not: it would take seconds, and say more on an idle machine
-    than on a busy one.
+    `bench estimate` measures them. A run does not, because that takes seconds and would give better
+    figures on an idle machine than on a busy one.
     """
     return known_figures("rates", HardwareConfig)
 
@@ -86,9 +86,9 @@ def known_here() -> HardwareConfig | None:
 def measured_once(
     facts: str, measure: Callable[[], _Figures | None], kind: type[_Figures]
 ) -> _Figures | None:
-    """Return what is known of this machine under `facts`, or measure it and remember it.
+    """Return the figures of this machine for `facts`; measure and cache them if necessary.
 
-    What cannot be measured is None, and not remembered.
+    Figures that cannot be measured are None and not cached.
     """
     known = known_figures(facts, kind)
     if known is not None:
@@ -96,7 +96,7 @@ def measured_once(
     file = _file(facts)
     found, fault = _least_disturbed(measure)
     _known[file] = found
-    # What else runs slows everything: such figures serve this process, and no later one.
+    # Other processes slow everything, so figures measured beside them are not cached.
     if fault is not None:
         _warn_of_load(fault)
     elif found is not None:
@@ -105,7 +105,7 @@ def measured_once(
 
 
 def known_figures(facts: str, kind: type[_Figures]) -> _Figures | None:
-    """Return what this process or an earlier one measured of this machine under `facts`."""
+    """Return the figures of this machine for `facts`, None if they have not been measured."""
     file = _file(facts)
     if file not in _known:
         _known[file] = _remembered(file, kind)
@@ -115,9 +115,9 @@ def known_figures(facts: str, kind: type[_Figures]) -> _Figures | None:
 def _least_disturbed(
     measure: Callable[[], _Figures | None],
 ) -> tuple[_Figures | None, str | None]:
-    """Measure until other processes leave the cores alone, a few times at most.
+    """Measure until other processes do not disturb it, up to a maximum number of attempts.
 
-    Returns the figures of the quietest attempt, and why they are not reliable (None if they are).
+    Return the figures of the least disturbed attempt, and why they are unreliable, or None.
     """
     device, disturbed = select_device("auto"), list[tuple[float, _Figures, str]]()
     for _ in range(_ATTEMPTS):
@@ -139,24 +139,24 @@ def _warn_of_load(fault: str) -> None:
 def _remembered(file: Path, kind: type[_Figures]) -> _Figures | None:
     try:
         return kind.model_validate_json(file.read_text())
-    except (OSError, ValueError):  # pydantic's error is a ValueError, as is that of no UTF-8
+    except (OSError, ValueError):  # Invalid UTF-8 and pydantic's errors are ValueErrors.
         return None
 
 
 def _remember(file: Path, found: BaseModel) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        # Written aside and renamed: two processes may measure at once.
+        # Written to another file and renamed, because two processes may measure at once.
         aside = file.with_suffix(f".{os.getpid()}")
         aside.write_text(found.model_dump_json(indent=1))
         aside.replace(file)
     except OSError:
-        pass  # a cache that cannot be written costs two seconds next time
+        pass  # Without a writable cache, the next process measures again for two seconds.
 
 
 def _file(facts: str) -> Path:
-    """Return the file that remembers figures of this machine as it is now."""
-    # Its threads are among the facts, since they change every rate of a CPU.
+    """Return the cache file for figures of this machine in its current state."""
+    # The number of threads is part of the facts, because it affects every rate of a CPU.
     machine = f"{_VERSION} {sorted(describe_device().items(), key=str)} {torch.__version__}"
     name = hashlib.sha256(f"{facts} {machine} {platform.node()}".encode()).hexdigest()[:16]
     return cache_folder("hardware") / f"{name}.json"
@@ -164,7 +164,7 @@ def _file(facts: str) -> Path:
 
 def _measure(device: torch.device) -> HardwareConfig:
     kind: Literal["cuda", "cpu"] = "cuda" if device.type == "cuda" else "cpu"
-    # A CPU without bfloat16 units takes minutes for what float32 takes a second.
+    # On a CPU without bfloat16 units, bfloat16 takes minutes where float32 takes a second.
     kinds = (torch.float32, torch.bfloat16) if kind == "cuda" else (torch.float32,)
     limits = {t: device_limits(device, t, torch.get_num_threads()) for t in kinds}
     main = limits[kinds[-1]]
@@ -214,14 +214,14 @@ def _product_rates(device: torch.device, dtype: torch.dtype) -> Iterator[float]:
     for rows, inputs, outputs in _PRODUCTS[device.type]:
         x_RC = torch.ones(rows, inputs, dtype=dtype, device=device)
         weight_OC = torch.ones(outputs, inputs, dtype=dtype, device=device)
-        # A row of several, so that reading the clock does not count.
+        # Several products in a row, so that reading the clock does not matter.
         many = max(1, int(5e7 / (2 * rows * inputs * outputs)))
         seconds = fastest_seconds(device, partial(_repeat, partial(linear, x_RC, weight_OC), many))
         yield many * 2 * rows * inputs * outputs / seconds
 
 
 def _attention_rates(device: torch.device, dtype: torch.dtype) -> Iterator[float]:
-    """Yield the FLOP/s of causal attention; all pairs count, as in the suite's FLOPs."""
+    """Yield the FLOP/s of causal attention, counting masked pairs, as in slimbench's FLOPs."""
 
     for batch, length, width in ((8, 128, 64), (1, 1024, 64), (16, 64, 32)):
         q_BHLd = torch.ones(batch, 8, length, width, dtype=dtype, device=device)
@@ -230,7 +230,7 @@ def _attention_rates(device: torch.device, dtype: torch.dtype) -> Iterator[float
 
 
 def _stream_rates(device: torch.device, dtype: torch.dtype) -> Iterator[float]:
-    """Yield the bytes/s of elementwise operators, read and written, in and out of caches."""
+    """Yield the bytes/s, read and written, of elementwise operators in and out of caches."""
 
     for size in (2**18, 2**21, 2**23):
         x_N = torch.ones(size, dtype=dtype, device=device)
@@ -263,7 +263,7 @@ def _link(device: torch.device) -> float | None:
 
 
 def _power(device: torch.device) -> float | None:
-    """Return the power limit of a GPU in W; None where nothing tells."""
+    """Return the power limit of a GPU in W, None if unknown."""
     if device.type != "cuda":
         return None
     try:

@@ -1,6 +1,6 @@
-"""Hardware: what its data sheet promises, and the shares of it that work reaches.
+"""Hardware: the rates in its data sheet, and the shares of them that are reached.
 
-`conf/hardware/NAME.yaml` is a board; `here` is the machine that asks, measured.
+`conf/hardware/NAME.yaml` describes a board; `here` is the machine that makes the estimate.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _rising(bounds: tuple[float, float]) -> tuple[float, float]:
 
 
 Bounds: TypeAlias = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_rising)]
-"""Low and high; low is the less."""
+"""Lower and upper bound."""
 
 
 class _FrozenModel(BaseModel):
@@ -31,9 +31,9 @@ class _FrozenModel(BaseModel):
 
 
 class Utilisation(_FrozenModel):
-    """Shares of a peak that are reached, per kind of operation, from low to high.
+    """Reached shares of peak rates per kind of operation, as lower and upper bounds.
 
-    `matrix` and `attention` are shares of the peak rate of the dtype, `memory` of the bandwidth,
+    `matrix` and `attention` are shares of the dtype's peak rate, `memory` of the bandwidth, and
     `link` of the host link.
     """
 
@@ -46,11 +46,11 @@ class Utilisation(_FrozenModel):
 class HardwareConfig(_FrozenModel):
     """One entry of `conf/hardware`.
 
-    `peak` is FLOP/s of dense products by dtype, `bandwidth` and `link` bytes/s (the link in one
-    direction; None on a CPU, whose weights are never elsewhere), `memory` bytes, `power` W at full
-    load (None where it is not known). `operator` is seconds of Python and launch per operator,
-    `request` of the harness per request, `start` per phase that builds a network; `disk` is
-    bytes/s.
+    `peak` is FLOP/s of dense products by dtype. `bandwidth` and `link` are bytes/s (the link in one
+    direction; None on a CPU, where weights are always in its memory), `memory` is bytes, `disk` is
+    bytes/s, and `power` is W at full load (None if unknown). The others are seconds: `operator` of
+    Python and launch per operator, `request` of the harness per request, and `start` per phase that
+    builds a network.
     """
 
     name: str
@@ -82,13 +82,14 @@ class HardwareConfig(_FrozenModel):
 
 
 def load_assumptions() -> dict[str, Any]:
-    """Return what no data sheet states, as the file `_assumptions.yaml` has it."""
+    """Return values that no data sheet states, from the file `_assumptions.yaml`."""
     return load_file("_assumptions")
 
 
 def load_file(name: str) -> dict[str, Any]:
     """Return the content of a file of `conf/hardware`."""
-    # Loaded here and not by Hydra: hardware decides no result, so it is no part of a run's config.
+    # Loaded here instead of by Hydra, because hardware does not affect results and so is not part
+    # of a run's config.
     from omegaconf import OmegaConf
 
     return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(FOLDER / f"{name}.yaml")))

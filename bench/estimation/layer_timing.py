@@ -1,7 +1,8 @@
-"""Seconds that a network's calls take on this machine: a layer of each form is timed.
+"""Seconds of a network's calls on this machine, from timing a layer of each form.
 
-Ranges of operators, products and streams, one after the other, are wide on a CPU, where caches,
-Python and kernels meet. A layer with random weights is quick to build and shows what they come to.
+On a CPU, the sum of estimated times of operators, products and streams has wide bounds, because
+caches, Python and kernels interact. A layer with random weights is quick to build and shows their
+total.
 
 Shapes: B rows or images, L tokens of a row, D d_model, N numbers.
 """
@@ -34,22 +35,22 @@ if TYPE_CHECKING:
 _Arguments = ParamSpec("_Arguments")
 _Times = TypeVar("_Times")
 _ROWS = ((1, 1), (1, 16), (1, 128), (8, 128))
-"""Rows and tokens of a row: a generated token, short requests, a batch of them."""
+"""Rows and tokens per row: a generated token, short requests, a batch of them."""
 _LONG = (1, 1024)
-"""As many tokens as the last of `_ROWS` in one row: what more pairs cost."""
+"""As many tokens as the last of `_ROWS`, but in one row, to measure the cost of more pairs."""
 _IMAGES = (1, 16, 128)
 _PROMPTS = (1, 4)
 _CALL_FLOPS = 2e10
-"""Largest call that is timed: half a second at 40 GFLOP/s."""
+"""FLOPs of the largest call that is timed: half a second at 40 GFLOP/s."""
 _WEIGHT_BYTES = 2**28
 _CACHE_BYTES = 2**26
-"""More than the caches of a core hold: a run finds the weights of its next layer in memory."""
+"""More bytes than the caches of a core, because a run reads each layer's weights from memory."""
 _SECONDS, _FEWEST = 0.15, 3
-"""Time given to one shape, and calls that it gets in any case."""
+"""Seconds of timing per shape, and the minimum number of calls."""
 
 
 class Curve(BaseModel):
-    """Seconds of a call by its samples: linear between those that were timed, and beyond them."""
+    """Seconds of a call by number of samples, linearly interpolated and extrapolated."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -57,20 +58,20 @@ class Curve(BaseModel):
     seconds: tuple[float, ...]
 
     def at(self, samples: float) -> float:
-        """Return the seconds of a call of that many samples."""
-        # The last stretch that begins below, else the first.
+        """Return the seconds of a call with this number of samples."""
+        # The last interval that starts below the number, else the first one.
         place = max(1, sum(x < samples for x in self.samples[:-1]))
         (x0, x1), (y0, y1) = self.samples[place - 1 :][:2], self.seconds[place - 1 :][:2]
         slope = max(0.0, (y1 - y0) / (x1 - x0))
-        # A call of fewer samples than the smallest still launches everything.
+        # A call with fewer samples than the smallest one still launches all operators.
         return max(self.seconds[0], y1 + slope * (samples - x1))
 
 
 class LayerTimes(BaseModel):
-    """Times of all layers of a call together; of a classifier, of all of it.
+    """Times of all layers of a call together, or of a whole classifier.
 
-    `length` is the most tokens of a row in `forward`, and `pair` the seconds of each pair of a
-    query and a key that longer rows have besides, None where no long row was timed.
+    `length` is the largest number of tokens per row in `forward`. `pair` is the additional seconds
+    per pair of query and key in longer rows, None if no long row was timed.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -81,14 +82,14 @@ class LayerTimes(BaseModel):
     pair: float | None = None
 
     def call(self, samples: float, pairs: float) -> float:
-        """Return the seconds of a call; `pairs` are of queries with keys, masked ones included."""
+        """Return the seconds of a call; `pairs` of queries and keys include masked ones."""
         seconds = self.forward.at(samples)
         further = pairs - samples * min(samples, self.length)
         return max(seconds / 2, seconds + (self.pair or 0.0) * further)
 
 
 class StepFigures(BaseModel):
-    """Seconds of a method's step, and the peak memory of preparing it and running it once."""
+    """Seconds of a method's step, and the peak memory of preparing and running it once."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -99,13 +100,13 @@ class StepFigures(BaseModel):
 def _where_possible(
     timer: Callable[_Arguments, _Times | None],
 ) -> Callable[_Arguments, _Times | None]:
-    """Return a timer that answers None for networks that cannot be called with random numbers."""
+    """Make a timer return None for networks that cannot be called with random numbers."""
 
     @functools.wraps(timer)
     def tried(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Times | None:
         try:
             return timer(*args, **kwargs)
-        except Exception:  # an unknown network may fail in any way; ranges have to do then
+        except Exception:  # An unknown network may fail in any way; bounds are used instead.
             return None
 
     return tried
@@ -115,10 +116,10 @@ def _where_possible(
 def decoder_times(
     network: nn.Module, forms: Sequence[tuple[nn.Module, int]], device: torch.device
 ) -> LayerTimes | None:
-    """Time a decoder's layers; `forms` has a layer of each form and how many are built alike.
+    """Time a decoder's layers; `forms` are pairs of a layer and the number of layers of its form.
 
-    `network` is on the meta device and stays there; copies of its layers are made on `device`.
-    Returns None for layers that are too large for that, or cannot be called with random numbers.
+    `network` stays on the meta device; copies of its layers are made on `device`. Return None if
+    layers are too large, or cannot be called with random numbers.
     """
     size = sum(_bytes(layer) for layer, _ in forms)
     if not forms or size > _WEIGHT_BYTES:
@@ -146,7 +147,7 @@ def decoder_times(
 
 @_where_possible
 def classifier_times(network: Classifier, flops: float, device: torch.device) -> LayerTimes | None:
-    """Time the forward of a classifier, and a forward with its backward; `flops` of one image."""
+    """Time a classifier's forward, and forward with backward; `flops` are those of one image."""
     if _bytes(network) > _WEIGHT_BYTES:
         return None
     (built,) = _built(network, 1, device)
@@ -160,7 +161,7 @@ def classifier_times(network: Classifier, flops: float, device: torch.device) ->
         built.eval().requires_grad_(False)
         forward[batch] = _typical([partial(built, image_BCHH)], device)
         built.train().requires_grad_(True)
-        # Batch norm cannot train on a single image.
+        # Batch norm cannot be trained with a single image.
         if batch > 1:
             training[batch] = _typical([partial(_trained, built, image_BCHH)], device)
     return LayerTimes(forward=_curve(forward), training=_curve(training))
@@ -168,7 +169,7 @@ def classifier_times(network: Classifier, flops: float, device: torch.device) ->
 
 @_where_possible
 def prompt_times(network: nn.Module, inputs: ModelInputs, device: torch.device) -> Curve | None:
-    """Time whole prefills of prompts with an image; `inputs` is one on the CPU."""
+    """Time prefills of prompts with an image; `inputs` is one prompt on the CPU."""
     if _bytes(network) > _WEIGHT_BYTES:
         return None
     (built,) = _built(network, 1, device)
@@ -183,10 +184,10 @@ def prompt_times(network: nn.Module, inputs: ModelInputs, device: torch.device) 
 def step_figures(
     step: RepeatedStep, device: torch.device, dtype: torch.dtype
 ) -> StepFigures | None:
-    """Time a step of a method and watch its memory; None for one that is too large to try."""
+    """Time a step of a method and measure its memory; return None if it is too large."""
     if step.flops > _CALL_FLOPS:
         return None
-    # Neither random inputs nor random weights may change what the process draws later.
+    # Random inputs and weights must not change what the process draws later.
     with torch.random.fork_rng(), PeakMemory(device) as memory:
         call = step.prepare(device, dtype)
         call()
@@ -194,10 +195,10 @@ def step_figures(
 
 
 def calls_identity(network: nn.Module) -> str:
-    """Return what decides the time of a language model's calls: config, dtype, implementations."""
+    """Return what determines the time of a language model's calls, such as its config and dtype."""
     config: Any = network.config
     text = text_config(network)
-    # Left out of the JSON of a config.
+    # Not in the JSON of a config.
     own = [getattr(text, f"_{part}_implementation", None) for part in ("attn", "experts")]
     return f"{next(network.parameters()).dtype} {config.to_json_string()} {own}"
 
@@ -216,14 +217,15 @@ def _bytes(module: nn.Module) -> int:
 
 
 def _built(module: nn.Module, count: int, device: torch.device) -> list[nn.Module]:
-    """Return copies of a module without weights, with random ones."""
+    """Return copies of a module without weights, with random weights."""
     return [_with_random_weights(copy.deepcopy(module), device) for _ in range(max(1, count))]
 
 
 def _with_random_weights(module: nn.Module, device: torch.device) -> nn.Module:
     module.to_empty(device=device).requires_grad_(False)
     for weight in module.parameters():
-        # Small, so that no activation becomes infinite or subnormal, which some cores are slow at.
+        # Small values, so that no activation becomes infinite or subnormal, which is slow on some
+        # cores.
         torch.nn.init.uniform_(weight, -0.05, 0.05) if weight.dim() > 1 else weight.fill_(1)
     for buffer in module.buffers():
         buffer.zero_()
@@ -233,7 +235,7 @@ def _with_random_weights(module: nn.Module, device: torch.device) -> nn.Module:
 def _inputs_of(
     layer: nn.Module, network: nn.Module, shape: tuple[int, int], device: torch.device
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return what the network passes to a layer for rows of that shape, with random numbers."""
+    """Return a layer's arguments for rows of this shape, with random numbers."""
     like = torch.empty(0, dtype=next(layer.parameters()).dtype, device=device)
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -252,11 +254,11 @@ def _inputs_of(
 
 
 class _Reached(Exception):
-    """Ends a forward at a layer, with the arguments of its call; what follows is not needed."""
+    """Stops a forward at a layer, once the arguments of its call are known."""
 
 
 def _real(value: Any, like: Tensor) -> Any:
-    """Return a nested value with tensors of the same shapes; floats have the dtype of `like`."""
+    """Replace tensors in a nested value by real ones of their shapes; floats get `like`'s dtype."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
             return torch.randn(value.shape, dtype=like.dtype, device=like.device)
@@ -270,7 +272,7 @@ def _real(value: Any, like: Tensor) -> Any:
 
 @torch.no_grad()
 def _typical(calls: Sequence[Callable[[], object]], device: torch.device) -> float:
-    """Return the median seconds of calls in turn, after a first round."""
+    """Return the median seconds of calls that are run in turn, after a first round."""
     for call in calls[:2]:
         call()
     laps, began = list[float](), time.perf_counter()

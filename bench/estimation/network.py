@@ -54,16 +54,17 @@ _OBSERVED_OPERATORS = 24
 
 @dataclass(frozen=True)
 class NetworkWork:
-    """Coefficients of a network's work; a sample is a token of a decoder, an image of a classifier.
+    """Coefficients of a network's work; a sample is a token of a decoder or an image.
 
-    `matrix`, `head` and `pair` are FLOPs per sample, per row of logits, and per (query, key).
-    `weights` is bytes of what every call reads, `routed` those of all routed experts, of which a
-    token meets the share `met`. `elements` is numbers that a sample reads and writes besides
-    products, `operators` what a call launches, without the experts of its `expert_layers`, of
-    `experts` each. `depth` is decoder layers, `stored` bytes of all weights. `widest` is the most
-    numbers of a sample that are held at once in a forward, and `kept` those that it leaves for its
-    backward; both are known of classifiers only. `missing` names what has no formula. `times` has
-    what calls took where they could be timed, `outside` the operators besides the timed layers.
+    `matrix`, `head` and `pair` are FLOPs per sample, per row of logits, and per pair of query and
+    key. `weights` is the bytes that every call reads, and `routed` is the bytes of all routed
+    experts, of which a token uses the share `met`. `elements` is the numbers per sample that are
+    read and written outside products. `operators` is the operators per call, without the experts of
+    its `expert_layers` layers, each with `experts` experts. `depth` is the number of decoder
+    layers, `stored` the bytes of all weights. `widest` is the largest number of values per sample
+    that a forward holds at a time, and `kept` the number that it keeps for its backward; both are
+    known only for classifiers. `missing` names parts without a formula. `times` are the measured
+    times of calls, if available, and `outside` is the operators outside the timed layers.
     """
 
     itemsize: int
@@ -96,10 +97,10 @@ class NetworkWork:
         looped: bool = False,
         observed: bool = False,
     ) -> Work:
-        """Return the work of `calls` forwards over `samples` in all, with `rows` of logits.
+        """Return the work of `calls` forwards with `samples` in total, and `rows` of logits.
 
-        `pairs` are of queries with keys, masked ones included. `looped` says that experts are
-        computed one by one, as on a CPU, and `observed` that a method looks at each.
+        `pairs` of queries and keys include masked ones. `looped` is true if experts are computed
+        one by one, as on a CPU, and `observed` if a method observes each of them.
         """
         each = samples / max(calls, 1)
         hit = self.met_share(each) if self.routed else 0.0
@@ -122,29 +123,29 @@ class NetworkWork:
         )
 
     def met_share(self, tokens: float) -> float:
-        """Return the share of routed experts that at least one of a call's tokens chooses."""
-        # If T tokens choose independently, all of them miss an expert with (1 - k/E)^T.
+        """Return the share of routed experts that at least one of a call's tokens uses."""
+        # If T tokens choose independently, all of them miss an expert with probability (1 - k/E)^T.
         return float(1 - (1 - self.met) ** tokens)
 
     def head_only(self, rows: float) -> Work:
-        """Return the work of the head on rows of hidden states, its weights read once."""
+        """Return the work of the head on rows of hidden states, reading its weights once."""
         return Work(matrix=rows * self.head, weights=self.head_weights * (rows > 0))
 
     def training(self, samples: float, calls: float, pairs: float = 0.0, rows: float = 0.0) -> Work:
-        """Return the work of forwards with their backwards: two products for each of a forward."""
+        """Return the work of forwards with backwards, which have twice as many products."""
         if self.times is not None and self.times.training is not None:
             return Work(timed=calls * self.times.training.at(samples / max(calls, 1)))
         return self.forward(samples, calls, pairs, rows) * 3
 
     def streamed(self, passes: float = 1) -> float:
-        """Return the bytes that come over the link when the layers are not on the device."""
+        """Return the bytes sent over the link if the layers are not on the device."""
         return passes * (self.weights + self.routed)
 
 
 def decoder_work(network: nn.Module, structure: ModelStructure, itemsize: int) -> NetworkWork:
-    """Return the work of a decoder, that of a vision-language model without its tower.
+    """Return the work of a decoder; that of a vision-language model does not include its tower.
 
-    FLOPs that have no formula are `missing`, and everything else is given.
+    FLOPs without a formula are listed in `missing`.
     """
     routed = float(sum(p.numel() for b in structure.blocks for p in b.experts.parameters()))
     block = structure.blocks[0] if structure.blocks else None
@@ -154,7 +155,7 @@ def decoder_work(network: nn.Module, structure: ModelStructure, itemsize: int) -
     known: dict[str, Any] = {}
     try:
         known = _decoder_flops(network, structure)
-    except Exception as error:  # a formula may fail in any way on an unknown network
+    except Exception as error:  # A formula may fail in any way for an unknown network.
         from bench.errors import error_sentence
 
         known = {"missing": f"FLOPs of {structure.architecture}: {error_sentence(error)}"}
@@ -195,7 +196,7 @@ def _decoder_flops(network: nn.Module, structure: ModelStructure) -> dict[str, f
 
 
 def classifier_work(network: Classifier, itemsize: int) -> NetworkWork:
-    """Return the work of an image classifier per image; of unknown networks, without FLOPs."""
+    """Return the work of an image classifier per image, without FLOPs for unknown networks."""
     from bench.errors import UserError, error_sentence
 
     known: dict[str, Any] = {}
@@ -218,13 +219,13 @@ def classifier_work(network: Classifier, itemsize: int) -> NetworkWork:
 
 
 def _kept(network: Classifier, shape: tuple[int, ...]) -> int:
-    """Return the numbers that the forward of images keeps for its backward, weights apart."""
+    """Return the number of values that a forward keeps for its backward, without weights."""
     named = (*network.named_parameters(), *network.named_buffers())
     weights = {name: torch.empty_like(tensor, device="meta") for name, tensor in named}
     for name, _ in network.named_parameters():
         weights[name].requires_grad_(True)
     own = {id(weight.untyped_storage()) for weight in weights.values()}
-    # Held, since an identity is free again once its object is gone.
+    # Referenced, because the id of a deleted object may be used again.
     found: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -262,9 +263,9 @@ def encoding_seconds(
     *,
     measure: bool,
 ) -> float | None:
-    """Return the seconds of encoding an image on this machine, None where they are not known.
+    """Return the seconds to encode an image on this machine, None if unknown.
 
-    They are what a prefill of prompts with images takes longer than its decoder layers.
+    They are the time of a prefill with images beyond that of its decoder layers.
     """
     if work.times is None:
         return None
@@ -282,7 +283,7 @@ def encoding_seconds(
 
 
 def flops_of(products: Iterable[MatmulCost]) -> float:
-    """Return the FLOPs of products, masked pairs included."""
+    """Return the FLOPs of products, including masked pairs."""
     return FLOPS_PER_MAC * sum(product.macs for product in products)
 
 
@@ -291,10 +292,10 @@ def _of_tower(name: str) -> bool:
 
 
 class _Tally(TorchDispatchMode):
-    """Counts operators, and the numbers that those besides products read and write.
+    """Counts operators, and the numbers that are read and written outside products.
 
-    `inside` is the operators of decoder layers, `widest` the most numbers that results held at
-    once.
+    `inside` is the number of operators in decoder layers, `widest` the largest number of values in
+    results at a time.
     """
 
     def __init__(self) -> None:
@@ -312,20 +313,20 @@ class _Tally(TorchDispatchMode):
     ) -> object:
         result = func(*args, **(kwargs or {}))
         self._hold(result)
-        # `prim` holds questions to a tensor, such as for its device: nothing is computed.
+        # Operators of `prim` query a tensor, for example its device, without computing anything.
         if self.paused or func.namespace == "prim" or _is_view(func):
             return result
         self.operators += 1
         self.elements += _numbers([result])
         name = str(getattr(func, "_overloadpacket", func))
-        # A product's inputs are its weights, which are counted apart, and what was just written; a
-        # look-up reads the rows that it returns.
+        # A product's inputs are weights, which are counted separately, and previous results; a
+        # lookup reads as many numbers as it returns.
         if not is_matmul(name) and "embedding" not in name:
             self.elements += _numbers(args)
         return result
 
     def _hold(self, result: object) -> None:
-        """Note what an operator made until it is freed; views and in-place results are there."""
+        """Count the result of an operator until it is freed, unless it is a view or in place."""
         if not isinstance(result, Tensor) or not result.is_floating_point():
             return
         storage = result.untyped_storage()
@@ -341,7 +342,7 @@ class _Tally(TorchDispatchMode):
 
 
 def _is_view(func: Any) -> bool:
-    """Tell whether an operator only looks at its input in another shape."""
+    """Return whether an operator returns a view of its input."""
     returns = getattr(getattr(func, "_schema", None), "returns", ())
     return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
@@ -352,7 +353,7 @@ def _numbers(values: Any) -> int:
 
 
 class _Counted:
-    """Adds what one layer launches to a tally as many times again, and answers for others."""
+    """Counts a layer's operators `again` more times, and answers for layers of the same form."""
 
     def __init__(self, tally: _Tally, again: int) -> None:
         self._tally, self._again = tally, again
@@ -375,14 +376,14 @@ class _Counted:
 
 
 def layer_form(layer: nn.Module) -> Hashable:
-    """Return what decides the operators of a layer: its modules and the shapes of its weights."""
+    """Return what determines the operators of a layer: its modules and its weights' shapes."""
     modules = tuple((name, type(module)) for name, module in layer.named_modules())
     weights = tuple(tuple(weight.shape) for weight in layer.parameters())
     return modules, weights, getattr(layer, "attention_type", None)
 
 
 def alike_layers(structure: ModelStructure) -> list[list[nn.Module]]:
-    """Return the decoder layers, those that are built alike together."""
+    """Return the decoder layers, grouped by form."""
     alike: dict[Hashable, list[nn.Module]] = defaultdict(list)
     for layer in structure.layers:
         alike[layer_form(layer)].append(layer)
@@ -397,9 +398,9 @@ def with_times(
     *,
     measure: bool,
 ) -> NetworkWork:
-    """Return the work with the times of calls on this machine's device, as far as they are known.
+    """Return the work with measured times of calls on this machine, as far as they are known.
 
-    Without `measure` only what was timed before is.
+    Without `measure`, only times from earlier measurements are used.
     """
     if isinstance(network, Classifier):
         facts = f"times {next(network.parameters()).dtype} {network.config!r} {network}"
@@ -414,11 +415,10 @@ def with_times(
 
 
 def _tally(network: nn.Module, structure: ModelStructure) -> _Tally:
-    """Count the operators of one forward on the meta device, those of routed experts left out.
+    """Count the operators of one forward on the meta device, without those of routed experts.
 
-    Which kernels the experts take depends on the device: `NetworkWork` adds them. Of layers that
-    are built alike the first stands for all: tensors on the meta device have no values, so that
-    what it returned is what the others return.
+    Kernels of experts depend on the device and are added by `NetworkWork`. The first layer of each
+    form represents the others, which can return the same output because it has no values on meta.
     """
     tally = _Tally()
 

@@ -1,4 +1,4 @@
-"""Phases of a run as work: loading, methods, tasks, measurements, and the memory of each."""
+"""Phases of a run as work: loading, methods, tasks and measurements, each with its memory."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ OFFLOADED = ("offload_cpu", "offload_disk")
 _OPTIMIZER_OPERATORS = 12
 """Operators of an optimizer and a proximal step per tensor of weights."""
 SCORED_AT_ONCE = 256
-"""Images in a forward that scores a classifier while it trains."""
+"""Images per forward when a classifier is scored during training."""
 SETTLED_AFTER = 2 * SETTLING_WINDOW
-"""Rounds after which times can have settled: the medians of two windows are compared."""
+"""Minimum number of rounds for times to settle, because the medians of two windows are compared."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt with an image: its tokens, and the work of encoding its image.
+    """One prompt with an image: its tokens, and the work to encode its image.
 
-    `seconds` is the time of that on this machine, where it is known.
+    `seconds` is the time to encode it on this machine, if known.
     """
 
     visual: int
@@ -43,23 +43,24 @@ class Prompt:
 
     @property
     def encoding(self) -> Work:
-        """Work of encoding the image, as time where that is known."""
+        """Work to encode the image, as a time if that is known."""
         return self.work if self.seconds is None else Work(timed=self.seconds)
 
     @property
     def tokens(self) -> int:
-        """Tokens of the prompt."""
+        """Number of tokens of the prompt."""
         return self.visual + self.text
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Everything that a run's estimate is made of, found without a weight.
+    """Everything from which a run is estimated, without weights.
 
-    `training_images` is the size of the data set that methods train on, `size_on_disk` bytes of
-    weight files, `offloaded` whether layers wait outside the device. `counting_seconds` and
-    `collecting_seconds` are of a count of the network and a collection of garbage on this machine,
-    and `figures` answers with what a step of a method took there, None where it is not known.
+    `training_images` is the size of the data set on which methods train, `size_on_disk` the bytes
+    of weight files; `offloaded` is true if layers are stored outside the device.
+    `counting_seconds` and `collecting_seconds` are the times of counting the network and of a
+    garbage collection on this machine. `figures` returns the measured figures of a method's step,
+    or None if unknown.
     """
 
     config: RunConfig
@@ -81,7 +82,7 @@ class Subject:
 
     @cached_property
     def declared(self) -> dict[str, MethodWork]:
-        """What each method says that it takes; some walk the whole network to find out."""
+        """Work that each method declares; cached, because some methods inspect the network."""
         return {
             name: method.work(self.structure, _inputs(self, method))
             for name, method in self.config.method.items()
@@ -89,40 +90,40 @@ class Subject:
 
     @cached_property
     def steps_per_call(self) -> list[tuple[RepeatedStep, Work]]:
-        """The steps that forwards of the changed network take besides, with the work of each."""
+        """Steps that forwards of the changed network repeat in addition, with the work of each."""
         steps = [step for work in self.declared.values() for step in work.per_call]
         return [(step, _step(self, step)) for step in steps]
 
     @property
     def map(self) -> str | None:
-        """The device map, if it keeps layers off the device."""
+        """The device map if it stores layers outside the device, else None."""
         device_map = self.config.model.device_map
         return device_map if device_map in OFFLOADED else None
 
     @property
     def weights(self) -> float:
-        """Bytes of weights on the device: one layer of them when they are offloaded."""
+        """Bytes of weights on the device: those of one layer if layers are offloaded."""
         stored = self.network.stored
         if self.map is None:
             return stored
         layers = self.network.weights + self.network.routed
-        # A layer that is narrowed is held twice for a moment.
+        # While a layer is narrowed, both versions are in memory.
         return stored - layers + 2 * layers / max(1, self.network.depth)
 
     @property
     def copies(self) -> int:
-        """Networks on the device while methods work: the dense one is kept where there is room."""
+        """Number of networks on the device while methods work: the dense one is kept if it fits."""
         whole = bool(self.config.method) and self.config.model.device_map is None
         return 2 if whole and self.memory > 2.5 * self.network.stored else 1
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase of a run: its work at least and at most, and bytes on the device at its peak.
+    """One phase of a run: lower and upper bound of its work, and peak bytes on the device.
 
-    `name` is that under which a run times it. `parts` are shares of the work that are worth telling
-    apart. `demand` is what a task asks. `limited` is work on top of the most that ends after
-    `limit` seconds, done or not.
+    `name` is the name under which a run records its time. `parts` are parts of the work to report
+    separately. `demand` is that of a task. `limited` is additional work in the upper bound, which
+    ends after `limit` seconds even if it is not done.
     """
 
     name: str
@@ -154,7 +155,7 @@ def _loading(subject: Subject) -> Phase:
         read += Work(link=subject.network.stored)
     copy = Work(moved=2 * subject.network.stored)
     held = subject.weights * (2 if subject.memory > 2.5 * subject.network.stored else 1)
-    # The page cache may hold the files.
+    # The files may be in the page cache.
     least = Work(starts=1) + Work(link=read.link)
     return Phase("loading the model", "load", least, read + copy, held)
 
@@ -182,14 +183,14 @@ def _method(subject: Subject, name: str, method: Method) -> Phase:
     if subject.map is not None:
         passes = max(1.0, cost.forwards + cost.backwards)
         moved = network.streamed(1)
-        # Each layer comes once per walk and goes back changed.
+        # Each layer is loaded once per walk and written back changed.
         apply += Work(link=2 * moved, disk=2 * moved * (subject.map == "offload_disk"))
         calibrate += Work(link=2 * passes * tokens * subject.hidden * network.itemsize)
     whole = calibrate + train + apply
     waiting = tokens * subject.hidden * network.itemsize * (subject.map is None)
     live = min(batch, inputs.rows or batch) * inputs.length * _live_bytes(subject)
     if cost.backwards or cost.trained:
-        # What every layer computed is kept until its backward pass, logits and their gradient too.
+        # All activations are kept for the backward pass, and also logits and their gradient.
         kept = network.elements * network.itemsize / 2 + 12 * subject.vocabulary
         live = max(live, min(cost.together, inputs.rows or cost.together) * inputs.length * kept)
     memory = subject.weights * subject.copies + waiting + live + cost.memory
@@ -199,7 +200,7 @@ def _method(subject: Subject, name: str, method: Method) -> Phase:
 
 
 def _step(subject: Subject, step: RepeatedStep) -> Work:
-    """Return the work of one step: as it was timed, else as it is counted."""
+    """Return the work of one step: its measured time, else its counts."""
     figures = subject.figures(step)
     if figures is not None:
         return Work(timed=figures.seconds)
@@ -207,7 +208,7 @@ def _step(subject: Subject, step: RepeatedStep) -> Work:
 
 
 def _added_per_call(subject: Subject, tokens: float) -> Work:
-    """Return what a forward of that many tokens takes more in the network that methods changed."""
+    """Return the additional work of a forward of that many tokens in the changed network."""
     added = Work()
     for step, work in subject.steps_per_call:
         share = subject.network.met_share(tokens) if step.routed else 1.0
@@ -216,7 +217,7 @@ def _added_per_call(subject: Subject, tokens: float) -> Work:
 
 
 def _inputs(subject: Subject, method: Method) -> InputSize:
-    """Return the size of what a method reads: text, prompts with images, or nothing."""
+    """Return the size of a method's calibration input: text, prompts with images, or nothing."""
     config, prompt = subject.config, subject.prompt
     if method.uses_calibration:
         rows, batch = config.calibration.rows, getattr(method, "batch", config.prompts.batch)
@@ -230,7 +231,7 @@ def _inputs(subject: Subject, method: Method) -> InputSize:
 def _pass(
     subject: Subject, inputs: InputSize, rows: float, batch: int, *, observed: bool = False
 ) -> Work:
-    """Return one forward of `rows` rows through the decoder's layers, `batch` of them at once."""
+    """Return one forward of `rows` rows through the decoder's layers, in batches of `batch`."""
     length = inputs.length
     return subject.network.forward(
         rows * length,
@@ -260,7 +261,7 @@ def _training(subject: Subject, name: str, method: Method) -> Phase:
             moved=8 * subject.network.stored,
         )
         memory = _training_memory(subject, method, scored)
-    # After each epoch the held-out images are scored, and the state is saved.
+    # After each epoch, held-out images are scored and the state is saved.
     epoch = subject.network.forward(scored, ceil(scored / SCORED_AT_ONCE))
     epoch += Work(moved=4 * subject.network.stored)
     whole = step * steps + epoch * recipe.epochs
@@ -268,21 +269,21 @@ def _training(subject: Subject, name: str, method: Method) -> Phase:
 
 
 def _training_figures(subject: Subject, name: str, batch: int) -> StepFigures | None:
-    """Return what a training step of a classifier took, if the method has one that can be tried."""
+    """Return the figures of a classifier's training step, None if it cannot be measured."""
     steps = subject.declared[name].steps
-    # FLOPs of the network are known here, and decide whether the step is too large to try.
+    # FLOPs of the network are known here, and determine whether the step is too large to measure.
     flops = 3 * batch * subject.network.matrix
     return subject.figures(replace(steps[0], flops=flops)) if steps else None
 
 
 def _training_memory(subject: Subject, method: Method, scored: int) -> float:
-    """Return the bytes of networks, gradients and moments, and of the widest call's activations."""
+    """Return the bytes of networks, gradients, moments, and activations of the widest call."""
     recipe: Any = getattr(method, "recipe")  # noqa: B009  # only some methods have one
     moments = 2 if recipe.optimizer == "adam" else 1 if recipe.momentum else 0
-    # Fresh weights come beside those that were loaded; each weight has a gradient.
+    # New weights are in memory together with the loaded ones; each weight has a gradient.
     networks = subject.copies + method.restarts + 1 + moments
     work = subject.network
-    # The loss follows the last operator of the forward: all that was kept is still there.
+    # The loss follows the last operator of the forward, when all kept activations are in memory.
     trained = recipe.batch * (work.kept + work.widest)
     numbers = max(trained, min(scored, SCORED_AT_ONCE) * work.widest)
     return float(networks * subject.weights + numbers * work.itemsize)
@@ -309,7 +310,7 @@ def _task(subject: Subject, demand: TaskDemand) -> Phase:
         for end in (0, 1)
     )
     if demand.seconds:
-        # Measured while the requests were built; scoring and metrics take as long at the most.
+        # Measured while building the requests; scoring and metrics take at most as long.
         least, most = least + Work(seconds=demand.seconds), most + Work(seconds=2 * demand.seconds)
     else:
         least, most = least + Work(requests=demand.requests), most + Work(requests=demand.requests)
@@ -321,11 +322,11 @@ def _task(subject: Subject, demand: TaskDemand) -> Phase:
 
 
 def _written(subject: Subject, demand: TaskDemand, end: int, length: float, looped: bool) -> Work:
-    """Return the decoding of answers: `end` 0 at their shortest, 1 at their longest."""
+    """Return the decoding of answers: `end` 0 at minimum length, 1 at maximum length."""
     written, steps = demand.written[end], demand.steps[end]
     if not written:
         return Work()
-    # Each token meets the prompt and, on the mean, half of the answer.
+    # Each token attends to the prompt and, on average, half of the answer.
     answer = written / max(1, demand.requests)
     decoding = subject.network.forward(
         written, steps, written * (length + answer / 2), written, looped=looped
@@ -337,15 +338,15 @@ def _counting(subject: Subject) -> Phase:
     counts = 1 + len(subject.config.method)
     memory = subject.weights * subject.copies
     if subject.counting_seconds is not None:
-        # A count like this one was just made on this machine, and had to import first what a run
-        # has imported by then.
+        # Such a count was just made on this machine. It included imports, which a run has done by
+        # then.
         most = Work(seconds=subject.counting_seconds)
         return Phase("counting costs", "measure", most * 0.1, most * (0.5 + counts), memory)
     return Phase("counting costs", "measure", Work(), Work(starts=1), memory)
 
 
 def _measuring(subject: Subject) -> Phase:
-    """Return the calls of every shape: those that a measurement takes, whichever is asked for."""
+    """Return the calls for every shape, depending on the requested measurements."""
     config, timing = subject.config, subject.config.costs.timing
     memory = subject.weights * subject.copies
     least, timed, added, seconds, collected = Work(), Work(), Work(), 0.0, 0
@@ -356,10 +357,10 @@ def _measuring(subject: Subject) -> Phase:
         if written != Work():
             more += _added_per_call(subject, batch) * (timing.new_tokens - 1)
         if "memory" in config.costs.measure:
-            # The peak of a prefill is read apart from that of a generation.
+            # The peak of a prefill is measured separately from that of generation.
             least += call + (call + written if written != Work() else Work()) + more
-            # Two peaks, a restart and the end of the shape, or one peak and the end. A command has
-            # frozen what a collection would look through: see `Session`.
+            # Two peaks, a restart and the end of the shape, or one peak and the end. A command
+            # freezes the objects that a collection would search: see `Session`.
             collected += 4 if written != Work() else 2
         if "latency" in config.costs.measure:
             timed += call + written
@@ -371,12 +372,12 @@ def _measuring(subject: Subject) -> Phase:
     most = least + Work(timed=collected * subject.collecting_seconds)
     if not shapes or timed == Work():
         return Phase("measuring costs", "measure", least, most, memory + _widest(subject, shapes))
-    # FLOPs are counted in a call of their own, and the times settle in rounds of a warm-up.
+    # FLOPs are counted in a separate call, and times settle in warm-up rounds.
     once, compared = timed * _compared(subject) + added, bool(config.method)
     settled = min(SETTLED_AFTER, timing.max_warmup_rounds)
     fewest = once * (1 + settled + timing.rounds)
     sure = once * (1 + timing.max_warmup_rounds + timing.rounds * timing.attempts)
-    # More rounds follow only for a ratio that is not precise yet, and only for so long.
+    # Further rounds follow only while a ratio is not precise, and only up to a time limit.
     further = once * (compared * (timing.max_rounds - timing.rounds) * timing.attempts)
     return Phase(
         "measuring costs",
@@ -390,12 +391,12 @@ def _measuring(subject: Subject) -> Phase:
 
 
 def _compared(subject: Subject) -> int:
-    """Return how many networks take turns: a changed one is timed beside the dense one."""
+    """Return the number of interleaved networks: a changed one is timed beside the dense one."""
     return 2 if subject.config.method else 1
 
 
 def _shapes(subject: Subject) -> Iterator[tuple[int, float]]:
-    """Yield batch and tokens per row of what is measured; an image of a classifier is a token."""
+    """Yield batch and tokens per row for each measured shape; a classifier's image is a token."""
     timing, prompt = subject.config.costs.timing, subject.prompt
     kind = subject.config.model.kind
     for batch in timing.batches:
@@ -404,7 +405,7 @@ def _shapes(subject: Subject) -> Iterator[tuple[int, float]]:
         elif kind == "causal_lm":
             yield from ((batch, float(length)) for length in timing.lengths)
         elif prompt is not None:
-            # The prompt that was built has as many words as FLOPs are counted at.
+            # The prompt was built with the number of words for which FLOPs are counted.
             each = prompt.text / subject.config.costs.words
             yield from ((batch, prompt.visual + each * words) for words in timing.words)
 
@@ -430,5 +431,5 @@ def _widest(subject: Subject, shapes: Sequence[tuple[int, float]]) -> float:
 
 
 def _live_bytes(subject: Subject) -> int:
-    """Return the bytes of one token's activations in the widest layer, logits apart."""
+    """Return the bytes of one token's activations in the widest layer, without logits."""
     return max(0, subject.bytes_per_token - 12 * subject.vocabulary)

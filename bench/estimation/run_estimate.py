@@ -1,6 +1,6 @@
 """The estimate of a run and of a sweep: times, memory, downloads, tokens, energy.
 
-No weight is loaded: networks are on the meta device, and what sweeps share is found once.
+No weight is loaded: networks are on the meta device, and runs of a sweep share what was counted.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
     from bench.models.structure.model_structure import ModelStructure
 
 Recorded = Literal["recorded", "planned before", "new"]
-"""Whether a run costs anything: its record exists, an earlier one is the same, or neither."""
+"""Cost category of a run: recorded runs and repeated ones cost nothing."""
 _USABLE = 0.95
-"""Share of a device's memory that tensors may take: the driver and the allocator need some."""
+"""Share of a device's memory for tensors; the driver and the allocator need the rest."""
 
 
 @dataclass(frozen=True)
 class PhaseEstimate:
-    """Time of one phase and what binds it, bytes on the device at its peak, and its tokens."""
+    """Time of one phase and its limiting resource, peak bytes on the device, and tokens."""
 
     name: str
     kind: str
@@ -55,11 +55,11 @@ class PhaseEstimate:
 
 @dataclass(frozen=True)
 class RunEstimate:
-    """What a run costs on hardware, phase by phase.
+    """Cost of a run on hardware, phase by phase.
 
-    `download` is bytes, None where the hub does not tell them. `missing` names what could not be
-    estimated, with the reason; everything else stands. `cures` say what would make a run fit that
-    does not.
+    `download` is bytes, None if the hub does not state them. `missing` names what could not be
+    estimated, with reasons; the other figures are valid. `cures` are changes with which a run that
+    does not fit in memory might fit.
     """
 
     name: str
@@ -73,32 +73,32 @@ class RunEstimate:
 
     @property
     def low(self) -> float:
-        """Seconds at least."""
+        """Lower bound in seconds."""
         return sum(phase.low for phase in self.phases)
 
     @property
     def high(self) -> float:
-        """Seconds at most."""
+        """Upper bound in seconds."""
         return sum(phase.high for phase in self.phases)
 
     @property
     def memory(self) -> float:
-        """Bytes on the device at the peak of the run."""
+        """Peak bytes on the device during the run."""
         return max((phase.memory for phase in self.phases), default=0.0)
 
     @property
     def fits(self) -> bool:
-        """Whether the device has that memory."""
+        """Whether this memory is available on the device."""
         return self.memory <= _USABLE * self.hardware.memory
 
     @property
     def joules(self) -> tuple[float, float] | None:
-        """Energy at the board's stated power, at least and at most; None where it is not stated."""
+        """Lower and upper bound of the energy at the board's stated power, None if not stated."""
         power = self.hardware.power
         return None if power is None else (self.low * power, self.high * power)
 
     def recorded_phases(self) -> tuple[EstimatedPhase, ...]:
-        """Return the phases as a record holds them."""
+        """Return the phases in the form of a record."""
         return tuple(
             EstimatedPhase(
                 phase=phase.name,
@@ -113,9 +113,9 @@ class RunEstimate:
 
 @dataclass(frozen=True)
 class SweepEstimate:
-    """Estimates of the runs of a sweep, in order; a run alone is a sweep of one.
+    """Estimates of the runs of a sweep, in order; a single run is a sweep of one.
 
-    It is not `whole` if only the first runs were estimated.
+    `whole` is false if only the first runs were estimated.
     """
 
     runs: tuple[RunEstimate, ...]
@@ -123,17 +123,17 @@ class SweepEstimate:
 
     @property
     def to_do(self) -> list[RunEstimate]:
-        """The runs that have no record yet, each once."""
+        """The runs without a record, without duplicates."""
         return [run for run in self.runs if run.state == "new"]
 
     @property
     def low(self) -> float:
-        """Seconds at least; models that consecutive runs share are loaded once."""
+        """Lower bound in seconds; models that consecutive runs share are loaded once."""
         return sum(run.low for run in self.to_do) - self._loaded_again("low")
 
     @property
     def high(self) -> float:
-        """Seconds at most."""
+        """Upper bound in seconds."""
         return sum(run.high for run in self.to_do)
 
     def as_json(self) -> dict[str, object]:
@@ -158,7 +158,7 @@ class SweepEstimate:
 
 @dataclass(frozen=True)
 class Described:
-    """A network without weights, and what was counted of it; shared by the runs of a sweep."""
+    """A network without weights and its counts, shared by the runs of a sweep."""
 
     model: Model
     structure: ModelStructure
@@ -169,9 +169,9 @@ class Described:
 
 
 class Estimator:
-    """Estimates runs; the network, the tasks and the prompt of earlier ones are used again.
+    """Estimates runs; networks, tasks and prompts are reused for later runs.
 
-    With `measures`, layers are timed on this machine; else only what was timed before is used.
+    With `measures`, layers are timed on this machine, else only earlier measurements are used.
     """
 
     def __init__(self, hardware: HardwareConfig, *, measures: bool = False) -> None:
@@ -189,11 +189,11 @@ class Estimator:
         download: float | None = 0.0,
         missing: Sequence[str] = (),
     ) -> RunEstimate:
-        """Return what a run costs; without a `benchmark` its tasks are left out.
+        """Return the cost of a run; without a `benchmark`, tasks are left out.
 
         Raises:
-            UserError: the model cannot be described at all, or the hardware has no rate for the
-                dtype of the run.
+            UserError: the model cannot be described, or the hardware has no rate for the dtype of
+                the run.
         """
         hardware = self.hardware
         dtype = _dtype_of(config, hardware)
@@ -206,7 +206,8 @@ class Estimator:
             gaps += failed
         untimed = _subject(config, source, described, tasks, hardware, benchmark)
         subject = replace(untimed, figures=self._step_figures(described.model))
-        # What binds a phase follows from FLOPs, bytes and operators, whether or not it was timed.
+        # The limiting resource follows from FLOPs, bytes and operators, even if times were
+        # measured.
         prompt = subject.prompt and replace(subject.prompt, seconds=None)
         untimed = replace(untimed, network=replace(subject.network, times=None), prompt=prompt)
         phases = tuple(
@@ -217,12 +218,12 @@ class Estimator:
         return run if run.fits else replace(run, cures=tuple(_cures(subject, run)))
 
     def knows_tokens(self, config: RunConfig, source: ModelSource) -> bool:
-        """Return whether tasks can be estimated: a language model's needs its tokenizer."""
+        """Return whether tasks can be estimated; for a language model this needs its tokenizer."""
         described = self._describe(config, source, _dtype_of(config, self.hardware))
         return described.model.tokenizer is not None or source.config.kind == "image_classifier"
 
     def _step_figures(self, model: Model) -> Callable[[RepeatedStep], StepFigures | None]:
-        """Return what answers with the figures of a step on this machine, if they are known."""
+        """Return a function from a step to its figures on this machine, None if unknown."""
         if self.hardware.name != HERE:
             return lambda _: None
         from bench.estimation.boards import known_figures, measured_once
@@ -262,7 +263,7 @@ class Estimator:
         )  # fmt: skip
 
     def _describe(self, config: RunConfig, source: ModelSource, dtype: str) -> Described:
-        # Where weights wait changes no shape.
+        # The device map does not affect shapes.
         model = source.config.model_copy(update={"device_map": None})
         key = (source.folder, model.model_dump_json(), dtype, config.costs.words)
         if key not in self._described:
@@ -275,8 +276,8 @@ class Estimator:
         from bench.estimation.tasks import task_demands
 
         if described.model.tokenizer is None and source.config.kind != "image_classifier":
-            return (), []  # said already: without a tokenizer there are no tokens
-        # The plan itself, kept alive by this cache so that its id stays its own.
+            return (), []  # Reported elsewhere: without a tokenizer there are no tokens.
+        # The cache contains the plan, so that its id is not used by another object.
         key = (id(benchmark), id(described))
         if key not in self._demands:
             free = self.hardware.memory - described.work.stored
@@ -322,7 +323,7 @@ def _described(
         work = networks.classifier_work(skeleton, kind.itemsize)
     else:
         work = networks.decoder_work(skeleton, structure, kind.itemsize)
-    # A run counts all layers, and not those alone that are built alike.
+    # A run counts all layers instead of one per form.
     forms = len({networks.layer_form(layer) for layer in structure.layers})
     seconds = (time.perf_counter() - began) * max(1.0, len(structure.layers) / max(1, forms))
     if work.missing:
@@ -335,9 +336,9 @@ def _described(
 
 @functools.cache
 def _collecting_seconds() -> float:
-    """Return the time of a garbage collection, which comes before each reading of memory.
+    """Return the time of a garbage collection, which precedes each reading of memory.
 
-    It looks through a million objects once the harnesses are imported.
+    After the harnesses are imported, it searches a million objects.
     """
     began = time.perf_counter()
     gc.collect()
@@ -389,7 +390,7 @@ def _subject(
     splits = getattr(benchmark.harness, "splits", None) if benchmark is not None else None
     here = hardware.name == HERE
     if not here:
-        # Seconds of Python are those of this machine: elsewhere its file says what a request takes.
+        # Seconds of Python are valid only on this machine; other hardware states them per request.
         tasks = tuple(replace(task, seconds=0.0) for task in tasks)
     return Subject(
         config=config,
@@ -411,7 +412,7 @@ def _subject(
 
 
 def _dtype_of(config: RunConfig, hardware: HardwareConfig) -> str:
-    """Return the dtype of a run on hardware: as asked, or its default there."""
+    """Return the dtype of a run on hardware: the requested one, or the hardware's default."""
     dtype: str = config.model.dtype
     return dtype if dtype != "auto" else "bfloat16" if hardware.device == "cuda" else "float32"
 
@@ -426,7 +427,7 @@ def _name_of(config: RunConfig) -> str:
 
 
 def _cures(subject: Subject, run: RunEstimate) -> Iterator[str]:
-    """Yield what would make a run fit: what is streamed, smaller batches, another board."""
+    """Yield changes with which a run might fit: streaming, smaller batches, another board."""
     room = _USABLE * run.hardware.memory
     if subject.map is None and subject.device == "cuda":
         given = subject.config.model.model_copy(update={"device_map": "offload_cpu"})

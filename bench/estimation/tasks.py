@@ -1,7 +1,7 @@
-"""What each task of a planned benchmark asks of a network: tokens, pairs, calls. No weight is read.
+"""Demand of each task of a planned benchmark: tokens, pairs and calls. No weight is read.
 
-The requests are the harness's own, sent to an adapter whose scorer computes nothing, so that
-tokenization, truncation and packing are those of a run.
+The harness sends its requests to an adapter whose scorer computes nothing, so that tokenization,
+truncation and packing are those of a run.
 """
 
 from __future__ import annotations
@@ -38,18 +38,19 @@ if TYPE_CHECKING:
     from bench.schema import BenchmarkConfig
 
 SAMPLED_DOCUMENTS = 96
-"""Documents of a task whose requests are built; what they ask stands for the rest."""
+"""Number of documents per task whose requests are built, as a sample of all."""
 
 
 @dataclass(frozen=True)
 class TaskDemand:
-    """What a task asks of a network.
+    """What a task requires of a network.
 
-    `given` tokens are those of all requests as they stand, `computed` those that pass the network,
-    `shared` the difference that prefix sharing makes. `pairs` are of queries with keys, `rows` of
-    logits, `calls` forwards. `written` tokens are generated, at least and at most, in `steps`
-    forwards of one token per row. `images` are encoded. `seconds` of Python built the requests;
-    `sampled` says that not all documents were looked at.
+    `given` is the number of tokens of all requests, `computed` the number that the network
+    processes; `shared` is their difference, saved by prefix sharing. `pairs` are of queries and
+    keys, `rows` are of logits, `calls` are forwards. `written` is the minimum and maximum number of
+    generated tokens, in `steps` forwards with one token per row. `images` is the number of encoded
+    images. `seconds` is the time of Python to build the requests. `sampled` is true if only some
+    documents were used.
     """
 
     name: str
@@ -69,11 +70,11 @@ class TaskDemand:
 
     @property
     def shared(self) -> float:
-        """Tokens that are not computed because another request begins with them."""
+        """Number of tokens that are not computed because they are a prefix of another request."""
         return max(0.0, self.given - self.computed)
 
     def scaled(self, share: float) -> TaskDemand:
-        """Return the whole of which this is a share of the documents."""
+        """Return the demand of all documents, of which this is the given share."""
         if share == 1:
             return self
         times = 1 / share
@@ -92,7 +93,7 @@ class TaskDemand:
 
 @dataclass
 class _RequestLog:
-    """A scorer that computes nothing and keeps the requests."""
+    """A scorer that computes nothing and stores the requests."""
 
     requests: list[LoglikelihoodRequest] = field(default_factory=list)
 
@@ -102,7 +103,7 @@ class _RequestLog:
 
 
 class _Listener(LmEvalAdapter):
-    """The adapter of a run, which answers with nothing; `contexts` are prompts of generations."""
+    """The adapter of a run with empty answers; `contexts` are prompts for generation."""
 
     def __init__(self, model: Model, benchmark: BenchmarkConfig) -> None:
         self.log = _RequestLog()
@@ -113,7 +114,7 @@ class _Listener(LmEvalAdapter):
             batching.MAX_AUTO_ROWS if benchmark.batch_size == "auto" else benchmark.batch_size,
             SILENT,
             benchmark.backend,
-            # Nothing of a prompt's length is refused here: the run itself says so in its own words.
+            # Prompt lengths are not checked here, because the run itself reports them.
             overlong="truncate",
             chat=chat,
             scorer=self.log,
@@ -129,7 +130,7 @@ class _Listener(LmEvalAdapter):
 
 
 def task_demands(harness: object, model: Model, memory: float) -> Iterator[TaskDemand]:
-    """Yield what each task asks; `model` has a network on the meta device, `memory` bytes are free.
+    """Yield the demand of each task; `model` is on the meta device, `memory` is free bytes.
 
     Raises:
         UserError: a request does not fit the model.
@@ -175,7 +176,7 @@ def _texts(harness: TextHarness, model: Model, memory: float) -> Iterator[TaskDe
 def _build_requests(
     planned: PlannedTask, benchmark: BenchmarkConfig, listener: _Listener
 ) -> tuple[int, float]:
-    """Send the requests of a task to a listener; return the documents and the share they are."""
+    """Send a task's requests to a listener; return the number of documents and their share."""
     documents = whole = 0
     with quiet_lm_eval(), cached_templates():
         instances_by_type: dict[str, list[Instance]] = {}
@@ -183,10 +184,10 @@ def _build_requests(
             task.set_fewshot_seed(SEED)
             inner = cast(Any, task)
             limit = lm_eval.evaluator_utils.get_sample_size(inner, benchmark.limit)
-            # Asked once: a task may rewrite all of its documents for every answer.
+            # Read once, because a task may process all of its documents on every access.
             every = len(inner.eval_docs)
             count = min(every, limit or every)
-            # Evenly spread: documents of one kind often stand together.
+            # Evenly spaced, because similar documents are often adjacent.
             stride = max(1, count // SAMPLED_DOCUMENTS)
             chosen = list(range(0, count, stride))
             inner.build_all_requests(
@@ -207,7 +208,7 @@ def _build_requests(
 
 
 def _token_budget(model: Model, memory: float) -> int:
-    """Return the tokens of a batch, as a run with this much free memory chooses them."""
+    """Return the tokens per batch, chosen as in a run with this much free memory."""
     dtype = next(model.network.parameters()).dtype
     return batching.fitting_tokens(text_config(model.network), dtype, model.device.type, memory)
 
@@ -215,7 +216,7 @@ def _token_budget(model: Model, memory: float) -> int:
 def _packed(
     name: str, listener: _Listener, model: Model, benchmark: BenchmarkConfig, budget: int
 ) -> TaskDemand:
-    """Return what the requests that a listener heard ask, packed as the backend packs them."""
+    """Return the demand of a listener's requests, packed as the backend packs them."""
     requests = listener.log.requests
     size, device = benchmark.batch_size, model.device
     if size == "auto":
@@ -233,7 +234,7 @@ def _packed(
             trie = Trie(requests)
             groups = group_by_prefix(trie, window=sliding_window(model.network))
             work = _group_work(groups, budget)
-            # Choices that are read at the same position meet the head once.
+            # Choices scored at the same position share a row of logits.
             rows = min(rows, float(trie.tokens))
         else:
             lengths = sorted({tuple(inputs) for inputs, _ in requests}, key=len, reverse=True)
@@ -263,7 +264,7 @@ def _group_work(groups: Sequence[PrefixGroup], budget: int) -> tuple[float, floa
 
 
 def _batches(sizes: Sequence[int], budget: int) -> Iterator[tuple[int, int]]:
-    """Yield width and number of sequences of each batch, as the prefix-sharing scorer fills it."""
+    """Yield width and number of sequences per batch, as filled by the prefix-sharing scorer."""
     begin = 0
     while begin < len(sizes):
         count = batch_length(sizes[begin:], budget)
@@ -274,7 +275,7 @@ def _batches(sizes: Sequence[int], budget: int) -> Iterator[tuple[int, int]]:
 def _rows_work(
     lengths: Sequence[int], batches: AdaptiveBatches
 ) -> tuple[float, float, float, float]:
-    """Return tokens, pairs and calls of padded rows, the longest first."""
+    """Return tokens, pairs and calls of padded rows, longest first."""
     tokens = pairs = calls = widest = 0.0
     begin = 0
     while begin < len(lengths):
@@ -288,7 +289,7 @@ def _rows_work(
 def _with_generation(
     demand: TaskDemand, contexts: Sequence[tuple[int, int]], batches: AdaptiveBatches
 ) -> TaskDemand:
-    """Add generated answers: each ends at its first stop string, after a token at the least."""
+    """Add generated answers: each ends at its first stop string, after at least one token."""
     if not contexts:
         return demand
     lengths = sorted((length for length, _ in contexts), reverse=True)
@@ -307,7 +308,7 @@ def _with_generation(
 
 
 def _questions(harness: MultimodalHarness) -> Iterator[TaskDemand]:
-    """Yield tasks with images; the tokens of a prompt are added where its processor is known."""
+    """Yield tasks with images; tokens of a prompt are added if its processor is known."""
     size = harness.benchmark.batch_size
     batch = batching.MAX_AUTO_IMAGES if size == "auto" else size
     for task in harness.tasks:

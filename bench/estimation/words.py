@@ -1,4 +1,4 @@
-"""Estimates in words: durations, one line for a sweep, and the rows of a table."""
+"""Text of estimates: durations, one line for a sweep, and the rows of a table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def duration(seconds: float) -> str:
-    """Return seconds in the unit that a person would take."""
+    """Return seconds in a suitable unit."""
     if seconds < 1:
         return f"{seconds:.2g} s"
     if seconds < 120:
@@ -27,14 +27,14 @@ def _board(name: str) -> str:
 
 
 def time_range(low: float, high: float) -> str:
-    """Return bounds of a time, in one unit where both have it."""
+    """Return the bounds of a time, with one unit if both have the same."""
     least, most = duration(low), duration(high)
     number, _, unit = least.partition(" ")
     return f"{number} to {most}" if most.endswith(f" {unit}") else f"{least} to {most}"
 
 
 def sweep_line(estimate: SweepEstimate) -> str:
-    """Return one line for a run or a sweep: its time, and whether it fits."""
+    """Return one line for a run or a sweep: its time, and whether it fits in memory."""
     runs, to_do = estimate.runs, estimate.to_do
     hardware = _board(runs[0].hardware.name)
     done = len(runs) - len(to_do)
@@ -50,7 +50,7 @@ def sweep_line(estimate: SweepEstimate) -> str:
 
 
 def phase_rows(run: RunEstimate) -> Iterator[dict[str, object]]:
-    """Yield a row per phase, parts of a phase below it."""
+    """Yield a row per phase, followed by the parts of the phase."""
     for phase in run.phases:
         yield {
             "phase": phase.name,
@@ -78,7 +78,7 @@ def _tokens(phase: PhaseEstimate) -> str:
 
 
 def notes(run: RunEstimate) -> Iterator[str]:
-    """Yield what stands below the phases of a run: its sum, downloads, energy, what is missing."""
+    """Yield the lines below the phases of a run: total, downloads, energy, missing estimates."""
     line = f"total: {time_range(run.low, run.high)} on {_board(run.hardware.name)} in {run.dtype}"
     if run.joules is not None:
         low, high = (joules / 3.6e6 for joules in run.joules)

@@ -1,6 +1,6 @@
-"""Work in quantities that hardware has a rate for, and the time that it takes at least and at most.
+"""Work in quantities for which hardware has a rate, and bounds on its time.
 
-Roofline model (Williams, Waterman, Patterson, CACM 2009) with ranges in place of peaks.
+Roofline model (Williams, Waterman, Patterson, CACM 2009) with ranges instead of peaks.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from typing import Literal, NamedTuple
 from bench.estimation.hardware import HardwareConfig
 
 Bound = Literal["compute", "memory bandwidth", "host link", "disk", "Python"]
-"""What binds a phase: what it would be faster without."""
+"""The resource that limits the speed of a phase."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """Quantities of work; they add up, and are multiplied by a number of repetitions.
+    """Quantities of work, which can be added and multiplied by a number of repetitions.
 
-    `matrix` is FLOPs of matrix products and `attention` those of queries with keys and values,
-    masked pairs included; `precise` is FLOPs of products that are computed in float32 whatever the
-    model's dtype, those in float64 counted twice. `weights` is bytes of weights that
-    products read, each once per call, and `moved` bytes that everything else reads and writes.
-    `operators` are launched by Python, `requests` handled by a harness, `starts` networks that are
-    built. `link` and `disk` are bytes. `seconds` is time that is known as such, and `timed` that of
-    calls like those that were timed on the hardware.
+    `matrix` is FLOPs of matrix products, and `attention` is FLOPs of queries with keys and values,
+    including masked pairs. `precise` is FLOPs of products in float32 whatever the model's dtype,
+    where float64 counts twice. `weights` is bytes of weights that products read, once per call, and
+    `moved` is bytes that everything else reads and writes. `operators` is the number of operators
+    launched by Python, `requests` that of requests of a harness, `starts` that of networks built.
+    `link` and `disk` are bytes. `seconds` is known time, and `timed` is the measured time of
+    similar calls on the hardware.
     """
 
     matrix: float = 0.0
@@ -54,11 +54,11 @@ class Work:
 
 
 TIMED = (0.8, 1.5)
-"""Time of a call in a run over its time when it was timed alone: the least and the most."""
+"""Bounds of the ratio between a call's time in a run and its time when measured alone."""
 
 
 class Time(NamedTuple):
-    """Seconds at least and at most, and what binds."""
+    """Lower and upper bound in seconds, and the limiting resource."""
 
     low: float
     high: float
@@ -66,10 +66,10 @@ class Time(NamedTuple):
 
 
 def time_of(work: Work, hardware: HardwareConfig, dtype: str) -> Time:
-    """Return the time that work takes on hardware, in a dtype.
+    """Return the time of work on hardware, in a dtype.
 
-    A CPU does one thing after the other. A GPU computes while Python prepares what follows and
-    while the link brings it: at best the slowest of them hides the others, at worst none is hidden.
+    A CPU works sequentially. A GPU computes while Python launches operators and the link
+    transfers data: at best the slowest of them hides the others, at worst none is hidden.
 
     Raises:
         UserError: the hardware has no rate for the dtype.
@@ -81,14 +81,14 @@ def time_of(work: Work, hardware: HardwareConfig, dtype: str) -> Time:
     if hardware.device == "cpu":
         return Time(least + sum(low.values()), most + sum(high.values()), bound_by)
     device = low["compute"] + low["memory bandwidth"]
-    # The harness makes its requests before the first forward and scores after the last.
+    # The harness builds its requests before the first forward and computes scores after the last.
     alone = least + low["disk"] + _outside(work, hardware)[0]
     inside = low["Python"] - _outside(work, hardware)[0]
     return Time(alone + max(device, inside, low["host link"]), most + sum(high.values()), bound_by)
 
 
 def _outside(work: Work, hardware: HardwareConfig) -> tuple[float, float]:
-    """Return the seconds of Python that no kernel runs beside."""
+    """Return the seconds of Python that do not overlap with kernels."""
     low, high = (
         work.requests * hardware.request[end] + work.starts * hardware.start[end] for end in (0, 1)
     )
@@ -96,14 +96,14 @@ def _outside(work: Work, hardware: HardwareConfig) -> tuple[float, float]:
 
 
 def _parts(work: Work, hardware: HardwareConfig, dtype: str, end: int) -> dict[Bound, float]:
-    """Return seconds by what binds; `end` is 1 for the most that is reached, 0 for the least."""
+    """Return seconds by limiting resource; `end` is 1 for the highest rates, 0 for the lowest."""
     reached, peak = hardware.utilisation, hardware.rate(dtype)
     bandwidth = hardware.bandwidth * reached.memory[end]
     products = work.matrix / (peak * reached.matrix[end])
     if work.precise:
         products += work.precise / (hardware.rate("float32") * reached.matrix[end])
     reading = work.weights / bandwidth
-    # A product streams its weights while it computes, so the longer of the two is its time.
+    # A product reads its weights while it computes, so the longer of the two times counts.
     computing, waiting = (products, 0.0) if products >= reading else (0.0, reading)
     attention = work.attention / (peak * reached.attention[end])
     link = (hardware.link or float("inf")) * reached.link[end]
