@@ -1,4 +1,4 @@
-"""Sweeps: their plan, the status of each job, and resuming what is missing."""
+"""Sweeps: their plan, the status of each job, and resuming jobs that are missing."""
 
 from bench.sweeps.job import RunRequest, RunResult, perform_job
 from bench.sweeps.plan import SweepPlan, create_plan, existing_sweep

@@ -20,12 +20,12 @@ from bench.sweeps.status import left_by_others, unfinished_jobs
 
 
 class LaunchingSweeper(Sweeper):  # type: ignore[misc]  # Hydra has no types
-    """Sweeper that holds the configured launcher."""
+    """Sweeper that stores the configured launcher."""
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        """Keep the objects that Hydra passes, and instantiate the launcher."""
+        """Store the objects that Hydra passes, and instantiate the launcher."""
         self.hydra_context, self.config = hydra_context, config
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
@@ -42,7 +42,7 @@ class GridSweeper(LaunchingSweeper):
     def __init__(
         self, max_batch_size: int | None, params: dict[str, str] | None, max_jobs: int
     ) -> None:
-        """Take the grid of the config, the jobs per launch (null: all at once) and at all."""
+        """Take the grid of the config, the jobs per launch (null: all), and their maximum."""
         self.params = dict(params or {})
         self.max_batch_size, self.max_jobs = max_batch_size, max_jobs
 
@@ -83,7 +83,7 @@ class ListSweeper(GridSweeper):
 
     def jobs(self, arguments: list[str]) -> list[list[str]]:
         """Return the overrides of each listed run, followed by those of the command line."""
-        # Last, so that they win.
+        # Last, so that they take precedence.
         return [[*run, *arguments] for run in self.runs]
 
 

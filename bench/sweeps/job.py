@@ -1,8 +1,8 @@
-"""One job of a sweep, run under a lock, with a small status file; and the value a search optimises.
+"""One job of a sweep, run under a lock, with a small status file; and the objective of a search.
 
-A failing job never stops the others, and the outcome is the same whether a launcher ran the job in
-this process or on another machine. The lock distinguishes a running job from one whose process has
-died: the kernel releases it however the process ends.
+A failing job never stops the others, and its outcome is the same whether a launcher runs it in this
+process or on another machine. The lock distinguishes a running job from one whose process has died,
+because the kernel releases it however the process ends.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Required
 from filelock import FileLock, Timeout
 from pydantic import ConfigDict, Field, TypeAdapter
 
-# pydantic needs this one below Python 3.12.
+# Below Python 3.12, pydantic requires this TypedDict.
 from typing_extensions import TypedDict
 
 from bench.errors import UserError, error_sentence
@@ -38,7 +38,7 @@ _RunId = Annotated[str, Field(pattern=r"^\w[\w-]*$")]
 
 
 class _StoredStatus(TypedDict, total=False):
-    """What is read of a status file; everything else in it is for people."""
+    """Fields that are read from a status file; the others are for people."""
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]  # pydantic's own way
     state: Required[Literal["running", "done", "failed", "waiting"]]
@@ -56,7 +56,7 @@ _STATUS = TypeAdapter(_StoredStatus)
 
 @dataclass(frozen=True)
 class RunRequest:
-    """A requested run: the command that repeats it, and the sweep it belongs to."""
+    """A requested run: the command that repeats it, and its sweep."""
 
     command: str
     sweep: str | None = None
@@ -74,7 +74,7 @@ class RunResult:
 def perform_job(
     folder: Path, number: int, request: RunRequest, perform: Callable[[], RunResult]
 ) -> RunResult | None:
-    """Run one job and keep its status below `folder`; a failure is recorded, not raised.
+    """Run one job and store its status below `folder`; a failure is recorded instead of raised.
 
     A second process with the same job waits for the first and then finds its record. An
     interruption is not a failure of the job: it is recorded as `waiting` and raised.
@@ -87,8 +87,8 @@ def perform_job(
     def report_wait() -> None:
         note(f"another process runs job {number} of sweep {folder.name}: waiting for it")
 
-    # A full disk fails every job alike, so it stops the sweep instead of this job; a status that
-    # could not be written counts as lost, and resuming the sweep runs the job again.
+    # A full disk fails every job, so it stops the sweep instead of this job. A status that could
+    # not be written counts as lost, and resuming the sweep runs the job again.
     with (
         disk_errors_as_stopped(folder.parent.parent),
         file_locked(path.with_suffix(".lock"), report_wait),
@@ -98,14 +98,14 @@ def perform_job(
             result = perform()
             status |= {"state": "done", "run": result.record.id, "reused": result.reused}
             status |= {"warning": result.warning}
-        except Exception as error:  # one job's failure, whatever it is, must not stop the sweep
+        except Exception as error:  # No failure of a job may stop the sweep.
             status |= {"state": "failed", "reason": failure_reason(error)}
-            # A UserError needs no traceback: its message is the whole story.
+            # A UserError needs no traceback, because its message is sufficient.
             if not isinstance(error, UserError):
                 status["log"] = str(_write_traceback(path, error))
         except BaseException:
             status |= {"state": "waiting", "reason": "interrupted", "finished": utc_now()}
-            # A full disk may be what interrupted the run, and then this write fails too.
+            # If a full disk interrupted the run, this write fails as well.
             with suppress(OSError):
                 write_status(folder, status)
             raise
@@ -115,7 +115,7 @@ def perform_job(
 
 def write_status(folder: Path, status: StatusDict) -> None:
     """Write the status of a job atomically."""
-    # Commands and error messages may hold tokens, and status files are shared.
+    # Commands and error messages may contain tokens, and status files are shared.
     text = redact(json.dumps(status, indent=1))
     write_bytes(_status_path(folder, status["number"]), (text + "\n").encode())
 
@@ -130,16 +130,16 @@ def read_status(folder: Path, number: int) -> StatusDict | None:
 
 
 def clear_status(folder: Path, number: int) -> None:
-    """Remove the status of a job that is to be started again, so that it counts as waiting."""
+    """Remove the status of a job that will be started again, so that it counts as waiting."""
     _status_path(folder, number).unlink(missing_ok=True)
 
 
 def is_running(folder: Path, number: int) -> bool:
-    """Whether a process on any machine is working on the job at the moment."""
+    """Return whether a process on any machine is working on the job."""
     try:
         with FileLock(_status_path(folder, number).with_suffix(".lock"), blocking=False):
             return False
-    except (Timeout, OSError):  # in doubt it runs: starting a job twice is worse than waiting
+    except (Timeout, OSError):  # If in doubt, it runs: starting a job twice is worse than waiting.
         return True
 
 
@@ -166,7 +166,7 @@ STUDY_FILE = "study.json"
 def objective_value(record: Record, name: str) -> float | None:
     """Return the number that a search optimises: a task's headline metric, or a cost.
 
-    A benchmark with one task has no `average`; the task's own metric stands for it.
+    A benchmark with one task has no `average`, which the task's own metric replaces.
     """
     metric = record.metric(name)
     headlines = [metric for metric in record.metrics if metric.headline]

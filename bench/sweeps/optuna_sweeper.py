@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from bench.records import Record
 
 Distributions: TypeAlias = "dict[str, BaseDistribution]"
-# User attributes of a trial: its result on the early tasks, its run id, why it failed.
+# User attributes of a trial: its result on the early tasks, its run id, the reason of a failure.
 EARLY_ATTRIBUTE, RUN_ATTRIBUTE, REASON_ATTRIBUTE = "early", "run", "reason"
 
 
@@ -69,7 +69,7 @@ class OptunaSweeper(LaunchingSweeper):
                 raise UserError(
                     f"hydra.sweeper.{key}={number}: a whole number from {least} on is needed"
                 )
-        # It names a file, which belongs into the folder of studies.
+        # The name becomes that of a file, which must be in the folder of studies.
         if not isinstance(study, str) or not study or "/" in study or study.startswith("."):
             raise UserError(f"hydra.sweeper.study={study!r}: a name without slashes is needed")
         self.name, self.trials, self.parallel, self.seed = study, trials, parallel, seed
@@ -86,7 +86,7 @@ class OptunaSweeper(LaunchingSweeper):
         optional_module("optuna", "search")
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         ranges = [f"{key}={values}" for key, values in self.space.items()]
-        # A key given on the command line replaces its range of the config.
+        # A key on the command line replaces its range in the config.
         given = {text.partition("=")[0] for text in arguments}
         ranges = [text for text in ranges if text.partition("=")[0] not in given]
         space, fixed = optuna_distributions(parser.parse_overrides([*ranges, *arguments]))
@@ -94,7 +94,7 @@ class OptunaSweeper(LaunchingSweeper):
         journal = folder.parent.parent / "studies" / f"{self.name}.log"
         journal.parent.mkdir(parents=True, exist_ok=True)
         try:
-            # One process per study: requeueing takes every RUNNING trial for one of a dead process.
+            # One process per study, because requeueing treats every RUNNING trial as interrupted.
             with FileLock(journal.with_suffix(".lock"), blocking=False):
                 study = self._study(journal, fixed)
                 self._run_trials(study, folder, space, fixed)
@@ -121,17 +121,17 @@ class OptunaSweeper(LaunchingSweeper):
             directions=list(self.objectives.values()),
             load_if_exists=True,
         )
-        # A sampler is not stored. With the seed alone, a study that is resumed would draw the
-        # values of its first trials again.
+        # Samplers are not stored. With only the seed, a resumed study would draw the values of its
+        # first trials again.
         study.sampler = optuna.samplers.TPESampler(seed=self.seed + len(study.trials))
-        # Optuna stores the directions only: values of different quantities would be mixed silently.
+        # Optuna stores only the directions, so values of different quantities would be mixed.
         if study.user_attrs.get("objectives", self.objectives) != self.objectives:
             raise UserError(
                 f"hydra.sweeper.study={self.name} exists with different objectives "
                 f"({study.user_attrs['objectives']}): choose another name"
             )
         study.set_user_attr("objectives", self.objectives)
-        # Nor what all its trials share: scores of different questions or models have no front.
+        # Overrides must match too, because scores of different questions or models have no front.
         shared = sorted(text for text in fixed if re.split("[.=]", text)[0] not in _NEUTRAL_KEYS)
         before = study.user_attrs.get("shared", shared)
         if before != shared:
@@ -168,7 +168,7 @@ class OptunaSweeper(LaunchingSweeper):
         if not self.early_tasks:
             return trials
         short = [f"benchmark.tasks=[{','.join(self.early_tasks)}]"]
-        # Perplexity is scored next to the tasks and would make the short run long.
+        # Perplexity is scored beside the tasks and would make the short run long.
         if "perplexity" in self.config.benchmark:
             short.append("~benchmark.perplexity")
         results: dict[int, EarlyResult] = {}
@@ -181,7 +181,7 @@ class OptunaSweeper(LaunchingSweeper):
             trial.set_user_attr(EARLY_ATTRIBUTE, results[trial.number].to_json())
         stored = [trial.user_attrs.get(EARLY_ATTRIBUTE) for trial in _completed_trials(study)]
         rivals = [EarlyResult.from_json(values) for values in stored if values is not None]
-        # Trials of the same batch compete as well; otherwise the first batch could stop none.
+        # Trials of the same batch compete as well, or the first batch could not stop any.
         rivals += results.values()
         promising = []
         for trial in trials:
@@ -195,8 +195,8 @@ class OptunaSweeper(LaunchingSweeper):
     def _costs(self, record: Record) -> tuple[float, ...]:
         small = [name for name, direction in self.objectives.items() if direction == "minimize"]
         values = [objective_value(record, name) for name in small]
-        # One place per objective, or two trials could not be compared. A trial without a number is
-        # no cheaper than any other, so it stops none.
+        # One value per objective, so that all trials can be compared. A missing value counts as
+        # infinite, so that the trial does not stop any other.
         return tuple(math.inf if value is None else value for value in values)
 
     def _launch(self, folder: Path, jobs: list[list[str]]) -> list[Record | str]:
@@ -251,11 +251,11 @@ def _directions(objectives: list[str]) -> dict[str, str]:
 
 
 _NEUTRAL_KEYS = ("results_dir", "tracker", "threads", "offline", "force", "keep_weights")
-"""Keys that decide no number of a trial."""
+"""Keys that do not affect a trial's numbers."""
 
 
 def _asked(study: Study, space: Distributions) -> Trial:
-    """Return a new trial; raise `UserError` if the study knows a key by another kind of range."""
+    """Return a new trial; raise `UserError` if the study has another kind of range for a key."""
     try:
         return study.ask(space)
     except ValueError as error:
@@ -272,7 +272,7 @@ def _requeue_interrupted(study: Study) -> None:
     ended = [trial.params for trial in _ended_trials(study)]
     again: list[dict[str, object]] = []
     # A trial cannot return from FAIL, so its parameters are enqueued as a new one, once each,
-    # unless a repetition has ended or is waiting already.
+    # unless a repetition has ended or is already waiting.
     for trial in study.get_trials(states=(TrialState.RUNNING, TrialState.FAIL)):
         if trial.state == TrialState.RUNNING:
             study.tell(trial.number, state=TrialState.FAIL)
@@ -319,7 +319,7 @@ def _write_study(study: Study, objectives: dict[str, str], folder: Path) -> None
         for trial in study.trials
     ]
     text = json.dumps({"study": study.study_name, "objectives": objectives, "trials": trials})
-    # Parameters and reasons may hold tokens, and a results folder is shared, as with status files.
+    # Parameters and reasons may contain tokens, and a results folder is shared.
     write_bytes(folder / STUDY_FILE, redact(text).encode())
 
 
@@ -354,7 +354,7 @@ def _trial_overrides(trial: Trial, space: Distributions) -> list[str]:
 
 
 def _decimal(value: object, distribution: BaseDistribution | None) -> object:
-    """Undo the float arithmetic of Optuna's steps: 0.1 and two steps of 0.1 are 0.3."""
+    """Undo the float arithmetic of Optuna's steps: 0.1 plus two steps of 0.1 is 0.3."""
     from optuna.distributions import FloatDistribution
 
     if not isinstance(distribution, FloatDistribution) or distribution.step is None:
@@ -403,7 +403,7 @@ class EarlyResult:
     @classmethod
     def from_record(cls, record: Record, costs: tuple[float, ...]) -> EarlyResult:
         """Read the record of the early tasks; without any score the accuracy is 0."""
-        # A benchmark of one task has no average; its headline metric takes the place.
+        # A benchmark of one task has no average, which its headline metric replaces.
         average = record.metric("average")
         metric = average or next((m for m in record.metrics if m.headline), None)
         value = metric.value if metric and metric.value is not None else 0.0
@@ -415,20 +415,20 @@ class EarlyResult:
 
     @classmethod
     def from_json(cls, values: list[float]) -> EarlyResult:
-        """Restore what `to_json` returned."""
+        """Return the result for values from `to_json`."""
         accuracy, error, *costs = values
         return cls(accuracy, error, tuple(costs))
 
 
 def is_dominated(mine: EarlyResult, rivals: Iterable[EarlyResult], margin: float) -> bool:
-    """Whether a rival costs no more and is better by more than `margin` standard errors."""
+    """Return whether a rival costs no more and is better by more than `margin` errors."""
     return any(_dominates(rival, mine, margin) for rival in rivals)
 
 
 def _dominates(rival: EarlyResult, mine: EarlyResult, margin: float) -> bool:
-    # Both accuracies are estimates, so their errors add in quadrature. The items are the same,
-    # which correlates the errors and makes this bound conservative. `lead > 0` stops a trial from
-    # dominating itself when errors are 0.
+    # Both accuracies are estimates, so their errors add in quadrature. Both are on the same items,
+    # whose correlation makes this bound conservative. `lead > 0` prevents a trial from dominating
+    # itself when errors are 0.
     cheaper = all(a <= b for a, b in zip(rival.costs, mine.costs, strict=True))
     lead = rival.accuracy - mine.accuracy
     return cheaper and lead > 0 and lead > margin * math.hypot(rival.error, mine.error)

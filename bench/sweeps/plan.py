@@ -3,10 +3,10 @@
 It is stored as `results/sweeps/NAME/plan.json`; NAME is the start time, and the name of the sweep
 in its records.
 
-With the plan goes a fingerprint of everything that decides the results. Whether a run must be
-executed is decided by its id; the fingerprint only answers sooner, without composing the runs or
-loading a model library, and counts as changed when in doubt. Files enter by what the file system
-says of them: inode, size and times.
+The plan includes a fingerprint of everything that affects the results. The id of a run determines
+whether it must be executed; the fingerprint only saves time, because it needs neither composing the
+runs nor loading a model library, and counts as changed if in doubt. Files are represented by what
+the file system states: inode, size and times.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PLAN_SCHEMA = 2
 
 @dataclass(frozen=True)
 class SweepFingerprint:
-    """Files and packages that decide the results, and a hash of their state."""
+    """Files and packages that affect the results, and a hash of their state."""
 
     files: list[str]
     packages: list[str]
@@ -53,7 +53,7 @@ class SweepFingerprint:
         return cls(named, code, _fingerprint(named, code))
 
     def is_current(self) -> bool:
-        """Whether nothing has changed since the state was recorded."""
+        """Return whether nothing has changed since the state was recorded."""
         return _fingerprint(self.files, self.packages) == self.state
 
 
@@ -93,8 +93,8 @@ class SweepPlan:
 
     def with_jobs(self, jobs: Iterable[Sequence[str]], *, complete: bool) -> SweepPlan:
         """Add the jobs that are not planned yet, write the plan, and return it."""
-        # Read again under the lock: two commands may extend one sweep. The dict drops duplicates
-        # and keeps the order, so that jobs keep their numbers.
+        # Read again under the lock, because two commands may extend the same sweep. The dict drops
+        # duplicates and keeps the order, so that jobs keep their numbers.
         with FileLock(self.folder / f"{PLAN}.lock"):
             known = read_plan(self.folder) or self
             together = dict.fromkeys([*known.jobs, *map(tuple, jobs)])
@@ -104,7 +104,7 @@ class SweepPlan:
 
     def write(self) -> None:
         """Write the plan atomically."""
-        # The folder is where the plan lies; without it a results folder can be moved.
+        # Without the path of the folder itself, so that a results folder can be moved.
         text = json.dumps({"schema_version": PLAN_SCHEMA, **asdict(self), "folder": None}, indent=1)
         write_bytes(self.folder / PLAN, (redact(text) + "\n").encode())
 
@@ -115,7 +115,7 @@ def create_plan(
     """Create a new sweep, named by the current time, and write its plan."""
     now = datetime.now(UTC)
     folders = (results_dir / SWEEPS).absolute()
-    # After a clock that went back, or in the same microsecond, an older sweep may have the name.
+    # If the clock was set back, or in the same microsecond, an older sweep may have the name.
     while (folder := folders / now.strftime("%Y%m%d-%H%M%S-%f")).exists():
         now += timedelta(microseconds=1)
     plan = SweepPlan(
@@ -132,9 +132,9 @@ def create_plan(
 def existing_sweep(results_dir: Path, arguments: Sequence[str]) -> SweepPlan | None:
     """Return the latest sweep with the same arguments and working folder, if nothing has changed.
 
-    Jobs of it that are done need not even be composed again.
+    Its finished jobs need not even be composed again.
     """
-    # Only the latest one counts: if its fingerprint has changed, older sweeps are outdated too.
+    # Only the latest one: if its fingerprint has changed, older sweeps are outdated as well.
     for plan in reversed(all_sweeps(results_dir)):
         if plan.arguments == tuple(arguments) and plan.working_folder == str(Path.cwd()):
             return plan if plan.fingerprint and plan.fingerprint.is_current() else None
@@ -142,10 +142,10 @@ def existing_sweep(results_dir: Path, arguments: Sequence[str]) -> SweepPlan | N
 
 
 def all_sweeps(results_dir: Path) -> list[SweepPlan]:
-    """Return all sweeps of a results folder, oldest first; each unreadable one is warned of."""
+    """Return all sweeps of a results folder, oldest first; warn about unreadable ones."""
     plans = []
     for folder in sorted((results_dir / SWEEPS).glob("*")):
-        # A results folder may be a repository, or on a file system with folders of its own.
+        # The folder may contain others, for example those of a repository or a file system.
         if folder.name.startswith("."):
             continue
         try:
@@ -161,7 +161,7 @@ def find_sweep(results_dir: Path, name: str) -> SweepPlan:
     Raises:
         UserError: no sweep matches, or several do.
     """
-    # Nothing is the beginning of every name, so a single sweep would be found.
+    # Every name starts with the empty string, which would match a single sweep.
     if not name:
         raise UserError(
             "the name of a sweep is empty, as an unset shell variable is: give its beginning, or "
@@ -196,7 +196,7 @@ def load_plan(folder: Path) -> SweepPlan:
         OSError: there is none, or it cannot be read.
         ValueError: it is damaged, of another schema, or reached through a link.
     """
-    # Jobs are written below the folder, so a link would put them somewhere else.
+    # Jobs are written below the folder, so a link would redirect them.
     for place in (folder, folder / "jobs"):
         if place.is_symlink():
             raise ValueError(f"{place.name} is a link")
@@ -237,7 +237,7 @@ class _StoredPlan(BaseModel):
 
 
 def plan_in(folder: Path) -> SweepPlan:
-    """Return the plan in a folder, or an empty one: a sweeper may run without `bench run`."""
+    """Return the plan in a folder, or an empty one: sweepers may run without `bench run`."""
     return read_plan(folder) or SweepPlan(folder, (), str(Path.cwd()), "")
 
 
@@ -245,7 +245,7 @@ PROGRAM_SUFFIXES = {".py", ".yaml", ".json", ".safetensors", ".jinja", ".gz", ".
 
 
 def _fingerprint(files: list[str], packages: list[str]) -> str:
-    # The host is part of it: modification times compare within one machine only.
+    # Includes the host, because modification times are comparable only within a machine.
     digest = hashlib.sha256(f"{platform.node()} {platform.python_version()}\n".encode())
     for line in (*_installed_libraries(), *_file_stamps(files, packages)):
         digest.update(f"{line}\n".encode())
@@ -253,12 +253,12 @@ def _fingerprint(files: list[str], packages: list[str]) -> str:
 
 
 def _installed_libraries() -> Iterator[str]:
-    """Yield the name and version of everything installed, as in `torch-2.9.0.dist-info`."""
-    # All of them: which ones a method or a task uses is known only once they are imported.
+    """Yield the names and versions of all installed packages, as in `torch-2.9.0.dist-info`."""
+    # All of them, because those that a method or task uses are known only after importing it.
     for entry in dict.fromkeys(sys.path):
         try:
             found = sorted(os.listdir(entry))  # noqa: PTH208 (no Path for 1,000 names)
-        except OSError:  # a zip file, or a folder that is gone
+        except OSError:  # A zip file, or a folder that has been removed.
             continue
         yield from (name for name in found if name.endswith((".dist-info", ".egg-info")))
 
@@ -268,12 +268,12 @@ def _file_stamps(files: list[str], packages: list[str]) -> Iterator[str]:
     for name in files:
         path = Path(name)
         for file in sorted(_files_below(path)) if path.is_dir() else [path]:
-            # Compiled copies appear when a task's code is imported.
+            # Compiled files appear when a task's code is imported.
             if "__pycache__" not in file.parts:
                 yield _file_stamp(file)
     roots = [CONFIG_DIR]
     for package in packages:
-        # A dotted name would be imported up to its last dot, and a plan may hold any name.
+        # A dotted name would be imported up to its last dot, but a plan may contain any name.
         if not package.isidentifier():
             continue
         # `find_spec` locates a top-level package without importing it.
@@ -286,7 +286,7 @@ def _file_stamps(files: list[str], packages: list[str]) -> Iterator[str]:
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    """Yield what is in a folder of data; more than any data set has, and it counts as changed."""
+    """Yield the files in a folder of data; a folder with too many files counts as changed."""
     for count, file in enumerate(folder.rglob("*")):
         if count == MAX_FILES:
             yield folder / f"more than {MAX_FILES} at {time.time_ns()}"

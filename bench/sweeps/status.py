@@ -39,7 +39,7 @@ def sweep_jobs(plan: SweepPlan) -> list[SweepJob]:
     """Return every job of a sweep in order."""
     store = Store(plan.results_dir)
     numbers = dict(enumerate(plan.jobs))
-    # A foreign sweeper makes up jobs that are not in the plan; their status files show them.
+    # A foreign sweeper runs jobs that are not in the plan, but have status files.
     for path in (plan.folder / JOBS).glob("[0-9]*.json"):
         if re.fullmatch("[0-9]{5,9}", path.stem):
             numbers.setdefault(int(path.stem), ())
@@ -85,7 +85,7 @@ def left_by_others(plan: SweepPlan) -> list[SweepJob]:
 
 
 def job_results(plan: SweepPlan) -> Iterator[RunResult | str]:
-    """Yield each job's record, or an error summary; jobs that another process runs are skipped."""
+    """Yield each job's record or an error summary; skip jobs that another process runs."""
     store = Store(plan.results_dir)
     for job in sweep_jobs(plan):
         note = read_status(plan.folder, job.number) or {}
@@ -96,8 +96,8 @@ def job_results(plan: SweepPlan) -> Iterator[RunResult | str]:
                 yield f"run {job.run} cannot be read: {reason}; move it away and resume the sweep"
                 continue
             yield RunResult(record, bool(note.get("reused")), note.get("warning"))
-        # Nobody works on a job that waits here: a launcher left it out, or its record is gone. To
-        # leave it out as well would make a sweep of fewer runs look whole.
+        # A waiting job was left out by a launcher, or its record was removed. It is reported, so
+        # that the sweep does not look complete.
         elif job.state in ("failed", "waiting"):
             log = f" (details: {job.log})" if job.log else ""
             command = note.get("command") or " ".join(job.overrides)
@@ -120,7 +120,7 @@ def _read_job(plan: SweepPlan, store: Store, number: int, overrides: tuple[str, 
     known: StatusDict = {"number": number, "overrides": overrides, "log": log, "host": host}
     if note["state"] == "done":
         return _finished_job(store, note, known)
-    # "running" is what a killed process leaves behind too; only the lock tells them apart.
+    # A killed process also leaves "running" behind; only the lock distinguishes the two.
     if note["state"] == "running":
         if is_running(plan.folder, number):
             return SweepJob(**known, state="running")
@@ -130,7 +130,7 @@ def _read_job(plan: SweepPlan, store: Store, number: int, overrides: tuple[str, 
 
 
 def _finished_job(store: Store, note: StatusDict, known: StatusDict) -> SweepJob:
-    # A job is done only while its record exists: a deleted record makes `resume` run it again.
+    # A job is done only while its record exists; if it is deleted, `resume` runs the job again.
     run = str(note.get("run"))
     if (store.folder(run) / "record.json").is_file():
         return SweepJob(**known, state="done", run=run)

@@ -1,4 +1,4 @@
-"""Send records to an experiment tracker: W&B, or none."""
+"""Sending records to an experiment tracker: W&B, or none."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ _unanswered_runs: list[str] = []
 
 
 def follow(run: str, live_run: LiveRun, store: Store, config: TrackerConfig) -> Upload | None:
-    """Open the W&B run of a run that begins; None if it is sent at its end only.
+    """Open the W&B run of a run that starts; return None if it is sent only at its end.
 
-    `config` is that of W&B. What is returned is told of phases and results, and is given to
-    `track`, or abandoned.
+    `config` is that of W&B. The result receives the run's phases and results, and is then passed to
+    `track` or abandoned.
     """
     if config.live is False or _unanswered_runs:
         return None
     try:
-        # Nobody can watch what is written offline.
+        # Nobody can watch a run that is written offline.
         if config.live == "auto" and wandb_run.wandb_mode(config) != "online":
             return None
         opening = Opening(run, str(store.root), config.model_dump(), live=live_run)
         return Upload(opening, config.timeout)
-    except Exception:  # whatever a tracker raises, it must not fail the run; `track` says it
+    except Exception:  # A tracker must not fail the run; `track` reports the problem.
         return None
 
 
@@ -46,16 +46,16 @@ def track(
 ) -> str | None:
     """Send one record; return None on success, else one sentence about the failure.
 
-    `live` is the W&B run that has followed this one; `dense_ratio` is the score relative to the
-    dense run's, which only somebody who knows all records can tell. The record is on disk before
-    this is called, so a failure loses nothing: `bench track` sends it again. After one timeout this
-    process does not contact the server again.
+    `live` is the W&B run that has followed this one. `dense_ratio` is the score relative to that of
+    the dense run, which requires all records. The record is on disk before this call, so a failure
+    loses nothing: `bench track` sends it again. After a timeout this process does not contact the
+    server again.
     """
     if config.kind == "none":
         return None
     try:
         kept = _send(record, store, config, live, dense_ratio)
-    except Exception as error:  # whatever a tracker raises, it must not fail the run
+    except Exception as error:  # A tracker must not fail the run.
         reason = error_sentence(error)
         return f"sending run {record.id} to W&B failed ({reason}); retry: bench track {record.id}"
     note = json.dumps({"run": record.id, "tracker": config.kind, "kept": kept}, indent=1)
@@ -67,10 +67,10 @@ def track_model(record: Record, model: Path, store: Store, config: TrackerConfig
     """Send a run's exported model; return None on success, else one sentence about the failure.
 
     Raises:
-        UserError: the folder is no export of this run.
+        UserError: the folder is not an export of this run.
     """
     card = model / "README.md"
-    # A wrong model beside a run's numbers could not be told from the right one in W&B.
+    # In W&B, nobody could tell that a model does not belong to the run.
     if not card.is_file() or record.id not in card.read_text("utf-8", "replace"):
         raise UserError(
             f"--model {model}: no model card there names run {record.id}; write the folder by "
@@ -78,7 +78,7 @@ def track_model(record: Record, model: Path, store: Store, config: TrackerConfig
         )
     try:
         wandb_run.send_model(record, model, config, store.root)
-    except Exception as error:  # as above
+    except Exception as error:  # A tracker must not fail the command.
         return f"sending the model of run {record.id} to W&B failed ({error_sentence(error)})"
     return None
 
@@ -87,7 +87,7 @@ def track_overview(overview: Overview, config: TrackerConfig, results_dir: Path)
     """Send a project's overview; return None on success, else one sentence about the failure."""
     try:
         wandb_run.send_overview(overview, config, results_dir)
-    except Exception as error:  # as above
+    except Exception as error:  # A tracker must not fail the command.
         reason = error_sentence(error)
         return f"sending the overview to W&B failed ({reason}); retry: bench track"
     return None
@@ -99,7 +99,7 @@ def track_workspace(
     """Save a project's workspace; return None on success, else one sentence about the failure."""
     try:
         save_workspace(records, config, results_dir)
-    except Exception as error:  # as above
+    except Exception as error:  # A tracker must not fail the command.
         reason = error_sentence(error)
         return f"saving the workspace in W&B failed ({reason}); retry: bench track --workspace"
     return None
@@ -116,11 +116,11 @@ def _send(
     try:
         if live is not None:
             return live.send() or None
-        # Offline mode only writes files, which cannot hang; a subprocess would import wandb again.
+        # Offline mode only writes files and cannot hang; a subprocess would import wandb again.
         if wandb_run.wandb_mode(config) != "online":
             folder = store.folder(record.id)
             return wandb_run.send_record(record, folder, config, store.root, dense_ratio)
-        # A sweep would otherwise wait the full timeout after every one of its runs.
+        # Otherwise a sweep would wait for the full timeout after every run.
         if _unanswered_runs:
             raise UploadTimeout(f"the server did not answer for run {_unanswered_runs[0]}")
         return upload_in_subprocess(record.id, store.root, config, dense_ratio)

@@ -1,11 +1,10 @@
-"""W&B's client in a process of its own, which a run can feed while it goes on and then abandon.
+"""W&B's client in a separate process, which receives events during a run and can be abandoned.
 
-W&B's client waits for minutes for a server that does not answer, and once more when its process
-exits. A run cannot afford that, so the client runs in a separate process. The run writes one line
-of JSON per event to its standard input, never waiting: while the pipe is full, events are dropped.
-The record follows at the end and holds every number again. After `timeout` seconds from then the
-process and its children are killed.
-
+W&B's client waits for minutes if a server does not answer, and again when its process exits. A run
+cannot afford that, so the client runs in a separate process. The run writes one line of JSON per
+event to its standard input, without ever waiting: events are dropped if the pipe is full. The
+record is sent at the end and contains all numbers. After another `timeout` seconds the process and
+its children are killed.
     {"id", "results_dir", ...}             the first line, see `Opening`
     {"phase", "share", "seconds"}          a phase began or advanced
     {"task", "value", "stderr"}            a task has its number
@@ -37,9 +36,9 @@ if TYPE_CHECKING:
 
 _MODULE = "bench.tracking.upload"
 SECONDS_BETWEEN_EVENTS = 2.0
-"""Shortest time between two events about one phase."""
+"""Minimum time between two events of a phase."""
 SECONDS_FOR_A_FAILED_RUN = 10.0
-"""How long a run that failed or was interrupted waits until W&B knows."""
+"""Time that a failed or interrupted run waits for W&B to be notified."""
 
 
 class UploadFailed(Exception):
@@ -47,36 +46,36 @@ class UploadFailed(Exception):
 
 
 class UploadTimeout(UploadFailed):
-    """The upload took longer than a healthy server needs to answer."""
+    """The upload took longer than a responsive server needs."""
 
 
 @dataclass(frozen=True)
 class Opening:
-    """Which record is sent, and what its W&B run shows until the record is there."""
+    """The record to send, and what its W&B run shows before the record exists."""
 
     id: str
     results_dir: str
     tracker: JsonObject
     live: LiveRun | None = None
-    """None if the record is there already."""
+    """None if the record exists already."""
     dense_ratio: float | None = None
-    """The score of a record that is there, relative to the dense run's."""
+    """Score of an existing record relative to the dense run's."""
 
 
 @dataclass(frozen=True)
 class LiveRun:
-    """What a W&B run shows from its first second."""
+    """What a W&B run shows from its start."""
 
     name: str
     group: str | None
     tags: list[str]
     config: JsonObject
     watched: int = field(default_factory=os.getpid)
-    """The process whose processor, accelerator and memory W&B charts."""
+    """Process whose use of processor, accelerator and memory W&B records."""
 
 
 class Upload:
-    """The process that sends one record; a `bench.ui.Watcher` of the run that makes the record."""
+    """The process that sends one record, a `bench.ui.Watcher` of the run that creates it."""
 
     def __init__(self, opening: Opening, timeout: float) -> None:
         self._timeout, self._run = timeout, opening.id
@@ -84,25 +83,25 @@ class Upload:
         self._announced = False
         self._last_event = 0.0
         self._phase: object = None
-        # -P keeps the working folder off sys.path, where a stranger's `bench.py` may lie.
+        # -P keeps the working folder off sys.path, because it may contain an untrusted `bench.py`.
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", _MODULE],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             bufsize=0,
-            # W&B's client starts its own service process. A new session puts both into one process
-            # group, which can be killed as a whole, and keeps the terminal's Ctrl-C from them.
+            # W&B's client starts its own service process. A new session puts both into a process
+            # group, which can be killed as a whole and does not receive the terminal's Ctrl-C.
             start_new_session=True,
         )
         assert self._process.stdin is not None
         # The process reads this line before it imports anything that could hang.
-        with suppress(BrokenPipeError):  # `send` says why the reader has gone
+        with suppress(BrokenPipeError):  # `send` reports why the reader has ended.
             self._process.stdin.write(_line(asdict(opening)))
         os.set_blocking(self._process.stdin.fileno(), False)
 
     def phase(self, name: str, share: float | None, seconds: float) -> None:
-        """Show the phase of the run; `share` of it is done, after `seconds` of the whole run."""
+        """Show the phase of the run, of which `share` is done, `seconds` after the run's start."""
         now = time.monotonic()
         if name == self._phase and now - self._last_event < SECONDS_BETWEEN_EVENTS:
             return
@@ -123,11 +122,11 @@ class Upload:
         started = time.monotonic()
         errors = self._end({"record": self._run}, self._timeout)
         if self._process.returncode != 0:
-            # The last line is the one that `main` prints; earlier ones are the client's.
+            # The last line is printed by `main`, earlier ones by the client.
             code = self._process.returncode
             lines = errors.decode(errors="replace").strip().splitlines() or [f"exit code {code}"]
-            # The client may give up by itself before our timeout; after so long a wait that means a
-            # silent server as well.
+            # The client may give up before our timeout. After such a long wait, this also means
+            # that the server does not answer.
             waited = time.monotonic() - started > WANDB_INIT_SECONDS
             raise (UploadTimeout if waited else UploadFailed)(lines[-1])
         return (self._output.decode(errors="replace").strip().splitlines() or [""])[-1]
@@ -146,23 +145,24 @@ class Upload:
         except subprocess.TimeoutExpired:
             raise UploadTimeout(f"no answer within {self._timeout:g} s") from None
         finally:
-            # Also after success: the client's service process may outlive the client.
+            # Also after success, because the client's service process may outlive the client.
             _kill_process_group(self._process)
         self._output += output
         return errors
 
     def _write(self, event: JsonObject) -> None:
-        """Write an event, unless the pipe is full or its reader has gone."""
+        """Write an event, unless the pipe is full or its reader has ended."""
         line = _line(event)
-        # Only up to this length a line enters a pipe whole or not at all.
+        # Longer lines could be written to the pipe in part.
         if self._process.stdin is not None and len(line) <= select.PIPE_BUF:
             try:
                 self._process.stdin.write(line)
-            except OSError:  # `send` says why the reader has gone
+            except OSError:  # `send` reports why the reader has ended.
                 return
 
     def _announce(self) -> None:
-        """Say once where the run can be watched."""
+        """Print once where the run can be watched."""
+
         if self._announced or self._process.stdout is None:
             return
         os.set_blocking(self._process.stdout.fileno(), False)
@@ -203,21 +203,21 @@ class _RunFailed(Exception):
 
 
 def main() -> None:
-    """Read the events, print the URL, exit without the client's exit handlers, which wait."""
+    """Read the events and print the URL; exit without the client's exit handlers, which wait."""
     code = 0
     try:
         _follow(sys.stdin.buffer)
-    except Exception as error:  # whatever it is, the parent gets it as one line
+    except Exception as error:  # Any error is passed to the parent as one line.
         code = 1
         print(error_sentence(error), file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    # `os._exit` skips atexit handlers and buffers alike, hence the explicit flushes.
+    # `os._exit` skips atexit handlers and does not flush buffers, hence the explicit flushes.
     os._exit(code)
 
 
 def _follow(lines: IO[bytes]) -> None:
-    """Send the record that the first line names: at once, or after the events of its run."""
+    """Send the record named in the first line, immediately or after the events of its run."""
     from bench.records import Store
     from bench.tracking.wandb_run import finish_live_run, open_wandb_run, send_record
 

@@ -1,12 +1,12 @@
 """A record and a project's overview as runs of Weights & Biases (W&B).
 
-A record becomes a W&B run with its config, metrics, costs, tables, and the record itself. W&B only
-mirrors the records: it can be rebuilt from them at any time with `bench track`, and its failure
-never fails a run. All its files stay inside the results folder.
+A record becomes a W&B run with its config, metrics, costs, tables, and the record itself. W&B is
+only a mirror of the records: `bench track` can rebuild it at any time, and its failure never fails
+a run. All its files stay inside the results folder.
 
 The overview is one W&B run of job type `overview` with leaderboard, Pareto plots, paper tables and
-the HTML report. W&B groups panels into sections by the part of a key
-before the first `/`, so the keys alone define the layout:
+the HTML report. W&B groups panels into sections by the part of a key before the first `/`, so only
+the keys define the layout:
 
     leaderboard/runs     every run with its numbers, sortable and filterable in W&B
     pareto/<setting>     a scatter plot of score against cost, with its data
@@ -50,8 +50,8 @@ def send_record(
 ) -> str | None:
     """Log one record, whose files are in `folder`; return the URL or folder of the W&B run.
 
-    None if W&B is disabled. `dense_ratio` is the score relative to the dense run's, None if there
-    is none to compare with.
+    Return None if W&B is disabled. `dense_ratio` is the score relative to the dense run's, None if
+    there is no dense run.
 
     Raises:
         Exception: any error of W&B; the caller decides whether it matters.
@@ -75,8 +75,8 @@ def send_record(
 def finish_live_run(
     wandb: ModuleType, run: Run, record: Record, folder: Path, config: TrackerConfig
 ) -> None:
-    """Log a record into the W&B run that has been open since the record's run began."""
-    # What only the record knows: marks, the environment, the methods as they were applied.
+    """Log a record into the W&B run that was opened at the start of the record's run."""
+    # Only the record has marks, the environment, and the methods as applied.
     run.name, run.tags = run_name(record), tuple(run_tags(record))
     run.config.update(flat_config(record), allow_val_change=True)
     run.summary["phase"] = "done"
@@ -84,9 +84,9 @@ def finish_live_run(
 
 
 def send_model(record: Record, model: Path, config: TrackerConfig, results_dir: Path) -> str | None:
-    """Log an exported model as an artifact of its record's W&B run, whose lineage thus ends in it.
+    """Log an exported model as an artifact of its record's W&B run, the end of its lineage.
 
-    The artifact's metadata name the model that it was made from, and the run's headline numbers.
+    The artifact's metadata contain the name of the dense model, and the run's headline numbers.
     """
     with open_wandb_run(
         config, results_dir, name=run_name(record), job_type="run", run_id=record.id
@@ -133,40 +133,40 @@ def open_wandb_run(
 ) -> Iterator[tuple[ModuleType, Run, str | None]]:
     """Open a W&B run whose files stay in the results folder; yield (wandb, run, URL or folder).
 
-    The third is None if W&B is disabled, since then nothing is kept. If the block raises, W&B shows
-    the run as failed. With a `run_id`, sending again continues the same run of the project. W&B
-    charts the use of the machine by the process `watched`.
+    The third value is None if W&B is disabled. If the block raises, W&B shows the run as
+    failed. With a `run_id`, sending again continues the same run of the project. W&B records the
+    use of the machine by the process `watched`.
     """
     # Absolute, so that it stays valid if the working directory changes.
     home = (results_dir / "wandb_home").resolve()
     home.mkdir(parents=True, exist_ok=True)
     with _wandb_files_below(home), _masked_arguments():
-        # Imported with the variables set, so that not even the import writes elsewhere.
+        # Imported with the variables set, so that even the import writes only there.
         import wandb
 
         chosen = wandb_mode(config)
         if SWEEP_VARIABLE in os.environ:
-            # The agent has named the run that it watches.
+            # The agent has chosen the id of the run that it watches.
             run_id = os.environ.get("WANDB_RUN_ID", run_id)
         run = wandb.init(
             project=config.project,
             entity=config.entity,
             config=config_of_run,
             id=run_id,
-            # A run that was sent before is written over.
+            # A run that was sent before is overwritten.
             resume=None if run_id is None else "allow",
             dir=str(home),
             mode=chosen,
-            # A host program may already have a W&B run open, which must not be taken over.
+            # A host program may already have a W&B run open, which must not be reused.
             reinit="create_new",
             settings=wandb.Settings(
                 console="off",
                 silent=True,
                 init_timeout=min(WANDB_INIT_SECONDS, config.timeout),
-                # The address of a Git remote may hold a token; a record names the commit.
+                # The address of a Git remote may contain a token; the record has the commit.
                 disable_git=True,
                 save_code=False,
-                # The use of the machine while a stored record is sent would mean nothing.
+                # The use of the machine while sending a stored record would be meaningless.
                 x_disable_stats=watched is None,
                 x_stats_pid=watched or os.getpid(),
             ),
@@ -187,7 +187,7 @@ def open_wandb_run(
 def _log_record(wandb: ModuleType, run: Run, record: Record, files: Sequence[Path]) -> None:
     run.summary.update(wandb_summary(record) | summary_columns(record))
     metrics = [m.model_dump() for m in record.metrics]
-    # Tables hold plain values only, so the parts of a cost become JSON text.
+    # Tables accept only plain values, so the parts of a cost are converted to JSON text.
     costs = [{**c.model_dump(), "parts": json.dumps(c.parts)} for c in record.costs]
     missing = [m.model_dump() for m in record.missing]
     for name, rows in (("metrics", metrics), ("costs", costs), ("missing", missing)):
@@ -197,7 +197,7 @@ def _log_record(wandb: ModuleType, run: Run, record: Record, files: Sequence[Pat
             run.log({name: wandb.Table(columns=columns, data=data)})
     _log_histories(run, record)
     artifact = wandb.Artifact(f"record-{record.id}", type="record")
-    # By name, and no links: a folder from elsewhere may hold more than a record, or lead to it.
+    # Only known names and no links, because an untrusted folder may contain or link other files.
     for file in files:
         if file.is_file() and not file.is_symlink():
             artifact.add_file(str(file))
@@ -212,23 +212,23 @@ def _log_histories(run: Run, record: Record) -> None:
     for method in record.methods:
         lines = method.report.get("history", [])
         if lines:
-            # W&B's x axis is the log call by default, which two methods of a run would share.
+            # By default, W&B's x axis counts log calls, which methods of a run would share.
             run.define_metric(f"{method.name}/*", step_metric=f"{method.name}/epoch")
         for line in lines:
             run.log({f"{method.name}/{key}": value for key, value in line.items()})
 
 
 COLUMN_COSTS = ("flops", "parameters", "bytes", "seconds")
-"""Costs with a column of their own: the first of each quantity, as the report plots it."""
+"""Costs with their own columns: the first of each quantity, as in the report's plots."""
 
 
 def summary_columns(record: Record) -> dict[str, float | str]:
-    """Return what W&B's table of runs is sorted by, under short names.
+    """Return the columns by which W&B's table of runs can be sorted, under short names.
 
-    `method`, `ratio` (of a single method) and `effect`; every headline metric by its task, with
-    `TASK_stderr`; `score` is the average, or the only metric; `flops`, `parameters`, `bytes`,
-    `seconds`; and `flops_saving`, `bytes_saving`, the counted shares that the methods together
-    saved. The full names of `wandb_summary` say what each number is of.
+    They are `method`, `ratio` (of a single method) and `effect`; every headline metric by its task,
+    with `TASK_stderr`; `score`, which is the average or the only metric; `flops`, `parameters`,
+    `bytes`, `seconds`; and `flops_saving`, `bytes_saving`, the counted shares that all methods
+    together saved. The full names in `wandb_summary` include scope and filter.
     """
     effect = "+".join(standing_effects(record.methods)) or "none"
     values: dict[str, float | str] = {"method": record.family, "effect": effect}
@@ -249,7 +249,7 @@ def summary_columns(record: Record) -> dict[str, float | str]:
 
 
 def _savings(record: Record) -> dict[str, float]:
-    """Return the shares of FLOPs and bytes that are gone after all methods, as counted."""
+    """Return the counted shares of FLOPs and bytes that all methods together saved."""
     checks = [method.check for method in record.methods]
     first, last = (checks[0], checks[-1]) if checks else (None, None)
     if first is None or last is None:
@@ -269,7 +269,7 @@ def flat_config(record: Record) -> JsonObject:
 
 
 def flat_values(record: str, content: JsonObject) -> JsonObject:
-    """Return nested values with one key per value, and the id of the record that they belong to."""
+    """Return nested values with one key per value, and the id of their record."""
     return {**dict(_flat_items(content, "")), "record": record}
 
 
@@ -284,9 +284,9 @@ def _flat_items(node: JsonObject, prefix: str) -> Iterator[tuple[str, object]]:
 def wandb_summary(record: Record) -> dict[str, float]:
     """Return the numbers of a record as a flat dict.
 
-    Keys are `task/metric,filter,N-shot`, since a metric may be taken with several filters, and
-    `cost/scope/quantity`. Where answers are missing, `n` and `missing` of a metric stand below its
-    key, since W&B shows the value alone. If a cost was obtained in several ways, the headline is
+    Keys are `task/metric,filter,N-shot`, because a metric may have several filters, and
+    `cost/scope/quantity`. If answers are missing, `n` and `missing` of a metric follow below its
+    key, because W&B shows only the value. If a cost was obtained in several ways, the headline is
     under `quantity` and another one under, for instance, `quantity/analytic`.
     """
     values: dict[str, float] = {}
@@ -307,7 +307,7 @@ def wandb_mode(config: TrackerConfig) -> WandbMode:
     """Resolve the mode; `auto` is online for a user who is logged in, else offline."""
     if config.mode != "auto":
         return config.mode
-    # W&B's own variable decides before the login does, as in any other use of wandb.
+    # W&B's own variable takes precedence over the login, as in any other use of wandb.
     chosen = os.environ.get("WANDB_MODE")
     for known in WANDB_MODES:
         if chosen == known:
@@ -320,7 +320,7 @@ def wandb_mode(config: TrackerConfig) -> WandbMode:
 @contextmanager
 def _masked_arguments() -> Iterator[None]:
     """Hide secrets on the command line of this process, which W&B stores with every run."""
-    # It may be a host program's, whose arguments are none of ours.
+    # In a host program these arguments are not ours.
     before = sys.argv
     sys.argv = list(map(redact, before))
     try:
@@ -331,9 +331,9 @@ def _masked_arguments() -> Iterator[None]:
 
 @contextmanager
 def _wandb_files_below(home: Path) -> Iterator[None]:
-    """Keep all files of W&B, staging included, below `home`, and silence it."""
+    """Keep all files of W&B, including staging, below `home`, and silence it."""
     names = ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_ARTIFACT_DIR")
-    # Restored afterwards: the caller may be a notebook that uses W&B itself.
+    # Restored afterwards, because the caller may be a notebook that uses W&B itself.
     before = {name: os.environ.get(name) for name in (*names, "WANDB_SILENT")}
     os.environ.update({**dict.fromkeys(names, str(home)), "WANDB_SILENT": "true"})
     try:
@@ -380,7 +380,7 @@ def send_overview(overview: Overview, config: TrackerConfig, results_dir: Path) 
     Raises:
         Exception: any error of W&B; the caller decides whether it matters.
     """
-    # One id per project: sending an overview again continues the same W&B run.
+    # One id per project, so that sending an overview again continues the same W&B run.
     with open_wandb_run(
         config, results_dir, name="overview", job_type="overview", run_id=OVERVIEW_ID
     ) as (wandb, run, kept):
@@ -399,7 +399,7 @@ def send_overview(overview: Overview, config: TrackerConfig, results_dir: Path) 
 
 
 def _to_wandb(wandb: ModuleType, rows: WandbTable) -> Table:
-    # Columns may hold missing values next to numbers or text, so their types are mixed.
+    # Columns may mix missing values with numbers or text, so their types are mixed.
     return wandb.Table(
         columns=list(rows.columns), data=[list(row) for row in rows.rows], allow_mixed_types=True
     )

@@ -1,9 +1,9 @@
 """A saved workspace of a W&B project, whose first chart is score against cost.
 
-W&B draws what a run logs in the order of its keys, so that a project of hundreds of runs opens on
+W&B shows what a run logs in the order of its keys, so that a project of hundreds of runs opens with
 progress bars. A workspace is a saved view: charts over the columns of `wandb_run.summary_columns`,
-and a table of runs sorted by score. `wandb-workspaces` writes it, which W&B's client does not
-bring along.
+and a table of runs sorted by score. It is written with `wandb-workspaces`, which is not part of
+W&B's client.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
 
 EXTRA = "workspace"
-"""The optional dependency that installs wandb-workspaces."""
+"""The extra that installs wandb-workspaces."""
 VIEWS_FILE = "wandb_home/workspaces.json"
-"""Addresses of saved views, in the folder of the results that is W&B's own."""
+"""File with the addresses of saved views, in W&B's part of the results folder."""
 NAME = "slimbench"
-"""The name of the view in W&B."""
+"""Name of the view in W&B."""
 LABEL = "${run:displayName}"
 LEADING_COLUMNS = ("method", "ratio", "effect", "score", "dense_ratio")
 MAX_TASKS = 12
-"""Bars of tasks; a benchmark of dozens of tasks would fill the page."""
+"""Maximum number of tasks with bars, because dozens of tasks would fill the page."""
 
 
 @dataclass(frozen=True)
 class ScatterPanel:
-    """Columns of the runs' summaries, `y` against `x`."""
+    """Columns of the runs' summaries to plot, `y` against `x`."""
 
     title: str
     x: str
@@ -48,7 +48,7 @@ class ScatterPanel:
 
 @dataclass(frozen=True)
 class WorkspaceContent:
-    """What a workspace shows: scatter plots by section, bars per task, columns of the runs."""
+    """Contents of a workspace: scatter plots by section, bars per task, columns of the runs."""
 
     sections: dict[str, tuple[ScatterPanel, ...]]
     tasks: tuple[str, ...]
@@ -58,13 +58,14 @@ class WorkspaceContent:
 def workspace_content(records: Sequence[Record]) -> WorkspaceContent:
     """Return the charts and columns for which these records have numbers."""
     summaries = [summary_columns(record) for record in records]
-    # `bench track` adds the ratio to the dense run, which no record knows by itself.
+    # `bench track` adds the ratio to the dense run, which a single record does not have.
     known = {*(name for summary in summaries for name in summary), "dense_ratio"}
     tasks = dict.fromkeys(m.task for record in records for m in record.metrics if m.headline)
     costs = [cost for cost in COLUMN_COSTS if cost in known]
     sections = {
         "Pareto": tuple(ScatterPanel(f"score against {cost}", cost, "score") for cost in costs),
-        # Models and benchmarks differ in scores and sizes; shares of the dense run do not.
+        # Models and benchmarks differ in scores and sizes, but ratios to the dense run are
+        # comparable.
         "Savings": tuple(
             ScatterPanel(f"share of the dense score against {saving}", saving, "dense_ratio")
             for saving in ("flops_saving", "bytes_saving")
@@ -80,7 +81,7 @@ def workspace_content(records: Sequence[Record]) -> WorkspaceContent:
 
 
 def build_workspace(content: WorkspaceContent, entity: str, project: str) -> Workspace:
-    """Return the workspace as wandb-workspaces describes it; nothing is sent.
+    """Return the workspace in the form of wandb-workspaces; nothing is sent.
 
     Raises:
         UserError: wandb-workspaces is not installed.
@@ -114,7 +115,7 @@ def build_workspace(content: WorkspaceContent, entity: str, project: str) -> Wor
         name=NAME,
         sections=sections,
         runset_settings=workspaces.RunsetSettings(
-            # An overview is a run of W&B without any of the columns.
+            # An overview is a W&B run without any of the columns.
             filters=[workspaces.Metric("JobType") == "run"],
             order=[workspaces.Ordering(workspaces.Summary("score"), ascending=False)],
             pinned_columns=[f"summary:{name}" for name in content.columns],
@@ -123,14 +124,14 @@ def build_workspace(content: WorkspaceContent, entity: str, project: str) -> Wor
 
 
 def save_workspace(records: Sequence[Record], config: TrackerConfig, results_dir: Path) -> str:
-    """Save the workspace of a project, over the one saved before from here; return its URL.
+    """Save the workspace of a project, replacing an earlier one saved from here; return its URL.
 
     Raises:
         UserError: wandb-workspaces is not installed, or W&B is offline.
         Exception: any error of W&B; the caller decides whether it matters.
     """
     if wandb_mode(config) != "online":
-        raise UserError("it exists on W&B's server alone: log in, or set WANDB_MODE=online")
+        raise UserError("it exists only on W&B's server: log in, or set WANDB_MODE=online")
     import wandb
 
     entity = config.entity or wandb.Api().default_entity
@@ -155,15 +156,15 @@ def _saved_views(results_dir: Path) -> dict[str, str]:
 
 
 def _view(url: str | None, entity: str, project: str) -> Workspace | None:
-    """Return the view at an address, None without one or if it is gone."""
+    """Return the view at an address, None if there is no address or the view no longer exists."""
     if url is None:
         return None
     workspaces = optional_module("wandb_workspaces.workspaces", EXTRA)
     try:
         found: Workspace = workspaces.Workspace.from_url(url)
-    # Somebody may have removed the view, and the address may be of another server: a new one is
+    # The view may have been deleted, or the address may be of another server, so a new view is
     # saved.
     except Exception:
         return None
-    # A results folder may come from somebody else, and name any view that this user may change.
+    # An untrusted results folder may refer to any view that this user can change.
     return found if (found.entity, found.project) == (entity, project) else None

@@ -93,7 +93,7 @@ def test_it_is_saved_again_over_itself(library, records, tmp_path, monkeypatch):
 
 def test_offline_it_is_one_sentence(records, tmp_path):
     said = track_workspace(records, TrackerConfig(kind="wandb", mode="offline"), tmp_path)
-    assert "on W&B's server alone" in said
+    assert "only on W&B's server" in said
     assert list(tmp_path.iterdir()) == []
 
 
