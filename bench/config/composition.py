@@ -1,8 +1,8 @@
 """From command-line overrides to a validated config, with actionable errors.
 
 Hydra's own exceptions are precise but long; `hydra_errors_as_user_errors` turns each into one
-sentence with the nearest match. At the end are the configs that plug-ins add to Hydra's search
-path: their folders, and classes without a config file.
+sentence with the nearest match. The end of the module has the configs that plug-ins add to Hydra's
+search path: their folders, and classes without a config file.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from bench.records.record import check_ratio
 from bench.security import CONFIG_DIR, redact, refuse_secret, refuse_shadowed_packages
 
 METHOD_NAME = re.compile(r"\w[\w.+-]*")
-"""Names in tables, labels and commands, where other signs mean something."""
+"""Valid names in tables, labels and commands, where other characters have special meanings."""
 
 
 @contextmanager
@@ -79,11 +79,11 @@ def compose_run_config(overrides: Sequence[str]) -> RunConfig:
 
 
 def compose_section(group: str, name: str) -> DictConfig:
-    """Compose one config of a group without the rest of a run's config, as a tree below `group`."""
+    """Compose one config of a group alone, as a tree below `group`."""
     file = CONFIG_DIR / group / f"{name}.yaml"
     own = OmegaConf.load(file) if file.is_file() else None
-    # Hydra composes its own config along with each, which takes ten times as long; it is needed for
-    # files that extend others, and for those of other packages.
+    # Hydra also composes its own config, which takes ten times as long. It is needed only for files
+    # that extend others, and for those of other packages.
     if own is not None and "defaults" not in own:
         return OmegaConf.create({group: own})
     with hydra_config_tree():
@@ -96,9 +96,9 @@ LIST_GROUPS = ("method",)
 
 
 def refuse_doubles(overrides: Overrides, loader: ConfigLoader) -> None:
-    """Raise if a run names two choices that cannot both be meant.
+    """Raise if a run names two choices of which only one can be meant.
 
-    Hydra would apply a method once that is named twice, and the last of two models.
+    Hydra would silently apply a method once if it is named twice, and use the last of two models.
     """
     chosen: dict[str, str] = {}
     for override in overrides.parsed:
@@ -121,7 +121,7 @@ def refuse_doubles(overrides: Overrides, loader: ConfigLoader) -> None:
 
 
 def refuse_empty_mappings(overrides: Overrides, composed: DictConfig) -> None:
-    """Raise for `KEY={}` where the key has entries: they are merged, so that all of them stay."""
+    """Raise for `KEY={}` if the key has entries, because merging keeps all of them."""
     for override in overrides.parsed:
         key = override.key_or_group
         if override.is_sweep_override() or override.is_delete() or override.value() != {}:
@@ -129,8 +129,8 @@ def refuse_empty_mappings(overrides: Overrides, composed: DictConfig) -> None:
         node = OmegaConf.select(composed, key, throw_on_missing=False)
         if isinstance(node, DictConfig) and len(node):
             raise UserError(
-                f"{text_of(override)} empties nothing, since a mapping is merged with what is "
-                f"there: ~{key} removes it with all entries ({', '.join(map(str, node))})"
+                f"{text_of(override)} removes nothing, because a mapping is merged with the "
+                f"existing one: ~{key} removes it with all entries ({', '.join(map(str, node))})"
             )
 
 
@@ -152,7 +152,7 @@ def _refuse_unstorable(config: RunConfig) -> None:
     refuse_unstorable(stored, "")
     for name, knobs in stored["method"].items():
         if not METHOD_NAME.fullmatch(name):
-            raise UserError(f"method.{name}: a method is named by letters, digits and . _ + - only")
+            raise UserError(f"method.{name}: a method's name has only letters, digits and . _ + -")
         try:
             check_ratio(knobs.get("ratio"))
         except ValueError as error:
@@ -160,8 +160,8 @@ def _refuse_unstorable(config: RunConfig) -> None:
 
 
 def _refuse_secrets(plain: object) -> None:
-    """Raise if a value is a password or token of the user, since a record would store it."""
-    # One pass over all values in the usual case; the key is only searched once a secret was found.
+    """Raise if a value is a password or token of the user, because a record would store it."""
+    # Usually one pass over all values; the key is searched only after a secret was found.
     together = "\n".join(str(value) for _, value in _leaves(plain, ""))
     if redact(together) == together:
         return
@@ -170,7 +170,7 @@ def _refuse_secrets(plain: object) -> None:
 
 
 def config_names(group: str) -> list[str]:
-    """Return the names in a config group (`model`, `method`, ...), third parties' included.
+    """Return the names in a config group (`model`, `method`, ...), including those of plug-ins.
 
     Files named `_NAME` are parts of other files.
     """
@@ -203,8 +203,8 @@ def hydra_errors_as_user_errors(overrides: Sequence[str]) -> Iterator[None]:
 
 
 def _not_a_choice(error: Exception, overrides: Sequence[str]) -> UserError | None:
-    """Build the error for a group whose choice is a number or null; None for any other error."""
-    # The words of Hydra 1.3, as in `_unknown_key`. It fails on choices in a list.
+    """Build the error for a group whose choice is a number or null; None for other errors."""
+    # The message of Hydra 1.3, as in `_unknown_key`, which also fails on choices in a list.
     if not str(error).startswith(("Config group override must be", *_NOT_A_TEXT)):
         return None
     for override in Overrides.parse(overrides).parsed:
@@ -212,7 +212,7 @@ def _not_a_choice(error: Exception, overrides: Sequence[str]) -> UserError | Non
         if override.is_sweep_override():
             if "null" in sweep_values(override) and _choices(key):
                 allowed = ", ".join(_choices(key))
-                return UserError(f"{text}: null is no choice of a sweep: allowed: {allowed}")
+                return UserError(f"{text}: null is not a choice of a sweep: allowed: {allowed}")
             continue
         value = override.value()
         listed = value if isinstance(value, list) else [value]
@@ -222,7 +222,7 @@ def _not_a_choice(error: Exception, overrides: Sequence[str]) -> UserError | Non
             names = "method=[camera_p,camera_q], or method=[] for the dense model"
             return UserError(f"{text} names no method: give names, as in {names}")
         if "." not in key and _choices(key):
-            return UserError(f"{text} is no choice: allowed: {', '.join(_choices(key))}")
+            return UserError(f"{text} is not a choice: allowed: {', '.join(_choices(key))}")
     return None
 
 
@@ -240,21 +240,21 @@ def _unknown_choice(error: MissingConfigException) -> UserError:
     if group and not name:
         allowed = ", ".join(sorted(error.options or []))
         return UserError(f"{group}= is empty, as an unset shell variable is: allowed: {allowed}")
-    # Hydra takes the first part of `organisation/name` for a folder of the group.
+    # Hydra treats the first part of `organisation/name` as a subfolder of the group.
     while "/" in group and not _choices(group):
         group, _, folder = group.rpartition("/")
         name = f"{folder}/{name}"
     if group == GROUP and (right := correction(name)) is not None:
-        return UserError(f"model={name} is no model's name: write {right}")
+        return UserError(f"model={name} is not the name of a model: write {right}")
     known = unknown_name(group or "config", name, error.options or [])
     return UserError(f"{known}; or {ACCEPTED}") if group == GROUP else known
 
 
 def _unresolved(error: InterpolationResolutionError, overrides: Sequence[str]) -> UserError:
-    """Build the error for a value that refers to what is not there."""
+    """Build the error for a value with a reference that cannot be resolved."""
     given = Overrides.parse(overrides).setting(str(error.full_key))
     place = given[-1] if given else str(error.full_key)
-    # The words of OmegaConf 2.3; any others are given as they are.
+    # The messages of OmegaConf 2.3; others are passed on unchanged.
     reason = str(error).splitlines()[0]
     if (missing := re.fullmatch(r"Interpolation key '(.*)' not found", reason)) is not None:
         close = nearest(missing[1], _known_keys([]))
@@ -272,10 +272,10 @@ def _unresolved(error: InterpolationResolutionError, overrides: Sequence[str]) -
 
 
 def _unknown_key(error: Exception, overrides: Sequence[str]) -> UserError:
-    """Build the error for an override whose key does not exist, with the nearest key that does."""
+    """Build the error for an override of an unknown key, with the nearest existing key."""
     text = " ".join(str(error).split())
-    # Matches the English messages of Hydra 1.3 (pinned below 1.4), which carry no structured key.
-    # If the words change, the error falls back to Hydra's own sentence, without a suggestion.
+    # Matches the English messages of Hydra 1.3 (pinned below 1.4), which have no structured key. If
+    # the messages change, Hydra's own sentence is used, without a suggestion.
     found = re.search(
         r"Could not (?:override|append to config|delete from config)[^']*'([^']+)'", text
     )
@@ -291,7 +291,7 @@ def _unknown_key(error: Exception, overrides: Sequence[str]) -> UserError:
         if override.is_add() and override.key_or_group == key:
             text = text_of(override)
             return UserError(f"{text} adds a key that exists: write {text.removeprefix('+')}")
-        # Only a group has choices; below it a mapping may well be meant.
+        # Only a group has choices; values below it may be mappings.
         if override.key_or_group == key and "." not in key and isinstance(override.value(), dict):
             return UserError(
                 f"{text_of(override)} is a mapping where a name is needed: write {key}=NAME, and "
@@ -299,7 +299,7 @@ def _unknown_key(error: Exception, overrides: Sequence[str]) -> UserError:
             )
     if (shared := _of_one_swept_method(key, Overrides.parse(overrides))) is not None:
         return shared
-    # The keys that exist are found by composing again without the wrong override.
+    # The existing keys are found by composing again without the wrong override.
     known = _known_keys(Overrides.parse(overrides).without(key).first_values())
     hints = nearest(key, known)
     parent = key.rpartition(".")[0]
@@ -312,7 +312,7 @@ def _unknown_key(error: Exception, overrides: Sequence[str]) -> UserError:
     if parent in OPEN_MAPPINGS and given and hints not in siblings:
         others = f"{parent} has {', '.join(siblings)}" if siblings else f"{parent} is empty"
         return UserError(f"{given[0]} is new, and {others}: write +{given[0]} to add it")
-    # A section that is not there either (benchmark.images of a text benchmark) holds nothing.
+    # If the section itself is missing (benchmark.images of a text benchmark), it has no keys.
     while not siblings and parent not in known:
         parent = parent.rpartition(".")[0]
         siblings = _keys_of(parent, known)
@@ -320,15 +320,15 @@ def _unknown_key(error: Exception, overrides: Sequence[str]) -> UserError:
 
 
 def _of_one_swept_method(key: str, overrides: Overrides) -> UserError | None:
-    """Build the error for a knob of one method in a sweep over several; None for another key."""
+    """Build the error for a knob of one method in a sweep over several; None for other keys."""
     group, _, rest = key.partition(".")
     name = rest.partition(".")[0]
     swept = (o for o in overrides.parsed if o.key_or_group == group and o.is_sweep_override())
     if group != "method" or not any(name in re.findall(r"\w+", text_of(o)) for o in swept):
         return None
     return UserError(
-        f"{key} is set for every method of the sweep, and only {name} has it: sweep {name} in a "
-        "command of its own, or list all runs with hydra/sweeper=list (docs/tables.md)"
+        f"{key} is set for every method of the sweep, but only {name} has it: sweep {name} in a "
+        "separate command, or list all runs with hydra/sweeper=list (docs/tables.md)"
     )
 
 
@@ -340,7 +340,7 @@ OPEN_MAPPINGS = frozenset(
     f"benchmark.{name}"
     for name in ("metrics", "perplexity", "data", "chat_template_args", "gen_kwargs")
 )
-"""Keys whose entries are named by the user: tasks, texts, and settings of others' functions."""
+"""Keys with entries named by the user: tasks, texts, and arguments of the user's functions."""
 
 
 def _known_keys(overrides: list[str]) -> list[str]:
@@ -355,7 +355,7 @@ def _known_keys(overrides: list[str]) -> list[str]:
 
 
 def _leaves(node: object, prefix: str) -> Iterator[tuple[str, object]]:
-    """Yield every dotted key that holds a value, with that value."""
+    """Yield every dotted key with a value, and the value."""
     if isinstance(node, list):
         node = dict(enumerate(node))
     if not isinstance(node, dict):
@@ -381,7 +381,7 @@ _PLUGIN_SCHEME = "slimbench-methods"
 def method_config(name: str, target: str) -> dict[str, object]:
     """Return the config of a method that a plug-in declares by its class.
 
-    Every field is a knob with the class's default; `ratio` follows that of the run, as in the
+    Every field is a knob with the class's default; `ratio` defaults to that of the run, as in the
     shipped configs.
     """
     path = target.replace(":", ".")
@@ -403,7 +403,7 @@ class PluginMethods(ConfigSource):  # type: ignore[misc]  # Hydra has no types
     def load_config(self, config_path: str) -> ConfigResult:
         """Return the config of `method/NAME`."""
         name = _plugin_method(config_path)
-        assert name is not None  # Hydra asks `is_config` first
+        assert name is not None  # Hydra calls `is_config` first.
         return ConfigResult(
             provider=self.provider,
             path=f"{_PLUGIN_SCHEME}://",
@@ -416,7 +416,7 @@ class PluginMethods(ConfigSource):  # type: ignore[misc]  # Hydra has no types
         return _plugin_method(config_path) is not None
 
     def is_group(self, config_path: str) -> bool:
-        """Return whether this is the group of methods, of which this source has any."""
+        """Return whether this is the group of methods, the only one with configs of this source."""
         return config_path.strip("/") == _METHODS and bool(plugins.active().methods)
 
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
@@ -425,7 +425,7 @@ class PluginMethods(ConfigSource):  # type: ignore[misc]  # Hydra has no types
         return sorted(plugins.active().methods) if listed else []
 
     def available(self) -> bool:
-        """Return True: there is nothing that could be missing."""
+        """Return True, because nothing can be missing."""
         return True
 
 
@@ -435,9 +435,9 @@ def _plugin_method(config_path: str) -> str | None:
 
 
 class SearchPath(SearchPathPlugin):  # type: ignore[misc]  # Hydra has no types
-    """Hydra's search path after the shipped configs: plug-ins, then names that stand for models.
+    """Hydra's search path after the shipped configs: plug-ins, then names of models without files.
 
-    The shipped files come first, so that no plug-in replaces one.
+    The shipped files come first, so that plug-ins cannot replace them.
     """
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:

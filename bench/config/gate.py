@@ -1,8 +1,8 @@
-"""What a config may contain, whoever wrote it, and what only the person at the keyboard may allow.
+"""What a config may contain, whoever wrote it, and what only the user may allow.
 
-Command lines, sweep plans, lists of runs and records become configs through these checks and in no
-other way. Whatever lets other code run, reads configs from elsewhere or sends results to somebody
-else counts only if it is said in this command: a plan or a record may ask for it, never grant it.
+Command lines, sweep plans, lists of runs and records become configs only through these checks.
+Anything that runs other code, reads configs from elsewhere or sends results to others counts only
+if it is in the current command: a plan or a record may request it, but not allow it.
 """
 
 from __future__ import annotations
@@ -42,40 +42,40 @@ SHIPPED_HYDRA: dict[str, object] = {
     "job.env_set": {},
     "job.env_copy": [],
 }
-"""The part that acts on this machine: classes, files, folders and the environment. It stays as it
-is shipped, whatever file of a search path would change it."""
+"""The part that affects this machine: classes, files, folders and the environment. It always has
+its shipped values, even if a file of a search path changes it."""
 PLUGIN_PACKAGES = ("hydra_plugins", "hydra")
 """Packages of launchers and sweepers; Hydra starts only classes that it found there itself."""
 RESOLVERS = frozenset({"hydra", "now", "oc.deprecated", "oc.env", "oc.select", "python_version"})
-"""Resolvers that look a value up. `oc.create` and its like build nodes, which could name code, when
-all checks are over."""
+"""Resolvers that look up a value. `oc.create` and similar ones build nodes, which could name code,
+after all checks."""
 
 WIDENING_KEYS = (
     "packages", "hydra.searchpath", "model.trust_remote_code", "benchmark.trust_code",
     "tracker.entity", "hydra.sweeper.max_jobs",
 )  # fmt: skip
-"""Keys that let code run, results leave, or a sweep grow beyond what is shipped."""
+"""Keys with which code may run, results leave the machine, or a sweep may exceed its limits."""
 LAUNCHER_LIMITS = frozenset({
     "jobs", "devices", "timeout_min", "mem_gb", "num_cpus", "cpus_per_job", "gpus_per_job",
     "parallel", "max_num_timeout", "signal_delay_s", "nodes", "tasks_per_node", "gpus_per_node",
     "cpus_per_task", "stderr_to_stdout",
 })  # fmt: skip
-"""Settings of launchers that only count something; others reach a shell or another machine."""
+"""Settings of launchers that are only numbers; others affect a shell or another machine."""
 _NAME = re.compile(r"[\w+-][\w.+-]*")
 
 
 def check_overrides(overrides: Overrides) -> None:
-    """Check what was typed or stored as a command, before anything is composed from it.
+    """Check the arguments of a command, typed or stored, before anything is composed from them.
 
     Raises:
         UserError: an override sets a part of Hydra's config that cannot be set, names a file
-            outside the config groups, grants remote code, or holds a secret.
+            outside the config groups, allows remote code, or contains a secret.
     """
     for override in _single_values(overrides.parsed):
         text = text_of(override)
         refuse_secret(text, override.key_or_group)
         _refuse_node_resolvers(text, text)
-        # Checked before composition, after which the value looks the same whoever set it.
+        # Checked before composition, after which the origin of a value is unknown.
         if sets(override, "model.allow_remote_code"):
             raise UserError(
                 f"{text}: only a file in conf/model may allow a model to run its own code"
@@ -90,19 +90,19 @@ def check_overrides(overrides: Overrides) -> None:
                 raise _not_settable(text)
         for key, value in leaves.items():
             _check_hydra_value(key, value, text)
-        # Only keys with a dot, and the results folder, hold values; all others may choose a file.
+        # Only keys with a dot, and the results folder, have values; all others may select a file.
         if "." in override.key_or_group or override.key_or_group == "results_dir":
             continue
         values = [str(value) for value in leaves.values()]
-        # A folder or file of the user's own may stand in place of a choice.
+        # A user's folder or file may replace a choice.
         if override.key_or_group == GROUP:
             values = [value for value in values if not is_own_path(value)]
         if any(".." in value.split("/") for value in values):
-            raise UserError(f"{text}: a choice lies inside its config group, so `..` is refused")
+            raise UserError(f"{text}: a choice must be inside its config group, so `..` is refused")
 
 
 def _check_hydra_value(key: str, value: object, text: str) -> None:
-    """Raise for a setting of Hydra's that Hydra would refuse in its own words, or ignore."""
+    """Raise for a setting that Hydra would ignore, or refuse with a less helpful message."""
     if key == "hydra.mode" and value is not None and str(value) not in RunMode.__members__:
         raise UserError(f"{text}: allowed: {', '.join(RunMode.__members__)}; -m asks for a sweep")
     if key == "hydra.verbose" and not isinstance(value, bool | str):
@@ -116,31 +116,31 @@ def _check_hydra_value(key: str, value: object, text: str) -> None:
         )
     scheme, separator, place = value.partition("://")
     if "${" in value:
-        return  # known once it is composed
+        return  # Known after composition.
     if separator and scheme not in ("file", "pkg"):
         raise UserError(f"{text}: {scheme}:// cannot be read: give file://FOLDER or pkg://PACKAGE")
     if scheme == "pkg" and separator:
-        # The first part alone: finding the rest would import it.
+        # Only the first part, because finding the rest would import it.
         if not package_exists(place.partition(".")[0]):
             raise UserError(f"{text}: there is no package {place!r}: install it first")
     elif not Path(place if separator else value).is_dir():
-        raise UserError(f"{text}: {value} is no folder")
+        raise UserError(f"{text}: {value} is not a folder")
 
 
 def check_run(overrides: Sequence[str]) -> Overrides:
-    """Check and return the overrides of one run of a sweep; they leave Hydra's config alone."""
+    """Check and return the overrides of one run of a sweep, which must not set Hydra's config."""
     parsed = Overrides.parse(overrides)
     check_overrides(parsed)
     if parsed.of_hydra:
         raise UserError(
-            f"{parsed.of_hydra[0]}: one run of a sweep cannot change Hydra's own config; "
+            f"{parsed.of_hydra[0]}: a single run of a sweep cannot change Hydra's own config; "
             "give it to the whole sweep"
         )
     return parsed
 
 
 def check_composed(composed: DictConfig) -> None:
-    """Check a composed config with Hydra's own part, before Hydra acts on it.
+    """Check a composed config, including Hydra's own part, before Hydra acts on it.
 
     Raises:
         UserError: it names code outside its packages, or changes what cannot be set.
@@ -152,7 +152,7 @@ def check_composed(composed: DictConfig) -> None:
     own = whole.pop("hydra")
     packages = whole.get("packages")
     refuse_packages_of_files(packages, Overrides.parse(own["overrides"]["task"]))
-    # Anything else than a list allows nothing; validation says what is wrong with it.
+    # Anything other than a list allows nothing, and validation reports the problem.
     named = packages if isinstance(packages, list) else ()
     refuse_foreign_code(whole, (*named, *plugins.active().packages))
     for key, shipped in SHIPPED_HYDRA.items():
@@ -166,7 +166,7 @@ def check_composed(composed: DictConfig) -> None:
 
 
 def refuse_packages_of_files(packages: object, overrides: Overrides) -> None:
-    """Raise if a config file, and not this command, names packages whose code may run."""
+    """Raise if a config file, instead of this command, names packages whose code may run."""
     named = map(str, packages) if isinstance(packages, list | ListConfig) else ()
     allowed = {"methods", *plugins.active().packages}
     beyond = [name for name in named if name not in allowed]
@@ -178,7 +178,7 @@ def refuse_packages_of_files(packages: object, overrides: Overrides) -> None:
 
 
 def _check_plugin(key: str, node: object, composed: DictConfig) -> None:
-    """Check that a launcher or sweeper is one class of Hydra's, and that its settings are plain."""
+    """Check that a launcher or sweeper is one of Hydra's classes with plain settings."""
     if not isinstance(node, dict):
         raise UserError(f"{key}={node}: choose one by hydra/{key.removeprefix('hydra.')}=NAME")
     settings = dict(node)
@@ -204,13 +204,13 @@ def _check_plugin(key: str, node: object, composed: DictConfig) -> None:
 def check_plan(
     folder: Path, arguments: Overrides, runs: Iterable[Sequence[str]], repeated: Sequence[str]
 ) -> None:
-    """Check what the plan of the sweep in `folder` asks for.
+    """Check the requests of the plan in a sweep's `folder`.
 
-    `runs` are the overrides of its runs, planned or listed; `repeated` are the arguments of the
-    plan that the person at the keyboard gives again, and thereby allows.
+    `runs` are the overrides of its planned or listed runs. `repeated` are arguments of the plan
+    that the user repeats in this command and thereby allows.
 
     Raises:
-        UserError: the plan asks for what a plan cannot allow, and this command does not.
+        UserError: the plan requests what a plan cannot allow, and this command does not allow it.
     """
     check_overrides(arguments)
     # Runs share most of their overrides, and parsing one takes a millisecond.
@@ -235,7 +235,7 @@ def check_plan(
 def refuse_unplanned(
     folder: Path, arguments: Overrides, runs: Iterable[Sequence[str]], repeated: Sequence[str]
 ) -> None:
-    """Raise if an argument that was given again is not in the plan; see `check_plan`."""
+    """Raise if a repeated argument is not in the plan; see `check_plan`."""
     known = {*arguments.texts, *(text for run in runs for text in run)}
     for text in repeated:
         if text not in known:
@@ -245,17 +245,17 @@ def refuse_unplanned(
 
 
 def _is_same_folder(override: Override, folder: Path) -> bool:
-    """Tell whether an override names a folder, by whatever path."""
+    """Return whether an override names a folder, by any path."""
     value = None if override.is_sweep_override() else override.value()
     return value is not None and os.path.realpath(str(value)) == os.path.realpath(folder)
 
 
 def _widens(override: Override) -> bool:
-    """Tell whether an override asks for what only the person at the keyboard can allow."""
+    """Return whether an override requests something that only the user can allow."""
     for single in _single_values([override]):
         if any(sets(single, key) for key in WIDENING_KEYS):
             return True
-        # A resolver reads what is not in the plan, such as the environment.
+        # A resolver reads values from outside the plan, such as environment variables.
         if any(_resolvers(text_of(single))):
             return True
         for key, value in _leaves(single):
@@ -263,7 +263,7 @@ def _widens(override: Override) -> bool:
                 setting = key.removeprefix("hydra.launcher").removeprefix(".").partition(".")[0]
                 if setting and setting not in LAUNCHER_LIMITS:
                     return True
-            # The name of a study is that of a file.
+            # The name of a study is also a file name.
             elif key != "hydra.sweeper.study":
                 continue
             if value is not None and not _NAME.fullmatch(str(value)):
@@ -284,7 +284,7 @@ def _is_below(key: str, parent: str) -> bool:
 
 
 def _single_values(overrides: Iterable[Override]) -> Iterator[Override]:
-    """Yield overrides with one value each: a sweep over mappings as one override per mapping."""
+    """Yield overrides with a single value: one override per mapping of a sweep over mappings."""
     for override in overrides:
         values = list(sweep_values(override)) if _is_choice(override) else []
         if any("{" in value for value in values):
@@ -295,12 +295,12 @@ def _single_values(overrides: Iterable[Override]) -> Iterator[Override]:
 
 
 def _is_choice(override: Override) -> bool:
-    """Tell whether an override lists its values; a range may have billions."""
+    """Return whether an override lists its values, unlike a range, which may have billions."""
     return override.value_type in (ValueType.CHOICE_SWEEP, ValueType.SIMPLE_CHOICE_SWEEP)
 
 
 def _leaves(override: Override) -> Iterator[tuple[str, object]]:
-    """Yield every dotted key that an override sets, with its value or, of a sweep, each value."""
+    """Yield every dotted key that an override sets, with each of its values."""
     key = override.key_or_group.replace("/", ".")
     if _is_choice(override):
         yield from ((key, value) for value in sweep_values(override))
@@ -328,7 +328,7 @@ def _refuse_node_resolvers(key: str, value: object) -> None:
 
 
 def _resolvers(value: object) -> Iterator[str]:
-    """Yield the name of every resolver in a text; a computed name is yielded as far as it is read.
+    """Yield the name of every resolver in a text; a computed name is yielded up to its first `$`.
 
     `${oc.env:HOME}` has one, `${seed}` has none.
     """
@@ -350,10 +350,10 @@ def plan_arguments(arguments: Sequence[str], name: str) -> Overrides:
 
 
 def listed_runs(composed: DictConfig) -> list[list[str]]:
-    """Return the overrides that the sweeper's own config gives to runs, one list per run or key.
+    """Return the overrides that the sweeper's own config adds to runs, one list per run or key.
 
     Raises:
-        UserError: they are no lists of texts, or no mapping of keys to texts.
+        UserError: they are not lists of texts or a mapping of keys to texts.
     """
     sweeper: Any = OmegaConf.to_container(composed.hydra.sweeper, resolve=False)
     found = [
@@ -371,5 +371,5 @@ _KINDS: dict[type, str] = {list: "list", dict: "mapping", str: "text"}
 
 def _typed(value: Any, kind: type, name: str) -> Any:
     if value is not None and not isinstance(value, kind):
-        raise UserError(f"hydra.sweeper.{name}: {value!r} is no {_KINDS[kind]}")
+        raise UserError(f"hydra.sweeper.{name}: {value!r} is not a {_KINDS[kind]}")
     return kind() if value is None else value

@@ -1,12 +1,12 @@
 """Arguments of `bench run`: flags, overrides read once by Hydra's own grammar, names of models.
 
 A key may be written in several ways (`force=true`, `force=True`, `++force=true`, `"force='true'"`).
-They all become one key and one value here, so that nothing else compares raw text.
+Here they all become the same key and value, so that no other code compares raw text.
 
 `model=` accepts more than the names in conf/model: a hub id, a folder, a GGUF file, torchvision.
-Hydra looks a choice up in its sources of configs, of which `ModelNames` is the last: it answers for
-a value of the group `model` that no file defines, with the config of `model=hub`, `model=local` or
-`model=torchvision` and the value in its place. To sweeps and records it is a choice like others.
+Hydra looks up a choice in its config sources, the last of which is `ModelNames`. For a value of the
+group `model` without a file, it returns the config of `model=hub`, `model=local` or
+`model=torchvision` with this value. For sweeps and records it is a choice like any other.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _BOOLEAN = TypeAdapter(bool)
 
 @dataclass(frozen=True)
 class Overrides:
-    """The arguments of a run or a sweep: whether a flag asks for a sweep, and the overrides."""
+    """The arguments of a run or a sweep: whether a flag requests a sweep, and the overrides."""
 
     multirun: bool
     parsed: tuple[Override, ...]
@@ -63,14 +63,14 @@ class Overrides:
             parsed = tuple(OverridesParser.create().parse_overrides(texts))
         except OverrideParseException as error:
             raise parse_error(error) from None
-        # Hydra's grammar allows it and its config loader then fails on the value.
+        # Hydra's grammar allows it, but its config loader fails later.
         for text in (text_of(override) for override in parsed if not override.key_or_group):
             raise UserError(f"{text!r} has no key: write KEY=VALUE, as in ratio=0.4")
         return cls(bool(flags), parsed)
 
     @property
     def texts(self) -> list[str]:
-        """The overrides as they were written, without flags."""
+        """The overrides as written, without flags."""
         return [text_of(override) for override in self.parsed]
 
     @property
@@ -89,15 +89,15 @@ class Overrides:
         return [text_of(override) for override in self.parsed if not _is_hydras(override)]
 
     def setting(self, key: str) -> list[str]:
-        """Return the overrides that set a key, or anything below it."""
+        """Return the overrides that set a key or anything below it."""
         return [text_of(override) for override in self.parsed if sets(override, key)]
 
     def without(self, key: str) -> Overrides:
-        """Return the overrides that do not set a key, or anything below it."""
+        """Return the overrides that do not set a key or anything below it."""
         return replace(self, parsed=tuple(o for o in self.parsed if not sets(o, key)))
 
     def value(self, key: str) -> object:
-        """Return the value that a key is given last; None if it is not set, deleted, or swept."""
+        """Return the last value of a key; None if it is not set, deleted, or swept."""
         value = None
         for override in self.parsed:
             if override.key_or_group == key:
@@ -105,22 +105,22 @@ class Overrides:
         return cast(object, value)
 
     def is_true(self, key: str) -> bool:
-        """Return whether a key is set to a true value, in any spelling that the config accepts."""
+        """Return whether a key is set to true, in any spelling that the config accepts."""
         try:
             return _BOOLEAN.validate_python(self.value(key))
-        # Not a boolean (or not set): the validation of the config reports it, with the key.
+        # If it is not a boolean (or not set), validation of the config reports it with the key.
         except ValidationError:
             return False
 
     def without_repeats(self) -> Overrides:
-        """Return the overrides with each key once: a word that is repeated means one thing.
+        """Return the overrides with each key only once, if repeated ones have equal values.
 
         Raises:
-            UserError: a key has two values, of which Hydra would take the last without a word.
+            UserError: a key has two different values, of which Hydra would silently use the last.
         """
         first: dict[str, Override] = {}
         for override in self.parsed:
-            # A group may stand in several places of the config.
+            # A group may be in several places of the config.
             place = "" if override.package is None else f"@{override.package}"
             key = override.key_or_group.replace("/", ".") + place
             if _meaning(known := first.setdefault(key, override)) != _meaning(override):
@@ -129,14 +129,14 @@ class Overrides:
         return replace(self, parsed=tuple(first.values()))
 
     def refuse_several_values(self) -> None:
-        """Raise if a key has several values, which only a sweep can go through."""
+        """Raise if a key has several values, which only a sweep can use."""
         for override in self.parsed:
             if override.is_sweep_override():
                 text, key = text_of(override), override.get_key_element()
                 value = text.partition("=")[2]
                 other = f"write {quoted_override(text)} if this is one text"
                 if key == "method":
-                    # A list in a list, or one that names a method twice, would be refused in turn.
+                    # Nested lists, and lists that name a method twice, are not suggested.
                     names = list(dict.fromkeys(re.findall(r"[^][,\s]+", value)))
                     order = "them one after the other" if len(names) > 1 else "it"
                     other = f"method=[{','.join(names)}] applies {order}"
@@ -155,19 +155,19 @@ class Overrides:
 
 
 def _meaning(override: Override) -> tuple[object, str]:
-    """Return what an override does to its key, with its value in one spelling."""
-    # As text, since 1, 1.0 and true are equal in Python. Of a sweep, as it was written.
+    """Return the effect of an override on its key, with its value in a normal form."""
+    # As text, because 1, 1.0 and True are equal in Python. Sweeps are kept as written.
     swept = override.is_sweep_override()
     return override.type, text_of(override).partition("=")[2] if swept else repr(override.value())
 
 
 MAX_CHARACTERS, MAX_LEVELS, MAX_VALUES = 100_000, 30, 100_000
-"""Bounds of one argument, which may come from the plan of somebody else: its length, the nesting of
-its lists and mappings, and the values of a range."""
+"""Limits of one argument, which may come from an untrusted plan: its length, the nesting of lists
+and mappings, and the number of values of a range."""
 
 
 def _refuse_endless(text: str) -> None:
-    """Raise if an argument is so long or so deep that Hydra's parser would not come to an end."""
+    """Raise if an argument is so long or so nested that Hydra's parser would not terminate."""
     levels = deepest = 0
     for character in text[:MAX_CHARACTERS]:
         levels += (character in "[{(") - (character in "]})")
@@ -180,7 +180,7 @@ def _refuse_endless(text: str) -> None:
 
 
 def parse_error(error: OverrideParseException) -> UserError:
-    """Build the error for an argument that Hydra's grammar cannot read, with the cure."""
+    """Build the error, with a cure, for an argument that Hydra's grammar cannot parse."""
     text = str(error.override)
     key, equals, _ = text.partition("=")
     if not equals:
@@ -193,25 +193,25 @@ def parse_error(error: OverrideParseException) -> UserError:
 
 
 def quoted_override(text: str) -> str:
-    """Return KEY=VALUE as a word of a shell in which the value is one text."""
+    """Return KEY=VALUE quoted for a shell, with the value as a single text."""
     key, _, value = text.partition("=")
     word = f"{key}={quoted_text(value)}"
-    # Double quotes are easier to read around Hydra's single ones, where a shell reads them alike.
+    # Double quotes are easier to read around Hydra's single ones, if a shell treats them alike.
     plain = not set(word) & set('"$`!') and "\\\\" not in word
     return f'"{word}"' if plain else shlex.quote(word)
 
 
 def quoted_text(text: str) -> str:
-    """Quote a text by Hydra's grammar, in which backslashes count only before a quote."""
-    # Backslashes directly before a quote are doubled and the quote escaped; a trailing run of
-    # backslashes is doubled too, since the closing quote follows it.
+    """Quote a text for Hydra's grammar, in which backslashes are special only before a quote."""
+    # Backslashes directly before a quote are doubled and the quote is escaped. Trailing backslashes
+    # are doubled too, because the closing quote follows them.
     escaped = re.sub(r"(\\*)(')", r"\1\1\\\2", text)
     escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
     return f"'{escaped}'"
 
 
 def text_of(override: Override) -> str:
-    """Return an override as it was written."""
+    """Return an override as written."""
     return str(override.input_line)
 
 
@@ -230,9 +230,9 @@ def sweep_values(override: Override) -> Iterator[str]:
 
 
 def range_numbers(sweep: RangeSweep) -> list[int] | list[float]:
-    """Return the numbers of a range as they are written: `range(0.1,0.35,0.1)` ends with 0.3.
+    """Return the numbers of a range in decimal: `range(0.1,0.35,0.1)` ends with 0.3.
 
-    Hydra adds the binary values up, which gives 0.30000000000000004: another ratio, and another
+    Hydra adds binary floats, which gives 0.30000000000000004: a different ratio, and so a different
     run, than 0.3.
 
     Raises:
@@ -242,7 +242,7 @@ def range_numbers(sweep: RangeSweep) -> list[int] | list[float]:
     if not step or not (start.is_finite() and stop.is_finite() and step.is_finite()):
         raise UserError(f"range({start},{stop},{step}): the step must be a number other than 0")
     count = max(0, math.ceil((stop - start) / step))
-    # Before they are listed: a slip of a few zeros would fill the memory.
+    # Before they are listed, because a few zeros too many could exhaust the memory.
     if count > MAX_VALUES:
         raise UserError(
             f"range({start},{stop},{step}) has {count:,} values: a sweep takes {MAX_VALUES:,} at "
@@ -255,9 +255,9 @@ def range_numbers(sweep: RangeSweep) -> list[int] | list[float]:
 
 
 def refuse_endless_grid(values: Mapping[str, int], limit: object) -> None:
-    """Raise if a grid, by its number of values per key, has more jobs than `limit`.
+    """Raise if a grid has more jobs than `limit`; `values` is the number of values per key.
 
-    Called before its jobs are listed: a slip of a few zeros would fill the memory.
+    Called before jobs are listed, because a few zeros too many could exhaust the memory.
     """
     if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
         raise UserError(f"hydra.sweeper.max_jobs={limit}: a whole number from 1 on is needed")
@@ -278,7 +278,7 @@ def sets(override: Override, key: str) -> bool:
         return False
     node: object = override.value()
     for part in key.removeprefix(f"{own}.").split("."):
-        # Keys of a mapping may be dotted as well, as those of `hydra.sweeper.params` are.
+        # Keys of a mapping may also have dots, for example in `hydra.sweeper.params`.
         if not isinstance(node, dict) or part not in node:
             return False
         node = node[part]
@@ -290,7 +290,7 @@ def _is_hydras(override: Override) -> bool:
 
 
 _PLAIN_WORD = re.compile(r"(?!(?:true|false|null|nan|inf)$)[A-Za-z_./][\w./-]*", re.IGNORECASE)
-"""Texts that Hydra's grammar reads as themselves; all others are quoted."""
+"""Texts that Hydra's grammar reads unchanged; all others are quoted."""
 
 
 def keyword_overrides(given: Mapping[str, object], over: Mapping[str, object]) -> list[str]:
@@ -300,7 +300,7 @@ def keyword_overrides(given: Mapping[str, object], over: Mapping[str, object]) -
     ['method=[a,b]', 'costs.length=64', '-m', 'ratio=0.2,0.4']
 
     Raises:
-        UserError: a value is of a type that no config holds, or a sweep has no values.
+            UserError: the type of a value is not possible in a config, or a sweep has no values.
     """
     words = [word for key, value in given.items() for word in _leaf_overrides(key, value)]
     sweeps = []
@@ -309,7 +309,7 @@ def keyword_overrides(given: Mapping[str, object], over: Mapping[str, object]) -
             raise UserError(f"over: {key}={values!r} is no list of values, as in [0.2, 0.4]")
         texts = [_value_text(key, value) for value in values]
         if not texts:
-            raise UserError(f"over: {key} has no values to go through")
+            raise UserError(f"over: {key} has no values")
         sweeps.append(f"{key}={','.join(texts)}")
     return [*words, *(["-m"] if sweeps else []), *sweeps]
 
@@ -323,7 +323,7 @@ def _leaf_overrides(key: str, value: object) -> Iterator[str]:
 
 
 def _value_text(key: str, value: Any) -> str:
-    """Write a Python value in Hydra's grammar; a scalar of numpy or torch stands for its number."""
+    """Write a Python value in Hydra's grammar; scalars of numpy or torch become plain numbers."""
     value = value.item() if getattr(value, "ndim", None) == 0 else value
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
@@ -355,9 +355,9 @@ _ADDRESS = re.compile(
 
 
 def model_config(value: str) -> dict[str, object] | None:
-    """Return the config that a value of `model=` stands for; None if it is no such value.
+    """Return the config for a value of `model=`, None if the value is not a model.
 
-    Like transformers, it takes a folder for a folder even where a hub id has the same form.
+    As in transformers, an existing folder takes precedence over a hub id of the same form.
     """
     if value.startswith(_TORCHVISION):
         architecture = value.removeprefix(_TORCHVISION)
@@ -370,7 +370,7 @@ def model_config(value: str) -> dict[str, object] | None:
 
 
 def correction(value: str) -> str | None:
-    """Return how a model is given that was given with its revision or by its address."""
+    """Return the correct form for a model that was given with its revision or as a URL."""
     found = _ADDRESS.fullmatch(value) or _WITH_REVISION.fullmatch(value)
     if found is None:
         return None
@@ -380,13 +380,13 @@ def correction(value: str) -> str | None:
 
 
 def is_own_path(value: str) -> bool:
-    """Return whether a value is a path, and no choice that Hydra would find in its config tree."""
+    """Return whether a value is a path instead of a choice in Hydra's config tree."""
     return _is_path(value) and not (CONFIG_DIR / GROUP / f"{value}.yaml").is_file()
 
 
 def _is_path(value: str) -> bool:
-    # What is written as a path is taken for one whether or not it exists: the sentence about a
-    # missing file is then about that file, and not about names of models.
+    # A value in the form of a path counts as one even if it does not exist, so that the error is
+    # about a missing file instead of an unknown model.
     if value.endswith(".gguf") or value.startswith(("./", "../", "/", "~")) or value in (".", ".."):
         return True
     folder = Path(value)
@@ -394,15 +394,15 @@ def _is_path(value: str) -> bool:
 
 
 def _path_name(path: Path) -> str:
-    """Return the name under which tables and figures show a model folder or file."""
-    # Normalised as text only: a link is shown under the name that the user gave.
+    """Return the name of a model folder or file in tables and figures."""
+    # Normalised as text only, because a link is shown under the name that the user gave.
     whole = Path(os.path.normpath(path.expanduser().absolute()))
     return whole.stem if whole.suffix == ".gguf" else whole.name
 
 
 def _shipped(file: str, **changed: object) -> dict[str, object]:
     config = OmegaConf.load(CONFIG_DIR / GROUP / f"{file}.yaml")
-    # Unresolved: `seed` and the like are interpolations of the run's config.
+    # Unresolved, because `seed` and others are interpolations of the run's config.
     plain = OmegaConf.to_container(config, resolve=False)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()} | changed
@@ -419,7 +419,7 @@ class ModelNames(ConfigSource):  # type: ignore[misc]  # Hydra has no types
     def load_config(self, config_path: str) -> ConfigResult:
         """Return the config of `model/VALUE`."""
         config = model_config(_value(config_path) or "")
-        assert config is not None  # Hydra asks `is_config` first
+        assert config is not None  # Hydra calls `is_config` first.
         return ConfigResult(
             provider=self.provider,
             path=f"{SCHEME}://",
@@ -428,7 +428,7 @@ class ModelNames(ConfigSource):  # type: ignore[misc]  # Hydra has no types
         )
 
     def is_config(self, config_path: str) -> bool:
-        """Return whether this is `model/VALUE` with a value that stands for a model."""
+        """Return whether this is `model/VALUE` with a valid value."""
         value = _value(config_path)
         return value is not None and model_config(value) is not None
 
@@ -437,11 +437,11 @@ class ModelNames(ConfigSource):  # type: ignore[misc]  # Hydra has no types
         return False
 
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
-        """Return nothing, so that names in conf/model stay the only ones that are listed."""
+        """Return nothing, so that only names in conf/model are listed."""
         return []
 
     def available(self) -> bool:
-        """Return True: there is nothing that could be missing."""
+        """Return True, because nothing can be missing."""
         return True
 
 

@@ -1,7 +1,7 @@
 """Typed configuration of a run; the only place where input is validated.
 
-Hydra composes YAML; `validate` turns the result into a `RunConfig`. After that nothing is checked
-again. Importing this module does not import torch.
+Hydra composes YAML; `validate` converts the result to a `RunConfig`. Nothing is checked again
+later. Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -100,26 +100,26 @@ class RunConfig(BaseModel):
 
     def plain(self) -> dict[str, Any]:
         """Return the config as JSON values, each method with its knobs."""
-        # The methods one by one: by its declared type, pydantic would write a `Method`, which has
-        # no fields.
+        # Method by method, because pydantic would serialize them by their declared type `Method`,
+        # which has no fields.
         plain: dict[str, Any] = self.model_dump(mode="json", exclude={"method"})
         plain["method"] = {name: m.model_dump(mode="json") for name, m in self.method.items()}
         return plain
 
     def identity(self) -> dict[str, Any]:
-        """Return the part of the config that decides the result; see `identity_of`."""
+        """Return the part of the config that affects results; see `identity_of`."""
         return identity_of(
             self.plain(), calibrated=self.uses_calibration, prompted=self.uses_prompts
         )
 
 
 def identity_of(plain: dict[str, Any], *, calibrated: bool, prompted: bool) -> dict[str, Any]:
-    """Return the part of a config that decides the result.
+    """Return the part of a config that affects results.
 
-    Paths, threads, the tracker and options of execution are left out. `plain` is a run's config as
-    JSON values, as its record stores it. `ratio`, `unit` and `recipe` are part of the methods that
-    use them; calibration and prompts count only if a method reads them, so that every sweep finds
-    the same dense record; settings of measurements only if something is measured.
+    `plain` is a run's config as JSON values, as stored in its record. Paths, threads, the tracker
+    and options of execution are left out. `ratio`, `unit` and `recipe` are part of the methods that
+    use them. Calibration and prompts count only if a method reads them, so that every sweep finds
+    the same dense record. Settings of measurements count only if something is measured.
     """
     unwanted = {
         "tracker", "results_dir", "force", "offline", "threads", "ratio", "unit", "recipe",
@@ -130,27 +130,27 @@ def identity_of(plain: dict[str, Any], *, calibrated: bool, prompted: bool) -> d
     if not prompted:
         unwanted.add("prompts")
     chosen = copy.deepcopy({key: value for key, value in plain.items() if key not in unwanted})
-    # A path says where something is; its content is part of the run id by fingerprint.
+    # A path is only a location; the content is part of the run's id by its fingerprint.
     for group in ("model", "calibration", "prompts"):
         chosen.get(group, {}).pop("path", None)
     chosen["model"].pop("adapter", None)
-    # A mapping of task to local data: the tasks matter, their folders do not.
+    # A mapping from task to local data, of which only the tasks matter.
     chosen["benchmark"]["data"] = sorted(plain["benchmark"]["data"])
     for text in chosen["benchmark"]["perplexity"].values():
         text.pop("path")
-        # Absent as it is from runs that were recorded before the key existed.
+        # Left out, because records from before the key existed do not have it.
         if text.get("windows") is None:
             text.pop("windows", None)
-    # `costs` also has settings of counted costs, which are always taken; those stay.
+    # `costs` also has settings of counted costs, which are always recorded; these are kept.
     if not chosen["costs"]["measure"]:
         for key in ("measure", "timing"):
             chosen["costs"].pop(key)
-    # What the folders of tasks hold is part of the id by the definitions of the tasks.
+    # The content of task folders is part of the id by the definitions of the tasks.
     for key in ("include", "trust_code"):
         chosen["benchmark"].pop(key, None)
     for key in ("folder", "download"):
         chosen["benchmark"]["images"].pop(key)
-    # A list of pairs, since keys of objects are sorted before hashing and the order of methods
+    # A list of pairs, because keys of objects are sorted before hashing but the order of methods
     # matters.
     chosen["method"] = [[name, knobs] for name, knobs in plain["method"].items()]
     return chosen
@@ -161,7 +161,7 @@ SECTIONS = ("model", "method", "benchmark", "calibration", "prompts", "costs", "
 
 
 def validate(composed: dict[str, Any]) -> RunConfig:
-    """Turn a composed, resolved config into a `RunConfig`.
+    """Convert a composed, resolved config to a `RunConfig`.
 
     Raises:
         UserError: an unknown key, a value out of range, or a `_target_` that is not a method.
@@ -180,7 +180,7 @@ def validate(composed: dict[str, Any]) -> RunConfig:
         )
     for name in packages:
         _refuse_absent_package(name)
-    # Before any class is imported: importing a module already runs its code.
+    # Before any class is imported, because importing a module runs its code.
     refuse_foreign_code(chosen, (*packages, *plugins.active().packages))
     methods = chosen.pop("method", None) or {}
     if not isinstance(methods, dict):
@@ -194,7 +194,7 @@ def validate(composed: dict[str, Any]) -> RunConfig:
 
 
 def _refuse_absent_package(name: str) -> None:
-    """Raise if a name of `packages` is not that of a package which can be imported."""
+    """Raise unless a name in `packages` is that of a top-level package which can be imported."""
     first = name.partition(".")[0]
     if name != first:
         raise UserError(f"packages=[{name}] names a part of a package: give the whole, {first}")
@@ -217,21 +217,21 @@ def _build_method(name: str, knobs: object) -> Method:
 
 
 def method_class(name: str, target: str) -> type[Method]:
-    """Import the class of a method, whose package must be allowed already.
+    """Import the class of a method, whose package must already be allowed.
 
     Raises:
-        UserError: it cannot be imported, or is no complete method; the message says where.
+        UserError: it cannot be imported, or is not a complete method; the message says where.
     """
     from hydra.utils import get_class
 
     place = f"method.{name}._target_={target}"
     try:
         kind: type = get_class(target)
-    # Hydra imports the module here, and a plug-in's module may raise anything.
+    # Hydra imports the module here, and a plug-in's module may raise any exception.
     except Exception as error:
         cause = error.__cause__ or error
         module, _, missing = target.rpartition(".")
-        # Hydra takes the last part for a module if the module before it has no such name.
+        # Hydra treats the last part as a module if the parent module has no such attribute.
         if isinstance(cause, ModuleNotFoundError) and cause.name == target:
             raise UserError(f"{place}: {module} has no class {missing}") from error
         line = source_line(cause, target.partition(".")[0])
@@ -249,13 +249,13 @@ def method_class(name: str, target: str) -> type[Method]:
 
 
 LARGEST_INTEGER = 2**63 - 1
-"""Beyond it no count is meant, and libraries fail where they convert it."""
+"""No sensible count is larger, and libraries fail to convert larger integers."""
 
 
 def _refuse_unfit_numbers(
     kind: type[BaseModel], values: Mapping[str, object], prefix: tuple[str, ...]
 ) -> None:
-    """Raise for what pydantic takes for a number: true, and what is endless or no number."""
+    """Raise for numbers that pydantic accepts: booleans, infinity, NaN, too large integers."""
     for name, value in values.items():
         field = kind.model_fields.get(name)
         if field is None:
@@ -283,7 +283,7 @@ def _number_fault(value: object) -> str | None:
 
 
 def _holds_number(annotation: object) -> bool:
-    """Return whether a field's type has a number in it, and no truth value."""
+    """Return whether a field's type includes numbers but no booleans."""
     kinds = list(_inner_types(annotation))
     return bool not in kinds and (int in kinds or float in kinds)
 
@@ -295,20 +295,20 @@ def _inner_types(annotation: object) -> Iterator[object]:
 
 
 _EXPECTED = "Input should be "
-"""How pydantic begins a sentence about a value."""
+"""How pydantic starts a sentence about a value."""
 _UNION_TAG = re.compile(r"(int|float|bool|str)$|[\w-]*(\[|-(int|float|str)$)")
-"""How pydantic names the types of a union, where a key would stand."""
+"""How pydantic names the types of a union, in the place of a key."""
 
 
 def _as_user_error(
     error: ValidationError, kind: type[BaseModel], prefix: tuple[str, ...]
 ) -> UserError:
     """Describe the first fault of a pydantic error: key, value, and what is allowed."""
-    # One fault at a time: later ones are often consequences of the first.
+    # Only the first fault, because later ones are often consequences of it.
     faults: list[ErrorDetails] = error.errors()
     fault = faults[0]
     path = [str(part) for part in fault["loc"]]
-    # A value that may be of several types has a fault by each, under a name of pydantic's.
+    # A value of a union has a fault per type, under a name given by pydantic.
     cut = next((at for at, part in enumerate(path) if at and _UNION_TAG.match(part)), len(path))
     same = [each["msg"] for each in faults if each["loc"][:cut] == fault["loc"][:cut]]
     if len(same) > 1:
@@ -326,10 +326,10 @@ def _as_user_error(
         return UserError(f"unknown key {key!r}: {hint}allowed: {', '.join(sorted(options))}")
     if fault["type"] == "missing":
         return UserError(f"{key} is missing: give {key}=...")
-    # pydantic puts its own words before those of our validators.
+    # pydantic adds its own prefix to messages of our validators.
     message = fault["msg"].removeprefix("Value error, ")
     reason = message[0].lower() + message[1:]
-    # A rule over several keys has the whole section as its input; its message names the keys.
+    # A rule for several keys has the whole section as its input; its message names the keys.
     if isinstance(fault["input"], dict) and fault["type"] == "value_error":
         return UserError(f"{key}: {reason}")
     given = _as_written(fault["input"])
@@ -339,7 +339,7 @@ def _as_user_error(
 
 
 def _as_written(value: object) -> object:
-    """Return a value as it is written on the command line, with true, false and null of YAML."""
+    """Return a value as on the command line, with YAML's true, false and null."""
     return json.dumps(value) if value is None or isinstance(value, bool) else value
 
 

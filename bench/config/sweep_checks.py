@@ -50,7 +50,7 @@ from bench.schema import BenchmarkConfig
 class SingleRun(NamedTuple):
     """A single run of a sweep.
 
-    `changed` is the override in which it differs from the first run of its method.
+    `changed` is the override that differs from the first run of its method.
     """
 
     overrides: list[str]
@@ -67,7 +67,8 @@ class SweptKey(NamedTuple):
 def single_runs(overrides: Overrides) -> list[list[str]]:
     """Return single runs that together cover every alternative of a sweep, for every method.
 
-    One run per alternative instead of their product: a few configs check a sweep of 200 jobs.
+    One run per alternative instead of their product, so that a few configs check a sweep of 200
+    jobs.
     """
     with hydra_errors_as_user_errors(overrides.texts), hydra_config_tree():
         return [
@@ -80,8 +81,8 @@ def alternative_configs(
 ) -> list[RunConfig]:
     """Return the validated config of each alternative.
 
-    Hydra composes once per method and per choice of a group; a plain value is set in a copy of the
-    composed config, which takes a tenth of the time. What `admit` has composed is used again.
+    Hydra composes once per method and per choice of a group. A plain value is set in a copy of the
+    composed config, which takes a tenth of the time. The composed config from `admit` is reused.
     """
     found = []
     first = DictConfig({})
@@ -98,8 +99,8 @@ def alternative_configs(
                 )
                 first = composed if changed is None else first
             else:
-                # `_sweep_runs` yields the unchanged run of a method first, so `first` is the one
-                # that this run varies.
+                # `_sweep_runs` yields a method's unchanged run first, so `first` is the run to
+                # vary.
                 composed = copy.deepcopy(first)
                 OmegaConf.update(composed, changed.key_or_group, changed.value(), merge=True)
             found.append(validated(composed))
@@ -107,9 +108,9 @@ def alternative_configs(
 
 
 def every_config(overrides: Overrides, admitted: Admitted) -> Iterator[RunConfig]:
-    """Yield the validated config of every run of a sweep, in its order; of a search, its corners.
+    """Yield the validated config of every run of a sweep in order, or of the corners of a search.
 
-    Those of a search are one change each from the first: what it will choose is not known.
+    The trials of a search are not known in advance; each corner has one change from the first run.
     """
     composed = admitted.composed
     with hydra_errors_as_user_errors(overrides.texts), hydra_config_tree() as loader:
@@ -124,13 +125,14 @@ def every_config(overrides: Overrides, admitted: Admitted) -> Iterator[RunConfig
         bases: dict[tuple[str, ...], DictConfig] = {}
         for job in jobs:
             parsed = [_parse_one(text) for text in job]
-            # Hydra's own config is composed and is no part of a run's.
+            # Hydra's own config is not part of a run's config.
             plain = {
                 place
                 for place, each in enumerate(parsed)
                 if not sets(each, "hydra") and _is_value(each, loader)
             }
-            # Composed once per choice of groups: setting a plain value takes a tenth of the time.
+            # Composed once per choice of groups, because setting a plain value takes a tenth of the
+            # time.
             key = tuple(text for place, text in enumerate(job) if place not in plain)
             if key not in bases:
                 bases[key] = (
@@ -148,21 +150,21 @@ def every_config(overrides: Overrides, admitted: Admitted) -> Iterator[RunConfig
 class Admitted:
     """Arguments that have passed the gate, in the order that Hydra requires.
 
-    Hydra is started with nothing else; `admit` and `admit_plan` are the only makers.
+    Hydra is started only with these; only `admit` and `admit_plan` create them.
     """
 
     arguments: tuple[str, ...]
     is_sweep: bool
     composed: DictConfig
-    """What the first value of every key composes, with Hydra's own section."""
+    """Config composed from the first value of every key, including Hydra's own section."""
 
     def in_folder(self, folder: Path) -> Admitted:
-        """Return the arguments with the folder of a sweep, which nobody may choose."""
+        """Return the arguments with the folder of a sweep, which users cannot choose."""
         return replace(self, arguments=(*self.arguments, f"hydra.sweep.dir={folder}"))
 
 
 def admit(overrides: Overrides) -> Admitted:
-    """Check arguments of the command line, with Hydra's own config that they compose.
+    """Check arguments of the command line, and the Hydra config composed from them.
 
     Raises:
         UserError: they are refused, see `bench.config.gate`, or a key of a single run has several
@@ -179,12 +181,12 @@ def admit_plan(
     jobs: Sequence[Sequence[str]],
     repeated: Sequence[str],
 ) -> Admitted:
-    """Check arguments and jobs of the plan in a sweep's folder, which may be somebody else's.
+    """Check arguments and jobs of the plan in a sweep's folder, which may be untrusted.
 
-    `repeated` are arguments of the plan that were given again in this command.
+    `repeated` are arguments of the plan that are repeated in this command.
 
     Raises:
-        UserError: they are refused, or ask for more than was given again.
+        UserError: they are refused, or request more than what is repeated.
     """
     overrides = plan_arguments(arguments, folder.name)
     # Before composition, which imports the packages of a search path.
@@ -198,7 +200,7 @@ def admit_plan(
 
 
 def _admitted(overrides: Overrides, composed: DictConfig) -> Admitted:
-    # A sweep is asked for by a flag or by a config with mode MULTIRUN.
+    # A flag or a config with mode MULTIRUN requests a sweep.
     is_sweep = overrides.multirun or bool(composed.hydra.mode == RunMode.MULTIRUN)
     if not is_sweep:
         overrides.refuse_several_values()
@@ -206,16 +208,16 @@ def _admitted(overrides: Overrides, composed: DictConfig) -> Admitted:
 
 
 def check_sweeper(overrides: Overrides, configs: Sequence[RunConfig], composed: DictConfig) -> None:
-    """Raise if the sweeper refuses its settings, or optimises what no run of it has.
+    """Raise if the sweeper's settings are invalid, or its objectives do not exist in its runs.
 
-    `composed` is what `admit` composed. Called after `alternative_configs`, which refuses a sweeper
-    from a package that is not named.
+    `composed` is from `admit`. Called after `alternative_configs`, which refuses a sweeper from a
+    package that is not allowed.
     """
     with hydra_errors_as_user_errors(overrides.texts), hydra_config_tree():
         settings = composed.hydra.sweeper
         known = Plugins.instance().class_name_to_class
         if settings.get("_target_") not in known:
-            return  # Hydra names those that it knows
+            return  # Hydra reports those that it knows.
         try:
             sweeper = instantiate(settings)
         except InstantiationException as error:
@@ -228,11 +230,11 @@ def check_sweeper(overrides: Overrides, configs: Sequence[RunConfig], composed: 
 
 
 def refuse_unknown_objective(key: str, name: str, benchmark: BenchmarkConfig) -> None:
-    """Raise unless a run on a benchmark has a metric or a cost of this name."""
+    """Raise unless a run with a benchmark has a metric or a cost of this name."""
     metrics = {"average", *benchmark.tasks, *benchmark.perplexity}
     if benchmark.harness == "images":
         metrics.add(benchmark.images.data)
-    # A task that is a group has a metric of each of its own tasks as well.
+    # A task that is a group also has a metric for each of its tasks.
     prefixes = (*COUNTED_PREFIXES, *(f"{task}_" for task in benchmark.tasks))
     if name in metrics or name in COST_QUANTITIES or name.startswith(prefixes):
         return
@@ -245,7 +247,7 @@ def refuse_unknown_objective(key: str, name: str, benchmark: BenchmarkConfig) ->
 
 
 def _first_composition(overrides: Overrides) -> DictConfig:
-    """Compose and check the first value of everything, including Hydra's own config."""
+    """Compose and check the first value of every key, including Hydra's own config."""
     check_overrides(overrides)
     composed = hydra_compose("config", overrides=overrides.first_values(), return_hydra_config=True)
     assert isinstance(composed, DictConfig)
@@ -258,9 +260,9 @@ def _first_composition(overrides: Overrides) -> DictConfig:
 
 
 def _refuse_sweeps_of_sweeps(overrides: Overrides, composed: DictConfig) -> None:
-    """Raise if a sweep goes through files of which one has a sweep of its own.
+    """Raise if a sweep is over files of which one has its own sweep.
 
-    Hydra takes the sweep of the first of them, and would repeat it under the names of the others.
+    Hydra would use the sweep of the first one and repeat it under the names of the others.
     """
     for group in ("experiment", "sweep"):
         swept = [o for o in overrides.parsed if o.key_or_group == group and o.is_sweep_override()]
@@ -271,13 +273,13 @@ def _refuse_sweeps_of_sweeps(overrides: Overrides, composed: DictConfig) -> None
             )
             if any(other.hydra[part] != composed.hydra[part] for part in ("sweeper", "launcher")):
                 raise UserError(
-                    f"{text_of(swept[0])}: {group}={value} has a sweep of its own, and a command "
-                    f"runs one: give each {group} its own command"
+                    f"{text_of(swept[0])}: {group}={value} has its own sweep, and a command can "
+                    f"run only one: give each {group} its own command"
                 )
 
 
 def _without_hydra(composed: DictConfig) -> DictConfig:
-    """Return a copy without Hydra's own section, as a job sees it."""
+    """Return a copy without Hydra's own section, as in a job."""
     plain = copy.deepcopy(composed)
     with open_dict(plain):
         del plain["hydra"]
@@ -286,8 +288,7 @@ def _without_hydra(composed: DictConfig) -> DictConfig:
 
 def _sweep_runs(overrides: Overrides, base: DictConfig) -> Iterator[SingleRun]:
     """Yield the runs that a sweep lists, or single runs that cover its product."""
-    # The list sweeper has explicit runs; every one of them is checked, as they need not form a
-    # product.
+    # Every run of the list sweeper is checked, because its runs need not form a product.
     listed = base.hydra.sweeper.get("runs")
     if not listed:
         swept = _swept_keys(base, overrides)
@@ -301,10 +302,10 @@ def _sweep_runs(overrides: Overrides, base: DictConfig) -> Iterator[SingleRun]:
 
 
 def _swept_keys(base: DictConfig, overrides: Overrides) -> list[SweptKey]:
-    """Return the keys that the sweep goes through; those of its config first."""
+    """Return the keys over which the sweep runs, those of its config first."""
     given = {override.key_or_group for override in overrides.parsed}
     params = base.hydra.sweeper.get("params") or base.hydra.sweeper.get("space") or {}
-    # The command line wins over the sweeper's config, as in Hydra.
+    # The command line takes precedence over the sweeper's config, as in Hydra.
     recipe = Overrides.parse([f"{key}={text}" for key, text in params.items() if key not in given])
     return [
         SweptKey(
@@ -321,7 +322,7 @@ def _one_change_runs(swept: list[SweptKey]) -> Iterator[SingleRun]:
     """Yield a first run per method, then one run per alternative value of each other key."""
     methods = next((each for each in swept if each.key == "method"), SweptKey("method", [""]))
     for method in methods.overrides:
-        # Every value is combined with every method: a method may refuse a value others accept.
+        # Every value is combined with every method, because a method may refuse a value.
         choices = [[method] if each is methods else each.overrides for each in swept]
         first = [values[0] for values in choices]
         yield SingleRun(first)
@@ -336,7 +337,7 @@ def _parse_one(text: str) -> Override:
 
 
 def _is_value(override: Override, loader: ConfigLoader) -> bool:
-    """Return whether an override sets an existing plain value, not a choice from a group."""
+    """Return whether an override sets an existing plain value instead of a choice of a group."""
     key = override.get_key_element()
     # Anything but letters, digits, dots and underscores (+key, ~key, key@package) is left to Hydra.
     return key.replace(".", "").replace("_", "").isalnum() and not loader.get_group_options(key)

@@ -74,9 +74,9 @@ def test_the_config_of_a_run_that_was_admitted_is_composed_once(monkeypatch):
 
 @pytest.mark.parametrize(("words", "said"), [
     (["-m", "experiment=demo,camera_quantization"],
-     "experiment=camera_quantization has a sweep of its own"),
-    (["-m", "sweep=camera_p_grid,camera_q_grid"], "sweep=camera_q_grid has a sweep of its own"),
-    (["-m", "experiment=null,demo"], "null is no choice of a sweep"),
+     "experiment=camera_quantization has its own sweep"),
+    (["-m", "sweep=camera_p_grid,camera_q_grid"], "sweep=camera_q_grid has its own sweep"),
+    (["-m", "experiment=null,demo"], "null is not a choice of a sweep"),
 ])  # fmt: skip
 def test_a_sweep_through_sweeps_is_refused(words, said):
     """Hydra ran the first experiment's methods under the name of each."""
@@ -87,5 +87,5 @@ def test_a_sweep_through_sweeps_is_refused(words, said):
 @pytest.mark.parametrize("methods", ["dense,camera_p", "camera_p,reap", "[camera_p,rtn],reap"])
 def test_a_knob_of_one_method_of_a_sweep_is_named_as_such(methods):
     words = ["-m", f"method={methods}", "method.camera_p.alpha=0.1,0.2"]
-    with pytest.raises(UserError, match="only camera_p has it: sweep camera_p in a command of its"):
+    with pytest.raises(UserError, match="only camera_p has it: sweep camera_p in a separate"):
         alternative_configs(Overrides.parse(words))
