@@ -1,1 +1,1 @@
-"""The hardware: devices, clocks, memory, energy counters, and what else the machine does."""
+"""The hardware: devices, clocks, memory, energy counters, and the load of the machine."""

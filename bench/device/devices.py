@@ -1,7 +1,6 @@
 """Choice of a device and dtype, seeds, threads, memory in use, description, and device clocks.
 
-Nothing else in the package asks whether there is a GPU. README lists which CUDA code paths have run
-on one.
+No other module tests whether there is a GPU. README lists which CUDA code paths have run on one.
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ import psutil
 
 from bench.errors import UserError, unknown_name
 
-# torch is imported inside the functions of this module: launchers import it for `visible_gpus` and
-# must not load torch for that.
+# torch is imported inside functions, because launchers import this module for `visible_gpus` and
+# must not load torch.
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 DTYPES = ("float32", "bfloat16", "float16")
 NVIDIA_SMI_SECONDS = 30
-"""Patience with nvidia-smi, which takes seconds per GPU without persistence mode."""
+"""Timeout of nvidia-smi, which takes seconds per GPU without persistence mode."""
 
 
 class DeviceFacts(TypedDict):
@@ -76,7 +75,7 @@ def visible_gpus() -> list[str]:
     # After that a process can neither fork workers that use CUDA nor be restricted to one GPU.
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is not None:
-        # CUDA stops at the first entry that is no device: `0,-1,1` shows GPU 0 only.
+        # CUDA stops at the first invalid entry: `0,-1,1` makes only GPU 0 visible.
         return list(takewhile(lambda name: name.strip() not in ("", "-1"), listed.split(",")))
     tool = shutil.which("nvidia-smi")
     if tool is None:
@@ -87,7 +86,7 @@ def visible_gpus() -> list[str]:
             command, capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS, check=False
         )
     except (subprocess.TimeoutExpired, OSError):
-        # A driver that hangs runs no job either; on a CPU the jobs still can.
+        # If the driver hangs, no job can use a GPU, but jobs on the CPU still can run.
         return []
     return answer.stdout.split() if answer.returncode == 0 else []
 
@@ -110,7 +109,7 @@ def select_dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 
 def check_attention(name: str) -> None:
-    """Raise `UserError` if an implementation of attention does not run here, with the cure."""
+    """Raise `UserError`, with the cure, if an attention implementation does not run here."""
     if name != "flash_attention_2":
         return
     from transformers.utils import is_flash_attn_2_available
@@ -128,7 +127,7 @@ def seed_everything(seed: int) -> None:
     import torch
 
     random.seed(seed)
-    numpy.random.seed(seed % 2**32)  # numpy's global generator takes 32 bits only
+    numpy.random.seed(seed % 2**32)  # numpy's global generator takes only 32 bits.
     torch.manual_seed(seed)
 
 
@@ -136,7 +135,7 @@ def seed_everything(seed: int) -> None:
 def generators_restored() -> Iterator[None]:
     """Restore the global generators of Python, numpy and torch at the end of the block.
 
-    Of libraries that are not imported yet nobody has drawn.
+    Generators of libraries that are not imported yet have not been used.
     """
     plain, numpy, torch = random.getstate(), sys.modules.get("numpy"), sys.modules.get("torch")
     of_numpy = numpy.random.get_state() if numpy else None
@@ -165,7 +164,7 @@ def set_threads(count: int | None) -> None:
 
 @contextmanager
 def threads_set(count: int | None) -> Iterator[None]:
-    """Like `set_threads`, inside the block only."""
+    """Set the number of threads inside the block only; see `set_threads`."""
     import torch
 
     before = torch.get_num_threads()
@@ -188,21 +187,21 @@ def release_memory(device: torch.device) -> None:
     """Return cached, unused memory of torch's allocator to the device."""
     import torch
 
-    # Tensors in reference cycles keep their blocks; `empty_cache` frees unused blocks only.
+    # Tensors in reference cycles keep their blocks, while `empty_cache` frees only unused ones.
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def trim_heap(device: torch.device) -> None:
-    """Give freed memory back to the system, so that a reading shows what is in use."""
-    # glibc keeps freed memory resident, and a peak that fits into it would not show in the resident
-    # set: trim the heap, so that using it again is seen. On a GPU there is no need, because the
-    # allocator counts what tensors use and not what it caches.
+    """Return freed memory to the system, so that a reading shows the memory in use."""
+    # glibc keeps freed memory resident, so a peak that fits into it would not change the resident
+    # set. On a GPU this is not needed, because the allocator counts memory of tensors instead of
+    # cached memory.
     gc.collect()
     if device.type != "cuda" and sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:  # musl has none
+        if trim is not None:  # Absent in musl.
             trim(0)
 
 
@@ -220,7 +219,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def total_bytes(device: torch.device) -> int:
-    """Return the bytes of the device, whether they are free or not."""
+    """Return the memory of the device in bytes, free or not."""
     import torch
 
     if device.type == "cuda":
@@ -237,7 +236,7 @@ class LeakMonitor:
 
     def __init__(self, network: nn.Module, device: torch.device) -> None:
         self._device = device
-        # What is freed later, and was garbage already, would be subtracted from what is kept.
+        # Existing garbage is collected first, because freeing it later would hide a leak.
         trim_heap(device)
         self._before = self._used() - network_bytes(network)
 
@@ -258,19 +257,19 @@ class LeakMonitor:
 
         if self._device.type == "cuda":
             return int(torch.cuda.memory_allocated(self._device))
-        # Shared pages are mapped files, such as weights read by mmap: the kernel can drop them.
+        # Shared pages are of mapped files, such as weights, which the kernel can drop.
         memory = psutil.Process().memory_info()
         return int(memory.rss - getattr(memory, "shared", 0))
 
 
 def network_bytes(network: nn.Module) -> int:
-    """Return the bytes of a network's parameters and buffers, those on the meta device left out."""
+    """Return the bytes of a network's parameters and buffers, without those on the meta device."""
     tensors = chain(network.parameters(), network.buffers())
     return sum(each.numel() * each.element_size() for each in tensors if not each.is_meta)
 
 
 def describe_device() -> DeviceFacts:
-    """Return what a record says about this machine."""
+    """Return the facts about this machine for a record."""
     import torch
 
     gpus = gpu_names()
@@ -287,8 +286,8 @@ def describe_device() -> DeviceFacts:
 
 
 def gpu_names() -> list[str]:
-    """Return the name of each GPU that torch sees; torch is imported only where a driver is."""
-    # NVIDIA's, AMD's and Windows' own for Linux.
+    """Return the name of each GPU that torch sees; torch is imported only if there is a driver."""
+    # Device files of NVIDIA's and AMD's drivers, and of Windows' driver for Linux.
     drivers = (path for name in ("nvidia*", "kfd", "dxg") for path in Path("/dev").glob(name))
     if sys.platform == "linux" and not any(drivers):
         return []
@@ -298,11 +297,11 @@ def gpu_names() -> list[str]:
 
 
 def processor_name() -> str:
-    """Return the processor's name, or its architecture where the system does not tell."""
+    """Return the processor's name, or its architecture if the system does not state it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
-        lines = []  # not Linux
+        lines = []  # Not on Linux.
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, "") or platform.processor() or platform.machine()
 
@@ -322,13 +321,14 @@ class Clock:
         synchronize(device)
 
     def mark(self) -> None:
-        """Set a mark behind all work queued on the device so far."""
+        """Set a mark after all work queued on the device so far."""
         if self._device.type != "cuda":
             self._seconds.append(time.perf_counter())
             return
         import torch
 
-        # A CUDA call returns before its kernels have run: `perf_counter` would time the launches.
+        # A CUDA call returns before its kernels have run, so `perf_counter` would time the
+        # launches.
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))
         self._events.append(event)
@@ -349,6 +349,6 @@ def call_seconds(call: Callable[[], object], device: torch.device) -> float:
     result = call()
     clock.mark()
     (seconds,) = clock.laps()
-    # Only after the last mark: freeing the memory of the result is not the work of the call.
+    # After the last mark, because freeing the result's memory is not part of the call.
     del result
     return seconds

@@ -4,7 +4,7 @@ Both count the whole board or package, including idle power and other processes.
 an Intel server does not include its DRAM. Nothing is estimated: without a readable counter,
 `energy_meter` raises `Unavailable` with the reason.
 
-NVML also tells the clock rate and the reasons for throttling. nvidia-ml-py is optional
+NVML also reports the clock rate and the reasons for throttling. nvidia-ml-py is optional
 (`pip install slimbench[energy]`).
 """
 
@@ -47,7 +47,7 @@ class NvmlMeter:
 
     def __init__(self, device: torch.device) -> None:
         self._board = NvmlDevice(device)
-        # That a GPU lacks the counter shows only when it is read: fail before the measurement.
+        # Read once, so that a GPU without the counter fails before the measurement.
         self._board.joules()
 
     def joules(self) -> float:
@@ -67,7 +67,7 @@ class RaplMeter:
         zones = [zone for zone in RAPL.glob("intel-rapl:*") if _is_package(zone)]
         if not zones:
             raise Unavailable("this machine has no energy counter (RAPL)")
-        # Readable by root only since Linux 5.10: unprivileged readings allowed the PLATYPUS attack
+        # Readable only by root since Linux 5.10: unprivileged readings allowed the PLATYPUS attack
         # (CVE-2020-8694).
         try:
             self._range = {zone: _read_counter(zone / "max_energy_range_uj") for zone in zones}
@@ -78,8 +78,8 @@ class RaplMeter:
 
     def joules(self) -> float:
         """Return the joules used since this meter was created."""
-        # The sum is kept here, because after a wrap-around a difference of two readings is wrong.
-        # Between two readings, at most one wrap-around per counter can be detected.
+        # The sum is stored here, because after a wrap-around a difference of two readings is wrong.
+        # At most one wrap-around per counter can be detected between two readings.
         for zone, before in self._last.items():
             now = _read_counter(zone / "energy_uj")
             self._total += now - before if now >= before else now - before + self._range[zone]
@@ -102,7 +102,7 @@ SLOWDOWN_REASONS = {
     0x20: "slowed by heat",
     0x40: "slowed by heat",
     0x80: "slowed by its power supply",
-    # NVML sets this bit together with the two before it, which say more: the first match counts.
+    # NVML sets this bit together with more specific ones above; the first match is used.
     0x08: "slowed by the hardware",
 }
 """Bits of NVML's clock event reasons that invalidate a measurement, the most specific first.
@@ -111,7 +111,7 @@ The software power cap (0x04) is left out: a GPU under full load normally runs a
 """
 CLOCK_REASON_FUNCTIONS = (
     "nvmlDeviceGetCurrentClocksEventReasons",
-    "nvmlDeviceGetCurrentClocksThrottleReasons",  # its older name
+    "nvmlDeviceGetCurrentClocksThrottleReasons",  # Its older name.
 )
 
 
@@ -132,8 +132,8 @@ class NvmlDevice:
             (name for name in CLOCK_REASON_FUNCTIONS if hasattr(pynvml, name)),
             CLOCK_REASON_FUNCTIONS[0],
         )
-        # By UUID, because the indices differ: NVML numbers all GPUs in PCI order, CUDA only the
-        # visible ones, and by default the fastest first.
+        # By UUID, because the indices differ: NVML numbers all GPUs in PCI order, CUDA only visible
+        # ones and by default the fastest first.
         uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
         try:
             pynvml.nvmlInit()
@@ -155,12 +155,12 @@ class NvmlDevice:
         return float(self._query("nvmlDeviceGetClockInfo", "clock", self._nvml.NVML_CLOCK_SM))
 
     def power_limit(self) -> float:
-        """Return the most power in W that the board may draw."""
+        """Return the maximum power of the board in W."""
         # NVML counts milliwatts.
         return float(self._query("nvmlDeviceGetEnforcedPowerLimit", "power limit")) / 1e3
 
     def slowed(self) -> str | None:
-        """Return why the clock is throttled now, None if it is not; a power cap does not count."""
+        """Return why the clock is throttled, None if it is not; a power cap does not count."""
         bits = int(self._query(self._reasons, "clock reasons"))
         return next((reason for bit, reason in SLOWDOWN_REASONS.items() if bits & bit), None)
 

@@ -14,9 +14,9 @@ from bench.device.energy_counters import NvmlDevice, Unavailable
 
 Value = TypeVar("Value")
 TOLERATED_LOAD = 0.1
-"""Fraction of the needed cores that other processes may occupy on a quiet machine."""
+"""Fraction of the needed cores that other processes may use on a quiet machine."""
 NOT_BUSY_FIELDS = ("idle", "iowait", "guest", "guest_nice")
-"""Fields of psutil's CPU times that are no work of their own; guests are part of user time."""
+"""psutil's CPU times that are not separate work: idle times, and guests, part of user time."""
 
 
 @dataclass(frozen=True)
@@ -78,20 +78,20 @@ class MachineMonitor:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # Not the load average, which looks back a minute and counts the measurement itself. CPU
-        # time of our cores less our own is what other processes used. Elapsed time comes from the
-        # same counters, which advance in ticks, so that the quotient fits for short blocks too.
+        # The load average covers a minute and includes the measurement itself. Instead, the CPU
+        # time of our cores minus our own is that of other processes. The same counters, which
+        # advance in ticks, give the elapsed time, so that the ratio is correct for short blocks.
         busy, own, total = _cpu_seconds()
         passed = max(total - self._total, 1e-9) / len(_cores())
         others = (busy - self._busy - (own - self._own)) / passed
         threads = torch.get_num_threads()
-        # A GPU is fed by one thread; on a CPU every thread wants a core.
+        # One thread feeds a GPU, while on a CPU every thread needs a core.
         needed = 1 if self._device.type == "cuda" else min(threads, len(_cores()))
         self.reading = MachineReading(
             threads=threads,
             cores=len(_cores()),
             needed=needed,
-            # Rounding of the ticks can leave the range.
+            # Rounding to ticks can exceed the range.
             others=min(max(others, 0.0), float(len(_cores()))),
             cpu_mhz=_cpu_megahertz(),
             gpu_mhz=_query(self._board, NvmlDevice.clock_mhz),
@@ -103,19 +103,19 @@ def _cores() -> list[int]:
     process = psutil.Process()
     if hasattr(process, "cpu_affinity"):
         return list(process.cpu_affinity())
-    return list(range(psutil.cpu_count() or 1))  # macOS has no affinity
+    return list(range(psutil.cpu_count() or 1))  # macOS has no affinity.
 
 
 def _cpu_seconds() -> tuple[float, float, float]:
     """Return CPU seconds: our cores busy, used by this process, our cores in total."""
-    # Only the cores of this process: load on the remaining cores of a server does not slow it down.
+    # Only this process's cores, because load on other cores does not slow it down.
     per_core = psutil.cpu_times(percpu=True)
     times = [per_core[core]._asdict() for core in _cores() if core < len(per_core)]
-    # Linux counts guest time within user time as well: adding it would count it twice.
+    # On Linux, guest time is part of user time and must not be added.
     total = sum(sum(v for k, v in each.items() if not k.startswith("guest")) for each in times)
     busy = sum(sum(v for k, v in each.items() if k not in NOT_BUSY_FIELDS) for each in times)
-    # Without child processes, such as workers of a data loader: their time counts as that of
-    # others, which is right for a measurement that they disturb.
+    # Without child processes, such as workers of a data loader: they disturb a measurement, so
+    # their time counts as that of others.
     own = psutil.Process().cpu_times()
     return busy, own.user + own.system, total
 
@@ -133,7 +133,7 @@ def _nvml_device(device: torch.device) -> NvmlDevice | None:
 
 
 def _query(board: NvmlDevice | None, reading: Callable[[NvmlDevice], Value]) -> Value | None:
-    # These readings are optional in a record: a GPU that lacks one must not fail the run.
+    # These readings are optional in a record: a GPU without one must not fail the run.
     try:
         return None if board is None else reading(board)
     except Unavailable:

@@ -2,10 +2,10 @@
 
 On a GPU, PyTorch's allocator reports it exactly. On Linux, the kernel records the peak resident set
 of the process and can reset it, so no short peak is missed. It counts whole pages with an error of
-some hundred KiB, and misses allocations that fit into free gaps of the heap: a small peak may be
-reported too low. Pages of mapped files that the block reads are left out: code of libraries that it
-is the first to call, and weights, are memory that the kernel can drop. Elsewhere the resident set
-is sampled through psutil, which can miss a peak shorter than the sampling interval.
+some hundred KiB, and does not see allocations that fit into free gaps of the heap, so a small peak
+may be reported too low. Pages of mapped files that the block reads (weights, or libraries that it
+uses first) are left out, because the kernel can drop them. On other systems the resident set is
+sampled through psutil, which can miss a peak shorter than the sampling interval.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from bench.device.devices import trim_heap
 
 SAMPLE_SECONDS = 0.002
 PROC_STATUS, PROC_CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-RESET_PEAK = "5"  # proc(5): reset the peak resident set to what is resident now
+RESET_PEAK = "5"  # proc(5): set the recorded peak to the current resident set.
 
 
-# torch has an error class for its GPU allocator only. The CPU allocator raises a plain
-# RuntimeError, as do libraries that allocate GPU memory past torch's allocator (workspaces,
-# handles).
+# torch has an error class only for its GPU allocator. The CPU allocator raises a plain
+# RuntimeError, and so do libraries that allocate GPU memory themselves (workspaces, handles).
 OUT_OF_MEMORY_MESSAGES = (
     "can't allocate memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -45,13 +44,13 @@ class MemoryGauge(Protocol):
         """Return the bytes in use."""
 
     def reset(self) -> None:
-        """Forget the peak so far."""
+        """Discard the peak so far."""
 
     def peak(self) -> int:
-        """Return the most bytes in use since the last reset."""
+        """Return the maximum number of bytes in use since the last reset."""
 
     def close(self) -> None:
-        """Stop watching."""
+        """Stop measuring."""
 
 
 class PeakMemory:
@@ -73,7 +72,7 @@ class PeakMemory:
         return self
 
     def restart(self) -> None:
-        """Forget the peak so far, but keep the reading at the start of the block."""
+        """Discard the peak so far, but keep the reading at the start of the block."""
         assert self._gauge is not None
         trim_heap(self._device)
         self._gauge.reset()
@@ -85,13 +84,13 @@ class PeakMemory:
         trace: TracebackType | None,
     ) -> None:
         assert self._gauge is not None
-        # Within the kernel's error of some hundred KiB the difference may be negative.
+        # The difference may be negative by the kernel's error of some hundred KiB.
         self.above = max(self._gauge.peak() - self._before, 0)
         self._gauge.close()
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Tell whether an error means that GPU or CPU memory ran out."""
+    """Return whether an error means that GPU or CPU memory is exhausted."""
     return isinstance(error, torch.OutOfMemoryError) or any(
         part in str(error) for part in OUT_OF_MEMORY_MESSAGES
     )
@@ -125,7 +124,7 @@ class _AllocatorGauge:
 
 
 class _ResidentPeakGauge:
-    """The kernel's record of the peak resident set (VmHWM), without files mapped meanwhile."""
+    """The kernel's record of the peak resident set (VmHWM), without pages of mapped files."""
 
     how = "the kernel's peak resident set"
 
@@ -135,8 +134,8 @@ class _ResidentPeakGauge:
 
     @classmethod
     def works(cls) -> bool:
-        """Tell whether this kernel records the peak and lets us reset it."""
-        # By trying: kernels before 4.0 or built without CONFIG_PROC_PAGE_MONITOR cannot reset it,
+        """Return whether this kernel records the peak and allows for resetting it."""
+        # Tested by trying: kernels before 4.0 or without CONFIG_PROC_PAGE_MONITOR cannot reset it,
         # and a container may mount /proc read-only.
         try:
             PROC_CLEAR_REFS.write_text(RESET_PEAK)
@@ -155,8 +154,8 @@ class _ResidentPeakGauge:
         (line,) = [
             line for line in PROC_STATUS.read_text().splitlines() if line.startswith("VmHWM")
         ]
-        # Fewer mapped pages than before are no reason to add any: those that were written meanwhile
-        # belong to no file any more, and were resident all along.
+        # If there are fewer mapped pages than before, none are added: pages that were written
+        # meanwhile no longer belong to a file, but were resident all the time.
         mapped = max(0, self._process.memory_info().shared - self._mapped)
         return int(line.split()[1]) * 1024 - mapped
 
@@ -171,8 +170,8 @@ class _SampledGauge:
 
     def __init__(self) -> None:
         self._process = psutil.Process()
-        # Held from a sample to its comparison: without it, a sample taken before a reset could be
-        # stored after it and bring the old peak back.
+        # Locks sampling and comparing together, because a sample taken before a reset could
+        # otherwise be stored after it and restore the old peak.
         self._lock = threading.Lock()
         self._highest = 0
         self._done = threading.Event()

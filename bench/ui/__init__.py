@@ -1,8 +1,8 @@
 """Output for users: messages and progress on stderr, results on stdout.
 
-Nothing else in the package prints. Messages are records of the logger `bench`, so that a host
-program can filter them or add its own handlers. BENCH_LOG_LEVEL=INFO leaves out the lines about
-progress, WARNING the notes as well.
+No other module prints. Messages are records of the logger `bench`, so that a host program can
+filter them or add its own handlers. BENCH_LOG_LEVEL=INFO omits the lines about progress, WARNING
+also omits the notes.
 """
 
 from bench.security import clean

@@ -1,11 +1,11 @@
 """Messages and progress on stderr: one line each, through the logger `bench`.
 
-Texts may come from models, data sets and servers. They are cleaned here and nowhere else: control
-characters are removed, secrets redacted, and no text is interpreted as markup.
+Texts may come from models, data sets and servers. They are cleaned only here: control characters
+are removed, secrets are redacted, and no text is interpreted as markup.
 
-Progress is the current phase, its steps and its remaining time. A terminal shows bars, a notebook
-shows its own bars. Elsewhere (Slurm logs, nohup, pipes) a phase is one line, and a long phase one
-more line per tenth.
+Progress is the current phase, its steps and its remaining time. A terminal shows bars, and a
+notebook shows its own bars. Elsewhere (Slurm logs, nohup, pipes) a phase is one line, and a long
+phase is another line per tenth.
 """
 
 from __future__ import annotations
@@ -29,62 +29,62 @@ if TYPE_CHECKING:
 
 LEVEL_VARIABLE = "BENCH_LOG_LEVEL"
 PROGRESS_LEVEL = 15
-"""Level of the lines about phases, below INFO: who wants messages need not want these."""
+"""Level of the lines about phases, below INFO, so that they can be disabled separately."""
 COLOURS = {logging.WARNING: "33", logging.ERROR: "31"}
 """ANSI colours of levels: yellow and red."""
 
 
 class MessageWriter(Protocol):
-    """Where a message is written while a progress display is on the screen."""
+    """Receiver of messages while a progress display is on the screen."""
 
     def write(self, line: str, level: int) -> None:
         """Write one clean line."""
 
 
 def progress_line(text: str, writer: MessageWriter) -> None:
-    """Write how far a phase is, where no bar can show it."""
+    """Write the progress of a phase, if no bar can show it."""
     _log.log(PROGRESS_LEVEL, "%s", text, extra={"writer": writer})
 
 
 def note(text: str, writer: MessageWriter | None = None) -> None:
-    """Tell the user something; `writer` is the display that the message belongs to."""
+    """Show a note to the user; `writer` is the display to which the message belongs."""
     _log.info("%s", text, extra={"writer": writer})
 
 
 def warn(text: str, writer: MessageWriter | None = None) -> None:
-    """Tell the user something that may change what the results mean."""
+    """Warn the user about something that may affect what the results mean."""
     _log.warning("%s", text, extra={"writer": writer})
 
 
 def says_notes() -> bool:
-    """Tell whether notes are shown, so that what only they need is worth finding."""
+    """Return whether notes are shown, so that their content is worth computing."""
     return _log.isEnabledFor(logging.INFO)
 
 
 def fail(text: str) -> None:
-    """Tell the user why a command or a run failed."""
+    """Show the user why a command or a run failed."""
     _log.error("%s", text)
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Tell whether a person reads the stream on a terminal that understands ANSI sequences."""
-    # A process may have no streams, or have closed them.
+    """Return whether the stream is a terminal that supports ANSI sequences."""
+    # A process may have no streams, or closed ones.
     if stream is None or getattr(stream, "closed", False):
         return False
     return stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
 def write_line(stream: TextIO | None, line: str, level: int) -> None:
-    """Write a line: coloured on a terminal, and elsewhere with the time of day if it is a note."""
+    """Write a line: coloured on a terminal, elsewhere with the time of day if it is a note."""
     if stream is None:
         return
     if is_terminal(stream):
         colour = None if "NO_COLOR" in os.environ else COLOURS.get(level)
         line = f"\x1b[{colour}m{line}\x1b[0m" if colour else line
     elif level < logging.WARNING:
-        # In a log file nobody sees the lines appear, so each says when.
+        # Lines of a log file are read later, so each has its time.
         line = f"{time.strftime('%H:%M:%S')} {line}"
-    # A stream in another encoding than UTF-8 must not end the run at the first curly quote.
+    # A stream with an encoding other than UTF-8 must not end the run at a curly quote.
     encoding = getattr(stream, "encoding", None) or "utf-8"
     stream.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
     stream.flush()
@@ -94,28 +94,28 @@ class _Handler(logging.Handler):
     """Writes messages to stderr, or above the progress bars that are on the screen."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        # One line per message: a line break in a foreign text could imitate a message of ours.
+        # One line per message, because a line break in untrusted text could imitate a message.
         line = " ".join(part.strip() for part in clean(redact(record.getMessage())).splitlines())
         if record.levelno >= logging.WARNING:
             line = f"bench: {line}"
-        # By default stderr, looked up for each message: notebooks and tests replace it.
+        # stderr by default, looked up for each message because notebooks and tests replace it.
         writer: MessageWriter = getattr(record, "writer", None) or _Lines(None)
         try:
             writer.write(line, record.levelno)
         except (OSError, ValueError):
-            # The reader of the pipe has gone, or the stream is closed: a message that nobody can
-            # read must not end a run.
+            # The reader of the pipe has ended, or the stream is closed. A message that cannot be
+            # written must not end a run.
             return
 
 
 def _configured_logger() -> logging.Logger:
     logger = logging.getLogger("bench")
     logger.addHandler(_Handler())
-    # Not to the root logger: a host program that configured it would print everything twice.
+    # Not to the root logger, because a host program that configured it would print twice.
     logger.propagate = False
     logging.addLevelName(PROGRESS_LEVEL, "PROGRESS")
     wanted = logging.getLevelNamesMapping().get(os.environ.get(LEVEL_VARIABLE, "").upper())
-    logger.setLevel(wanted or logger.level or PROGRESS_LEVEL)  # what a host has set stays
+    logger.setLevel(wanted or logger.level or PROGRESS_LEVEL)  # A level set by the host is kept.
     return logger
 
 
@@ -124,14 +124,14 @@ _log = _configured_logger()
 
 Item = TypeVar("Item")
 SECONDS_BETWEEN_LINES = 10.0
-"""Shortest time between two lines about one phase; most phases end before their second line."""
+"""Minimum time between two lines about a phase; most phases end before their second line."""
 
 
 @dataclass(eq=False)
 class Phase:
-    """One phase on the display; `total` is None as long as the number of steps is unknown.
+    """One phase on the display; `total` is None while the number of steps is unknown.
 
-    `expected` is the seconds that it should take, None if nothing was estimated.
+    `expected` is its estimated duration in seconds, None if there is no estimate.
     """
 
     name: str
@@ -145,7 +145,7 @@ class Display(Protocol):
     """One way to show phases; phases are closed in reverse order."""
 
     def open(self, phase: Phase) -> None:
-        """Show a phase that begins."""
+        """Show a phase that starts."""
 
     def update(self, phase: Phase) -> None:
         """Show the changed name, total or number of finished steps of the innermost phase."""
@@ -158,23 +158,23 @@ class Display(Protocol):
 
 
 class Watcher(Protocol):
-    """Follows a run from elsewhere, in addition to the display: a tracker, for instance."""
+    """Follows a run in addition to the display; for example, a tracker."""
 
     def phase(self, name: str, share: float | None, seconds: float) -> None:
-        """Hear of the current phase: the share that is done, and the seconds since the start."""
+        """Receive the current phase: the share that is done, and seconds since the start."""
 
     def result(self, task: str, value: float, stderr: float | None) -> None:
-        """Hear the headline number of a task that has ended."""
+        """Receive the headline number of a finished task."""
 
 
 class Progress:
-    """Named phases, shown one inside the other; `seconds` holds the wall time per phase.
+    """Nested named phases; `seconds` is the wall time per phase.
 
     Everything that takes long receives a `Progress` and calls `track` or `step`.
     """
 
     def __init__(self, stream: TextIO | None = None, quiet: bool = False) -> None:
-        """Write to `stream`, by default stderr; `quiet` says nothing at all, warnings included."""
+        """Write to `stream`, by default stderr; with `quiet` write nothing, not even warnings."""
         self.seconds: dict[str, float] = {}
         self._expected: dict[str, float] = {}
         self._quiet = quiet
@@ -185,7 +185,7 @@ class Progress:
         self.watcher: Watcher | None = None
 
     def expect(self, seconds: Mapping[str, float]) -> None:
-        """Set the seconds that phases of these names should take; long ones begin with them."""
+        """Set the expected seconds of phases by name, which long ones show at their start."""
         self._expected = dict(seconds)
 
     @contextmanager
@@ -225,7 +225,7 @@ class Progress:
             self._update()
 
     def result(self, task: str, value: float, stderr: float | None) -> None:
-        """Tell who watches the headline number of a task that has ended."""
+        """Pass the headline number of a finished task to the watcher."""
         if self.watcher is not None:
             self.watcher.result(task, value, stderr)
 
@@ -235,7 +235,7 @@ class Progress:
             note(text, self._writer())
 
     def warn(self, text: str) -> None:
-        """Write a message that the user should not miss."""
+        """Write a warning."""
         if not self._quiet:
             warn(text, self._writer())
 
@@ -266,7 +266,7 @@ class Progress:
 
 
 class _Lines:
-    """One line per phase, and one per tenth of a phase that takes long."""
+    """One line per phase, and one per tenth of a long phase."""
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
@@ -335,7 +335,7 @@ class _TerminalBars:
 
         self._bars = Progress(
             SpinnerColumn(),
-            # Without markup: the name of a task or model may contain square brackets.
+            # Without markup, because names of tasks and models may contain square brackets.
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
@@ -371,15 +371,15 @@ class _TerminalBars:
 
         self._bars.refresh()
         style = {logging.WARNING: "yellow", logging.ERROR: "red"}.get(level, "")
-        # A styled Text, because `print(style=...)` would colour the bars below as well. soft_wrap:
-        # a path that is folded at the edge of the terminal cannot be copied.
+        # A styled Text, because `print(style=...)` would also colour the bars below. soft_wrap,
+        # because a path that is folded at the edge of the terminal cannot be copied.
         self._bars.console.print(Text(line, style), soft_wrap=True)
 
 
 class _NotebookBars:
-    """One bar of tqdm per phase: a widget where ipywidgets is installed, else a line of text."""
+    """A tqdm bar per phase: a widget if ipywidgets is installed, else a line of text."""
 
-    # Not rich: without ipywidgets, its live display shows nothing in a notebook.
+    # Not rich, whose live display shows nothing in a notebook without ipywidgets.
 
     def __init__(self) -> None:
         self._bars: dict[Phase, tqdm[object]] = {}
@@ -389,7 +389,7 @@ class _NotebookBars:
         from tqdm.auto import tqdm
 
         with warnings.catch_warnings():
-            # "IProgress not found": the text bar is good enough.
+            # "IProgress not found": the text bar suffices.
             warnings.simplefilter("ignore", TqdmWarning)
             self._bars[phase] = tqdm(total=phase.total, desc=phase.name, leave=False)
 
@@ -417,14 +417,14 @@ def _choose_display(stream: TextIO | None) -> Display:
 
 
 def in_notebook() -> bool:
-    """Tell whether this process is the kernel of a notebook (Jupyter, Colab)."""
-    # IPython in a terminal has a shell as well, but no kernel.
+    """Return whether this process is the kernel of a notebook (Jupyter, Colab)."""
+    # IPython in a terminal also has a shell, but no kernel.
     ipython = sys.modules.get("IPython")
     return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
 
 def _expected_text(phase: Phase) -> str:
-    """Return the phase's name and, as long as no step is done, what it should take."""
+    """Return the phase's name and, until the first step is done, its expected duration."""
     if phase.done or (phase.expected or 0.0) < SECONDS_BETWEEN_LINES:
         return phase.name
     return f"{phase.name} (about {_duration(phase.expected or 0.0)})"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from bench.errors import EXIT_DONE
 from bench.security import clean
 
-# rich is imported by the functions that draw: `bench --help` and the launchers import this module.
+# Functions that draw import rich, because `bench --help` and launchers import this module.
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -19,16 +19,16 @@ PIPE_WIDTH = 200
 
 
 def console() -> Console:
-    """Return a console for results, which prints foreign text verbatim and without control codes.
+    """Return a console for results, which prints text verbatim and without control codes.
 
-    Styles are given by `style=` or by `rich.text.Text`. In a pipe the console is so wide that no
+    Styles are given by `style=` or `rich.text.Text`. In a pipe the console is so wide that no
     number is folded.
     """
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.segment import Segment
 
     class ResultConsole(Console):
-        # Every text passes here as a segment, from whatever table or rule it comes.
+        # All text passes here in segments, from every table or rule.
         def render(
             self, renderable: RenderableType, options: ConsoleOptions | None = None
         ) -> Iterable[Segment]:
@@ -38,10 +38,10 @@ def console() -> Console:
         def on_broken_pipe(self) -> None:
             raise  # noqa: PLE0704  # Called while it is handled; rich would exit the program.
 
-    # rich assumes 80 columns when stdout is not a terminal and would fold wide tables. COLUMNS,
-    # where it is set, is the user's own choice and wins.
+    # rich assumes 80 columns if stdout is not a terminal and would fold wide tables. COLUMNS, if
+    # set, is the user's choice and takes precedence.
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
-    # No markup at all: rich would take `[arc_easy]` in a command for a style and drop it, and
+    # Without markup, because rich would treat `[arc_easy]` in a command as a style and drop it, and
     # `[/x]` in an error message would raise.
     return ResultConsole(width=width, highlight=False, markup=False, emoji=False)
 
@@ -60,13 +60,13 @@ def draw_rows(rows: Sequence[Mapping[str, object]], title: str | None = None) ->
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     out = console()
     widths = {k: max(len(k), *(len(_on_one_line(row[k])) for row in rows)) for k in rows[0]}
-    # Of each column and of the table, the blanks and lines between cells.
+    # Spaces and lines between cells, of each column and of the table.
     left = out.width - 2 - sum(3 + min(width, FOLDED_CELL) for width in widths.values())
     for key in rows[0]:
-        # rich aligns whole columns: one missing value (None) makes a column left-aligned.
+        # rich aligns whole columns, and a missing value (None) makes a column left-aligned.
         numeric = all(isinstance(row[key], int | float) for row in rows)
-        # An id or a state that is folded can be neither read nor copied. Never by `min_width`, with
-        # which rich draws tables that are too wide.
+        # A folded id or state cannot be read or copied. `min_width` is not used, because rich then
+        # draws tables that are too wide.
         more = max(0, widths[key] - FOLDED_CELL)
         whole = widths[key] <= WHOLE_CELL and more <= left
         left -= more if whole else 0
@@ -79,9 +79,9 @@ def draw_rows(rows: Sequence[Mapping[str, object]], title: str | None = None) ->
 
 
 WHOLE_CELL, FOLDED_CELL = 22, 8
-"""Characters of a cell that is folded last (the name of a sweep has as many), and of any folded."""
+"""Characters of cells that are folded last (such as names of sweeps), and of any folded cell."""
 MANY_ROWS = 300
-"""Beyond it a table is printed without rich, which takes most of a millisecond for each row."""
+"""Longer tables are printed without rich, which takes most of a millisecond per row."""
 
 
 def _print_plain(rows: Sequence[Mapping[str, object]]) -> None:
@@ -114,12 +114,12 @@ def print_rows(rows: Sequence[Mapping[str, object]], as_json: bool) -> int:
 
 
 def print_json(value: object) -> None:
-    """Print a value as JSON; what JSON lacks, such as a path, is written as text."""
+    """Print a value as JSON; values without a JSON type, such as paths, are written as text."""
     sys.stdout.write(f"{json.dumps(value, indent=1, default=str)}\n")
 
 
 def print_text(text: str) -> None:
-    """Print a text as it is, without folding; a terminal sees no control characters of it."""
+    """Print a text without folding; on a terminal, control characters are removed."""
     sys.stdout.write(f"{clean(text)}\n")
 
 
