@@ -50,12 +50,12 @@ if TYPE_CHECKING:
 
 
 MAX_DISAGREEMENT = 0.01
-"""Largest difference of an analytic from a counted number, as a share of the counted one."""
+"""Largest difference between an analytic and a counted number, relative to the counted one."""
 ANALYTIC_QUANTITIES = {
     "flops": ("flops", "macs", "visual_flops"),
     "flops_causal": ("flops_causal", "macs_causal"),
 }
-"""Analytic quantities of a scope that stand and fall together, by the one that is compared."""
+"""Analytic quantities that are dropped together, by the one that is compared with the count."""
 
 
 def count_costs(model: Model, config: CostsConfig, progress: Progress = SILENT) -> CostReport:
@@ -74,7 +74,7 @@ def count_costs(model: Model, config: CostsConfig, progress: Progress = SILENT) 
 
 
 def count_size_and_work(model: Model, config: CostsConfig) -> SizeAndWork:
-    """Count parameters, bytes and the FLOPs of one forward, as quickly as they can be counted."""
+    """Count parameters, bytes and the FLOPs of one forward, in the fastest possible way."""
     network, flops, reason = model.network, None, None
     try:
         counted = count_call(model, config)
@@ -89,13 +89,13 @@ def count_size_and_work(model: Model, config: CostsConfig) -> SizeAndWork:
     return SizeAndWork(
         parameters=count_parameters(network),
         packed=sum(linear.numel for _, linear in packed_linears(network)),
-        # A weight that became a plain attribute takes its memory as before.
+        # A weight that became a plain attribute still takes its memory.
         bytes=stored_bytes(network) + tensor_bytes(t for t in held if id(t) not in buffers),
         flops=flops,
         reason=reason,
         held=sum(tensor.numel() for tensor in held),
         padding=count_padding(network),
-        # Only a reading of all weights tells, which takes minutes where they are on a disk.
+        # Requires reading all weights, which takes minutes if they are on a disk.
         nonzero=None
         if is_offloaded(network)
         else count_nonzero(network) + sum(int(tensor.count_nonzero()) for tensor in held),
@@ -103,8 +103,8 @@ def count_size_and_work(model: Model, config: CostsConfig) -> SizeAndWork:
 
 
 def without_contradicted(found: CostReport, progress: Progress) -> CostReport:
-    """Replace analytic numbers that the count contradicts by a missing measurement, and warn."""
-    # A formula knows the changes that it was written for; the count sees what runs.
+    """Replace analytic numbers that the count contradicts by missing measurements, and warn."""
+    # A formula covers only the changes for which it was written; the count sees what runs.
     values = {(c.scope, c.quantity, c.how): c.value for c in found.costs}
     report = CostReport(list(found.costs), list(found.missing))
     for (scope, quantity, how), analytic in values.items():
@@ -129,8 +129,8 @@ def without_contradicted(found: CostReport, progress: Progress) -> CostReport:
 
 
 def _add_prompt_costs(report: CostReport, model: Model, config: CostsConfig) -> None:
-    # A vision-language model runs for real: methods that skip visual tokens decide by values, which
-    # do not exist on the meta device.
+    # A vision-language model runs for real, because methods that skip visual tokens decide by
+    # values, which do not exist on the meta device.
     inputs = image_prompt.build_image_prompt(model, config.words)
     report.add(prompt_flops_costs(model, config, inputs))
     report.add(_prefill_costs(model, inputs))
@@ -165,7 +165,7 @@ def _size_costs(model: Model) -> Measurements:
     yield Cost(
         scope="model", quantity="active_parameters", unit="1", value=size.active, how="analytic"
     )
-    # In memory a dequantized checkpoint is dense: what it saves is in its files.
+    # In memory a dequantized checkpoint is dense; its savings are in its files.
     yield _counted("bytes", stored.bytes if stored else size.bytes, "B")
 
 
@@ -228,7 +228,7 @@ def phase_costs(seconds: dict[str, float]) -> list[Cost]:
 def measure_costs(
     subject: MeasuredPair, config: CostsConfig, progress: Progress = SILENT
 ) -> CostReport:
-    """Measure all that the config lists, at every shape of its grid that fits the model."""
+    """Measure everything that the config lists, at every shape of its grid that fits the model."""
     found, model = CostReport(), subject.model
     if not config.measure:
         return found
@@ -241,8 +241,8 @@ def measure_costs(
     if "roofline" in config.measure:
         best = _limits_of_device(model)
         found.add(_device_limit_costs(best, model))
-    # Out of memory ends one shape, not the run: smaller shapes of the grid still give numbers, and
-    # those of this shape that were yielded before the error are kept.
+    # Running out of memory ends one shape instead of the run: smaller shapes of the grid still give
+    # numbers, and those of this shape from before the error are kept.
     for work in workloads(model, config.timing):
         if isinstance(work, MissingMeasurement):
             found.missing.append(work)
@@ -258,7 +258,7 @@ def measure_costs(
                     scope=work.shape, quantity="further cost", reason="out of memory"
                 )
             )
-        # Free cached blocks, so that a shape does not fail for the fragments of the one before.
+        # Free cached blocks, so that fragments of one shape do not make the next one fail.
         release_memory(model.device)
     return found
 
@@ -306,8 +306,8 @@ def _device_limit_costs(best: DeviceLimits | None, model: Model) -> Measurements
 def memory_costs(model: Model, work: Workload) -> Measurements:
     """Yield the peak memory of each stage and the size of the KV cache, from separate calls.
 
-    A peak is the size of the weights plus what the call allocated on top of the memory in use
-    before it, as if the model were alone: the dense model loaded next to it does not count.
+    A peak is the size of the weights plus the call's allocations on top of the memory in use before
+    it, as if the model were alone: the dense model in the same process does not count.
     """
     inputs, network = work.on(model.device), model.network
     if not isinstance(work, GenerationWorkload):
@@ -323,18 +323,19 @@ def memory_costs(model: Model, work: Workload) -> Measurements:
     # The cache of the prefill must be gone before the next baseline is taken.
     del output
     with PeakMemory(model.device) as peak:
-        # Restart after the first token, so that the peak of the prefill is not charged to decoding.
+        # Restart after the first token, so that decoding does not include the prefill's peak.
         cache = work.generate(network, inputs, lambda n: peak.restart() if n == 1 else None)
     yield _peak_cost(network, decode, peak)
     yield Cost(scope=prefill, quantity="cache_bytes", unit="B", value=filled, how="counted")
-    # The last generated token is never fed back, so the cache grows by new_tokens - 1.
+    # The last generated token is never an input, so the cache grows by new_tokens - 1.
     each = (kv_cache_bytes(cache) - filled) / (work.new_tokens - 1) / work.batch
     yield Cost(scope=decode, quantity="cache_bytes_per_token", unit="B", value=each, how="counted")
 
 
 def disk_bytes(network: nn.Module) -> int:
     """Return the bytes of the weights in safetensors files, with tied weights counted once."""
-    # Tied tensors share storage; empty and meta tensors have no address, so they go by identity.
+    # Tied tensors share storage. Empty and meta tensors have no address and are compared by
+    # identity.
     kept = {
         (tensor.data_ptr() if tensor.numel() and not tensor.is_meta else id(tensor)): tensor
         for tensor in network.state_dict(keep_vars=True).values()

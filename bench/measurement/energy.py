@@ -17,14 +17,14 @@ from bench.measurement.workload import GenerationWorkload, Workload
 from bench.records.record import Cost, MissingMeasurement
 
 WINDOWS = 3
-"""Odd, so that the median is one of them: background work disturbs one window at most."""
+"""Odd, so that the median is one of them: background work disturbs at most one window."""
 
 
 @torch.no_grad()
 def energy_costs(subject: MeasuredPair, work: Workload, seconds: float) -> Measurements:
-    """Yield the joules of one call, with the dense model's next to them.
+    """Yield the joules of one call, and those of the dense model.
 
-    Without an energy counter one missing measurement is yielded instead.
+    Without an energy counter a missing measurement is yielded instead.
     """
     device = subject.model.device
     try:
@@ -43,10 +43,10 @@ def energy_costs(subject: MeasuredPair, work: Workload, seconds: float) -> Measu
         try:
             with MachineMonitor(device) as monitor:
                 joules = joules_per_call(calls, counter, device, seconds)
-        except Unavailable as reason:  # a counter may vanish between two readings
+        except Unavailable as reason:  # A counter may disappear between two readings.
             yield MissingMeasurement(scope=scope, quantity="energy", reason=str(reason))
             continue
-        # What the counter covers (a GPU board, a CPU package) always belongs to the number.
+        # What the counter covers (a GPU board, a CPU package) is always stated with the number.
         note = "; ".join(filter(None, (counter.how, monitor.reading.fault)))
         parts = {"dense": joules[1]} if subject.dense else {}
         yield Cost(
@@ -61,7 +61,8 @@ def energy_costs(subject: MeasuredPair, work: Workload, seconds: float) -> Measu
         if subject.no_gain_reason:
             yield _missing_saving(scope, subject.no_gain_reason)
         elif subject.dense and joules[1] <= 0:
-            # A counter with coarse steps, or one that wraps, may not advance in a short window.
+            # A counter with coarse steps, or one that wraps around, may not advance in a short
+            # window.
             yield _missing_saving(scope, "the energy counter did not advance for the dense model")
         elif subject.dense:
             yield Cost(
@@ -81,14 +82,15 @@ def _missing_saving(scope: str, reason: str) -> MissingMeasurement:
 def joules_per_call(
     calls: Sequence[Callable[[], object]], meter: EnergyMeter, device: torch.device, seconds: float
 ) -> list[float]:
-    """Return the joules per call of each candidate: the median over windows taken in turn.
+    """Return the joules per call of each candidate: the median over interleaved windows.
 
-    A window lasts at least `seconds`: a GPU's counter advances only every tenth of a second.
+    A window lasts at least `seconds`, because a GPU's counter advances only every tenth of a
+    second.
     """
-    # The first call of a network allocates and compiles, which must not enter the first window.
+    # The first call of a network allocates and compiles, which must not be part of a window.
     for call in calls:
         call()
-    # In turn, so that drift of the machine's temperature or load affects all candidates alike.
+    # Interleaved, so that drift of the machine's temperature or load affects all candidates alike.
     joules: list[list[float]] = [[] for _ in calls]
     for _ in range(WINDOWS):
         for call, windows in zip(calls, joules, strict=True):
@@ -100,13 +102,13 @@ def _joules_in_window(
     call: Callable[[], object], meter: EnergyMeter, device: torch.device, seconds: float
 ) -> float:
     """Repeat a call for `seconds`; return the joules per call."""
-    # Energy of work queued earlier must not fall into the window.
+    # Energy of work queued earlier must not be part of the window.
     synchronize(device)
     before, started, count = meter.joules(), time.perf_counter(), 0
-    # At least one call, however busy the machine is between the two readings of the clock.
+    # At least one call, even if the machine is busy between the two readings of the clock.
     while not count or time.perf_counter() - started < seconds:
         call()
-        # Per call, not per window: otherwise the loop would only enqueue kernels and overrun the
+        # After every call, because the loop would otherwise only enqueue kernels and exceed the
         # window by the length of the queue.
         synchronize(device)
         count += 1

@@ -1,7 +1,7 @@
 """One prompt with an image through a vision-language model: FLOPs, time, and size of the KV cache.
 
-Runs real calls, because methods that skip work decide by values what is computed for each token; a
-call on the meta device cannot show that. Shapes: B prompts, S tokens of each.
+Real calls are made, because methods that skip work decide by values what to compute for each token,
+which a call on the meta device cannot show. Shapes: B prompts, S tokens of each.
 """
 
 from __future__ import annotations
@@ -56,9 +56,8 @@ class PromptTokens:
 class PrefillTiming:
     """Seconds of each repetition of one prefill, and the bytes of its KV cache.
 
-    `side_cache_bytes` of these the token after it leaves unread by a method's choice.
-    `overhead` is the seconds of a prefill that a method's own selection takes, see
-    `method_overhead`.
+    `side_cache_bytes` is the part of the cache that the next token does not read, due to a method.
+    `overhead` is the seconds per prefill of a method's own selection, see `method_overhead`.
     """
 
     cache_bytes: int
@@ -73,7 +72,7 @@ class PrefillTiming:
 
 
 def build_image_prompt(model: Model, words: int) -> ModelInputs:
-    """Return one prompt as the model's processor builds it: a grey image, then `words` words."""
+    """Return one prompt as built by the model's processor: a grey image, then `words` words."""
     from PIL import Image
 
     # A one-letter word is one token in common vocabularies, so `words` is close to the text length.
@@ -123,7 +122,7 @@ def time_prefill(model: Model, inputs: ModelInputs) -> PrefillTiming:
     _next_token(model, inputs, cache)
     unread = side_cache_bytes(cache)
     del cache
-    # The call above is the first of the warm-up.
+    # The first call of the warm-up is the one above.
     for _ in range(WARM_UP_CALLS - 1):
         prefill()
     seconds = [call_seconds(prefill, model.device) for _ in range(TIMED_CALLS)]
@@ -132,23 +131,23 @@ def time_prefill(model: Model, inputs: ModelInputs) -> PrefillTiming:
 
 def _next_token(model: Model, inputs: ModelInputs, cache: Cache) -> None:
     """Feed one token after a prompt."""
-    # Without an attention mask: nothing is padded, and Qwen-VL would derive the number of positions
-    # from a mask. Any id will do as the next token, so the last one of the prompt is repeated.
+    # Without an attention mask, because nothing is padded and Qwen-VL would derive the number of
+    # positions from it. The next token may have any id, so the prompt's last one is repeated.
     _prefill(model, {"input_ids": inputs["input_ids"][:, -1:], "past_key_values": cache})
 
 
 def _prefill(model: Model, inputs: ModelInputs) -> ModelOutput:
-    # Logits of the last token only, as in generation: a head over all tokens would be charged to
-    # the prefill.
+    # Logits of the last token only, as in generation; a head over all tokens would add to the time
+    # of the prefill.
     return model.network(**inputs, use_cache=True, logits_to_keep=1)
 
 
 @torch.no_grad()
 def method_overhead(model: Model, prefill: Callable[[], object]) -> list[float]:
-    """Return the seconds that a method's own selection takes, one value per prefill.
+    """Return the seconds of a method's own selection, one value per prefill.
 
-    Measured in separate calls, because the device synchronisation around the selection costs time
-    itself. Empty for a model without such a method.
+    Measured in separate calls, because synchronising the device around the selection takes time.
+    Empty for a model without such a method.
     """
     if model.overhead is None:
         return []

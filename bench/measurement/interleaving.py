@@ -1,4 +1,4 @@
-"""Candidates timed in turn in one process, and the ratio of two with its confidence interval.
+"""Interleaved timing of candidates in one process, and their ratio with its confidence interval.
 
 Suffixes: R rounds, S resamples.
 """
@@ -23,12 +23,12 @@ Candidate = Callable[[], dict[str, float]]
 StageSeconds = dict[str, NDArray[np.float64]]
 """Seconds per stage, [candidates, rounds]."""
 StoppingRule = Callable[[StageSeconds], bool]
-"""Whether the rounds so far determine the result precisely enough."""
+"""Returns whether the rounds so far determine the result precisely enough."""
 SETTLING_WINDOW = 3
 SETTLING_TOLERANCE = 0.03
 ROUNDS_PER_CHECK = 5
-"""Rounds between two precision checks. Odd, because the order alternates per round: the candidate
-that runs right after a check, with cold caches, is then not always the same one."""
+"""Rounds between two precision checks. Odd, because the order alternates per round, so that the
+candidate right after a check, with cold caches, is not always the same."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ def interleave(
     timing: TimingConfig,
     is_precise: StoppingRule = lambda _: True,
 ) -> TimedRounds:
-    """Warm up, then time the candidates round by round; repeat if the machine was loaded.
+    """Warm up, then time the candidates round by round; repeat if the machine was busy.
 
-    The order is reversed every round, so that no candidate always comes first. After
-    `timing.rounds` rounds, more are added until `is_precise` returns True or a limit of the config
-    is reached. Of several attempts on a loaded machine the one with the least foreign load is kept.
+    The order is reversed every round, so that no candidate is always first. After `timing.rounds`
+    rounds, more are added until `is_precise` returns True or a limit of the config is reached. Of
+    several attempts on a busy machine, the one with the least load by other processes is kept.
     """
     warmup_rounds, settled = _warm_up(candidates, timing.max_warmup_rounds)
     attempts: list[TimedRounds] = []
@@ -78,8 +78,8 @@ def interleave(
 
 
 def _warm_up(candidates: Sequence[Candidate], max_rounds: int) -> tuple[int, bool]:
-    """Run rounds until their times have settled; return how many, and whether they settled."""
-    # The sum over candidates and stages decides: all of them must be warm.
+    """Run rounds until times have settled; return their number, and whether times settled."""
+    # Based on the sum over candidates and stages, because all of them must be warm.
     round_seconds: list[float] = []
     for number in range(1, max_rounds + 1):
         round_seconds.append(sum(sum(candidate().values()) for candidate in candidates))
@@ -89,7 +89,7 @@ def _warm_up(candidates: Sequence[Candidate], max_rounds: int) -> tuple[int, boo
 
 
 def _is_settled(round_seconds: Sequence[float]) -> bool:
-    """Whether the median of the last three rounds is within 3 % of that of the three before."""
+    """Return whether the median of the last three rounds is within 3 % of the previous three."""
     if len(round_seconds) < 2 * SETTLING_WINDOW:
         return False
     before = statistics.median(round_seconds[-2 * SETTLING_WINDOW : -SETTLING_WINDOW])
@@ -113,7 +113,7 @@ def _time_rounds(
             stage: np.array([[lap[stage] for lap in laps] for laps in measured])
             for stage in measured[0][0]
         }
-        # Time is checked between batches of rounds only, so `max_seconds` is a soft limit: a
+        # Time is checked only between batches of rounds, so `max_seconds` is a soft limit: a
         # started batch is completed, which keeps the number of rounds equal for all candidates.
         late = time.perf_counter() - started >= timing.max_seconds
         if late or target >= timing.max_rounds or is_precise(seconds):
@@ -123,7 +123,7 @@ def _time_rounds(
 
 RESAMPLES = 10_000
 CONFIDENCE_LEVEL = 0.99
-"""A run prints a dozen intervals: at 95 % one of them would often exclude 1 by chance."""
+"""A run prints a dozen intervals, of which some would exclude 1 by chance at 95 %."""
 
 
 @dataclass(frozen=True)
@@ -136,18 +136,18 @@ class Ratio:
 
     @property
     def relative_reach(self) -> float:
-        """Distance from the ratio to the farther end of the interval, as a share of the ratio."""
+        """Distance from the ratio to the farther end of the interval, relative to the ratio."""
         return max(self.high - self.value, self.value - self.low) / self.value
 
 
 def paired_ratio(numerator_R: NDArray[np.float64], denominator_R: NDArray[np.float64]) -> Ratio:
     """Return the median over rounds of the ratio, with a bootstrap interval over rounds.
 
-    Both times of a round were taken one after the other, so their ratio cancels what slowed the
-    whole round; the ratio of the two medians does not.
+    Both times of a round are measured one after the other, so their ratio is not affected by
+    anything that slows the whole round, unlike the ratio of the two medians.
     """
     ratio_R = numerator_R / denominator_R
-    # A fixed seed: the same times always give the same interval.
+    # With a fixed seed, the same times always give the same interval.
     rng = np.random.default_rng(0)
     chosen_SR = rng.integers(len(ratio_R), size=(RESAMPLES, len(ratio_R)))
     median_S = np.median(ratio_R[chosen_SR], axis=1)
@@ -159,11 +159,11 @@ def paired_ratio(numerator_R: NDArray[np.float64], denominator_R: NDArray[np.flo
 def _tail_probability(rounds: int) -> float:
     """Return the share of resamples beyond either end of the interval.
 
-    Plain bootstrap percentiles are too narrow for few rounds: at a nominal 95 % and 15 rounds they
-    cover 88 %. They are expanded as in Hesterberg (The American Statistician 69, 2015): the tail is
-    the normal probability of -sqrt(n / (n - 1)) t, with t of n - 1 degrees of freedom.
+    Plain bootstrap percentiles are too narrow for a few rounds: at a nominal 95 % and 15 rounds
+    they cover 88 %. They are expanded as in Hesterberg (The American Statistician 69, 2015): the
+    tail is the normal probability of -sqrt(n / (n - 1)) t, with t of n - 1 degrees of freedom.
     """
-    # Imported here: scipy.stats is slow to import and only a measurement needs it.
+    # Imported here, because scipy.stats is slow to import and only measurements need it.
     from scipy.stats import norm, t
 
     quantile = t.ppf((1 + CONFIDENCE_LEVEL) / 2, rounds - 1)

@@ -1,4 +1,4 @@
-"""Parameters, nonzero and active ones, bytes of weights and of a KV cache."""
+"""Sizes of a model: parameters, nonzero and active ones, bytes of weights and of a KV cache."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Counts of one network; `active` is the number of parameters that one token's forward uses."""
+    """Counts of one network; `active` is the number of parameters used by one token's forward."""
 
     parameters: int
     nonzero: int
@@ -34,29 +34,29 @@ class ModelSize:
 
 
 def count_parameters(network: nn.Module) -> int:
-    """Return the number of parameters, tied ones once and packed ones by their unpacked number."""
+    """Return the number of parameters, with tied ones once and packed ones before packing."""
     packed = sum(linear.numel for _, linear in packed_linears(network))
     return sum(weight.numel() for weight in network.parameters()) + packed
 
 
 def count_nonzero(network: nn.Module) -> int:
-    """Return the number of parameters that are not zero, packed ones by their unpacked values."""
-    # Offloaded weights are brought in one at a time, since they may not fit in memory together.
+    """Return the number of nonzero parameters, with packed ones by their unpacked values."""
+    # Offloaded weights are loaded one at a time, because they may not fit in memory together.
     packed = (linear.weight for _, linear in packed_linears(network))
     return sum(int(weight.count_nonzero()) for weight in chain(iter_parameters(network), packed))
 
 
 def count_padding(network: nn.Module) -> int:
-    """Return the number of parameters that only fill the storage of other weights up."""
+    """Return the number of parameters that only pad the storage of other weights."""
     parts = [module for module in network.modules() if isinstance(module, ReplacedModule)]
     return sum(part.padding_parameters() for part in parts)
 
 
 def held_tensors(network: nn.Module) -> list[Tensor]:
-    """Return the floating-point tensors that modules hold besides parameters and packed storage.
+    """Return the floating-point tensors of modules other than parameters and packed storage.
 
-    Buffers, and tensors that are plain attributes or stand in an attribute's list or mapping. Views
-    of parameters are none.
+    They are buffers, and tensors in plain attributes or in their lists and mappings. Views of
+    parameters do not count.
     """
     packed = {id(held) for _, linear in packed_linears(network) for held in linear.buffers()}
     known = set(map(_address, network.parameters())) - {0}
@@ -70,8 +70,8 @@ def held_tensors(network: nn.Module) -> list[Tensor]:
 
 
 def _address(tensor: Tensor) -> int:
-    """Return where a tensor's storage begins; 0 for one without storage of its own."""
-    # Offloaded parameters are on the meta device; a sparse tensor or a wrapper consists of others.
+    """Return the address of a tensor's storage; 0 for one without its own storage."""
+    # Offloaded parameters are on the meta device; sparse tensors and wrappers consist of others.
     try:
         return tensor.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):
@@ -79,16 +79,16 @@ def _address(tensor: Tensor) -> int:
 
 
 def _attribute_tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Yield tensors among a module's own attributes, which neither torch nor a saved file sees."""
+    """Yield tensors in a module's plain attributes, which neither torch nor saved files include."""
     for name, value in vars(module).items():
-        # Where torch keeps what is registered.
+        # Attributes in which torch stores registered tensors and modules.
         if name not in ("_parameters", "_buffers", "_modules"):
             yield from _tensors_in(value, MAX_NESTING)
 
 
 MAX_NESTING = 3
-"""Lists and mappings within each other that are searched for tensors: enough for a list per layer,
-and an end to those that contain themselves."""
+"""Levels of nested lists and mappings that are searched for tensors: enough for a list per layer,
+and a limit for structures that contain themselves."""
 
 
 def _tensors_in(value: object, levels: int) -> Iterator[Tensor]:
@@ -108,8 +108,8 @@ def count_size(network: nn.Module, structure: ModelStructure | None = None) -> M
     """Count a network's parameters: tied tensors once, packed weights by their unpacked number.
 
     A token is routed to k of a layer's E experts, so k/E of the routed parameters are active; all
-    others, embeddings and head included, count as active. Modules in which a method replaced the
-    experts report themselves how many of their parameters are routed.
+    others, including embeddings and head, count as active. Modules in which a method replaced the
+    experts report how many of their parameters are routed.
     """
     total = count_parameters(network)
     routed, idle, shared = 0, 0.0, 0
@@ -145,7 +145,7 @@ def _routed_in_replaced_modules(network: nn.Module) -> list[tuple[int, int]]:
 
 
 def parameter_dtype(network: nn.Module) -> torch.dtype:
-    """Return the dtype of the first parameter, which stands for the network's."""
+    """Return the dtype of the first parameter, which represents the network's."""
     return next(network.parameters()).dtype
 
 
@@ -166,8 +166,8 @@ def _numel(module: nn.Module) -> int:
 
 def kv_cache_bytes(cache: Cache) -> int:
     """Return the bytes of all keys and values in a cache, for text and visual tokens."""
-    # By attribute suffix, since the cache layer of a method holds `visual_keys` and `visual_values`
-    # as well; by identity, since one tensor may be an attribute under two names.
+    # By the end of attribute names, because a method's cache layer also has `visual_keys` and
+    # `visual_values`; by identity, because a tensor may have two names.
     tensors = {
         id(value): value
         for layer in cache.layers
@@ -178,5 +178,5 @@ def kv_cache_bytes(cache: Cache) -> int:
 
 
 def side_cache_bytes(cache: Cache) -> int:
-    """Return the bytes of a cache that the newest token did not read, by a method's choice."""
+    """Return the bytes of a cache that the newest token did not read, due to a method."""
     return sum(layer.side_bytes() for layer in cache.layers if hasattr(layer, "side_bytes"))

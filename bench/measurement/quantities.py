@@ -21,9 +21,9 @@ COST_QUANTITIES = (
     "method_latency", "speedup", "realised_speedup_fraction", "energy", "energy_saved",
     "roofline_efficiency", "matrix_rate", "copy_bandwidth",
 )  # fmt: skip
-"""What a cost can be of, as a search may name it."""
+"""Scopes and quantities of costs, as a search may name them."""
 COUNTED_PREFIXES = ("flops_", "macs_")
-"""Beginnings of the names of counts that have a convention or a part in their name."""
+"""Prefixes of names of counts that contain a convention or a part."""
 
 
 Measurements: TypeAlias = "Iterator[Cost | MissingMeasurement]"
@@ -31,13 +31,13 @@ Measurements: TypeAlias = "Iterator[Cost | MissingMeasurement]"
 
 @dataclass
 class CostReport:
-    """Costs that were obtained, and measurements that are missing."""
+    """Obtained costs and missing measurements."""
 
     costs: list[Cost] = field(default_factory=list)
     missing: list[MissingMeasurement] = field(default_factory=list)
 
     def add(self, rows: Iterable[Cost | MissingMeasurement]) -> None:
-        """Sort each row into `costs` or `missing`, in the order given."""
+        """Add each row to `costs` or `missing`, in the given order."""
         for row in rows:
             if isinstance(row, Cost):
                 self.costs.append(row)
@@ -52,11 +52,10 @@ STAGES = (FORWARD, PREFILL, FIRST_TOKEN, DECODE, END_TO_END)
 
 @dataclass(frozen=True)
 class MeasuredPair:
-    """A model, its dense baseline if there is one, and the reason why no gain may be reported.
+    """A model, its dense baseline if there is one, and why no gain may be reported.
 
-    `no_gain_reason` is the effect of methods that leave all weights in place (`masked`, `zeroed`),
-    or the reason why the dense model is missing. It is None if gains are real or nothing is
-    compared.
+    `no_gain_reason` is the effect of methods that keep all weights (`masked`, `zeroed`), or the
+    reason why there is no dense model. It is None if gains are real or nothing is compared.
     """
 
     model: Model
@@ -66,5 +65,5 @@ class MeasuredPair:
     @property
     def networks(self) -> list[nn.Module]:
         """The model's network, followed by the dense one if there is one."""
-        # Everything that is measured per network relies on this order: index 1 is the baseline.
+        # Measurements per network rely on this order: index 1 is the baseline.
         return [self.model.network, *([self.dense.network] if self.dense else [])]

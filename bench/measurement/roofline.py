@@ -1,11 +1,11 @@
-"""Roofline of a device: its measured peak rates, and the minimum time that a call needs.
+"""Roofline of a device: its measured peak rates, and the minimum time of a call.
 
-A call cannot be faster than its FLOPs at the rate of a large matmul, nor than its bytes at the
+A call takes at least its FLOPs at the rate of a large matmul, and at least its bytes at the
 bandwidth of a large copy (roofline model: Williams, Waterman, Patterson, CACM 2009).
 
-The bytes are the weights of all modules that run in a call, each once. This is a lower bound, so
+The bytes are the weights of all modules that run in a call, counted once. This is a lower bound, so
 that the share of the roofline is never overstated: of E routed experts only the k of a single token
-are charged; embeddings and activations are not charged at all.
+count, and embeddings and activations do not count at all.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ if TYPE_CHECKING:
 
 REPEATS = 5
 MATRIX_SIDE = {"cuda": 8192, "cpu": 1024}
-"""Side of the square matrices: large enough that the matmul is bound by arithmetic."""
+"""Side of the square matrices, large enough for the matmul to be limited by compute."""
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**27}
 """Bytes of the copy: many times the size of any cache."""
 
 
 @dataclass(frozen=True)
 class DeviceLimits:
-    """FLOP/s of a matmul, and bytes/s of a copy with read and written bytes both counted."""
+    """FLOP/s of a matmul, and bytes/s of a copy, counting both read and written bytes."""
 
     matrix_rate: float
     bandwidth: float
 
     def min_seconds(self, flops: float, bytes: float) -> float:
         """Return the minimum time of a call with these FLOPs and bytes."""
-        # The maximum, not the sum: arithmetic and memory traffic can overlap completely.
+        # The maximum instead of the sum, because compute and memory traffic can overlap completely.
         return max(flops / self.matrix_rate, bytes / self.bandwidth)
 
 
@@ -64,7 +64,7 @@ def device_limits(device: torch.device, dtype: torch.dtype, threads: int) -> Dev
 
 def fastest_seconds(device: torch.device, call: Callable[[], object]) -> float:
     """Return the seconds of the fastest of several calls, after a warm-up call."""
-    # The fastest, since a limit must not be understated: a share of it could exceed 1.
+    # The fastest, because a limit must not be understated: a share of it could exceed 1.
     call()
     return min(call_seconds(call, device) for _ in range(REPEATS))
 
@@ -79,7 +79,7 @@ def weight_bytes_read(
     share = _active_expert_shares(network, structure)
     with _executed_modules(network) as executed:
         call(executed.clear)
-    # By identity of the tensor, so that tied weights are charged once.
+    # By identity of the tensor, so that tied weights count once.
     weights = {
         id(tensor): tensor.numel() * tensor.element_size() * share.get(module, 1.0)
         for module in executed
@@ -108,7 +108,7 @@ def _executed_modules(network: nn.Module) -> Iterator[set[nn.Module]]:
 def _active_expert_shares(network: nn.Module, structure: ModelStructure) -> dict[nn.Module, float]:
     """Map every module with routed experts to the share of its weights that one token uses.
 
-    Modules in which a method replaced the experts report themselves what is routed.
+    Modules in which a method replaced the experts report how many weights are routed.
     """
     if structure.blocks:
         return {
@@ -121,8 +121,8 @@ def _active_expert_shares(network: nn.Module, structure: ModelStructure) -> dict
         counts = module.routed_parameters() if isinstance(module, ReplacedModule) else None
         if counts is not None:
             routed, experts = counts
-            # Not all weights of a replaced module are routed, so k/E does not apply to the whole:
-            # subtract what a token leaves unused. One share holds for all its submodules.
+            # In a replaced module only some weights are routed, so k/E does not apply to all of
+            # them: subtract what a token does not use. All submodules have the same share.
             idle = routed * (1 - experts_per_token(network) / experts)
             share = 1 - idle / sum(weight.numel() for weight in module.parameters())
             shares |= dict.fromkeys(module.modules(), share)

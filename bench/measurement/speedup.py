@@ -1,4 +1,4 @@
-"""Latency of a model next to its dense baseline: speed-up, and the fraction of it realised.
+"""Latency of a model compared with its dense baseline: speed-up, and its realised share.
 
 Suffixes: N networks, the measured one first; R rounds. Stages of a workload:
 
@@ -6,11 +6,11 @@ Suffixes: N networks, the measured one first; R rounds. Stages of a workload:
 - `first token`: from prompts in host memory to the ids of the first tokens in host memory.
 - `decode`: from one token to the next, the mean over a generation.
 - `end to end`: from prompts in host memory to the id of the last token.
-- `forward`: one call of an image classifier; its `end to end` includes the transfer of images and
+- `forward`: one call of an image classifier; its `end to end` includes transferring images and
   classes.
 
-FLOPs are counted in the same call that is timed, so that both skip the same work, whatever a method
-does. Only this module connects timing to FLOP counting.
+FLOPs are counted in the same calls that are timed, so that both skip the same work, whatever a
+method does. Only this module connects timing to FLOP counting.
 """
 
 from __future__ import annotations
@@ -55,24 +55,24 @@ if TYPE_CHECKING:
     from torch import nn
 
 MIN_FLOPS_SAVED = 0.05
-"""Share of FLOPs: below it the realised share would divide noise by almost zero."""
+"""Share of FLOPs; below it the realised share would divide noise by almost zero."""
 
 MIN_TIMED_SECONDS = 0.02
-"""Least sum of a stage's calls: a single one of less than a millisecond is too noisy."""
+"""Minimum total time of a stage's calls, because a single one below a millisecond is too noisy."""
 
 
 def speedup_costs(
     subject: MeasuredPair, work: Workload, timing: TimingConfig, best: DeviceLimits | None
 ) -> Measurements:
-    """Yield per stage the seconds, the speed-up, and the shares of theory and roofline reached."""
+    """Yield per stage the seconds, the speed-up, and the reached shares of theory and roofline."""
     device = subject.model.device
-    # FLOPs and bytes are counted first, in calls of their own: hooks and dispatch modes would slow
-    # the timed calls.
+    # FLOPs and bytes are counted first, in separate calls, because hooks and dispatch modes would
+    # slow down timed calls.
     flops = [flops_by_stage(network, device, work) for network in subject.networks]
     bytes_read = _bytes_read_by_stage(subject, work) if best else {}
     candidates = [candidate(network, device, work) for network in subject.networks]
     compared = subject.dense is not None and not subject.no_gain_reason
-    # Without a comparison there is no ratio whose interval could decide: run `timing.rounds`.
+    # Without a comparison there is no interval to check, so exactly `timing.rounds` rounds run.
     is_precise = partial(_is_precise, precision=timing.precision) if compared else lambda _: True
     rounds = interleave(candidates, device, timing, is_precise)
     for stage, seconds_NR in rounds.seconds.items():
@@ -86,7 +86,7 @@ def speedup_costs(
             left = done[0].total / done[1].total if done[0] and done[1] else None
             yield from _gain_costs(scope, _speedup(seconds_NR), left, rounds, timing.precision)
         if best and stage in bytes_read and done[0]:
-            # Causal kernels skip masked pairs: with them the least time would be overstated.
+            # Causal kernels skip masked pairs, which would overstate the minimum time.
             needs = {"flops": done[0].computed, "bytes": bytes_read[stage]}
             yield Cost(
                 scope=scope,
@@ -134,11 +134,11 @@ def _speedup(seconds_NR: NDArray[np.float64]) -> Ratio:
 def _gain_costs(
     scope: str, ratio: Ratio, flops_left: float | None, rounds: TimedRounds, precision: float
 ) -> Measurements:
-    """Yield the speed-up, and how much of the speed-up that the FLOPs allow was realised.
+    """Yield the speed-up, and its share of the speed-up that the FLOPs allow.
 
-    `flops_left` is the share of FLOPs that remains, None if they could not be counted. A realised
-    share of 1 means that time fell as much as FLOPs, 0 that it did not fall, and below 0 that the
-    model is slower than the dense one.
+    `flops_left` is the remaining share of FLOPs, None if they could not be counted. A realised
+    share of 1 means that time decreased as much as FLOPs, 0 that it did not decrease, and a
+    negative share that the model is slower than the dense one.
     """
     wide = f"the interval of the speed-up is still wider than {100 * precision:g} % to one side"
     note = (
@@ -171,8 +171,8 @@ def _gain_costs(
             reason=f"under {100 * MIN_FLOPS_SAVED:g} % of FLOPs saved",
         )
         return
-    # Seconds saved over FLOPs saved, both as shares of the dense model: time left is 1 / speed-up.
-    # The function is monotonic, so the ends of the interval map to ends.
+    # Saved seconds divided by saved FLOPs, relative to the dense model, where the remaining time is
+    # 1 / speed-up. The function is monotonic, so it maps ends of the interval to ends.
     shares = {
         name: (1 - 1 / gain) / (1 - flops_left)
         for name, gain in (("low", ratio.low), ("high", ratio.high), ("middle", ratio.value))
@@ -189,7 +189,7 @@ def _gain_costs(
 
 
 def _overhead_cost(subject: MeasuredPair, work: Workload, note: str | None) -> Measurements:
-    """Yield the seconds of a prefill that the method's own selection takes, if it makes one."""
+    """Yield the seconds of a prefill for the method's own selection, if it has one."""
     model = subject.model
     inputs = work.on(model.device)
     seconds = method_overhead(model, lambda: work.forward(model.network, inputs))
@@ -209,7 +209,7 @@ def _overhead_cost(subject: MeasuredPair, work: Workload, note: str | None) -> M
 
 @torch.no_grad()
 def _bytes_read_by_stage(subject: MeasuredPair, work: Workload) -> dict[str, float]:
-    """Return the minimum of bytes read per stage; a decoding step also reads the prompt's cache."""
+    """Return the minimum bytes read per stage; a decoding step also reads the prompt's cache."""
     model, inputs = subject.model, work.on(subject.model.device)
     network, structure = model.network, model.structure
     single = weight_bytes_read(network, structure, lambda _: work.forward(network, inputs))
@@ -219,8 +219,8 @@ def _bytes_read_by_stage(subject: MeasuredPair, work: Workload) -> dict[str, flo
     step = weight_bytes_read(
         network,
         structure,
-        # The prefill ends with the first token: clear what ran until then. If later steps run a
-        # module several times its weights still count once, so this is the cost of one step.
+        # The prefill ends with the first token, so earlier records are cleared then. Weights count
+        # once even if later steps run a module repeatedly, so this is the cost of one step.
         lambda forget: work.generate(network, inputs, lambda n: forget() if n == 1 else None),
     )
     return {PREFILL: single, DECODE: step + cache}
@@ -239,12 +239,12 @@ def candidate(network: nn.Module, device: torch.device, work: Workload) -> Candi
         return work.forward(network, resident)
 
     def classify() -> object:
-        # `cpu()` waits for the device, so the time includes the transfer back.
+        # `cpu()` waits for the device, so the time includes transferring the result.
         return work.forward(network, work.on(device)).argmax(-1).cpu()
 
     def generate(generation: GenerationWorkload) -> list[float]:
         clock = Clock(device)
-        # One mark before and one per token: the laps are the first token, then each decoding step.
+        # One mark before and one per token: laps are the first token, then each decoding step.
         clock.mark()
         generation.generate(network, generation.on(device), lambda _: clock.mark())
         return clock.laps()
@@ -268,7 +268,7 @@ def candidate(network: nn.Module, device: torch.device, work: Workload) -> Candi
 
 
 def _median_seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Return the median seconds of one call, over as many as take `MIN_TIMED_SECONDS` together."""
+    """Return the median seconds of one call, over as many as take `MIN_TIMED_SECONDS` in total."""
     seconds = [call_seconds(call, device)]
     while sum(seconds) < MIN_TIMED_SECONDS:
         seconds.append(call_seconds(call, device))

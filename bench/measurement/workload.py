@@ -73,7 +73,7 @@ class GenerationWorkload(Workload):
         `on_token` is called with 1, 2, ... as soon as the id of that token is in host memory.
         """
         generator = cast("GenerationMixin", network)
-        # Some checkpoints list several end tokens; `generate` wants one id to pad with.
+        # Some checkpoints list several end tokens, but `generate` needs a single id for padding.
         end = generator.generation_config.eos_token_id
         first = end[0] if isinstance(end, list) else end
         output = generator.generate(
@@ -82,8 +82,8 @@ class GenerationWorkload(Workload):
             max_new_tokens=self.new_tokens,
             use_cache=True,
             do_sample=False,
-            # None overrides sampling values of the checkpoint's generation config, which `generate`
-            # would warn about in greedy decoding.
+            # None overrides sampling values of the checkpoint's generation config, about which
+            # `generate` would warn in greedy decoding.
             temperature=None,
             top_p=None,
             top_k=None,
@@ -105,7 +105,7 @@ class ClassificationWorkload(Workload):
 
 
 class _TokenListener(BaseStreamer):  # type: ignore[misc]  # transformers is not typed here
-    """Streamer that reports every token from `generate`; the prompt, which comes first, is 0."""
+    """Streamer that reports every token from `generate`; the prompt comes first and is 0."""
 
     def __init__(self, on_token: Callable[[int], object]) -> None:
         self._on_token = on_token
@@ -118,7 +118,7 @@ class _TokenListener(BaseStreamer):  # type: ignore[misc]  # transformers is not
         self._tokens_seen += 1
 
     def end(self) -> None:
-        """Do nothing: the last token has been reported already."""
+        """Do nothing, because the last token has been reported already."""
 
 
 def workloads(model: Model, timing: TimingConfig) -> Iterator[Workload | MissingMeasurement]:
@@ -143,7 +143,7 @@ def workloads(model: Model, timing: TimingConfig) -> Iterator[Workload | Missing
 
 
 def refuse_long_prompts(timing: TimingConfig, config: ModelConfig, network: nn.Module) -> None:
-    """Reject `lengths` of which none fits the model, before any weight is loaded.
+    """Refuse `lengths` of which none fits the model, before any weight is loaded.
 
     Raises:
         UserError: even the shortest length with its new tokens exceeds the model's positions.
@@ -161,7 +161,7 @@ def refuse_long_prompts(timing: TimingConfig, config: ModelConfig, network: nn.M
 
 
 def _text_workloads(model: Model, timing: TimingConfig) -> Iterator[Workload]:
-    # Random tokens, since every vocabulary has them and time hardly depends on the ids.
+    # Random tokens, because every vocabulary has them and time hardly depends on the ids.
     network = cast("PreTrainedModel", model.network)
     vocabulary = network.get_input_embeddings().num_embeddings
     rng = torch.Generator().manual_seed(SEED)
@@ -172,7 +172,7 @@ def _text_workloads(model: Model, timing: TimingConfig) -> Iterator[Workload]:
 
 
 def _image_prompt_workloads(model: Model, timing: TimingConfig) -> Iterator[Workload]:
-    """Yield prompts of one image and some words, as the model's processor builds them."""
+    """Yield prompts of one image and some words, as built by the model's processor."""
     from bench.models.vlm.visual_tokens import locate_visual_tokens
 
     for words in timing.words:
@@ -181,8 +181,8 @@ def _image_prompt_workloads(model: Model, timing: TimingConfig) -> Iterator[Work
         visual = 0 if tokens is None else int(tokens.mask.sum())
         length = single["input_ids"].shape[1]
         for batch in timing.batches:
-            # Processors stack the patches of all images along the first dimension, just as they
-            # stack samples, so repeating every tensor along it gives a valid batch.
+            # Processors stack the patches of all images along the first dimension, like samples, so
+            # repeating every tensor along it gives a valid batch.
             inputs = {name: torch.cat([value.cpu()] * batch) for name, value in single.items()}
             shape = f"{batch}x({visual} visual + {length - visual} text)"
             yield GenerationWorkload(shape, batch, inputs, length, timing.new_tokens)

@@ -1,1 +1,1 @@
-"""FLOPs of a call: counted, by arithmetic from shapes, and by papers' conventions."""
+"""FLOPs of a call: counted, computed from shapes, and by papers' conventions."""

@@ -59,16 +59,16 @@ def decoder_macs(
         for rows, positions in tokens.by_token_kind():
             count = tokens.batch * len(positions)
             past = tokens.batch * tokens.past
-            # A prefill charges the full Q x K rectangle even under a sliding window, because the
-            # kernel is called with it. In decoding, the cache of a sliding-window layer has been
-            # cropped to the window, so the kernel receives no more keys than that.
+            # A prefill counts all Q x K pairs even with a sliding window, because the kernel is
+            # called with them. In decoding, the cache of a sliding-window layer has been cropped to
+            # the window, so the kernel gets no more keys.
             keys = tokens.keys if window is None or not tokens.past else min(tokens.keys, window)
             yield projection_cost(attention, count, past, rows)
             yield attention_cost(
                 rows, count * keys, tokens.visible_pairs(positions, window), per_pair
             )
             yield from feed_forward_costs(mlp, count, rows, top_k)
-            # Shared experts beside the block (Granite).
+            # Shared experts outside the block (Granite).
             for name, part in layer.named_children():
                 if name in SHARED_NAMES:
                     yield MatmulCost("shared", count * matrix_weights(part), rows)
@@ -83,7 +83,7 @@ def head_macs(network: nn.Module, rows: int) -> MatmulCost:
     embeddings = getattr(network, "get_output_embeddings", lambda: None)()
     if not isinstance(embeddings, nn.Linear):
         raise UserError(f"no analytic FLOP formula for the head of {type(network).__name__}")
-    # From the shape, not from the stored weights: a head tied to the embeddings multiplies too.
+    # From the shape instead of stored weights, because a head tied to the embeddings also counts.
     return MatmulCost("head", float(rows * embeddings.in_features * embeddings.out_features))
 
 
@@ -101,7 +101,7 @@ def _named_submodule(layer: nn.Module, names: Sequence[str]) -> nn.Module:
 def _sliding_window(config: PretrainedConfig, index: int) -> int | None:
     """Return the sliding window of a layer, or None if it attends to all earlier tokens."""
     window: int | None = getattr(config, "sliding_window", None)
-    # Models that mix both kinds of attention list the kind per layer; the others, such as Mistral,
+    # Models with both kinds of attention list the kind per layer; the others, such as Mistral,
     # apply `sliding_window` to every layer.
     types = getattr(config, "layer_types", None)
     if types is not None and types[index] != "sliding_attention":
@@ -159,17 +159,17 @@ class CallTokens:
     @staticmethod
     def prompt(visual_BS: Tensor) -> CallTokens:
         """Return the tokens of a prompt; all samples of `visual_BS` must have the same mask."""
-        # The first sample stands for all: measured prompts are copies of one prompt.
+        # The first sample represents all, because measured prompts are copies of one prompt.
         visual_S = visual_BS[0].cpu()
         return CallTokens(torch.arange(len(visual_S)), visual_S, len(visual_BS))
 
     @property
     def keys(self) -> int:
-        """Number of keys of one sequence, cached ones included."""
+        """Number of keys of one sequence, including cached ones."""
         return self.past + len(self.positions)
 
     def by_token_kind(self) -> list[tuple[TokenKind, Tensor]]:
-        """Return the positions of text and of visual tokens; a kind without tokens is left out."""
+        """Return the positions of text and of visual tokens, without kinds that have no tokens."""
         both: list[tuple[TokenKind, Tensor]] = [
             ("text", self.positions[~self.visual]),
             ("visual", self.positions[self.visual]),
@@ -179,7 +179,7 @@ class CallTokens:
     def visible_pairs(self, positions: Tensor, window: int | None) -> int:
         """Return the number of causal (query, key) pairs of the tokens at `positions`.
 
-        A token attends to itself and to earlier tokens, at most `window` keys in all.
+        A token attends to itself and to earlier tokens, at most `window` keys in total.
         """
         # Positions count from 0 and include the cache, so the token at p has p + 1 keys.
         keys = positions + 1
@@ -189,21 +189,21 @@ class CallTokens:
 def classifier_macs(network: Classifier, batch: int) -> list[MatmulCost]:
     """Return the multiply-adds of one forward over `batch` images of the network's input size.
 
-    The forward runs on the meta device, so the layers themselves derive the output shapes from
-    stride and padding and nothing is computed.
+    The forward runs on the meta device, so that the layers themselves derive output shapes from
+    stride and padding, without computing anything.
 
     Raises:
-        UserError: the network is one of torchvision or of the user.
+        UserError: the network is from torchvision or the user.
     """
     config = network.config
     if not len(network.head):
-        # Multiply-adds of theirs may be outside of convolutions and dense layers.
+        # They may have multiply-adds outside convolutions and dense layers.
         raise UserError(f"{config.architecture} is not built here: its products are not known")
     products: list[MatmulCost] = []
 
     def note(layer: nn.Module, _: object, output: Tensor) -> None:
         kind: NetworkPart = "convolution" if isinstance(layer, nn.Conv2d) else "dense"
-        # A dense layer has no spatial dimensions; the product over none of them is 1.
+        # A dense layer has no spatial dimensions, and the product of none is 1.
         positions = output.shape[0] * output.shape[2:].numel()
         products.append(MatmulCost(kind, float(positions * matrix_weights(layer))))
 

@@ -1,6 +1,6 @@
 """Analytic multiply-adds of prompts with images: vision tower, projector and decoder.
 
-Every patch passes every layer of the tower, unless a method removes some on their way.
+Every patch passes through every layer of the tower, unless a method removes some in between.
 
 Shapes: P patches of a frame, c patches merged into a visual token.
 """
@@ -43,8 +43,8 @@ def image_prompt_macs(
         UserError: there is no image, or a part has no analytic FLOP formula.
     """
     marked = _require_visual_tokens(network, inputs).mask
-    # A method that skips work leaves its own FLOP account on the network; it returns None where
-    # the stock decoder is unchanged.
+    # A method that skips work stores its own FLOP account on the network, which returns None if the
+    # stock decoder is unchanged.
     plan = flops_provider_of(network)
     planned = None if plan is None else plan.prefill(inputs)
     if planned is None:
@@ -82,7 +82,7 @@ def visual_layers(
     plan = flops_provider_of(network)
     if plan is not None:
         return plan.layers(inputs)
-    # Without a method every layer sees all visual tokens with all heads and neurons.
+    # Without a method every layer processes all visual tokens with all heads and neurons.
     visual = int(_require_visual_tokens(network, inputs).mask.sum())
     return [VisualLayer(visual)] * len(structure.layers)
 
@@ -102,22 +102,22 @@ def vision_macs(
 ) -> list[MatmulCost]:
     """Return the multiply-adds of encoding the images of a call into `tokens` visual tokens.
 
-    `rows` are those of an image in each layer of the tower where a method removes some.
+    `rows` are the rows per image in each layer of the tower if a method removes some.
 
     Raises:
-        UserError: the vision tower is of an unsupported type.
+        UserError: the type of the vision tower is not supported.
     """
     config = cast("PretrainedConfig", network.config)
     if config.model_type in TILED:
         return list(_tiled_images(network, inputs))
     module, _, projector = tower_parts(network)
     if config.model_type in CLASS_TOKEN_MODELS:
-        # These towers take images of one size, so the patches divide evenly among the images.
-        # Qwen's towers take any size and receive a (time, height, width) grid per image instead.
+        # These towers take images of one size, so patches are divided evenly among images. Qwen's
+        # towers take any size and get a (time, height, width) grid per image instead.
         patches = tokens * patches_per_token(config)
         images = int(inputs["pixel_values"].shape[0])
         encoded = _class_token_tower(module, patches // images, images, rows)
-        # What has left does not reach the projector; the class token does not either.
+        # Removed patches and the class token do not reach the projector.
         tokens = tokens if rows is None else images * (rows[-1] - 1)
     else:
         grids = [row for name in GRID_INPUTS for row in _grid_rows(inputs.get(name))]
@@ -135,12 +135,12 @@ TILED = {
 
 
 def _tiled_images(network: nn.Module, inputs: ModelInputs) -> Iterator[MatmulCost]:
-    """Yield the tower and the projector, which all patches of a tile reach, padding included."""
+    """Yield the tower and the projector, which process all patches of a tile including padding."""
     config = cast(Any, network).config
     module, projector = (
         cast(nn.Module, network.model).get_submodule(name) for name in TILED[config.model_type]
     )
-    # Samples and images with fewer tiles are filled up with black ones, which the tower never sees.
+    # Samples and images with fewer tiles are padded with black ones, which the tower never sees.
     tiles = int((inputs["pixel_values"] != 0).flatten(2).any(dim=2).sum())
     patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
     class_token = hasattr(cast(Any, module).embeddings, "class_embedding")
@@ -161,7 +161,7 @@ def _full_tower(
 ) -> Iterator[MatmulCost]:
     """Yield a tower in which all rows of an image, patches and others, attend to each other.
 
-    `left` are the rows of each layer where they are not the same in all.
+    `left` are the rows of each layer if layers have different numbers.
     """
     part = cast(Any, module)
     embedding = next(m for m in part.embeddings.modules() if isinstance(m, nn.Conv2d))
@@ -185,14 +185,14 @@ def _patch_tower(
     frames = [height * width for time, height, width in grids for _ in range(time)]
     patches = sum(frames)
     yield MatmulCost("vision", float(patches * matrix_weights(part.patch_embed)), "visual")
-    # Qwen2.5-VL lists the few layers with full attention; without the list every layer has it.
+    # Qwen2.5-VL lists the few layers with full attention; without the list all layers have it.
     full = getattr(vision, "fullatt_block_indexes", None)
     windows = frames if full is None else _window_sizes(vision, grids)
     for index, block in enumerate(part.blocks):
         lengths = frames if full is None or index in full else windows
         pairs = sum(length * length for length in lengths)
         yield MatmulCost("vision", float(patches * matrix_weights(block)), "visual")
-        # qkv is one fused matrix: a third of its outputs is the width of q, of k and of v.
+        # qkv is one fused matrix, with a third of its outputs each for q, k and v.
         per_pair = 2 * block.attn.qkv.out_features // 3
         yield attention_cost("visual", pairs, pairs, per_pair, part="vision")
 

@@ -1,4 +1,4 @@
-"""FLOP conventions of papers, by name: for reproducing their tables, never for slimbench's claims.
+"""FLOP conventions of papers by name, only for reproducing their tables, not for our own claims.
 
 Symbols: L layers, d d_model, m feed-forward width, n visual tokens of a layer, t text tokens.
 No convention counts vision tower, projector or head, none discounts grouped-query attention, and
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class ConventionInputs:
     """Inputs of a convention: d (`width`), m (`intermediate`), t (`text`), the work of each layer.
 
-    A layer after the last one with visual tokens still states the share of heads it would keep.
+    A layer after the last one with visual tokens also has a share of heads, as if it had some.
     """
 
     width: int
@@ -41,7 +41,7 @@ def yopo(decoder: ConventionInputs) -> float:
     Qwen2-VL's 30.51 of 44.25); the true cost of a projection is linear in h.
     """
     d, m, total = decoder.width, decoder.intermediate, 0.0
-    # Averaged over all layers: one without visual tokens still states the heads it would keep.
+    # Averaged over all layers, because those without visual tokens also have a share.
     share = sum(layer.heads for layer in decoder.layers) / len(decoder.layers)
     for layer in decoder.layers:
         n = layer.tokens

@@ -1,9 +1,9 @@
 """FLOPs of a model as costs of a record: counted and analytic, each with its parts.
 
-One multiply-add is two FLOPs. `flops` charges attention in full, including masked pairs, because
-that is what the kernel is called with; `flops_causal` leaves them out; `macs` is half of either.
-Costs of one scope and quantity differ in `how`: `counted` on the meta device or during a real run,
-`analytic` from shapes. A number that cannot be obtained is recorded as missing, never as zero.
+One multiply-add is two FLOPs. `flops` counts attention in full, including masked pairs, because the
+kernel is called with them; `flops_causal` leaves them out; `macs` is half of either. Costs of one
+scope and quantity differ in `how`: `counted` on the meta device or during a real run, `analytic`
+from shapes. A number that cannot be obtained is recorded as missing, never as zero.
 
 Shapes: B sequences or images, L tokens.
 """
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 VISION_NAMES = ("vision_tower", "visual", "vision_model")
 
-# Qwen's mergers, which take the place of a projector, are submodules of the vision tower.
+# Qwen's mergers, which replace a projector, are submodules of the vision tower.
 PROJECTOR_NAMES = ("multi_modal_projector", "merger", "deepstack_merger_list", "connector")
 HEAD_NAMES = ("lm_head",)
 
@@ -59,12 +59,12 @@ def count_text_flops(
 ) -> tuple[CountedFlops, CountedFlops]:
     """Count a forward over `batch` sequences of `length` tokens, and the token after it.
 
-    The first forward computes logits for all tokens, as scoring does; the second runs on the KV
-    cache of the first. Routing is even: every expert meets the same number of tokens. Where that
-    number is not whole, as for one token that meets 2 of 8 experts, it is the mean.
+    The first forward computes logits for all tokens, as in scoring; the second one uses the KV
+    cache of the first. Routing is balanced: every expert gets the same number of tokens. If that is
+    not an integer, as for one token with 2 of 8 experts, the count is a mean.
 
     Raises:
-        UserError: the network needs what the meta device lacks; see `meta_forward`.
+        UserError: the network cannot run on the meta device; see `meta_forward`.
     """
     copies = _copies_for_even_routing(network)
 
@@ -80,7 +80,7 @@ def count_text_flops(
 
 
 def count_forward_flops(network: nn.Module, batch: int, length: int) -> CountedFlops:
-    """Count the first of the two calls of `count_text_flops`, in half the time."""
+    """Count only the first of the two calls of `count_text_flops`, in half the time."""
     copies = _copies_for_even_routing(network)
 
     def count(call: Callable[..., Any]) -> CountedFlops:
@@ -96,12 +96,12 @@ def _meta_ids(rows: int, length: int) -> Tensor:
 
 
 def _copies_for_even_routing(network: nn.Module) -> int:
-    """Return how many copies of any inputs meet all experts of every block equally often.
+    """Return the number of copies of any inputs that use all experts of every block equally.
 
-    1 if the experts of each block are alike, so that it does not matter which of them are met.
+    It is 1 if the experts of each block are alike, so that it does not matter which ones are used.
     """
-    # One token meets a few experts. On the meta device it would always be the same few, and after
-    # pruning, which leaves experts of different widths, those are not of mean width.
+    # One token uses a few experts, which on the meta device would always be the same ones. Once
+    # pruning has left experts of different widths, these do not have the mean width.
     counts = (number_of_unlike_experts(module) for module in network.modules())
     return math.lcm(*(count for count in counts if count))
 
@@ -169,7 +169,7 @@ def language_parts(counted: CountedFlops) -> dict[str, int]:
 def multimodal_parts(counted: CountedFlops) -> dict[str, int]:
     """Split FLOPs into vision tower, projector, decoder and head.
 
-    FLOPs of a method count as the decoder's, except where it runs the tower or the projector again.
+    FLOPs of a method count as the decoder's, except if it runs the tower or the projector again.
     """
     # The decoder is the remainder, so the parts always add up to the total.
     projector, head = counted.in_modules(*PROJECTOR_NAMES), counted.in_modules(*HEAD_NAMES)
@@ -182,7 +182,7 @@ def multimodal_parts(counted: CountedFlops) -> dict[str, int]:
 
 def image_parts(counted: CountedFlops) -> dict[str, int]:
     """Split FLOPs by operator into convolutions, dense layers and other."""
-    # By operator instead of by module: each classifier architecture names its modules differently.
+    # By operator instead of by module, because classifier architectures name modules differently.
     kinds = counted.modules.get("Global", {})
     convolution = sum(flops for kind, flops in kinds.items() if "convolution" in str(kind))
     dense = sum(flops for kind, flops in kinds.items() if "mm" in str(kind))
@@ -217,8 +217,8 @@ def prompt_flops_costs(model: Model, config: CostsConfig, inputs: ModelInputs) -
         after, lambda: analytic_vlm.token_after_prompt_macs(network, structure, inputs)
     )
     plan = flops_provider_of(network)
-    # A count sees the multiply-adds of a method's own selection; the analytic total lacks them
-    # unless the method states them, and must not pass for complete.
+    # A count includes the multiply-adds of a method's own selection. The analytic total includes
+    # them only if the method reports them, and must not be taken for complete otherwise.
     for name in plan.unaccounted if plan else ():
         reason = f"{name} does not report the FLOPs of its selection"
         yield MissingMeasurement(
@@ -286,7 +286,7 @@ def convention_cost(
 
 
 def _missing_convention(scope: str, config: CostsConfig) -> Measurements:
-    """Report a missing value if a FLOP convention is requested: they cover image prompts only."""
+    """Report a missing value if a FLOP convention is requested, because they need image prompts."""
     name = config.flops.convention
     if name is not None:
         yield MissingMeasurement(
@@ -311,8 +311,8 @@ def _counted_costs(
         return
     found = {name: float(value) for name, value in parts(counted).items()}
     yield from _flops_and_macs(scope, "", float(counted.total), "counted", found)
-    # Masks are observed only at PyTorch's attention function. A decoder that never called it
-    # (eager attention) may have masked pairs that were not observed: its causal count is unknown.
+    # Masks are observed only at PyTorch's attention function. If a decoder never calls it (eager
+    # attention), there may be unobserved masked pairs, so its causal count is unknown.
     if counted.causal is None or (attends and not counted.attention_calls):
         yield MissingMeasurement(
             scope=scope,
@@ -334,8 +334,8 @@ def _analytic_costs(scope: str, compute: Callable[[], list[MatmulCost]]) -> Meas
     for suffix, masked in (("", True), ("_causal", False)):
         parts = {name: 2 * macs for name, macs in macs_by_part(products, masked=masked).items()}
         yield from _flops_and_macs(scope, suffix, sum(parts.values()), "analytic", parts)
-    # Tower and projector work on visual rows by nature. `visual_flops` is the decoder's share for
-    # visual tokens, the part that visual-token methods reduce.
+    # Tower and projector process only visual rows. `visual_flops` is the decoder's share for visual
+    # tokens, which visual-token methods reduce.
     visual = [p for p in products if p.tokens == "visual" and p.part not in ("vision", "projector")]
     if visual:
         parts = {p: 2 * macs for p, macs in macs_by_part(visual).items()}
@@ -353,7 +353,7 @@ def _flops_and_macs(
     scope: str, suffix: str, value: float, how: How, parts: dict[str, float] | None = None
 ) -> Measurements:
     """Yield a number as FLOPs, with its parts, and as multiply-adds."""
-    # Papers report either unit under the name FLOPs; recording both makes a mix-up visible.
+    # Papers call either quantity FLOPs; recording both makes a mix-up visible.
     yield Cost(
         scope=scope, quantity=f"flops{suffix}", unit="FLOP", value=value, how=how, parts=parts or {}
     )

@@ -1,12 +1,12 @@
 """FLOPs of a call, counted by PyTorch's dispatcher, also on the meta device.
 
 PyTorch's counter reports 0 for attention on a CPU, for grouped expert matmuls on every device, for
-transformers' fallback where those are not available, and for products with a vector. Their formulas
-are here. One multiply-add is two FLOPs.
+transformers' replacement of those if they are not available, and for products with a vector. Their
+formulas are here. One multiply-add is two FLOPs.
 
-FLOPs that attention spends on masked (query, key) pairs are observed at PyTorch's attention API.
-Further down, in the dispatcher, the mask may already be an additive bias and attention may be split
-into its matmuls; at `scaled_dot_product_attention` it is still a mask.
+FLOPs of attention for masked (query, key) pairs are observed at PyTorch's attention API. Below it,
+in the dispatcher, the mask may have become an additive bias and attention may have been split into
+its matmuls; in `scaled_dot_product_attention` it is still a mask.
 
 Shapes: B samples, H heads, Q queries, K keys, d widths of q and v, R rows, C columns, S routed
 rows, E experts, D and F widths of a matrix.
@@ -35,7 +35,7 @@ from bench.models.offload import without_offload_hooks
 
 Arguments: TypeAlias = tuple[Any, ...]
 Keywords: TypeAlias = dict[str, Any]
-"""Arguments of an operator as a mode of PyTorch receives them: of any type."""
+"""Arguments of an operator as passed to a mode of PyTorch, with any types."""
 Counted = TypeVar("Counted")
 
 
@@ -45,9 +45,9 @@ class CountedFlops:
 
     `modules` maps a module's path to FLOPs by operator, and `Global` to those of the whole call.
     `masked` is the FLOPs of masked pairs, None if mask values were not available. `attention_calls`
-    is the number of calls of PyTorch's attention, the only place where masks are observed.
-    `operators` are all that ran; `without_formula` names the matmuls among them without a formula:
-    if it is not empty, the count is too small.
+    is the number of calls of PyTorch's attention, where masks are observed. `operators` are all
+    that ran. `without_formula` names matmuls without a formula; if there are any, the count is too
+    small.
     """
 
     modules: dict[str, dict[object, int]] = field(default_factory=dict)
@@ -67,7 +67,7 @@ class CountedFlops:
         return None if self.masked is None else self.total - self.masked
 
     def per_copy(self, copies: int) -> CountedFlops:
-        """Return the share of one of several equal copies of a call's inputs."""
+        """Return the FLOPs per copy, for inputs that consist of equal copies."""
         modules = {
             path: {operator: flops // copies for operator, flops in counts.items()}
             for path, counts in self.modules.items()
@@ -78,23 +78,24 @@ class CountedFlops:
     def in_modules(self, *leaves: str, within: tuple[str, ...] = ()) -> int:
         """Return the FLOPs of all modules named in `leaves`, counting nested matches once.
 
-        An item of a `ModuleList` takes the name of the list. With `within`, only modules inside
+        An item of a `ModuleList` has the name of the list. With `within`, only modules inside
+        modules of those names count.
         modules of those names count.
         """
         names, found = set(leaves), 0
         for path, counts in self.modules.items():
-            # A ModuleList is never called, so the counter knows its items (`list.3`) only.
+            # A ModuleList is never called, so the counter has only its items (`list.3`).
             *above, own = path.split(".")
             if own.isdigit() and above:
                 own = above.pop()
-            # FLOPs of a module include those of its submodules: skip a match inside another match.
+            # FLOPs of a module include its submodules, so matches inside other matches are skipped.
             if own in names and not names & set(above) and (not within or set(within) & set(above)):
                 found += sum(counts.values())
         return found
 
 
 class _OperatorRecorder(TorchDispatchMode):
-    """Records every operator that runs, including those that the FLOP counter decomposes into."""
+    """Records every operator that runs, including those into which the FLOP counter decomposes."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch does not say
@@ -113,10 +114,10 @@ class _OperatorRecorder(TorchDispatchMode):
 
 @contextmanager
 def count_flops() -> Iterator[CountedFlops]:
-    """Count the FLOPs of what runs inside the block; the result is complete when the block ends."""
+    """Count the FLOPs of the block; the result is complete when the block ends."""
     counted, operators, masked = CountedFlops(), _OperatorRecorder(), MaskedPairs()
     counter = FlopCounterMode(display=False, custom_mapping=flop_formulas())
-    # Dispatch modes form a stack, and the one entered last sees an operator first. The recorder is
+    # Dispatch modes form a stack, and the last one entered sees an operator first. The recorder is
     # entered before the counter and so sees the operators that the counter passes on.
     with operators, counter, masked:
         yield counted
@@ -168,7 +169,7 @@ class MaskedPairs(TorchFunctionMode):
         # q · k over the width of q, weight · v over the width of v, two FLOPs per multiply-add.
         per_pair = 2 * (query.shape[-1] + value.shape[-1])
         if is_causal:
-            # Row i attends to keys 0 to i: PyTorch aligns the causal mask at the top left.
+            # Row i attends to keys 0 to i, because PyTorch aligns the causal mask at the top left.
             hidden = sum(max(keys - 1 - row, 0) for row in range(queries))
             self.flops += per_pair * heads * hidden
         elif attn_mask is not None:
@@ -178,11 +179,11 @@ class MaskedPairs(TorchFunctionMode):
         if isinstance(mask, FakeTensor) or mask.is_meta:
             self.has_unknown_mask = True
             return
-        # A float mask is added to the scores: transformers writes the dtype's minimum (or -inf) for
-        # a masked pair. A bool mask is True where a query may attend.
+        # A float mask is added to the scores: transformers uses the dtype's minimum (or -inf) for
+        # masked pairs. A bool mask is True for pairs that are not masked.
         lowest = torch.finfo(mask.dtype).min if mask.is_floating_point() else None
         hidden = ~mask if lowest is None else mask <= lowest
-        # A mask is broadcast over samples and heads, so take its mean instead of its sum.
+        # A mask is broadcast over samples and heads, so its mean is used instead of its sum.
         self.flops += round(per_pair * pairs * float(hidden.double().mean()))
 
 
@@ -190,8 +191,8 @@ TensorShape = Sequence[int]
 Formula = Callable[..., int]
 
 # Operators that multiply matrices, recognised by name in any namespace: the first group matches
-# whole words between underscores, the second any part of the name. A false alarm only withholds a
-# count; a missed operator would make it too small unnoticed, so the pattern is broad.
+# whole words between underscores, the second any part of the name. The pattern is broad, because a
+# false match only withholds a count, while a missed operator would make it too small unnoticed.
 MATMUL_NAME = re.compile(
     r"(^|_)(mm|bmm|addmm|baddbmm|addbmm|mv|addmv|dot|vdot|ger|addr|linear|einsum|bilinear|trilinear|conv\d?d?"
     r"|rnn|lstm|gru)(_|$)|matmul|attention|attn|convolution|gemm|multi_head|cdist"
@@ -201,29 +202,29 @@ MATMUL_NAME = re.compile(
 def attention_flops(
     q_BHSd: TensorShape, k_BGTd: TensorShape, v_BGTd: TensorShape, *_: object, **__: object
 ) -> int:
-    """Charge q · k and weights · v in full, whatever the mask: causal attention is not halved."""
+    """Count q · k and weights · v in full, whatever the mask: causal attention is not halved."""
     return 2 * prod(q_BHSd[:3]) * k_BGTd[2] * (q_BHSd[3] + v_BGTd[3])
 
 
 def grouped_matmul_flops(
     x_SD: TensorShape, weight_EDF: TensorShape, *_: object, **__: object
 ) -> int:
-    """Charge the product of each row with the matrix of the one expert it is routed to."""
+    """Count the product of each row with the matrix of the expert to which it is routed."""
     return 2 * prod(x_SD) * weight_EDF[-1]
 
 
 def matrix_vector_flops(matrix_RC: TensorShape, *_: object, **__: object) -> int:
-    """Charge the product of a matrix and a vector, or the dot product of two vectors."""
+    """Count the product of a matrix and a vector, or the dot product of two vectors."""
     return 2 * prod(matrix_RC)
 
 
 def addmv_flops(_bias: TensorShape, matrix_RC: TensorShape, *_: object, **__: object) -> int:
-    """Charge a matrix-vector product plus bias; the addition is not counted."""
+    """Count a matrix-vector product plus bias; the addition does not count."""
     return 2 * prod(matrix_RC)
 
 
 def distance_flops(x_BMD: TensorShape, y_BND: TensorShape, *_: object, **__: object) -> int:
-    """Charge pairwise distances as the matmul x yᵀ that they are computed from."""
+    """Count pairwise distances as the matmul x yᵀ from which they are computed."""
     return 2 * prod(x_BMD) * y_BND[-2]
 
 
@@ -239,8 +240,8 @@ def flop_formulas() -> dict[object, Formula]:
         aten._cdist_forward: distance_flops,
         aten._euclidean_dist: distance_flops,
     }
-    # transformers registers its fallback as a custom operator, and not every version of torch has
-    # `_grouped_mm`.
+    # transformers registers its replacement as a custom operator, and some versions of torch do not
+    # have `_grouped_mm`.
     stand_in = getattr(torch.ops, "transformers", None)
     candidates = [(aten, "_grouped_mm"), (stand_in, "grouped_mm_fallback")]
     for space, name in candidates:
@@ -257,7 +258,7 @@ def matmuls_without_formula(seen: Iterable[object], known: Iterable[object]) -> 
 
 
 def is_matmul(name: str) -> bool:
-    """Whether the name of an operator such as `aten.addmm` says that it multiplies matrices."""
+    """Return whether an operator multiplies matrices, judged by its name (`aten.addmm`)."""
     own = name.rpartition(".")[2]
     return MATMUL_NAME.search(own) is not None
 
@@ -266,19 +267,19 @@ COUNTABLE_EXPERTS = "batched_mm"
 
 
 def on_meta_device(network: nn.Module, count: Callable[[Callable[..., Any]], Counted]) -> Counted:
-    """Return what `count` makes of a forward of the network on the meta device.
+    """Return the result of `count` for a forward of the network on the meta device.
 
-    `count` may be called twice, and must not keep anything of the first time.
+    `count` may be called twice, and must not keep results of the first call.
 
     Raises:
-        UserError: as `meta_forward` does.
+        UserError: see `meta_forward`.
     """
-    # Plain meta tensors take less than half of the time. Where code looks at their values they
-    # raise; transformers does not look at those of fake ones (GPT-2's mask).
+    # Plain meta tensors take less than half of the time. They raise if code inspects their values,
+    # while transformers does not inspect those of fake tensors (GPT-2's mask).
     try:
         with meta_forward(network, fake=False) as call:
             return count(call)
-    except Exception:  # whatever it is, it is raised again if it has another cause
+    except Exception:  # If the cause is another one, it is raised again.
         with meta_forward(network) as call:
             return count(call)
 
@@ -290,11 +291,11 @@ def meta_forward(
     """Yield a meta-device forward of the network; its own weights are not touched.
 
     Inputs must be created inside the block, on the meta device. With `fake`, all tensors are fake
-    ones on top of meta tensors, as compilers use them. Floats are bfloat16, unless `own_dtypes`.
+    tensors on top of meta tensors, as in compilers. Floats are bfloat16, unless `own_dtypes`.
 
     Raises:
-        UserError: the network needs what the meta device lacks: values, on which its control flow
-            depends, or tensors that are neither parameters nor buffers.
+        UserError: the network needs values, on which its control flow depends, or tensors that are
+            neither parameters nor buffers.
     """
     # transformers inspects mask values unless tensors are fake. Non-fake inputs must be allowed,
     # because its KV cache creates a plain empty tensor.
@@ -303,8 +304,8 @@ def meta_forward(
         tensors = (*network.named_parameters(), *network.named_buffers())
         weights = {name: _meta_like(tensor, own_dtypes) for name, tensor in tensors}
 
-        # `named_parameters` lists a tied parameter once; `tie_weights` replaces it under its other
-        # names as well.
+        # `named_parameters` lists a tied parameter once; `tie_weights` also replaces it under its
+        # other names.
         def call(*args: object, **kwargs: object) -> object:
             return functional_call(network, weights, args=args, kwargs=kwargs, tie_weights=True)
 
@@ -325,11 +326,11 @@ def _meta_like(tensor: torch.Tensor, own_dtype: bool) -> torch.Tensor:
 
 @contextmanager
 def _countable_experts(network: nn.Module) -> Iterator[None]:
-    """Switch the experts to an implementation whose matmuls the counter sees, inside the block."""
+    """Inside the block, compute experts with matmuls that the counter recognises."""
     config = getattr(network, "config", None)
     before = getattr(config, "_experts_implementation", None)
-    # The eager implementation loops over the experts that were hit, which depends on values that do
-    # not exist on the meta device; the matmuls of `batched_mm` have static shapes.
+    # The eager implementation loops over the experts in use, which depend on values that do not
+    # exist on the meta device; the matmuls of `batched_mm` have static shapes.
     if before is None or not hasattr(network, "set_experts_implementation"):
         yield
         return
