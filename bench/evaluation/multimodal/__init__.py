@@ -1,1 +1,1 @@
-"""Questions about images, asked and scored by lmms-eval with a loaded model."""
+"""Questions about images, sent and scored by lmms-eval with a loaded model."""

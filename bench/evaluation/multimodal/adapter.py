@@ -1,7 +1,7 @@
-"""A loaded, possibly compressed vision-language model as lmms-eval's model, and stored answers.
+"""lmms-eval's interface to a loaded, possibly compressed vision-language model or stored answers.
 
-Prompts and answers are those of lmms-eval's own adapters for single images. Only the cost differs:
-real batches, rows that stop individually, images that are encoded once, and with prefix sharing one
+Prompts and answers are those of lmms-eval's own adapters for single images, at a lower cost: real
+batches, rows that stop individually, images that are encoded once, and with prefix sharing a single
 prefill for all questions of a batch about the same image.
 """
 
@@ -43,10 +43,10 @@ from bench.ui import Progress
 class LmmsEvalAdapter(lmms):  # type: ignore[misc]  # the harness has no types
     """Serves the harness's requests with a `Model`; `backend_report` names the backend.
 
-    Questions about the same images are answered one after the other, so that a small cache holds
+    Questions about the same images are answered consecutively, so that a small cache can hold
     their features and their prefill is shared. `answers_by_document` maps (task, document) to the
-    full prompt and the answer, `evidence` to what the model saw. `doc_to_parts` has the functions
-    of tasks that show images among their texts.
+    full prompt and the answer, `evidence` to facts about the model's input. `doc_to_parts` has the
+    functions of tasks with images between their texts.
     """
 
     def __init__(
@@ -105,18 +105,18 @@ class LmmsEvalAdapter(lmms):  # type: ignore[misc]  # the harness has no types
                 self.answers_by_document[task, document] = answer
                 self.evidence.requests[task, document].append(answer.seen)
                 self.evidence.settings[task] = generation.in_force
-                texts[index] = answer.text or ""  # the harness's filters take strings only
+                texts[index] = answer.text or ""  # The harness's filters accept only strings.
         return texts
 
     def clean(self) -> None:
-        """Keep everything: the harness calls this after each task, but the run owns the model.
+        """Do nothing: the harness calls this after each task, but the run owns the model.
 
-        The base class collects Python's garbage, which takes a third of a second each time.
+        The base class collects garbage, which takes a third of a second each time.
         """
 
     def _question(self, request: Instance) -> ImageQuestion:
         text, _, doc_to_visual, document, task, split = request.args
-        # Images are opened late: the decoded images of a whole task may exceed the memory.
+        # Images are opened late, because all decoded images of a task may exceed the memory.
         opening = partial(self._open, doc_to_visual, document, task, split)
         name = f"task {task}, document {document}"
         doc_to_parts = self.doc_to_parts.get(task)
@@ -128,15 +128,16 @@ class LmmsEvalAdapter(lmms):  # type: ignore[misc]  # the harness has no types
     def _by_image(self, requests: list[Instance], indices: list[int]) -> list[int]:
         """Group questions about the same images, in the order of the first question of each group.
 
-        This opens every image once more than answering does, and keeps none.
+        Every image is opened here and again for answering, because keeping all needs too much
+        memory.
         """
         same_images: dict[str, list[int]] = defaultdict(list)
         for index in indices:
-            # Equal pixels, not equal document ids: data sets repeat one image in many documents.
+            # By pixels instead of document ids, because many documents may have the same image.
             try:
                 key = image_hash(self._question(requests[index]).open_images())
             except UnfitImage:
-                key = ""  # answering finds the same, and records the reason
+                key = ""  # Answering fails in the same way and records the reason.
             same_images[key].append(index)
         return [index for group in same_images.values() for index in group]
 
@@ -146,31 +147,31 @@ class LmmsEvalAdapter(lmms):  # type: ignore[misc]  # the harness has no types
         return open_document_images(doc_to_visual, self.task_dict[task][split], document)
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Raise: planning admits only generate_until tasks."""
+        """Raise, because planning accepts only generate_until tasks."""
         raise UserError(
             f"{requests[0].task_name} is a loglikelihood task; only generate_until is supported"
         )
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        """Raise: planning admits only single-turn tasks."""
+        """Raise, because planning accepts only single-turn tasks."""
         raise UserError(
             f"{requests[0].task_name} is a multi-turn task; only single-turn tasks are supported"
         )
 
 
 class StoredAnswers(lmms):  # type: ignore[misc]  # the harness has no types
-    """The answers in sample rows, given again to the harness's requests."""
+    """Answers the harness's requests from the answers in sample rows."""
 
     def __init__(self, tasks: Sequence[PlannedTask], rows: Sequence[SampleRow]) -> None:
         super().__init__()
         self.answers_by_document: dict[tuple[str, int], Answer] = {}
-        self.doc_to_parts: dict[str, DocToParts] = {}  # not read: no image is opened
+        self.doc_to_parts: dict[str, DocToParts] = {}  # Not used, because no image is opened.
         self.evidence = EvidenceLog()
         self._indices = {task.name: task.indices for task in tasks}
         self._rows = {(row["task"], row["doc_id"]): row for row in rows}
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Return the texts as they were before any filter."""
+        """Return the texts before any filter."""
         texts = []
         for request in requests:
             *_, document, task, _split = request.args
@@ -197,7 +198,7 @@ def _images_of(parts: Sequence[str | Image]) -> list[Image]:
 
 
 def _answer_fields(generation: Generation, questions: Sequence[ImageQuestion]) -> list[list[Any]]:
-    """Return answers as JSON values, the form that the response cache stores."""
+    """Return answers as JSON values, the form in which the response cache stores them."""
     return [
         [answer.text, answer.prompt, answer.image_hash, asdict(answer.seen)]
         for answer in generation.run(questions)
@@ -211,6 +212,6 @@ def _answer_of(fields: Sequence[Any]) -> Answer:
 
 
 def _request_key(request: Instance) -> str:
-    """Name a request; the fingerprint of its data set covers the images of the document."""
+    """Return the key of a request; its data set's fingerprint covers the document's images."""
     text, options, _, document, task, split = request.args
     return request_key("question", task, split, document, text, options)

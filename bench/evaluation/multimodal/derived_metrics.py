@@ -26,11 +26,11 @@ ALWAYS_DERIVED = {
     "mme_perception_score": ("mme_perception_share",),
     "gpt_eval_score": ("mmbench_accuracy",),
 }
-"""Metrics of lmms-eval, and what is derived from them on any samples."""
+"""Metrics of lmms-eval, and those that can be derived from them for any samples."""
 
 
 class DerivedMetric(NamedTuple):
-    """One number, its standard error, and the number of items that it is a mean of."""
+    """One number, its standard error, and the number of items in its mean."""
 
     metric: str
     value: float
@@ -58,8 +58,8 @@ def _pope(samples: Sequence[LoggedSample]) -> list[DerivedMetric]:
     ]
     if not splits:
         return []
-    # The mean of splits, not of samples, as papers report it; for its error, the splits are taken
-    # as independent.
+    # The mean of splits instead of samples, as in papers. Its error treats the splits as
+    # independent.
     value = statistics.fmean(split.value for split in splits)
     mean = DerivedMetric("pope_accuracy_mean", value, _mean_error(splits), sum(s.n for s in splits))
     return [mean, *splits]

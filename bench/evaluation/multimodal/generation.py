@@ -45,13 +45,13 @@ from bench.schema import Overlong
 MAX_ANSWER_TOKENS = 1024
 """Default of `max_new_tokens`, as in lmms-eval's own adapters."""
 NetworkInputs: TypeAlias = dict[str, object]
-"""Arguments of a forward besides tensors per token: pixels or features, grids, a KV cache."""
+"""Arguments of a forward that are not per token: pixels or features, grids, a KV cache."""
 Ended: TypeAlias = tuple[str, Finish | None, int]
-"""An answer, how it ended, and its tokens up to there."""
+"""An answer, how it ended, and its number of tokens."""
 
 
 class GenerationOptions(TypedDict, total=False):
-    """The generation settings of a task that greedy decoding reads."""
+    """The generation settings of a task that affect greedy decoding."""
 
     until: str | list[str] | None
     max_new_tokens: int | None
@@ -61,8 +61,8 @@ class GenerationOptions(TypedDict, total=False):
 class ImageQuestion:
     """A task's text for one document, its images, opened on demand, and its name in errors.
 
-    `open_parts` returns texts and images in the order in which they are shown; without it the
-    images stand before the text, or where the text itself places them.
+    `open_parts` returns texts and images in the order shown. Without it, images precede the text,
+    or are where the text itself places them.
     """
 
     text: str
@@ -81,9 +81,9 @@ class ImageQuestion:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer, the full prompt, the hash of the images, and what the model saw of them.
+    """An answer, the full prompt, the hash of the images, and their sizes as seen by the model.
 
-    If there is no answer, `text` is None and `missing` the reason.
+    If there is no answer, `text` is None and `missing` is the reason.
     """
 
     text: str | None
@@ -93,14 +93,14 @@ class Answer:
 
     @property
     def missing(self) -> str | None:
-        """Why there is no answer."""
+        """Reason why there is no answer."""
         return self.seen.unanswered
 
 
 class Generation:
     """One set of generation settings, ready to run on batches of questions.
 
-    With `share`, the prefix of questions about the same images is computed once.
+    With `share`, the common prefix of questions about the same images is computed once.
     """
 
     def __init__(
@@ -121,8 +121,8 @@ class Generation:
         until = options.get("until") or []
         self._until = [until] if isinstance(until, str) else [stop for stop in until if stop]
         self._max_new_tokens = int(options.get("max_new_tokens") or MAX_ANSWER_TOKENS)
-        # The generation config comes first: chat models end a turn with a token that is not the
-        # tokenizer's EOS, and may list several.
+        # The generation config comes first, because chat models end a turn with a token other than
+        # the tokenizer's EOS, and may list several.
         own = self._network.generation_config.eos_token_id
         ends = model.tokenizer.eos_token_id if own is None else own
         self._ends: list[int] = [ends] if isinstance(ends, int) else list(ends or [])
@@ -157,7 +157,7 @@ class Generation:
         for row, (index, prompt, _) in enumerate(whole):
             end = answered.get(row)
             if end is None and reasons[row] is None and len(asked) > 1:
-                # Alone, without padding or a shared prefix: see `IsolatingScorer`.
+                # Repeated alone, without padding or a shared prefix: see `IsolatingScorer`.
                 (end,) = self._answer([encoded[row]], [keys[row]])
             text, finish, tokens = end or (None, None, 0)
             seen = Seen(
@@ -171,15 +171,15 @@ class Generation:
         return [answers[index] for index in range(len(questions))]
 
     def _check_length(self, name: str, width: int) -> str | None:
-        """Return why a prompt of `width` tokens is not asked, None if an answer fits behind it."""
-        # Cutting on the left would remove image tokens, which networks refuse, so a prompt that is
-        # too long is left out where a text would be truncated.
+        """Return why a prompt of `width` tokens is skipped; None if an answer fits after it."""
+        # Truncation on the left would remove image tokens, which networks refuse, so a prompt that
+        # is too long is skipped instead of truncated.
         policy: Overlong = "refuse" if self._overlong == "refuse" else "skip"
         return check_length(policy, name, width, self._model.max_length - 1, self._model.name)
 
     def _answer(self, encoded: list[EncodedPrompt], hashes: list[str | None]) -> list[Ended | None]:
-        """Answer prompts: in one batch where they share a prefix, in another where they do not."""
-        # Two batches, because only one of them has a cache to start from.
+        """Answer prompts, in separate batches with and without a shared prefix."""
+        # Two batches, because only one of them starts from a cache.
         prefixes: list[ImagePrefix] = []
         if self._share:
             prefixes = find_image_prefixes(encoded, hashes, self._network.config)
@@ -221,16 +221,16 @@ class Generation:
                 for row in prefix.rows
             ]
         )
-        # The full prompt is passed although its prefix is in the cache: `generate` feeds only the
-        # tokens beyond the cache's length, and needs the mask of all of them. Padding stands before
-        # the prefix and between prefix and rest; the mask hides both, and positions are counted
-        # from it.
+        # The full prompt is passed although its prefix is in the cache: `generate` processes only
+        # tokens beyond the cache's length, and needs the mask of all of them. There is padding
+        # before the prefix and between prefix and rest; the mask hides both, and positions are
+        # counted from the mask.
         names = ("input_ids", "attention_mask")
         tokens = {name: torch.cat([begin[name][owner_B], rest[name]], dim=1) for name in names}
         return tokens, {"past_key_values": cache}
 
     def _token_limit(self, width: int) -> int:
-        """Return the maximal number of new tokens for a prompt of `width` tokens that fits."""
+        """Return the maximum number of new tokens after a prompt of `width` tokens."""
         return min(self._max_new_tokens, self._model.max_length - width)
 
     def _padded(self, prompts: Sequence[EncodedPrompt]) -> dict[str, Tensor]:
@@ -247,7 +247,7 @@ class Generation:
     def _visual_inputs(
         self, prompts: Sequence[EncodedPrompt], hashes: Sequence[str | None]
     ) -> NetworkInputs:
-        """Return the images as features, or as pixels if the network takes no features."""
+        """Return the images as features, or as pixels if the network does not accept features."""
         device, dtype = self._model.device, self._network.dtype
         per_prompt = [
             {
@@ -271,20 +271,20 @@ class Generation:
             self._features.outputs_for(key, visual, device)
             for key, visual in zip(keys, per_prompt, strict=True)
         ]
-        # Grids stay, as M-RoPE positions are computed from them; pixels would be encoded again.
+        # Grids are kept, because M-RoPE positions depend on them; pixels would be encoded again.
         grids = {n: value for n, value in pixels.items() if not n.startswith("pixel_values")}
         return grids | {"mm_encoder_outputs": {"image": concatenate_outputs(outputs)}}
 
     def _generate(
         self, tokens: dict[str, Tensor], inputs: NetworkInputs, limits: list[int]
     ) -> list[Ended | None]:
-        """Return the answer of each row, None where its logits are not finite."""
+        """Return the answer of each row, None if its logits are not finite."""
         width = tokens["input_ids"].shape[1]
         end = (self._ends or [self._pad_token])[0]
         lost = NonFiniteRows(len(limits), width, end)
         stop = PerRowStopping(self._model.tokenizer, self._until, limits, width)
-        # Every setting is given: a model's generation config may ask for sampling, with a
-        # temperature that greedy decoding would warn about.
+        # All settings are passed, because a model's generation config may enable sampling, with a
+        # temperature about which greedy decoding would warn.
         output_BT = self._network.generate(
             **tokens,
             **inputs,
@@ -296,14 +296,14 @@ class Generation:
             top_k=None,
             stopping_criteria=StoppingCriteriaList([stop]),
             logits_processor=LogitsProcessorList([lost]),
-            # A checkpoint's generation config may ask to replace NaN by 0, which is no answer.
+            # Overrides a checkpoint's generation config, which may replace NaN by 0.
             remove_invalid_values=False,
             eos_token_id=self._ends or None,
             pad_token_id=self._pad_token,
             use_cache=True,
         )
         rows = zip(output_BT[:, width:].tolist(), limits, lost.tokens_B.tolist(), strict=True)
-        # A row keeps generating padding until the whole batch is done, hence the cut per row.
+        # A row continues with padding until the whole batch is done, hence the cut per row.
         return [
             self._ended(answer[:limit])
             if not 0 <= finite < limit or self._ends_in(answer[:finite])
@@ -312,7 +312,7 @@ class Generation:
         ]
 
     def _ends_in(self, tokens: list[int]) -> bool:
-        """Whether an answer has ended within its first tokens."""
+        """Return whether an answer has ended within its first tokens."""
         if any(token in self._ends for token in tokens):
             return True
         text = self._text(tokens)
@@ -335,14 +335,14 @@ class Generation:
 
 
 class BatchDecoder(Protocol):
-    """A tokenizer, as far as stop strings are found with it."""
+    """The interface of a tokenizer that is used to find stop strings."""
 
     def batch_decode(self, sequences: Tensor) -> list[str]:
         """Return the text of each row of token ids."""
 
 
 class PerRowStopping(StoppingCriteria):  # type: ignore[misc]  # transformers is not typed here
-    """Stops each row of a batch individually: at a stop string, or at its maximal length."""
+    """Stops each row of a batch individually: at a stop string, or at its maximum length."""
 
     def __init__(
         self, tokenizer: BatchDecoder, until: list[str], limits: list[int], width: int
@@ -351,8 +351,9 @@ class PerRowStopping(StoppingCriteria):  # type: ignore[misc]  # transformers is
         self._until = until
         self._limit_B = torch.tensor(limits)
         self._width = width
-        # If each token has a character, a stop string of n characters that ends in the last token
-        # lies in the last n tokens. A miss costs time only: `_ended` cuts the answer anyway.
+        # If each token has at least one character, a stop string of n characters that ends in the
+        # last token is within the last n tokens. A miss only costs time, because `_ended` cuts the
+        # answer.
         self._tail = max(map(len, until), default=0) + 1
 
     def __call__(self, input_ids: Tensor, scores: object, **_: object) -> Tensor:

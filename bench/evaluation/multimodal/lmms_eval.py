@@ -84,7 +84,7 @@ class MultimodalHarness:
 
     @property
     def sources(self) -> dict[str, DocumentSource]:
-        """Where the documents of each task came from."""
+        """Origin of the documents of each task."""
         return {task.name: task.source for task in self.tasks}
 
     @property
@@ -129,7 +129,7 @@ class MultimodalHarness:
         """Apply the harness's filters and metrics to the answers in sample rows.
 
         Raises:
-            UserError: the rows lack answers that the metrics need, or answer other questions.
+                UserError: the rows lack answers that the metrics need, or have different questions.
         """
         scored = self._score_tasks(StoredAnswers(self.tasks, rows), "stored answers", SILENT)
         refuse_changed_questions(rows, scored.rows)
@@ -162,7 +162,7 @@ def plan_multimodal(benchmark: BenchmarkConfig, *, offline: bool) -> MultimodalH
 
     Raises:
         MissingData: data are neither cached nor reachable on the hub.
-        UserError: the config names a task, a metric or a file that does not exist or fit.
+            UserError: the config names a task, metric or file that does not exist or does not fit.
     """
     refuse_unknown_tasks(benchmark, benchmark.tasks)
     if benchmark.perplexity:
@@ -170,10 +170,10 @@ def plan_multimodal(benchmark: BenchmarkConfig, *, offline: bool) -> MultimodalH
             "benchmark.perplexity needs benchmark.harness=lm_eval: it is measured on text"
         )
     if benchmark.num_fewshot:
-        raise UserError(f"benchmark.num_fewshot={benchmark.num_fewshot}: lmms_eval supports 0 only")
+        raise UserError(f"benchmark.num_fewshot={benchmark.num_fewshot}: lmms_eval supports only 0")
     go_offline_if_needed(offline=offline, needs_hub=reads_hub(benchmark))
-    # Imported here, since lmms-eval takes seconds to import and reads the hub's offline switches on
-    # import, which must have been set by then.
+    # Imported here, because lmms-eval takes seconds to import and reads the hub's offline switches
+    # on import, which must be set before.
     from bench.evaluation.multimodal import planned_tasks
 
     missing: list[str] = []
@@ -197,8 +197,8 @@ def _run_harness(lm: LmmsEvalAdapter | StoredAnswers, planned: PlannedTask) -> H
         hidden_from_harness(),
         tempfile.TemporaryDirectory() as folder,
     ):
-        # The harness insists on writing files next to its results; they go to a folder that is
-        # dropped. `torchrun` is the executor backend that sets up nothing in a single process.
+        # The harness always writes files next to its results, so they go to a temporary folder.
+        # `torchrun` is the executor backend without setup in a single process.
         settings = SimpleNamespace(output_path=folder, process_with_media=False)
         result: HarnessResult = evaluate(
             lm,
@@ -218,9 +218,9 @@ UNIT_UNANSWERED = "a question that is scored together with it has no answer"
 def unanswered_rows(
     planned: PlannedTask, lm: LmmsEvalAdapter | StoredAnswers, result: HarnessResult
 ) -> TaskAnswers:
-    """Count the documents of a task and name those without an answer, by index in the data set.
+    """Count the documents of a task, and list those without an answer by index in the data set.
 
-    Documents that are scored together are answered together or not at all.
+    Documents that are scored together count as unanswered if one of them is.
     """
     reasons: dict[int, str] = {}
     units: dict[str, list[int]] = defaultdict(list)
@@ -246,9 +246,10 @@ def unanswered_rows(
 def answered_only(
     planned: PlannedTask, result: HarnessResult, answers: TaskAnswers
 ) -> HarnessResult:
-    """Let lmms-eval aggregate again, over the documents that have an answer.
+    """Let lmms-eval aggregate again, over the documents with an answer.
 
-    A task that has none keeps its numbers, since nothing cannot be aggregated; they are dropped.
+    A task without answers keeps its numbers, because lmms-eval cannot aggregate an empty list; they
+    are dropped later.
     """
     samples = result["samples"][planned.name]
     kept = [s for s in samples if str(planned.indices[s["doc_id"]]) not in answers.unanswered]
@@ -305,8 +306,8 @@ def _harness_metrics(
             if name != metric:
                 continue
             scored = [sample[metric] for sample in samples if metric in sample]
-            # The harness's CLT standard error holds for a mean of per-sample scores; for any other
-            # aggregate it would be the error of something else, so it is dropped.
+            # The harness's CLT standard error is valid for a mean of scores per sample; for any
+            # other aggregate it would be the error of another number, so it is dropped.
             is_mean = metric in MEAN_METRICS or all(isinstance(s, int | float) for s in scored)
             error = scores.get(f"{metric}_stderr_clt,{through}") if is_mean else None
             stderr = None if isinstance(error, str | None) else float(error)
@@ -314,7 +315,7 @@ def _harness_metrics(
 
 
 def _version(metadata: Metadata | list[Metadata] | None) -> str | None:
-    """Return a task's version; its file holds a mapping or a list of mappings."""
+    """Return a task's version, from the mapping or list of mappings in its file."""
     parts = metadata if isinstance(metadata, list) else [metadata or {}]
     versions = [str(part["version"]) for part in parts if "version" in part]
     return versions[0] if versions else None
@@ -356,12 +357,12 @@ def _sample_row(
     return {
         "task": planned.name,
         "filter": "none",
-        # The harness counts the documents it was given; with a limit these need not be the first
-        # ones of the data set, and records of different limits must pair by document.
+        # The harness numbers the documents that it gets. With a limit these need not be the first
+        # ones of the data set, but records with different limits must be paired by document.
         "doc_id": planned.indices[sample["doc_id"]],
         "doc_hash": _sha256(json.dumps(sample["doc"], sort_keys=True, default=str)),
         "prompt_hash": _sha256(answer.prompt),
-        # The task's own text: without the model's processor no prompt can be rendered to compare.
+        # The task's own text, because no prompt can be rendered without the model's processor.
         "question_hash": _sha256(str(sample["arguments"][0])),
         "target": _target(sample),
         "prompt": answer.prompt,
@@ -379,7 +380,7 @@ def _sample_row(
 def _target(sample: LoggedSample) -> str:
     """Return the reference answer; of ten annotators' answers the most frequent one.
 
-    lmms-eval logs the word `answer` in that case, the name of a column that these data sets lack.
+    In that case lmms-eval logs the word `answer`, the name of a column that these data sets lack.
     """
     answers = sample["doc"].get("answers")
     if not answers:

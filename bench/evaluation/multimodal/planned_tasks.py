@@ -1,4 +1,4 @@
-"""lmms-eval's task objects on the documents found, and which documents a limit leaves."""
+"""lmms-eval's task objects with loaded documents, and the documents selected by a limit."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from bench.schema import BenchmarkConfig
 
 
 class LoadedTask(ConfigurableTask):  # type: ignore[misc]  # the harness has no types
-    """A task of lmms-eval in everything but the download of its data."""
+    """A task of lmms-eval that does not download its data."""
 
     def __init__(self, definition: TaskDefinition, rows: datasets.Dataset) -> None:
         # Before the base class, whose constructor calls `download`.
@@ -46,7 +46,7 @@ class LoadedTask(ConfigurableTask):  # type: ignore[misc]  # the harness has no 
         super().__init__(config=definition)
 
     def download(self, dataset_kwargs: dict[str, object] | None = None) -> None:
-        """Install the documents, and a copy without images for code that reads text only."""
+        """Install the documents, and a copy without images for code that reads only text."""
         split = evaluated_split(vars(self.config))
         images = task_data.image_columns(self._rows)
         self.dataset = datasets.DatasetDict({split: self._rows})
@@ -57,9 +57,9 @@ class LoadedTask(ConfigurableTask):  # type: ignore[misc]  # the harness has no 
 class PlannedTask:
     """One task with its documents.
 
-    `indices` are the indices of its documents in the whole data set, `headline` is its metric.
+    `indices` are the indices of its documents in the whole data set, and `headline` is its metric.
     `definition` is a hash of the harness's own definition, `folders` are those of its files.
-    `doc_to_parts` is the function of a task that shows images among its texts.
+    `doc_to_parts` is the function of a task with images between its texts.
     """
 
     name: str
@@ -103,7 +103,7 @@ def build_task(name: str, benchmark: BenchmarkConfig) -> PlannedTask:
         _refuse_media(name, task)
         if name in benchmark.data:
             _refuse_unfit_rows(name, task, indices, benchmark)
-        # The functions of metrics as well, for the libraries that compute them.
+        # Includes the functions of metrics, for the libraries that they use.
         identity = definition_hash([identity, task.aggregation()], task_index.FILES)
     headline = _headline(name, list(task.aggregation()), benchmark)
     split = evaluated_split(definition)
@@ -114,9 +114,9 @@ def build_task(name: str, benchmark: BenchmarkConfig) -> PlannedTask:
 
 
 def _doc_to_parts(task: LoadedTask, split: str) -> task_data.DocToParts | None:
-    """Return the function that puts images among texts, None if the task has none.
+    """Return the function that puts images between texts, None if the task has none.
 
-    It is what lmms-eval's chat models call; without one they show the images first, too.
+    lmms-eval's chat models call it; without it they put images first, as here.
     """
     doc_to_messages = task.config.doc_to_messages
     if doc_to_messages is None:
@@ -130,20 +130,20 @@ def _doc_to_parts(task: LoadedTask, split: str) -> task_data.DocToParts | None:
         ]
         return [part["text"] if part["type"] == "text" else part["url"] for part in content]
 
-    # MMMU's function changes how its module words all questions from its first call on. Called
-    # before any question is built, it words those of a first run and of a later one alike.
+    # MMMU's function changes the wording of all questions in its module on its first call. Calling
+    # it before any question is built makes the wording the same in all runs.
     with contextlib.suppress(Exception):
         doc_to_parts(task.dataset[split][0])
     return doc_to_parts
 
 
 def _refuse_media(name: str, task: LoadedTask) -> None:
-    """Raise UserError if the first document shows something else than images."""
+    """Raise UserError if the first document contains media other than images."""
     rows = task.dataset[evaluated_split(vars(task.config))]
     try:
         shown: list[Any] = [*open_document_images(task.doc_to_visual, rows, 0)]
     except UnfitImage:
-        return  # found and counted when it is asked about
+        return  # Detected and counted when the question is sent.
     for visual in shown:
         # The path of a video, or the samples of a sound.
         kind = "video" if isinstance(visual, str) else "audio" if isinstance(visual, dict) else None
@@ -156,7 +156,7 @@ def _with_local_images(definition: TaskDefinition, documents: ImageDocuments) ->
     changed = {**definition, "dataset_kwargs": None, "num_fewshot": 0}
     for key in ("test_split", "validation_split"):
         changed[key] = str(changed[key]).strip() if changed.get(key) else None
-    # Only the scored split is loaded, so the harness must not look for others.
+    # Only the scored split is loaded, so the harness must not search for others.
     changed["training_split"] = changed["fewshot_split"] = None
     if documents.images is not None:
         changed["doc_to_visual"] = documents.images.doc_to_visual
@@ -171,7 +171,7 @@ def _loaded_task(
             return LoadedTask(definition, rows)
     try:
         return LoadedTask(definition, rows)
-    except (Exception, SystemExit) as error:  # task functions raise anything on such rows
+    except (Exception, SystemExit) as error:  # Functions of tasks may raise anything for such rows.
         key = f"benchmark.data.{name}={benchmark.data[name]}"
         raise UserError(f"{key}: the rows do not fit {name}: {task_fault(error)}") from error
 
@@ -181,7 +181,7 @@ def _refuse_unlabelled_rows(
 ) -> None:
     """Raise UserError if a row of a user's file has no label that its task can score.
 
-    However many are allowed to be missing: the tasks' own code fails on such rows.
+    Even if missing answers are allowed, because the tasks' own code fails on such rows.
     """
     images = task_data.image_columns(rows)
     faults = {
@@ -201,8 +201,8 @@ def _refuse_unfit_rows(
 ) -> None:
     """Raise UserError if too many images of a user's file cannot be shown.
 
-    Found now, since the model would be loaded and asked in vain. Images of the hub are too many to
-    be decoded twice; those that fail are found when they are asked about.
+    Checked before the model is loaded. Images of the hub are too many to be decoded twice; those
+    that fail are detected when their questions are sent.
     """
     rows = task.dataset[evaluated_split(vars(task.config))]
     images = task_data.image_columns(rows)
@@ -215,7 +215,7 @@ def _refuse_unfit_rows(
     unfit: dict[str, str] = {}
     known: dict[tuple[str, ...], str | None] = {}
     for position, document in enumerate(stored):
-        # Data sets ask many questions about one image: each is decoded once.
+        # Data sets may have many questions per image, so each image is decoded once.
         parts = [part or {} for column in images for part in _as_list(document[column])]
         parts = parts or [document]
         key = tuple(
@@ -230,7 +230,7 @@ def _refuse_unfit_rows(
     answers = TaskAnswers(len(indices), unfit)
     if unfit and not answers.suffice(benchmark.allow_missing):
         raise UserError(
-            f"{key_of_file}: {answers.describe()}; mend the file, or accept a share "
+            f"{key_of_file}: {answers.describe()}; repair the file, or accept a share "
             f"by benchmark.allow_missing, now {benchmark.allow_missing:g}"
         )
 
@@ -240,13 +240,13 @@ def _as_list(value: Any) -> list[Any]:
 
 
 YES_OR_NO = ("pope", "mme")
-"""Families of tasks whose own code fails on any other answer, when the model has been asked."""
+"""Families of tasks whose own code fails on other labels, after the model has answered."""
 
 
 def _label_fault(name: str, document: DataRow) -> str | None:
-    """Return why a document holds no reference answer, as in public test splits; None if it does.
+    """Return why a document has no reference answer, as in public test splits; None if it has one.
 
-    A task of the harness that keeps its answers elsewhere has no fault.
+    A task whose answers are not in the documents has no fault.
     """
     columns = [column for column in ("answer", "answers") if column in document]
     if not columns:
@@ -262,10 +262,10 @@ def _label_fault(name: str, document: DataRow) -> str | None:
 
 
 def _is_blank(label: object) -> bool:
-    """Whether a label, or each of a list of labels, is one of the signs for "none"."""
+    """Return whether a label, or each of a list of labels, is a sign for "none"."""
     if isinstance(label, list):
         return all(map(_is_blank, label))
-    if isinstance(label, dict):  # one annotator's answer
+    if isinstance(label, dict):  # One annotator's answer.
         return _is_blank(label.get("answer"))
     if isinstance(label, int | float):
         return math.isnan(label) or label < 0
@@ -273,7 +273,7 @@ def _is_blank(label: object) -> bool:
 
 
 def _with_whole_labels(rows: datasets.Dataset) -> datasets.Dataset:
-    """Make the index of the right choice an integer; other programs write 1 as 1.0."""
+    """Convert the index of the right choice to an integer; other programs write 1 as 1.0."""
     kind = rows.features.get("answer")
     if "choices" in rows.features and str(getattr(kind, "dtype", "")).startswith("float"):
         return rows.cast_column("answer", datasets.Value("int64"))
@@ -300,7 +300,7 @@ def _headline(name: str, offered: list[str], benchmark: BenchmarkConfig) -> str:
 UnitRule: TypeAlias = tuple[tuple[str, ...], Callable[..., object]]
 """The columns that identify a unit, and a function from their values to its key."""
 SCORING_UNITS: dict[str, UnitRule] = {
-    # Two questions about an image; the second half of the score counts images with both correct.
+    # Two questions about an image; half of the score counts images with both answers correct.
     "mme": (("category", "question_id"), lambda category, question: (category, question)),
     # A question and its copies with rotated options.
     "mmbench": (("index",), lambda index: index % derived_metrics.ROTATION_STRIDE),
@@ -311,7 +311,7 @@ SCORING_UNITS: dict[str, UnitRule] = {
 def select_documents(name: str, rows: datasets.Dataset, limit: int | None) -> list[int]:
     """Return the indices of the documents to score, in order.
 
-    Documents that are scored together are all in or all out, so a limit may be exceeded by a few.
+    Documents that are scored together are selected together, so a limit may be slightly exceeded.
     """
     if limit is None or limit >= len(rows):
         return list(range(len(rows)))
@@ -325,7 +325,7 @@ def select_documents(name: str, rows: datasets.Dataset, limit: int | None) -> li
 
 
 def scoring_unit(name: str, document: DataRow) -> str | None:
-    """Return the name of the unit a document is scored in, or None if it is scored alone."""
+    """Return the name of a document's scoring unit, or None if it is scored alone."""
     rule = _unit_rule(name)
     if rule is None:
         return None
@@ -340,7 +340,7 @@ def _unit_rule(name: str) -> UnitRule | None:
 
 
 def _family(name: str, families: Iterable[str]) -> str | None:
-    """Return which of these families of tasks a task belongs to."""
+    """Return the family of tasks to which a task belongs."""
     return next((key for key in families if name == key or name.startswith(f"{key}_")), None)
 
 
@@ -349,12 +349,12 @@ def quiet_lmms_eval() -> Iterator[None]:
     """Suppress the logs, progress bars and prints of lmms-eval, and the bars of `datasets`."""
     bars = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
-    # All names, because task modules log under their own.
+    # All loggers, because task modules have their own.
     logger.disable("")
     bar = lmms_eval.api.task.tqdm
 
     def hidden_bar(*args: object, **options: object) -> object:
-        # One bar sets `disable` explicitly; ours must win, so functools.partial is not enough.
+        # One bar sets `disable` explicitly, so functools.partial does not suffice to override it.
         return bar(*args, **{**options, "disable": True})
 
     for module in (lmms_eval.api.task, lmms_eval.evaluator):

@@ -1,7 +1,7 @@
-"""Prompts rendered and encoded by the processor, hashes of images, and a cache of their features.
+"""Rendering and encoding of prompts by the processor, hashes of images, and a cache of features.
 
-The images of a question are encoded apart from those of other questions, so the result depends
-neither on the batch nor on whether it came from the cache.
+Images of a question are encoded separately from those of other questions, so the result depends
+neither on the batch nor on the cache.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ EncodedPrompt: TypeAlias = dict[str, Tensor]
 PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 """Outputs of processors with one entry per token; the remaining ones describe images."""
 KEPT_FIELDS = ("pooler_output", "deepstack_features")
-"""Fields of a vision encoder's output that language models read."""
+"""Fields of a vision encoder's output that language models use."""
 VisionField: TypeAlias = Tensor | list[Tensor]
 """A tensor for all images of a question, or one per image or per decoder layer."""
 
@@ -39,7 +39,7 @@ class PromptEncoder:
         self._system = system
 
     def render(self, question: str, images: int) -> str:
-        """Return the full prompt, up to where the answer begins."""
+        """Return the full prompt, up to the start of the answer."""
         return chat.render_chat(
             self._processor, [(question, None)], images=images, system=self._system
         )
@@ -55,7 +55,7 @@ class PromptEncoder:
         return without_appended(self._processor.tokenizer, outputs)
 
     def image_sizes(self, prompt: EncodedPrompt) -> tuple[str, ...]:
-        """Return the size of each image of an encoded prompt, as the vision encoder sees it."""
+        """Return the size of each image of an encoded prompt, as the vision encoder gets it."""
         if "image_grid_thw" in prompt:
             patch = int(self._processor.image_processor.patch_size)
             grids = prompt["image_grid_thw"].tolist()
@@ -64,7 +64,7 @@ class PromptEncoder:
         if pixels is None:
             return ()
         *images, _, height, width = pixels.shape
-        # One more axis: an image of high resolution in tiles of this size.
+        # One more axis: a high-resolution image in tiles of this size.
         tiles = f" in {images[1]} tiles" if len(images) > 1 else ""
         return (f"{width}x{height}{tiles}",) * int(images[0])
 
@@ -75,13 +75,13 @@ def slice_tokens(prompt: EncodedPrompt, first: int, last: int | None) -> Encoded
 
 
 def image_hash(images: Sequence[Image.Image]) -> str:
-    """Return a SHA-256 over all that decides what a question's images show, in order."""
+    """Return a SHA-256 over everything that determines a question's images, in order."""
     digest = hashlib.sha256()
     for image in images:
-        image.load()  # before that, a file's palette is not there
+        image.load()  # Before that, a file's palette is not available.
         pixels = image.tobytes()
-        # Pixels of mode P are indices into a palette. Transparency and orientation are not in the
-        # pixels of any mode, but processors heed them when they convert to RGB.
+        # Pixels of mode P are indices into a palette. Transparency and orientation are not part of
+        # the pixels in any mode, but processors use them when converting to RGB.
         palette = bytes(image.getpalette(None) or ()) if image.palette else b""
         kind = image.palette.mode if image.palette else None
         seen = (
@@ -91,7 +91,7 @@ def image_hash(images: Sequence[Image.Image]) -> str:
             image.info.get("transparency"),
             image.getexif().get(ExifTags.Base.Orientation),
         )
-        # With lengths, since the same bytes may be images of different shapes.
+        # With lengths, because the same bytes may be images of different shapes.
         digest.update(f"{seen} {len(palette)} {len(pixels)}\n".encode() + palette + pixels)
     return digest.hexdigest()
 
@@ -99,7 +99,7 @@ def image_hash(images: Sequence[Image.Image]) -> str:
 class VisionFeatureCache:
     """A vision encoder with an LRU cache of `limit` bytes for its outputs.
 
-    It is not `supported` if the network takes pixels only, or if a method must see them in the
+    It is not `supported` if the network accepts only pixels, or if a method needs pixels in the
     call.
     """
 
@@ -110,20 +110,20 @@ class VisionFeatureCache:
         self._bytes = 0
         encoder = self._encoder()
         arguments = inspect.signature(model.network.forward).parameters
-        # `mm_encoder_outputs` is how transformers lets a forward skip its vision encoder.
+        # `mm_encoder_outputs` makes a forward of transformers skip its vision encoder.
         skippable = encoder is not None and "mm_encoder_outputs" in arguments
         self.supported = skippable and not model.needs_pixels
         self._arguments = set(inspect.signature(encoder).parameters) if encoder else set()
 
     def _encoder(self) -> Callable[..., ModelOutput] | None:
-        # Looked up for each call: a method may replace it after this cache was made.
+        # Looked up for each call, because a method may replace it after the cache was created.
         encoder = getattr(self._network, "get_image_features", None)
         return cast("Callable[..., ModelOutput] | None", encoder)
 
     def outputs_for(
         self, key: str, inputs: Mapping[str, Tensor], device: torch.device
     ) -> ModelOutput:
-        """Return the output for one question's images; `inputs` is what the processor returned."""
+        """Return the output for one question's images; `inputs` are from the processor."""
         if key in self._outputs:
             self._outputs.move_to_end(key)
             return _moved(self._outputs[key], device)
@@ -131,8 +131,8 @@ class VisionFeatureCache:
         assert encoder is not None
         arguments = {n: value.to(device) for n, value in inputs.items() if n in self._arguments}
         output = encoder(**arguments, return_dict=True)
-        # On the CPU: features of many images would take the memory that batches need, and moving
-        # them back is cheap next to encoding.
+        # On the CPU, because features of many images would take memory that batches need, and
+        # copying them back is fast compared with encoding.
         self._keep(key, _moved(output, torch.device("cpu")))
         return _moved(output, device)
 
@@ -154,8 +154,8 @@ def _kept_fields(output: ModelOutput) -> dict[str, VisionField]:
 
 def _moved(output: ModelOutput, device: torch.device) -> ModelOutput:
     """Return an output of the same class with only the fields that are read later."""
-    # The rest, such as the encoder's last hidden state, is read by nothing and would fill the
-    # cache. The output is rebuilt as its own class, since networks access its fields by name.
+    # Other fields, such as the encoder's last hidden state, are not used and would fill the cache.
+    # The output keeps its class, because networks access its fields by name.
     fields = {
         name: value.to(device) if isinstance(value, Tensor) else [part.to(device) for part in value]
         for name, value in _kept_fields(output).items()
@@ -173,7 +173,7 @@ def concatenate_outputs(outputs: Sequence[ModelOutput]) -> ModelOutput:
     """Concatenate the outputs for several questions, in order."""
     fields: dict[str, VisionField] = {}
     pooled = [output.pooler_output for output in outputs]
-    # One tensor for all images of a question, or a list with one per image where their numbers of
+    # One tensor for all images of a question, or a list with one per image if their numbers of
     # tokens differ; both forms occur in transformers.
     if isinstance(pooled[0], Tensor):
         fields["pooler_output"] = torch.cat(pooled)

@@ -1,4 +1,4 @@
-"""Documents and images of one task: files, drawn scenes, the hub."""
+"""Documents and images of one task: from files, drawn scenes, or the hub."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class ImageIndex:
         return {name: row for row, name in enumerate(self.rows["id"])}
 
     def doc_to_visual(self, document: DataRow) -> list[Image.Image]:
-        """Return the image of a document, as lmms-eval's function of this name does.
+        """Return the image of a document, like lmms-eval's function of this name.
 
         Raises:
-            UnfitImage: there is no image of its name, or it cannot be shown.
+            UnfitImage: there is no image of this name, or it cannot be shown.
         """
         name = document["imageId"]
         if name not in self._row_of:
@@ -65,7 +65,7 @@ class DocToParts(Protocol):
 
 
 def image_columns(rows: datasets.Dataset) -> list[str]:
-    """Return the columns that hold an image, or a list of images."""
+    """Return the columns with images or lists of images."""
     return [name for name, kind in rows.features.items() if _holds_images(kind)]
 
 
@@ -80,7 +80,7 @@ def open_document_images(
     """Open the images of one document of a task.
 
     Raises:
-        UnfitImage: an image is absent, or no model can be shown it.
+            UnfitImage: an image is missing, or cannot be shown to a model.
     """
     return open_images(lambda: list(doc_to_visual(_decoded(rows, position))))
 
@@ -91,17 +91,17 @@ def open_document_parts(
     """Open the images of one document of a task, among its texts.
 
     Raises:
-        UnfitImage: an image is absent, or no model can be shown it.
+            UnfitImage: an image is missing, or cannot be shown to a model.
     """
     return open_images(lambda: doc_to_parts(_decoded(rows, position)))
 
 
 def _decoded(rows: datasets.Dataset, position: int) -> DataRow:
-    document: DataRow = rows[position]  # `datasets` decodes the images of a row here
+    document: DataRow = rows[position]  # `datasets` decodes the images of a row here.
     columns = image_columns(rows)
     for column in columns:
         value = document[column]
-        # Data sets with columns for several images leave those open that a question does not show.
+        # Data sets with several image columns leave those empty that a question does not use.
         if value is None and len(columns) == 1:
             raise UnfitImage(f"it has no image in column {column!r}")
         # Before the task's own code, which converts to RGB.
@@ -113,7 +113,7 @@ def _decoded(rows: datasets.Dataset, position: int) -> DataRow:
 
 @dataclass(frozen=True)
 class ImageDocuments:
-    """A task's scored documents; `images` holds their images if they do not contain them."""
+    """A task's scored documents; `images` has their images if the documents only name them."""
 
     rows: datasets.Dataset
     images: ImageIndex | None
@@ -123,7 +123,7 @@ class ImageDocuments:
 def load_image_documents(
     name: str, definition: TaskDefinition, benchmark: BenchmarkConfig
 ) -> ImageDocuments:
-    """Return the documents that a benchmark gives a task, and where they came from."""
+    """Return the documents of a task in a benchmark, and their origin."""
     path = benchmark.data.get(name)
     if path is not None:
         return _from_files(name, path, definition)
@@ -148,7 +148,7 @@ def _from_scenes(definition: TaskDefinition) -> ImageDocuments:
     drawn = scene_rows(scenes)
     apart = [] if "image" in drawn[0] else scene_images(scenes)
     images = ImageIndex(datasets.Dataset.from_list(apart)) if apart else None
-    # Hashed as drawn here: to draw them once more takes as long as all else of a plan.
+    # Hashed as drawn here, because drawing them again takes as long as the rest of planning.
     source = scene_source(scenes, [*drawn, *apart])
     return ImageDocuments(datasets.Dataset.from_list(drawn), images, source)
 
@@ -159,7 +159,7 @@ def _from_hub(definition: TaskDefinition) -> ImageDocuments:
     if not _has_separate_images(definition):
         return ImageDocuments(data[split], None, source)
     # GQA stores questions and images as two configurations. The harness's own function would load
-    # the second one from the hub in the middle of the evaluation.
+    # the second one from the hub during the evaluation.
     images = hub.load_dataset(
         definition["dataset_path"], _images_config(definition), **hub_options(definition)
     )
@@ -200,7 +200,7 @@ def scene_images(scenes: str) -> list[DataRow]:
 
 
 def scene_source(scenes: str, rows: list[DataRow]) -> DocumentSource:
-    """Describe the embedded documents of a task, given all of its rows."""
+    """Return the origin of a task's embedded documents, given all of its rows."""
     from bench.data.synthetic.scenes import rows_fingerprint
 
     return DocumentSource("embedded", f"{SCENES_PATH}:{scenes}", None, rows_fingerprint(rows))

@@ -1,4 +1,4 @@
-"""lmms-eval's task files and definitions, found by name."""
+"""Finding lmms-eval's task files and definitions by name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bench.schema import BenchmarkConfig
 
 FILES = TaskFiles("lmms_eval", "lmms-eval", ours=Path(__file__).parent / "tasks" / "micro")
 GENERATION_SETTINGS = ("until", "max_new_tokens")
-"""Settings that greedy decoding reads."""
+"""Settings that affect greedy decoding."""
 SUBMISSION_METRIC = "submission"
 """Name of metrics that write a file for a server and have no value."""
 _TASK = re.compile(r"^task[ \t]*:[ \t]*[\"']?([\w.+-]+)[\"']?[ \t]*\r?$", re.MULTILINE)
@@ -60,13 +60,13 @@ def read_task_definition(file: Path, benchmark: BenchmarkConfig) -> TaskDefiniti
     """Return a definition with its includes merged and its functions imported.
 
     Raises:
-        UserError: the task needs a package that is not installed, a judge, a video or to execute
-            code, does not decode greedily, or is not a generate_until task.
+            UserError: the task needs a package that is not installed, a judge, videos or code
+                execution, does not decode greedily, or is not a generate_until task.
     """
-    # What the file itself says comes first: the module that it names may take minutes to import,
-    # as one that downloads a dictionary for its videos.
+    # The file itself is checked first, because importing the module that it names may take minutes,
+    # for example to download a dictionary.
     stated = _with_includes(file, functions=False)
-    # A file may be named otherwise than its task.
+    # The name of a file may differ from that of its task.
     name = str(stated.get("task") or file.stem)
     refuse_media(name, stated)
     definition = _with_includes(file)
@@ -86,9 +86,9 @@ def read_task_definition(file: Path, benchmark: BenchmarkConfig) -> TaskDefiniti
 
 
 def _with_includes(file: Path, *, functions: bool = True) -> TaskDefinition:
-    """Merge includes; those of our files are relative to the harness's folder.
+    """Merge includes; those in our files are relative to the harness's folder.
 
-    Without `functions`, none of the task's code is imported, and their keys are None.
+    Without `functions`, the task's code is not imported, and keys with functions are None.
     """
     if file.parent == FILES.ours:
         ours = {str(key): value for key, value in OmegaConf.load(file).items()}
@@ -101,7 +101,7 @@ def _with_includes(file: Path, *, functions: bool = True) -> TaskDefinition:
     except ImportError as error:
         raise missing_package("lmms_eval", file.stem, error) from error
     except UserError as error:
-        # Some modules make a client of the judge when they are imported.
+        # Some modules create a client of the judge on import.
         if is_judges(error.__cause__):
             raise judge_error(file.stem, "openai") from error
         raise

@@ -1,6 +1,6 @@
-"""What a task of lmms-eval needs besides a model: a judge's API, videos, code that a model wrote.
+"""Needs of lmms-eval's tasks besides a model: a judge's API, videos, execution of generated code.
 
-Task files do not say so: it is read from the code of the functions that score, before any runs.
+Task files do not state them, so they are found by inspecting the scoring functions, before any run.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ JUDGES = (
     "lmms_eval.llm_judge", "lmms_eval.verifiers.openai", "openai", "anthropic", "requests",
     "google.generativeai", "google.genai", "dashscope",
 )  # fmt: skip
-"""Modules with which a model elsewhere is asked about an answer."""
+"""Modules with which another model is asked to judge an answer."""
 EXECUTION = ("subprocess", "multiprocessing", "exec")
-"""Modules, and the function of Python itself, that run code."""
+"""Modules, and Python's own function, that execute code."""
 MEDIA = ("video", "audio")
 
 
 def refuse_media(name: str, definition: TaskDefinition) -> None:
-    """Raise UserError for a task whose file says that it is about something else than images."""
+    """Raise UserError for a task whose file shows that it is about media other than images."""
     options = definition.get("dataset_kwargs") or {}
     for kind in MEDIA:
         if options.get(kind):
@@ -47,7 +47,7 @@ def refuse_needs(name: str, definition: TaskDefinition, folder: Path) -> None:
 
 
 def is_judges(error: BaseException | None) -> bool:
-    """Tell whether an error is raised by a judge's library, as without its key."""
+    """Return whether an error was raised by a judge's library, for example without its key."""
     return error is not None and _listed(type(error).__module__) in JUDGES
 
 
@@ -60,14 +60,14 @@ def judge_error(name: str, judge: str) -> UserError:
 
 
 def media_error(name: str, kind: str) -> UserError:
-    """Build the error for a task about something else than images."""
+    """Build the error for a task about media other than images."""
     return UserError(
-        f"task {name!r} of lmms-eval needs {kind}; lmms_eval benchmarks are about images only"
+        f"task {name!r} of lmms-eval needs {kind}; lmms_eval benchmarks are only about images"
     )
 
 
 def _scoring_functions(definition: TaskDefinition) -> list[Callable[..., object]]:
-    """Return the functions that a definition names for answers: scores, aggregates and filters."""
+    """Return the functions in a definition that process answers: scores, aggregates and filters."""
     named = [definition.get("process_results")]
     for metric in definition.get("metric_list") or ():
         named += [metric.get("metric"), metric.get("aggregation")]
@@ -77,7 +77,7 @@ def _scoring_functions(definition: TaskDefinition) -> list[Callable[..., object]
 
 
 def _modules_used(functions: list[Callable[..., object]], folder: Path) -> Iterator[str]:
-    """Yield which of the modules above the functions reach, through others in the folder."""
+    """Yield which of the modules above the functions use, directly or through the folder's code."""
     seen: set[CodeType] = set()
     waiting: list[Any] = list(functions)
     while waiting:
@@ -107,7 +107,7 @@ def _modules_used(functions: list[Callable[..., object]], folder: Path) -> Itera
 
 
 def _names(code: CodeType) -> Iterator[str]:
-    """Yield the globals, attributes and modules that a function names, inner functions included."""
+    """Yield the globals, attributes and modules in a function's code, including inner functions."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -122,7 +122,7 @@ def _module_of(value: object) -> str:
 
 
 def _members(value: object, names: set[str]) -> list[Any]:
-    """Return the functions of a module, a class or an object that are named."""
+    """Return the functions with these names in a module, a class or an object."""
     owner = value if isinstance(value, ModuleType | type) else type(value)
     members = (getattr(owner, name, None) for name in names)
     return [each for each in members if inspect.isfunction(each)]

@@ -1,4 +1,4 @@
-"""Definitions of lm-eval's tasks: what may be run, and the settings that a benchmark changes."""
+"""Definitions of lm-eval's tasks: which can be run, and the settings that a benchmark changes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def read_definition(leaf: Leaf, *, trust_code: bool = False) -> TaskDefinition:
         Unreachable: its functions load data from the hub on import.
     """
     name, file = leaf.task_name, leaf.entry.yaml_path
-    if file is None:  # defined inside its group
+    if file is None:  # Defined inside its group.
         return {**leaf.overrides}
     # Checked before functions are resolved: resolving imports the task's Python modules.
     plain = {**load_yaml(file, resolve_func=False), **leaf.overrides}
@@ -58,15 +58,15 @@ def read_definition(leaf: Leaf, *, trust_code: bool = False) -> TaskDefinition:
 
 def read_micro_definition(file: Path) -> TaskDefinition:
     """Read one of our files; its include is relative to the harness's folder."""
-    # lm-eval resolves includes relative to the including file, and where lm-eval is installed is
-    # known at run time only; so the include is taken out and merged here.
+    # lm-eval resolves includes relative to the including file, but the folder of lm-eval is known
+    # only at run time, so the include is removed and merged here.
     ours: TaskDefinition = load_yaml(file, recursive=False)
     theirs: TaskDefinition = load_yaml(FILES.harness_folder / ours.pop("include"))
     return {**theirs, **ours}
 
 
 def _refuse_foreign_code(name: str, file: Path, definition: TaskDefinition) -> None:
-    """Raise if a task that is not the harness's own would run code besides the harness's.
+    """Raise if a task outside the harness would run code other than the harness's.
 
     Raises:
         UserError: a file names a Python function, or the task a metric that is fetched with its
@@ -95,7 +95,7 @@ def _untrusted(name: str, reason: str) -> UserError:
 
 
 def unsafe_code_error(task: str) -> UserError:
-    """Build the error for a task that runs what a model wrote."""
+    """Build the error for a task that executes generated code."""
     return UserError(
         f"task {task!r} executes generated code, which slimbench refuses: remove it from "
         "benchmark.tasks"
@@ -109,17 +109,17 @@ def multimodal_error(task: str) -> UserError:
 
 def num_shots(own: int | None, requested: int | None) -> int:
     """Return a task's number of shots by the harness's rule."""
-    # A task that declares 0 shots stays at 0, as in lm-eval: its prompt is written for zero shots.
+    # A task that declares 0 shots keeps them, as in lm-eval, because its prompt is for zero shots.
     return int(own or 0) if own == 0 or requested is None else requested
 
 
 def requested_shots(benchmark: BenchmarkConfig, chain: list[str], own: int | None) -> int | None:
-    """Return the shots that a benchmark asks of a task; None stands for its own number.
+    """Return the number of shots that a benchmark sets for a task; None keeps the task's own.
 
-    `chain` holds the task's name and those of the groups around it, innermost first.
+    `chain` is the task's name followed by those of the groups around it, innermost first.
 
     Raises:
-        UserError: the task is named with shots, and its prompt is written for none.
+        UserError: shots are set for a task by name, but its prompt is written for none.
     """
     asked = benchmark.num_fewshot
     if not isinstance(asked, Mapping):
@@ -138,9 +138,9 @@ def requested_shots(benchmark: BenchmarkConfig, chain: list[str], own: int | Non
 def restrict_to_splits(definition: TaskDefinition, present: set[str]) -> TaskDefinition:
     """Return the definition with only the splits in `present`.
 
-    If nothing else is left to draw few-shot examples from, they come from the scored split. It is
-    then declared as the test split, because only there does the harness exclude the scored document
-    from its own examples. A task that has no other split itself is left as it is.
+    If only the scored split is left for few-shot examples, it is declared as the test split,
+    because only there the harness excludes the scored document from its own examples. A task that
+    has no other split itself does not change.
     """
     scored = evaluated_split(definition)
     keys = ("training_split", "validation_split", "test_split", "fewshot_split")

@@ -1,8 +1,8 @@
 """lm-eval's tasks, groups and tags by name, without an index of all of them.
 
-lm-eval parses 14,000 files before it knows one name. Here the files of one folder after the other
-are searched for lines that give a name, and only files with the name asked for are parsed, by
-lm-eval's own code. Groups are put together by lm-eval as well, of tasks that are not built yet.
+lm-eval parses 14,000 files before it finds a name. Here the files of one folder after another are
+searched for lines with names, and only files with the requested name are parsed, by lm-eval's own
+code. lm-eval also assembles groups, from tasks that are not built yet.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bench.evaluation.task_planning import TaskDefinition, TaskFiles
 
 FILES = TaskFiles("lm_eval", "lm-eval", ours=Path(__file__).parent / "tasks" / "micro")
 NOT_INDEXED = frozenset({"__pycache__", ".ipynb_checkpoints"})
-"""Folders whose files lm-eval passes over."""
+"""Folders that lm-eval ignores."""
 _TOP_KEY = re.compile(
     rb"""^["']?(task|group|tag|include)["']?[ \t]*:[ \t]*([^\r\n]*)"""  # a key of the file itself
     rb"""|^[ \t]*-[ \t]*["']?([^\s"'#:]+)["']?[ \t]*(?:#[^\r\n]*)?\r?$""",  # an element of a list
@@ -38,9 +38,9 @@ _WORD = re.compile(rb"[^\s\[\]\"',#]+")
 
 @dataclass(frozen=True)
 class NamedFiles:
-    """The task files of one folder by the names in them.
+    """The task files of one folder, by the names in them.
 
-    `defining` are those with a task or group of this name, `tagged` those that may carry the tag.
+    `defining` are those with a task or group of this name, `tagged` those that may have the tag.
     """
 
     defining: Mapping[str, tuple[Path, ...]]
@@ -48,9 +48,9 @@ class NamedFiles:
 
 
 class NameIndex(dict[str, Entry]):
-    """lm-eval's index, filled with each name when it is asked for.
+    """lm-eval's index, filled with a name when it is requested.
 
-    The tasks of a user's own folders are in it from the start.
+    It contains the tasks of a user's own folders from the start.
     """
 
     def __init__(self, own: Mapping[str, Entry], folder: Path | None = None) -> None:
@@ -68,7 +68,7 @@ class NameIndex(dict[str, Entry]):
         return entry
 
     def find(self, name: str) -> Entry | None:
-        """Return the entry of a task, a group or a tag, None if there is none of this name."""
+        """Return the entry of a task, a group or a tag, None if this name does not exist."""
         found = super().get(name)
         if found is None:
             found = self._defined(name) or self._tag(name)
@@ -78,7 +78,7 @@ class NameIndex(dict[str, Entry]):
 
     def _defined(self, name: str) -> Entry | None:
         for file in self._defining_files(name):
-            # As in lm-eval, the first file of a folder that has the name wins.
+            # As in lm-eval, the first file of a folder with the name is used.
             entry = _entries_of(file).get(name)
             if entry is not None and entry.kind is not Kind.TAG:
                 return entry
@@ -100,11 +100,11 @@ class NameIndex(dict[str, Entry]):
         return tag if tag.tags else None
 
     def _folders(self, name: str) -> list[Path]:
-        """Return the folders of tasks, those whose names are like the one asked for first."""
+        """Return the folders of tasks, those with names similar to the requested one first."""
         return sorted(_task_folders(self._folder), key=lambda folder: -_likeness(folder.name, name))
 
     def names(self) -> set[str]:
-        """Return all names, for a hint at the nearest."""
+        """Return all names, to suggest the nearest one."""
         found = set(self)
         for folder in _task_folders(self._folder):
             found |= _named_files(folder).defining.keys()
@@ -112,7 +112,7 @@ class NameIndex(dict[str, Entry]):
 
 
 def _likeness(folder: str, name: str) -> int:
-    """Return how many characters of a folder's name the name of a task begins with."""
+    """Return the number of characters at the start that a folder and a task have in common."""
     same = 0
     for one, other in zip(folder.lower(), name.lower(), strict=False):
         if one != other:
@@ -123,7 +123,7 @@ def _likeness(folder: str, name: str) -> int:
 
 @cache
 def _task_folders(root: Path) -> tuple[Path, ...]:
-    """Return the folders of tasks and, last, the root itself for files that lie there."""
+    """Return the folders of tasks, followed by the root itself for files in it."""
     inner = [each for each in root.iterdir() if each.is_dir() and each.name not in NOT_INDEXED]
     return (*sorted(inner), root)
 
@@ -150,16 +150,16 @@ def _frozen(files: Mapping[str, list[Path]]) -> dict[str, tuple[Path, ...]]:
 
 @cache
 def _names_in(file: Path) -> tuple[frozenset[str], frozenset[str]]:
-    """Return the names that a file, with all that it includes, may define, and those of its tags.
+    """Return the names that a file and its includes may define, and the names of its tags.
 
-    Names are found by their lines: parsing a file takes ten times as long. A name too many costs
-    a parse, and one that is missing would be a task that cannot be found.
+    Names are found line by line, because parsing a file takes ten times as long. An extra name only
+    costs a parse, while a task whose name is missed could not be found.
     """
     names: set[str] = set()
     tags: set[str] = set()
     try:
         content = file.read_bytes()
-    except OSError:  # included and not there: lm-eval says so where the file is used
+    except OSError:  # A missing include: lm-eval reports it when the file is used.
         return frozenset(), frozenset()
     for key, value, element in _TOP_KEY.findall(content):
         words = {word.decode(errors="replace") for word in _WORD.findall(value)}
@@ -179,12 +179,12 @@ def _names_in(file: Path) -> tuple[frozenset[str], frozenset[str]]:
 
 @cache
 def _entries_of(file: Path) -> dict[str, Entry]:
-    """Return what lm-eval finds in one file."""
+    """Return lm-eval's entries for one file."""
     entries: dict[str, Entry] = {}
     try:
         config = load_yaml(file, resolve_func=False)
         TaskIndex.process_cfg(config, file, entries)
-    # lm-eval passes over a file that it cannot read, too.
+    # lm-eval also ignores files that it cannot read.
     except Exception:
         return {}
     return entries
@@ -212,7 +212,7 @@ def index_of(include: tuple[str, ...]) -> NameIndex:
 
 
 def _refuse_unreadable(file: Path, key: str) -> None:
-    """Raise for a file that lm-eval would pass over in silence."""
+    """Raise for a file that lm-eval would silently ignore."""
     try:
         load_yaml(file, resolve_func=False)
     except (OSError, ValueError, YAMLError, RecursionError) as error:
@@ -222,7 +222,7 @@ def _refuse_unreadable(file: Path, key: str) -> None:
 
 @dataclass(frozen=True)
 class Leaf:
-    """A task that is not built yet: its entry, and the settings that a group or a tag gives it."""
+    """A task that is not built yet: its entry, and the settings from its group or tag."""
 
     entry: Entry
     overrides: TaskDefinition
@@ -234,7 +234,7 @@ class Leaf:
 
 
 class _OutlineFactory(TaskFactory):  # type: ignore[misc]  # the harness has no types
-    """lm-eval's factory of groups, with leaves in place of tasks, whose data would be loaded."""
+    """lm-eval's factory of groups, with leaves instead of tasks, whose data would be loaded."""
 
     def _build_task(self, entry: Entry, overrides: TaskDefinition | None) -> Leaf:
         return Leaf(entry, dict(overrides or {}))
@@ -252,7 +252,7 @@ class _OutlineFactory(TaskFactory):  # type: ignore[misc]  # the harness has no 
             if isinstance(name, str) and "group" not in (member or ()) and name not in registry:
                 if isinstance(member, str):
                     raise UserError(f"group {group_name!r} has a task {name!r}, which is unknown")
-                # lm-eval would build a task that is defined inside its group at once.
+                # lm-eval would immediately build a task that is defined inside its group.
                 inner = f"{group_name}::{name}"
                 registry[inner] = Entry(inner, Kind.TASK, None, cfg={})
                 member = {**member, "task": inner}  # noqa: PLW2901
@@ -263,7 +263,7 @@ class _OutlineFactory(TaskFactory):  # type: ignore[misc]  # the harness has no 
 
 @dataclass(frozen=True)
 class Outline:
-    """What a name stands for: its leaves in order, and its groups by name, outermost first."""
+    """The content of a name: its leaves in order, and its groups by name, outermost first."""
 
     name: str
     leaves: tuple[Leaf, ...]
@@ -276,7 +276,7 @@ class Outline:
 
 
 def outlines(name: str, index: NameIndex) -> list[Outline]:
-    """Return what a name stands for: a task, a group with its tasks, or each task of a tag.
+    """Return the content of a name: a task, a group with its tasks, or each task of a tag.
 
     Raises:
         UserError: no task, group or tag has this name.
@@ -302,7 +302,7 @@ def _leaves(group: Group) -> Iterator[tuple[str, Leaf]]:
 
 
 def unknown_task(name: str, index: NameIndex) -> UserError:
-    """Build the error for a task that does not exist, with the nearest name as a hint."""
+    """Build the error for a task that does not exist, suggesting the nearest name."""
     close = nearest(name, sorted(index.names()))
     hint = f"did you mean {close!r}?" if close else "`lm-eval ls tasks` lists them"
     return UserError(f"unknown task {name!r} in benchmark.tasks: {hint}")

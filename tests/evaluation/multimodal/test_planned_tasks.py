@@ -106,7 +106,7 @@ def test_everything_missing_is_named_at_once(pope, monkeypatch):
         (config("pope_full"), "pope_full is a group of lmms-eval; list its tasks"),
         (config("vqav2_test"), "only writes a submission file"),
         (config("seedbench", suite="micro"), "task of benchmark.suite=micro"),
-        (config("pope", num_fewshot=2), "benchmark.num_fewshot=2: lmms_eval supports 0 only"),
+        (config("pope", num_fewshot=2), "benchmark.num_fewshot=2: lmms_eval supports only 0"),
         (config("pope", suite="micro", metrics={"pope": "acc"}), "metric benchmark.metrics.pope"),
         (config("pope", data={"gqa": "x"}), "task in benchmark.data"),
     ],

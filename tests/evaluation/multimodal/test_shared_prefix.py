@@ -172,4 +172,4 @@ def test_images_that_see_the_question_are_not_shared(llava):
     paligemma = replace(llava)
     paligemma.network = build("paligemma")
     reason = shared_prefix.unsupported_reason(paligemma)
-    assert reason == "the network's images attend to the question behind them"
+    assert reason == "the network's images attend to the question after them"

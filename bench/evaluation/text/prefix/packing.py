@@ -1,12 +1,12 @@
-"""From a trie to packed sequences with tree attention, and the shared prefixes that they follow.
+"""Packing of a trie into sequences with tree attention, and the shared prefixes that precede them.
 
-A sequence costs attention between all of its tokens, so it is kept short unless its tokens share
-much. A branch that is cut off repeats the tokens it shared; where those are many, they become a
-cached prefix.
+Attention is computed between all tokens of a sequence, so sequences are short unless their tokens
+share much. A separate sequence repeats the tokens that its branch shared; if these are many, they
+become a cached prefix.
 
-Tokens of a sequence are written depth first, so the descendants of a token follow it directly. A
-token is thus visible to the positions after it and before its `subtree_end`: one comparison instead
-of a walk through the trie.
+Tokens of a sequence are in depth-first order, so the descendants of a token follow it directly. A
+token is thus visible to the positions after it and before its `subtree_end`, which takes one
+comparison instead of traversing the trie.
 
 Suffixes: B sequences of a batch, T positions of the longest sequence.
 """
@@ -22,21 +22,21 @@ import numpy as np
 from bench.evaluation.text.prefix.trie import Ints, Read, Trie
 
 MIN_WIDTH_RATIO = 0.75
-"""Sequences narrower than this share of the widest wait for another batch: padding costs."""
+"""Minimum width of a sequence, relative to the widest one in its batch, to limit padding."""
 
 
 @dataclass(frozen=True)
 class PackingLimits:
-    """When a sequence is too long and a prefix long enough, in tokens.
+    """Maximum lengths of sequences and minimum length of a prefix, in tokens.
 
-    `sequence` bounds a sequence of unrelated paths, short enough that attention is a small part of
-    its work; `branching_sequence` bounds one that shares a good part of its tokens. A prefix of at
-    least `min_prefix` tokens gets a forward of its own.
+    `sequence` is the maximum length for unrelated paths, so that attention is a small part of the
+    work; `branching_sequence` is the maximum length if a good part of the tokens is shared. A
+    prefix of at least `min_prefix` tokens gets a separate forward.
     """
 
-    # Attention is quadratic in the length of a sequence, the rest of a layer linear. A prefix below
-    # `min_prefix` is cheaper repeated than computed apart: its forward loads all weights for a few
-    # tokens, and every batch after it concatenates its keys and values.
+    # Attention is quadratic in the length of a sequence, the rest of a layer linear. Repeating a
+    # prefix below `min_prefix` is cheaper than a separate forward, which loads all weights for a
+    # few tokens, and after which every batch concatenates its keys and values.
     sequence: int = 256
     branching_sequence: int = 2048
     min_prefix: int = 32
@@ -47,7 +47,7 @@ DEFAULT_LIMITS = PackingLimits()
 
 @dataclass(frozen=True, eq=False)
 class SharedPrefix:
-    """The tokens from depth `start` to `stop`, which leaves `low` to `high` have in common."""
+    """The tokens from depth `start` to `stop`, which leaves `low` to `high` share."""
 
     parent: SharedPrefix | None
     low: int
@@ -72,7 +72,7 @@ class PackedSequence:
 
     @property
     def is_path(self) -> bool:
-        """Whether it has no branches, so that the network's own causal mask is right for it."""
+        """Whether it has no branches, so that the network's own causal mask is correct for it."""
         return self.high - self.low == 1
 
 
@@ -87,27 +87,28 @@ class PrefixGroup:
 def group_by_prefix(
     trie: Trie, limits: PackingLimits = DEFAULT_LIMITS, window: int | None = None
 ) -> list[PrefixGroup]:
-    """Cut a trie into prefix groups, the parent of a prefix before the prefix itself.
+    """Divide a trie into prefix groups; the parent of a prefix precedes the prefix itself.
 
     Sequences longer than the sliding `window` are packed alone: the model's own mask is then
-    correct, whereas the tree mask knows no window.
+    correct, while the tree mask does not support windows.
     """
     root = PrefixGroup(None)
     groups = [root]
     for low, high in _ranges_within_window(trie, window, root):
         _cut_range(trie, limits, (low, high, root), groups)
     for group in groups:
-        # Widest first: the scorer batches neighbours, and the batch most likely to run out of
-        # memory comes before any other.
+        # Widest first: the scorer batches neighbours, so the batch most likely to run out of memory
+        # comes first.
         merged = _merge_neighbours(trie, group.sequences, limits, window)
         group.sequences = sorted(merged, key=lambda sequence: -sequence.size)
     return groups
 
 
 def batch_length(sizes: Iterable[int], budget: int) -> int:
-    """Return how many of the next sequences are one batch, the widest first and at least one.
+    """Return the number of next sequences that form a batch, widest first and at least one.
 
-    `sizes` are their tokens, in falling order, and `budget` the tokens of a batch with its padding.
+    `sizes` are their numbers of tokens in descending order, and `budget` is the maximum number of
+    tokens in a batch, including padding.
     """
     following = iter(sizes)
     widest, count = next(following), 1
@@ -119,7 +120,7 @@ def batch_length(sizes: Iterable[int], budget: int) -> int:
 
 
 def halve(trie: Trie, sequence: PackedSequence) -> tuple[PackedSequence, PackedSequence] | None:
-    """Return a packed sequence in two halves, or None if it is a single path."""
+    """Return two halves of a packed sequence, or None if it is a single path."""
     if sequence.is_path:
         return None
     low, high, start = sequence.low, sequence.high, sequence.start
@@ -149,8 +150,8 @@ def _cut_range(
     whole: tuple[int, int, PrefixGroup],
     groups: list[PrefixGroup],
 ) -> None:
-    """Cut a range of a group's leaves into sequences, and into groups with a longer prefix."""
-    # A stack instead of recursion: tries are as deep as prompts, thousands of tokens.
+    """Divide a range of a group's leaves into sequences, and into groups with a longer prefix."""
+    # A stack instead of recursion, because tries are as deep as prompts: thousands of tokens.
     pending = [whole]
     while pending:
         low, high, group = pending.pop()
@@ -158,9 +159,9 @@ def _cut_range(
         size = trie.size(low, high, start)
         common = trie.common(low, high)
         is_deep = common - start >= limits.min_prefix
-        # The trade: a long sequence pays quadratic attention between branches that do not see each
-        # other, a cut repeats their common tokens or caches them. Beyond `limits.sequence`, it
-        # stays whole only if at least a quarter of it is common to all of its paths.
+        # A long sequence has quadratic attention between branches that do not attend to each other;
+        # dividing it repeats their common tokens or caches them. Beyond `limits.sequence`, it is
+        # not divided only if at least a quarter of it is common to all of its paths.
         is_shared = 4 * (common - start) >= size
         fits = size <= limits.sequence or (
             is_deep and size <= limits.branching_sequence and is_shared
@@ -172,22 +173,22 @@ def _cut_range(
             group = PrefixGroup(SharedPrefix(group.prefix, low, high, start, common))
             groups.append(group)
         branches = trie.branches(low, high, common)
-        # Reversed, so that branches leave the stack in order. Groups are thus appended depth first,
-        # which the scorer relies on to drop prefixes that no later group can need.
+        # Reversed, so that branches leave the stack in order. So groups are appended depth first,
+        # which allows the scorer to drop prefixes that no later group can need.
         pending += [(*branch, group) for branch in reversed(branches)]
 
 
 def _merge_neighbours(
     trie: Trie, sequences: list[PackedSequence], limits: PackingLimits, window: int | None
 ) -> Iterator[PackedSequence]:
-    """Merge neighbours that are short together; tokens they share are then computed once."""
+    """Merge neighbours that are short together; their common tokens are then computed once."""
     waiting: PackedSequence | None = None
     for sequence in sorted(sequences, key=lambda sequence: sequence.low):
         if waiting is None:
             waiting = sequence
             continue
-        # Only neighbours can be merged: a sequence is a range of sorted leaves. The window is
-        # checked again, because a leaf that exceeds it stands among the neighbours and must stay
+        # Only neighbours can be merged, because a sequence is a range of sorted leaves. The window
+        # is checked again, because a leaf that exceeds it may be among the neighbours and must stay
         # alone.
         low, high = waiting.low, sequence.high
         merged = PackedSequence.of(trie, low, high, sequence.start)
@@ -202,7 +203,7 @@ def _merge_neighbours(
 
 
 class ReadPositions(NamedTuple):
-    """A part of a request: targets, and the positions of a sequence or batch that predict them."""
+    """Part of a request: targets, and the positions of a sequence or batch that predict them."""
 
     request: int
     positions: Ints
@@ -210,10 +211,10 @@ class ReadPositions(NamedTuple):
 
 
 class PackedBatch(NamedTuple):
-    """Packed sequences side by side; positions of reads count through the flattened batch.
+    """Packed sequences side by side; positions of reads are indices into the flattened batch.
 
-    `subtree_end_BT` is None if no sequence branches. Padding is on the right, where it sees itself
-    only and is seen by nothing.
+    `subtree_end_BT` is None if no sequence branches. Padding is on the right, where it attends only
+    to itself and no other token attends to it.
     """
 
     tokens_BT: Ints
@@ -229,8 +230,8 @@ def pack(trie: Trie, sequences: Sequence[PackedSequence]) -> PackedBatch:
     shape = (len(sequences), width)
     tokens_BT = np.zeros(shape, dtype=np.int64)
     depths_BT = np.broadcast_to(start + np.arange(width), shape).copy()
-    # Padding keeps this default, its own position + 1: it sees itself, since a softmax over nothing
-    # would be NaN.
+    # Padding keeps this default, its own position + 1, so that it attends to itself: a softmax over
+    # nothing would be NaN.
     subtree_end_BT = np.broadcast_to(1 + np.arange(width), shape).copy()
     reads: list[ReadPositions] = []
     for row, sequence in enumerate(sequences):
@@ -244,7 +245,7 @@ def pack(trie: Trie, sequences: Sequence[PackedSequence]) -> PackedBatch:
 
 
 def pack_prefix(trie: Trie, prefix: SharedPrefix) -> PackedBatch:
-    """Pack the tokens of a prefix as one sequence, with all reads that its leaves have in it."""
+    """Pack the tokens of a prefix as one sequence, with all reads of its leaves inside it."""
     tokens_1T = trie.leaves[prefix.low][None, prefix.start : prefix.stop]
     depths_1T = np.arange(prefix.start, prefix.stop)[None]
     path = np.arange(-prefix.start, prefix.stop - prefix.start)
@@ -262,16 +263,16 @@ def _write_sequence(
 ) -> Iterator[ReadPositions]:
     """Write one sequence into its arrays and yield its reads."""
     low, high, start = sequence.low, sequence.high, sequence.start
-    # Position of the token at each depth, along the path that is being written.
+    # Position of the token at each depth, along the current path.
     path = np.empty(int(trie.lengths[low:high].max()), dtype=np.int64)
     position, previous_length = 0, start
     for leaf in range(low, high):
         length = int(trie.lengths[leaf])
         branch = start if leaf == low else int(trie.shared[leaf])
-        # Leaves come in depth-first order (an Euler tour of the trie). When the path leaves at
-        # depth `branch`, the subtrees of all deeper tokens of the previous path end here, at the
-        # next free position: one assignment closes them all. Shallower tokens are ancestors of this
-        # leaf too and stay open.
+        # Leaves come in depth-first order (an Euler tour of the trie). If the path changes at depth
+        # `branch`, the subtrees of all deeper tokens of the previous path end here, at the next
+        # free position: one assignment sets all of them. Shallower tokens are also ancestors of
+        # this leaf and stay open.
         ends_T[path[branch:previous_length]] = position
         after = position + length - branch
         path[branch:length] = np.arange(position, after)
@@ -280,12 +281,12 @@ def _write_sequence(
         position, previous_length = after, length
         for read in trie.reads[leaf]:
             yield from _reads_between(read, path, start, length)
-    # The last path closes everything that is still open.
+    # The last path ends everything that is still open.
     ends_T[path[start:previous_length]] = position
 
 
 def _reads_between(read: Read, path: Ints, start: int, stop: int) -> Iterator[ReadPositions]:
-    """Yield the part of a read that lies between two depths, if any."""
+    """Yield the part of a read between two depths, if any."""
     first, last = max(read.start, start), min(read.start + len(read.targets), stop)
     if first < last:
         targets = read.targets[first - read.start : last - read.start]

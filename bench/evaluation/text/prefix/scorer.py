@@ -1,4 +1,4 @@
-"""The prefix-sharing scorer: packed batches through the network, log-likelihoods out.
+"""The prefix-sharing scorer: runs packed batches and returns log-likelihoods.
 
 Suffixes: R positions read, V vocabulary, K targets, several of which may share a position.
 """
@@ -36,13 +36,13 @@ from bench.evaluation.text.prefix.trie import Trie
 from bench.evaluation.text.requests import Loglikelihood, LoglikelihoodRequest, Loglikelihoods
 
 CHUNK = 512
-"""Positions whose log-probabilities exist in float32 at one time."""
+"""Maximum number of positions whose log-probabilities exist in float32 at a time."""
 
 
 class PrefixSharingScorer:
-    """Scores requests with a network in which everything they share is computed once.
+    """Scores requests with a network, computing common prefixes only once.
 
-    `window` is the span of the network's narrowest sliding layer, None if there is none.
+    `window` is the size of the network's smallest sliding window, None if there is none.
     """
 
     def __init__(
@@ -66,25 +66,25 @@ class PrefixSharingScorer:
         trie = Trie(requests)
         self._report.padded_tokens += sum(len(inputs) for inputs, _ in requests)
         groups = group_by_prefix(trie, self._limits, self._window)
-        # A prefix alone may complete no request.
+        # A batch with only a prefix may complete no request.
         yield from filter(None, self.walk(trie, groups, LoglikelihoodAccumulator(requests)))
 
     @torch.no_grad()
     def walk(
         self, trie: Trie, groups: Sequence[PrefixGroup], accumulator: LoglikelihoodAccumulator
     ) -> Iterator[Loglikelihoods]:
-        """Send prefix groups through the network; a prefix is kept while a group may extend it."""
+        """Run prefix groups through the network; a prefix is kept while a group may extend it."""
         caches: dict[SharedPrefix | None, KeyValueCache | None] = {None: None}
         for group in groups:
             prefix = group.prefix
             if prefix is not None:
-                # Groups come depth first, parents before children, so whatever is still to come
-                # extends this prefix or one of its ancestors. Everything else can go: memory is
-                # bounded by the depth of nesting, not by the number of prefixes.
+                # Groups come depth first, parents before children, so later groups extend this
+                # prefix or one of its ancestors. All others can be dropped: memory is limited by
+                # the depth of nesting instead of the number of prefixes.
                 caches = {kept: caches[kept] for kept in _ancestors(prefix)}
                 batch, cache = pack_prefix(trie, prefix), extend_prefix(caches[prefix.parent])
                 values = attempt(partial(self._read, batch, cache))
-                # A prefix is one path in one row; there is nothing left to split.
+                # A prefix is one path in one row and cannot be split.
                 if values is None:
                     raise self._budget.out_of_memory_error(prefix.stop)
                 yield accumulator.add(batch.reads, values)
@@ -98,7 +98,7 @@ class PrefixSharingScorer:
         cache: KeyValueCache | None,
         accumulator: LoglikelihoodAccumulator,
     ) -> Iterator[Loglikelihoods]:
-        """Score sequences that follow one prefix; paths alone form batches without a tree mask."""
+        """Score sequences that follow one prefix; paths get batches without a tree mask."""
         for is_path in (True, False):
             waiting = deque(each for each in group.sequences if each.is_path == is_path)
             while waiting:
@@ -112,11 +112,11 @@ class PrefixSharingScorer:
                     yield accumulator.add(batch.reads, values)
 
     def _next_batch(self, trie: Trie, waiting: deque[PackedSequence]) -> list[PackedSequence]:
-        """Take as many sequences of similar width as the budget allows, the widest first.
+        """Take as many sequences of similar width as the budget allows, widest first.
 
-        Once memory has run out, sequences wider than the remaining budget are split.
+        After memory has run out, sequences wider than the reduced budget are split.
         """
-        # Not before: the budget is an estimate, and splitting repeats shared tokens.
+        # Not before, because the budget is an estimate and splitting repeats shared tokens.
         while self._report.halved and waiting[0].size > self._budget.tokens:
             halves = halve(trie, waiting[0])
             if halves is None:
@@ -136,13 +136,13 @@ class PrefixSharingScorer:
 
     def _read(self, batch: PackedBatch, cache: KeyValueCache | None) -> NDArray[np.float64]:
         """Return log-probabilities and greedy flags of all targets, [2, K], ordered as read."""
-        none = [np.empty(0, dtype=np.int64)]  # a prefix may be computed for its cache alone
+        none = [np.empty(0, dtype=np.int64)]  # A prefix may be computed only for its cache.
         positions = [read.positions for read in batch.reads] or none
         targets = [read.targets for read in batch.reads] or none
-        # One row of logits per position, although many targets may read it: all choices of a
-        # question are predicted from the same last token. `order_K` sorts targets by position, as
-        # `target_logprobs` requires; assigning through it at the end is the inverse and restores
-        # the order of the reads.
+        # One row of logits per position, even if many targets use it: all choices of a question are
+        # predicted from the same last token. `order_K` sorts targets by position, as required by
+        # `target_logprobs`; assigning through it at the end is the inverse and restores the order
+        # of the reads.
         read_R, row_K = np.unique(np.concatenate(positions), return_inverse=True)
         order_K = np.argsort(row_K, kind="stable")
         logits_RV = self._forward(batch, torch.from_numpy(read_R), cache)
@@ -169,7 +169,7 @@ def _ancestors(prefix: SharedPrefix) -> list[SharedPrefix | None]:
 
 def target_logprobs(logits_RV: Tensor, row_K: Tensor, target_K: Tensor) -> NDArray[np.float64]:
     """Return log-probabilities and greedy flags, [2, K]; `row_K` must be sorted."""
-    # Since `row_K` is sorted, the targets of a chunk of positions are one slice. Chunks bound the
+    # Because `row_K` is sorted, the targets of a chunk of positions are one slice. Chunks limit the
     # float32 copy of the logits, which would otherwise be the largest tensor of the forward.
     chunks: list[Tensor] = [torch.empty(2, 0, device=logits_RV.device)]
     bounds = torch.searchsorted(row_K, torch.arange(0, len(logits_RV) + CHUNK, CHUNK)).tolist()
@@ -185,7 +185,7 @@ def target_logprobs(logits_RV: Tensor, row_K: Tensor, target_K: Tensor) -> NDArr
 
 
 class LoglikelihoodAccumulator:
-    """Adds up the parts of each request's log-likelihood until the request is complete."""
+    """Sums the parts of each request's log-likelihood until the request is complete."""
 
     def __init__(self, requests: Sequence[LoglikelihoodRequest]) -> None:
         self._remaining = np.array([len(targets) for _, targets in requests])
@@ -193,7 +193,7 @@ class LoglikelihoodAccumulator:
         self._greedy = np.ones(len(requests), dtype=bool)
 
     def add(self, reads: Sequence[ReadPositions], values_2K: NDArray[np.float64]) -> Loglikelihoods:
-        """Add the targets of some reads, in their order; return the requests now complete."""
+        """Add the targets of some reads, in order; return the requests that are now complete."""
         if not reads:
             return []
         counts = np.array([len(read.targets) for read in reads])
@@ -201,8 +201,8 @@ class LoglikelihoodAccumulator:
         value = np.add.reduceat(values_2K[0], first)
         greedy = np.logical_and.reduceat(values_2K[1] > 0, first)
         requests = np.array([read.request for read in reads])
-        # `+=` with an index array drops repetitions, but there are none: the path of a request is
-        # in one sequence of a batch, and a prefix is a batch of its own.
+        # `+=` with an index array ignores repetitions, but there are none: the path of a request is
+        # in one sequence of a batch, and a prefix is a separate batch.
         self._value[requests] += value
         self._greedy[requests] &= greedy
         self._remaining[requests] -= counts

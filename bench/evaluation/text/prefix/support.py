@@ -24,15 +24,15 @@ from bench.ui import SILENT
 REQUIRED_ARGUMENTS = ("attention_mask", "position_ids", "past_key_values")
 SUPPORTED_ATTENTION = ("sdpa", "eager", "flex_attention")
 PROBE_PREFIX, PROBE_BRANCH = 6, 8
-"""Tokens of the probe: in the prefix that its two paths share, and in each branch."""
+"""Tokens of the probe: in the common prefix of its two paths, and in each branch."""
 
-# In float32 only the order of summation differs between layouts. Half precision rounds activations
-# in every layer, and kernels for masked and unmasked attention round differently; 2 % of a sum of
-# nine log-probabilities covers that. A branch that sees another branch's tokens, or positions that
-# are off by a branch, change the predictions themselves, by far more than that on random tokens.
+# In float32 layouts differ only in the order of summation. Half precision rounds activations in
+# every layer, and kernels for masked and unmasked attention round differently, which 2 % of a sum
+# of nine log-probabilities covers. If a branch attends to another branch's tokens, or positions are
+# wrong by a branch, predictions for random tokens change by far more.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 HALF_TOLERANCE = 0.02
-"""Allowed relative difference of the probe's log-likelihoods; a wrong mask moves them by more."""
+"""Maximum relative difference of the probe's log-likelihoods; a wrong mask changes them more."""
 
 
 def unsupported_reason(model: Model) -> str | None:
@@ -41,14 +41,14 @@ def unsupported_reason(model: Model) -> str | None:
 
 
 def static_reason(model: Model) -> str | None:
-    """Return what signature, head, attention or layer types say against it; nothing is computed."""
+    """Return an obstacle in signature, head, attention or layer types; nothing is computed."""
     network = language_model(model)
     missing = set(REQUIRED_ARGUMENTS) - set(inspect.signature(network.forward).parameters)
     if missing:
         return f"the network's forward has no argument {min(missing)}"
     if getattr(network, "get_output_embeddings", lambda: None)() is None:
         return "the network has no output head that could be restricted to scored positions"
-    # FlashAttention takes causal and padding masks only.
+    # FlashAttention supports only causal and padding masks.
     attention = network.config._attn_implementation
     if attention not in SUPPORTED_ATTENTION:
         return f"model.attention={attention} supports no tree attention mask"
@@ -57,10 +57,10 @@ def static_reason(model: Model) -> str | None:
 
 
 def _probe_reason(model: Model) -> str | None:
-    """Score two paths apart, in one packed sequence, and after a cached prefix; all must agree."""
-    # A probe rather than a list of architectures: whether a mask and positions are honoured depends
-    # on the version of transformers, on remote code, on the attention kernel and on what a method
-    # has done to the network, and a network that ignores them gives wrong numbers without an error.
+    """Score two paths separately, in one packed sequence, and after a cached prefix; compare."""
+    # A probe instead of a list of architectures: whether a mask and positions are respected depends
+    # on the version of transformers, on remote code, on the attention kernel and on changes by
+    # methods, and a network that ignores them gives wrong numbers without an error.
     trie = _probe_trie(model)
     of = PackedSequence.of
     separate = PrefixGroup(None, [of(trie, 0, 1, 0), of(trie, 1, 2, 0)])
@@ -73,8 +73,8 @@ def _probe_reason(model: Model) -> str | None:
     try:
         expected = _probe_loglikelihoods(model, trie, separate)
         found = {where: _probe_loglikelihoods(model, trie, g) for where, g in layouts.items()}
-    # Errors of a forward on a mask or cache that it does not expect. Running out of memory is no
-    # verdict on the network.
+    # Errors of a forward for a mask or cache that it does not expect. Running out of memory says
+    # nothing about the network.
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
@@ -83,20 +83,20 @@ def _probe_reason(model: Model) -> str | None:
     allowed = TOLERANCE.get(language_model(model).dtype, HALF_TOLERANCE)
     for where, values in found.items():
         difference = float(np.abs(values / expected - 1).max())
-        if not difference <= allowed:  # true for NaN as well
+        if not difference <= allowed:  # Also true for NaN.
             return f"log-likelihoods differ {where}, by a relative {difference:.2g}"
     return None
 
 
 def _probe_trie(model: Model) -> Trie:
-    """Make two paths with a common prefix, of random tokens of the vocabulary."""
+    """Return two paths with a common prefix, made of random tokens of the vocabulary."""
     draw = np.random.default_rng(0)
     vocabulary = int(text_config(model.network).vocab_size)
     prefix = draw.integers(vocabulary, size=PROBE_PREFIX).tolist()
     requests = []
     for first in range(2):
-        # The branches begin with tokens 0 and 1, so that they part exactly there; the rest is
-        # random, so that no mistake cancels out.
+        # The branches start with tokens 0 and 1, so that they differ exactly from there; other
+        # tokens are random, so that no mistake cancels out.
         branch = [first, *draw.integers(vocabulary, size=PROBE_BRANCH).tolist()]
         requests.append(LoglikelihoodRequest(prefix + branch[:-1], branch))
     return Trie(requests)
@@ -107,7 +107,7 @@ def _probe_loglikelihoods(model: Model, trie: Trie, group: PrefixGroup) -> NDArr
     budget = TokenBudget(4096, model.device, SILENT)
     forward = Forward(language_model(model), model.device)
     scorer = PrefixSharingScorer(forward, budget, BackendReport("prefix_sharing"))
-    # Only the number of targets matters here: the accumulator counts what is still missing.
+    # Only the number of targets matters here, because the accumulator counts missing ones.
     requests = [LoglikelihoodRequest([], [0] * (PROBE_BRANCH + 1)) for _ in trie.leaves]
     batches = scorer.walk(trie, [group], LoglikelihoodAccumulator(requests))
     results = dict(result for batch in batches for result in batch)

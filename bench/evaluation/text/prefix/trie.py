@@ -20,7 +20,7 @@ Ints: TypeAlias = NDArray[np.int64]
 
 
 class Read(NamedTuple):
-    """Targets that a request, given by its index, reads after the tokens from `start` on."""
+    """Targets of a request, given by its index, that are predicted after tokens from `start` on."""
 
     request: int
     start: int
@@ -28,7 +28,7 @@ class Read(NamedTuple):
 
 
 class Trie:
-    """Distinct inputs; none is a prefix of another. Each has the reads along its path.
+    """Distinct inputs, none of which is a prefix of another. Each has the reads along its path.
 
     `shared[i]` is the number of tokens that leaf i has in common with leaf i - 1.
     """
@@ -42,7 +42,7 @@ class Trie:
         common = [_common_prefix_length(left, right) for left, right in pairwise(self.leaves)]
         self.shared: Ints = np.array([0, *common][: len(self.leaves)], dtype=np.int64)
         self.lengths: Ints = np.array([len(leaf) for leaf in self.leaves], dtype=np.int64)
-        # Tokens that each leaf adds to the one before it, summed: `size` is then two look-ups.
+        # Cumulative number of tokens that each leaf adds, so that `size` takes two lookups.
         self._added = np.concatenate([[0], np.cumsum(self.lengths - self.shared)])
 
     def __len__(self) -> int:
@@ -50,23 +50,22 @@ class Trie:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens, each shared one counted once."""
+        """Number of tokens, with shared ones counted once."""
         return int(self._added[-1])
 
     def size(self, low: int, high: int, depth: int) -> int:
         """Return the number of tokens of leaves `low` to `high` below a depth that they share."""
-        # From `_added[low + 1]`, not `_added[low]`: the first leaf counts in full below `depth`,
-        # since what it shares with the leaf before it is not in this range. Only the later leaves
-        # count what they add.
+        # From `_added[low + 1]` instead of `_added[low]`: the first leaf counts in full below
+        # `depth`, because the leaf before it is not in this range.
         return int(self.lengths[low] - depth + self._added[high] - self._added[low + 1])
 
     def common(self, low: int, high: int) -> int:
-        """Return the depth down to which leaves `low` to `high` are one path."""
-        # In sorted order the first and the last leaf agree as far as the least agreeing neighbours.
+        """Return the depth down to which leaves `low` to `high` are a single path."""
+        # In sorted order, the first and last leaves share as much as the least similar neighbours.
         return int(self.shared[low + 1 : high].min() if high - low > 1 else self.lengths[low])
 
     def branches(self, low: int, high: int, depth: int) -> list[tuple[int, int]]:
-        """Return the ranges of leaves that part at a depth, in order."""
+        """Return the ranges of leaves that separate at a depth, in order."""
         cuts = low + 1 + np.flatnonzero(self.shared[low + 1 : high] == depth)
         return list(pairwise([low, *cuts.tolist(), high]))
 
@@ -76,22 +75,22 @@ def _merge_prefixes(requests: Sequence[LoglikelihoodRequest]) -> list[tuple[Ints
     reads: dict[bytes, list[Read]] = defaultdict(list)
     for index, (inputs, targets) in enumerate(requests):
         start = len(inputs) - len(targets)
-        # Each target is predicted at a token of its own. Without the check a request with too few
-        # would be read at the end of its path, and one without any would get no result at all.
+        # Each target is predicted at its own token. Without this check, a request with too few
+        # tokens would be read at the end of its path, and one without any would get no result.
         if start < 0:
             raise ValueError(
                 f"request {index} has {len(targets)} targets and only {len(inputs)} input tokens"
             )
-        # Big-endian words sort as bytes like the tokens themselves, and bytes compare fast.
+        # Big-endian words sort as bytes in the same order as tokens, and bytes compare fast.
         key = np.array(inputs, dtype=">u4").tobytes()
         reads[key].append(Read(index, start, np.array(targets, dtype=np.int64)))
     keys = sorted(reads)
     leaves: list[tuple[Ints, list[Read]]] = []
     waiting: list[Read] = []
     for key, following in zip(keys, [*keys[1:], b""], strict=True):
-        # The reads of a dropped prefix are kept for the leaf that extends it. In sorted order a
-        # prefix stands directly before what extends it, so comparing with the next key is enough,
-        # and reads wait until a key is not extended by its successor.
+        # The reads of a dropped prefix belong to the leaf that extends it. In sorted order a prefix
+        # directly precedes its extensions, so comparing with the next key suffices, and reads are
+        # kept until a key is not extended by its successor.
         waiting += reads[key]
         if not following.startswith(key):
             leaves.append((np.frombuffer(key, dtype=">u4").astype(np.int64), waiting))
