@@ -23,7 +23,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 # Below Python 3.12, pydantic requires this TypedDict.
 from typing_extensions import TypedDict
 
-from bench.errors import UserError, error_sentence
+from bench.errors import Stopped, UserError, error_sentence
 from bench.records.files import disk_errors_as_stopped, file_locked, read_json, write_bytes
 from bench.records.record import utc_now
 from bench.security import redact
@@ -44,6 +44,7 @@ class _StoredStatus(TypedDict, total=False):
     state: Required[Literal["running", "done", "failed", "waiting"]]
     run: _RunId | None
     reused: bool
+    stopped: bool
     command: str
     host: str
     reason: str | None
@@ -103,8 +104,10 @@ def perform_job(
             # A UserError needs no traceback, because its message is sufficient.
             if not isinstance(error, UserError):
                 status["log"] = str(_write_traceback(path, error))
-        except BaseException:
-            status |= {"state": "waiting", "reason": "interrupted", "finished": utc_now()}
+        except BaseException as error:
+            stopped = isinstance(error, Stopped)
+            status |= {"state": "waiting", "reason": str(error) if stopped else "interrupted"}
+            status |= {"stopped": stopped, "finished": utc_now()}
             # If a full disk interrupted the run, this write fails as well.
             with suppress(OSError):
                 write_status(folder, status)

@@ -8,6 +8,7 @@ from bench.sweeps.launchers.local import (
     JobLimits,
     RemoteJob,
     RetryingLauncher,
+    raise_stopped,
     run_remote_job,
 )
 
@@ -45,16 +46,20 @@ class JoblibLauncher(RetryingLauncher):
 
     def _run_in_pool(self, jobs: list[RemoteJob]) -> None:
         """Run the jobs in worker processes; even a single one, since it may kill its process."""
-        from concurrent.futures import wait
+        from concurrent.futures import FIRST_EXCEPTION, wait
 
         from joblib.externals.loky import get_reusable_executor
 
         pool = get_reusable_executor(max_workers=min(self._workers(), len(jobs)))
         try:
             # Results are not read: the status files hold the outcome of each job.
-            wait([pool.submit(run_remote_job, job) for job in jobs])
+            futures = [pool.submit(run_remote_job, job) for job in jobs]
+            wait(futures, return_when=FIRST_EXCEPTION)
+            # Before the other jobs meet the same full disk.
+            raise_stopped(jobs)
+            wait(futures)
         except BaseException:  # Ctrl-C: workers would otherwise finish their jobs
-            pool.shutdown(wait=False, kill_workers=True)
+            pool.shutdown(wait=True, kill_workers=True)
             raise
 
     def _workers(self) -> int:

@@ -20,7 +20,7 @@ import tempfile
 import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -34,10 +34,12 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from bench import plugins
+from bench.errors import Stopped
 from bench.records import Store
 from bench.sweeps.job import (
     clear_status,
     failure_reason,
+    is_running,
     objective_value,
     read_status,
     write_status,
@@ -129,6 +131,14 @@ class RemoteJob:
         failed = {"number": self.number, "command": command, "state": "failed", "reason": reason}
         write_status(self.folder, status | failed)
 
+    def mark_interrupted(self) -> None:
+        """Record that the job waits again, if its process was ended before it could do so."""
+        status = read_status(self.folder, self.number)
+        # Slurm's jobs go on without the command.
+        if status and status["state"] == "running" and not is_running(self.folder, self.number):
+            with suppress(OSError):
+                write_status(self.folder, status | {"state": "waiting", "reason": "interrupted"})
+
     @property
     def folder(self) -> Path:
         """Folder of the sweep."""
@@ -145,6 +155,14 @@ class RemoteJob:
         # A lost job still says "running", an interrupted one "waiting".
         status = read_status(self.folder, self.number)
         return status is not None and status["state"] in ("done", "failed")
+
+
+def raise_stopped(jobs: Sequence[RemoteJob]) -> None:
+    """Raise `Stopped` if one of the jobs was stopped by what would stop the others as well."""
+    for job in jobs:
+        status = read_status(job.folder, job.number) or {}
+        if status.get("state") == "waiting" and status.get("stopped"):
+            raise Stopped(str(status.get("reason")))
 
 
 class JobLimits(TypedDict, total=False):
@@ -186,11 +204,17 @@ class RetryingLauncher(Launcher):  # type: ignore[misc]  # Hydra has no types
         # Status files of an earlier attempt would make these jobs look ended.
         for job in jobs:
             clear_status(job.folder, job.number)
-        with safe_import_path():
-            self.run_jobs(jobs)
-            lost = [job for job in jobs if not job.has_ended]
-            if lost:
-                self.run_jobs(lost)
+        try:
+            with safe_import_path():
+                self.run_jobs(jobs)
+                raise_stopped(jobs)
+                lost = [job for job in jobs if not job.has_ended]
+                if lost:
+                    self.run_jobs(lost)
+        except BaseException:  # Ctrl-C, a full disk
+            for job in jobs:
+                job.mark_interrupted()
+            raise
         # Once only: a job that kills its worker (out of memory, for example) would do so for ever.
         for job in lost:
             if not job.has_ended:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from types import ModuleType
 
 from bench.device.devices import visible_gpus
@@ -14,6 +15,7 @@ from bench.sweeps.launchers.local import (
     JobLimits,
     RemoteJob,
     RetryingLauncher,
+    raise_stopped,
     run_remote_job,
 )
 
@@ -35,11 +37,11 @@ class RayLauncher(RetryingLauncher):
         started = self._connect(ray)
         try:
             run = ray.remote(run_remote_job).options(**self._needs())
-            for task in [run.remote(job) for job in jobs]:
-                try:
+            for job, task in [(job, run.remote(job)) for job in jobs]:
+                # If the worker or its machine died, the job's status file shows it.
+                with suppress(ray.exceptions.RayError):
                     ray.get(task)
-                except ray.exceptions.RayError:
-                    continue  # the worker or its machine died; the job's status file shows it
+                raise_stopped([job])
         finally:
             if started:
                 ray.shutdown()

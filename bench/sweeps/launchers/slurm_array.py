@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from bench.device.devices import visible_gpus
 from bench.errors import UserError, optional_module
-from bench.sweeps.launchers.local import JobLimits, RemoteJob, RetryingLauncher
+from bench.sweeps.launchers.local import JobLimits, RemoteJob, RetryingLauncher, raise_stopped
 
 if TYPE_CHECKING:
     from submitit import Executor, Job
@@ -58,6 +58,7 @@ class SubmititLauncher(RetryingLauncher):
             with executor.batch():
                 submitted = [executor.submit(job) for job in batch]
             self._wait(submitted)
+            raise_stopped(batch)
 
     def _wait(self, jobs: list[Job]) -> None:
         """Wait for all jobs; on an interruption cancel local ones and leave Slurm's queued."""

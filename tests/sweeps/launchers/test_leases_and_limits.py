@@ -1,16 +1,21 @@
-"""One job per device, and limits that a job's own process keeps."""
+"""One job per device, limits that a job's own process keeps, and jobs that are stopped."""
 
 import multiprocessing
 import os
 import signal
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from bench.device.devices import visible_gpus
+from bench.errors import Stopped
+from bench.sweeps.job import RunRequest, perform_job, read_status, write_status
 from bench.sweeps.launchers import local as leases
-from bench.sweeps.launchers.local import JobTimeoutError, resource_limits
+from bench.sweeps.launchers.local import JobTimeoutError, RetryingLauncher, resource_limits
+from bench.sweeps.plan import plan_in
 
 DEVICES = ("test-a", "test-b")
 
@@ -76,3 +81,58 @@ def test_a_handler_that_python_cannot_put_back_becomes_the_default(monkeypatch):
         pass
     monkeypatch.undo()
     assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+
+
+class InThisProcess(RetryingLauncher):
+    """Runs `act` as the work of each job, and counts them."""
+
+    def run_jobs(self, jobs):
+        for job in jobs:
+            self.settings["calls"].append(job.number)
+            perform_job(job.folder, job.number, RunRequest("bench run"), self.settings["act"])
+
+
+class Killed(RetryingLauncher):
+    """Is interrupted after the processes of its jobs were killed."""
+
+    def run_jobs(self, jobs):
+        for job in jobs:
+            write_status(job.folder, {"number": job.number, "state": "running"})
+        raise KeyboardInterrupt
+
+
+def launched(launcher, folder):
+    plan_in(folder).with_jobs([["seed=1"], ["seed=2"]], complete=True)
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(folder)}}, "objective": "average"})
+    launcher.setup(hydra_context=None, task_function=None, config=config)
+    launcher.launch([["seed=1"], ["seed=2"]], 0)
+
+
+def states(folder):
+    found = [read_status(folder, number) or {} for number in range(2)]
+    return [(status.get("state"), status.get("reason")) for status in found]
+
+
+def test_jobs_that_an_interrupted_launcher_killed_wait_again(tmp_path):
+    folder = tmp_path / "sweeps" / "s"
+    with pytest.raises(KeyboardInterrupt):
+        launched(Killed(), folder)
+    assert states(folder) == [("waiting", "interrupted")] * 2
+
+
+def test_what_stops_a_job_in_a_worker_stops_the_sweep(tmp_path):
+    """Only its status file comes from a worker, whatever the launcher makes of its error."""
+
+    class Silent(InThisProcess):
+        def run_jobs(self, jobs):
+            with suppress(Stopped):
+                super().run_jobs(jobs)
+
+    def act():
+        raise Stopped("the disk is full")
+
+    folder, calls = tmp_path / "sweeps" / "s", []
+    with pytest.raises(Stopped, match="the disk is full"):
+        launched(Silent(act=act, calls=calls), folder)
+    assert calls == [0]
+    assert states(folder)[0] == ("waiting", "the disk is full")
