@@ -150,7 +150,7 @@ def test_a_placeholder_in_a_question_places_the_image_or_is_counted(llava, tmp_p
     found = evaluate(llava, planned(path, backend=backend, allow_missing=0.9))
     assert found.samples[0]["prompt"].count("<image>") == 1
     assert not found.samples[0]["missing"] or "empty" in found.samples[0]["missing"]
-    assert "holds <image> 2 times" in found.samples[3]["missing"]
+    assert "contains <image> 2 times" in found.samples[3]["missing"]
 
 
 def with_network(model, change):
