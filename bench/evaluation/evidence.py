@@ -23,6 +23,8 @@ Finish: TypeAlias = Literal["stop", "eos", "length"]
 """How a generated answer ended: by a stop string, an end token, or the maximum length."""
 MIN_TIED_SHARE = 0.05
 """Share of questions with ties above which a warning is given; half precision causes a few."""
+MIN_REPEATED_SHARE = 0.01
+"""Share of repeated documents above which a warning is given; published data have a few."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +180,23 @@ def warn_about(evidence: Sequence[TaskEvidence], longest: int, progress: Progres
         progress.warn(
             f"the model's generation_config.json is in effect: {settings}; delete the file for "
             "plain decoding"
+        )
+
+
+def warn_about_repeats(rows: Iterable[SampleRow], progress: Progress) -> None:
+    """Give a warning if many documents of a task equal an earlier one of it, which count again."""
+    documents: dict[str, dict[object, object]] = defaultdict(dict)
+    for row in rows:
+        documents[row["task"]][row["doc_id"]] = row["doc_hash"], row.get("image_hash")
+    counts = {task: len(found) - len({*found.values()}) for task, found in documents.items()}
+    repeated = ", ".join(
+        f"{task} {count} of {len(documents[task])}"
+        for task, count in counts.items()
+        if count > MIN_REPEATED_SHARE * len(documents[task])
+    )
+    if repeated:
+        progress.warn(
+            f"documents that equal an earlier one count again, as in the harness ({repeated})"
         )
 
 

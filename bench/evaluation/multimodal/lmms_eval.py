@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, TypeAlias, TypedDict
 
 from bench.errors import UserError, library_failures_as_errors
 from bench.evaluation.distributed import hidden_from_harness
-from bench.evaluation.evidence import task_evidence, warn_about
+from bench.evaluation.evidence import task_evidence, warn_about, warn_about_repeats
 from bench.evaluation.harness import DocumentSource, ScoredBenchmark, tell_results
 from bench.evaluation.metrics import (
     EMPTY_ANSWER,
@@ -123,6 +123,7 @@ class MultimodalHarness:
         adapter = LmmsEvalAdapter(model, self.benchmark, progress, cache)
         scored = self._score_tasks(adapter, model.name, progress)
         warn_about(scored.evidence, model.max_length, progress)
+        warn_about_repeats(scored.rows, progress)
         return scored._replace(backend_report=adapter.backend_report)
 
     def rescore(self, rows: Sequence[SampleRow]) -> ScoredBenchmark:

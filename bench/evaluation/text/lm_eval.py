@@ -17,7 +17,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from lm_eval.api.model import LM
 
 from bench.errors import UserError
-from bench.evaluation.evidence import EvidenceLog, task_evidence, warn_about
+from bench.evaluation.evidence import EvidenceLog, task_evidence, warn_about, warn_about_repeats
 from bench.evaluation.harness import SEED, DocumentSource, ScoredBenchmark, tell_results
 from bench.evaluation.metrics import (
     SampleRow,
@@ -155,6 +155,7 @@ class TextHarness:
         )
         scored = self._score_tasks(adapter, adapter.evidence, model.name, progress)
         warn_about(scored.evidence, model.max_length, progress)
+        warn_about_repeats(scored.rows, progress)
         for text in self.texts:
             with progress.phase(f"{model.name} on {text.name}"):
                 measured = perplexity.measure_perplexity(model, text, benchmark, progress, cache)

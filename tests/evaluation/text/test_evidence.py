@@ -3,6 +3,7 @@
 import copy
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -358,6 +359,18 @@ def test_ties_are_counted_and_said_once(tmp_path):
         tied = [row["tied_choices"] for row in found.samples if row["task"] == evidence.task]
         assert evidence.tied == sum(count > 1 for count in tied)
     assert sum("equally likely" in text for text in said.warnings) == 1
+
+
+def test_documents_that_count_again_are_told(tmp_path):
+    said, benchmark = Said(), boolq(tmp_path, ["is it so", "is it no"])
+    file = Path(benchmark.data["boolq"])
+    evaluate(make_model(make_tokenizer()), plan(benchmark, offline=True), said)
+    assert not [text for text in said.warnings if "equal an earlier one" in text]
+    file.write_text("\n".join([file.read_text(), *file.read_text().splitlines()[:1], ""]))
+    found = evaluate(make_model(make_tokenizer()), plan(benchmark, offline=True), said)
+    assert len(found.samples) == 3
+    (told,) = [text for text in said.warnings if "equal an earlier one" in text]
+    assert told.endswith("count again, as in the harness (boolq 1 of 3)")
 
 
 def test_an_example_that_is_the_question_is_counted(tmp_path):
