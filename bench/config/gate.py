@@ -145,16 +145,16 @@ def check_composed(composed: DictConfig) -> None:
     Raises:
         UserError: it names code outside its packages, or changes what cannot be set.
     """
-    whole = OmegaConf.to_container(composed, resolve=False)
-    assert isinstance(whole, dict)
-    for key, value in _node_leaves(whole, ""):
+    plain = OmegaConf.to_container(composed, resolve=False)
+    assert isinstance(plain, dict)
+    for key, value in _node_leaves(plain, ""):
         _refuse_node_resolvers(key, value)
-    own = whole.pop("hydra")
-    packages = whole.get("packages")
+    own = plain.pop("hydra")
+    packages = plain.get("packages")
     refuse_packages_of_files(packages, Overrides.parse(own["overrides"]["task"]))
     # Anything other than a list allows nothing, and validation reports the problem.
     named = packages if isinstance(packages, list) else ()
-    refuse_foreign_code(whole, (*named, *plugins.active().packages))
+    refuse_foreign_code(plain, (*named, *plugins.active().packages))
     for key, shipped in SHIPPED_HYDRA.items():
         found = own
         for part in key.split("."):
@@ -215,19 +215,21 @@ def check_plan(
     check_overrides(arguments)
     # Runs share most of their overrides, and parsing one takes a millisecond.
     parsed = check_run(list(dict.fromkeys(text for run in runs for text in run)))
-    asked = [*arguments.parsed, *parsed.parsed]
+    overrides = [*arguments.parsed, *parsed.parsed]
     name, results_dir = folder.name, folder.parent.parent
-    for override in asked:
+    for override in overrides:
         if override.key_or_group == "results_dir" and not _is_same_folder(override, results_dir):
             raise UserError(
                 f"the plan of sweep {name} in {results_dir} writes to {text_of(override)}: move it "
                 "back, or run its command again"
             )
-    unsaid = dict.fromkeys(text_of(o) for o in asked if text_of(o) not in repeated and _widens(o))
-    if unsaid:
-        command = shlex.join(["bench", "resume", name, *dict.fromkeys([*repeated, *unsaid])])
+    forbidden = dict.fromkeys(
+        text_of(o) for o in overrides if text_of(o) not in repeated and _widens(o)
+    )
+    if forbidden:
+        command = shlex.join(["bench", "resume", name, *dict.fromkeys([*repeated, *forbidden])])
         raise UserError(
-            f"the plan of sweep {name} asks for {', '.join(unsaid)}, which no plan can allow: "
+            f"the plan of sweep {name} asks for {', '.join(forbidden)}, which no plan can allow: "
             f"if you trust it, give it again: {command}"
         )
 

@@ -396,8 +396,8 @@ def _is_path(value: str) -> bool:
 def _path_name(path: Path) -> str:
     """Return the name of a model folder or file in tables and figures."""
     # Normalised as text only, because a link is shown under the name that the user gave.
-    whole = Path(os.path.normpath(path.expanduser().absolute()))
-    return whole.stem if whole.suffix == ".gguf" else whole.name
+    absolute = Path(os.path.normpath(path.expanduser().absolute()))
+    return absolute.stem if absolute.suffix == ".gguf" else absolute.name
 
 
 def _shipped(file: str, **changed: object) -> dict[str, object]:

@@ -330,11 +330,11 @@ def _load_folder(folder: Path, size: int) -> Splits:
             f"{scored} has one class, {test.classes[0]!r}: two are needed to tell apart"
         )
     transforms = _transforms(size)
-    whole = FolderSet(test, *transforms)
+    images = FolderSet(test, *transforms)
     return Splits(
         name="folder",
-        train=FolderSet(train, *transforms) if train else Subset(whole, range(0)),
-        test=whole,
+        train=FolderSet(train, *transforms) if train else Subset(images, range(0)),
+        test=images,
         channels=3,
         size=size,
         classes=len(test.classes),

@@ -186,7 +186,7 @@ def _method(subject: Subject, name: str, method: Method) -> Phase:
         # Each layer is loaded once per walk and written back changed.
         apply += Work(link=2 * moved, disk=2 * moved * (subject.map == "offload_disk"))
         calibrate += Work(link=2 * passes * tokens * subject.hidden * network.itemsize)
-    whole = calibrate + train + apply
+    work = calibrate + train + apply
     waiting = tokens * subject.hidden * network.itemsize * (subject.map is None)
     live = min(batch, inputs.rows or batch) * inputs.length * _live_bytes(subject)
     if cost.backwards or cost.trained:
@@ -195,8 +195,8 @@ def _method(subject: Subject, name: str, method: Method) -> Phase:
         live = max(live, min(cost.together, inputs.rows or cost.together) * inputs.length * kept)
     memory = subject.weights * subject.copies + waiting + live + cost.memory
     parts = {"calibrate": calibrate, "train": train, "apply": apply}
-    most = whole + given * cost.possible
-    return Phase(f"applying {name}", "apply", whole, most, memory, parts)
+    most = work + given * cost.possible
+    return Phase(f"applying {name}", "apply", work, most, memory, parts)
 
 
 def _step(subject: Subject, step: RepeatedStep) -> Work:
@@ -264,8 +264,8 @@ def _training(subject: Subject, name: str, method: Method) -> Phase:
     # After each epoch, held-out images are scored and the state is saved.
     epoch = subject.network.forward(scored, ceil(scored / SCORED_AT_ONCE))
     epoch += Work(moved=4 * subject.network.stored)
-    whole = step * steps + epoch * recipe.epochs
-    return Phase(f"applying {name}", "apply", whole, whole, memory, {"train": whole})
+    work = step * steps + epoch * recipe.epochs
+    return Phase(f"applying {name}", "apply", work, work, memory, {"train": work})
 
 
 def _training_figures(subject: Subject, name: str, batch: int) -> StepFigures | None:

@@ -303,12 +303,12 @@ def flops_by_stage(
         return {}
     if not isinstance(work, GenerationWorkload):
         return {FORWARD: single, END_TO_END: single}
-    whole = stage_flops(lambda: work.generate(network, inputs))
-    if whole is None:
+    generation = stage_flops(lambda: work.generate(network, inputs))
+    if generation is None:
         return {PREFILL: single, FIRST_TOKEN: single}
     # A generation is one prefill, which yields the first token, and new_tokens - 1 decoding steps.
-    decode = whole.decoding_step(single, work.new_tokens - 1)
-    return {PREFILL: single, FIRST_TOKEN: single, DECODE: decode, END_TO_END: whole}
+    decode = generation.decoding_step(single, work.new_tokens - 1)
+    return {PREFILL: single, FIRST_TOKEN: single, DECODE: decode, END_TO_END: generation}
 
 
 def stage_flops(call: Callable[[], object]) -> StageFlops | None:

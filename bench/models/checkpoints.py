@@ -239,10 +239,10 @@ def _is_tied(network: nn.Module, module: nn.Module) -> bool:
     # Imported here, because finding a model's files must not import torch.
     from bench.models.network import text_config
 
-    whole = cast("TransformersNetwork", network)
+    typed = cast("TransformersNetwork", network)
     # From the config, because tied weights are separate tensors on the meta device.
     tied = bool(getattr(text_config(network), "tie_word_embeddings", False))
-    return tied and module in (whole.get_input_embeddings(), whole.get_output_embeddings())
+    return tied and module in (typed.get_input_embeddings(), typed.get_output_embeddings())
 
 
 def _product(shape: tuple[int, ...]) -> str:

@@ -39,9 +39,9 @@ def refuse_not_finite(network: nn.Module, method: str) -> None:
     for name, weight in _named_weights(network):
         if weight.is_floating_point() and not bool(weight.isfinite().all()):
             raise UserError(f"method {method} left numbers in {name} that are NaN or infinite")
-    for name, held in network.named_buffers():
+    for name, buffer in network.named_buffers():
         # Masks contain infinity. Statistics of a batch norm matter as much as its weights.
-        if held.is_floating_point() and not held.is_meta and bool(held.isnan().any()):
+        if buffer.is_floating_point() and not buffer.is_meta and bool(buffer.isnan().any()):
             raise UserError(f"method {method} left numbers in {name} that are NaN")
 
 
@@ -53,7 +53,7 @@ def _named_weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _named_tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from _named_weights(network)
     # Buffers on the meta device have no values.
-    yield from ((name, held) for name, held in network.named_buffers() if not held.is_meta)
+    yield from ((name, buffer) for name, buffer in network.named_buffers() if not buffer.is_meta)
 
 
 @torch.no_grad()

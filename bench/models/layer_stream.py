@@ -57,9 +57,9 @@ class LayerStream:
         self._states: list[Tensor] = []
         # Per batch, the values besides hidden states that layers have returned.
         self._returned: list[dict[_FromLayer, object]] = []
-        whole = cast(TransformersNetwork, network)
-        _refuse_more_tokens_than_positions(whole, tokens_BL.shape[1])
-        self._device = execution_device(whole.get_input_embeddings())
+        typed = cast(TransformersNetwork, network)
+        _refuse_more_tokens_than_positions(typed, tokens_BL.shape[1])
+        self._device = execution_device(typed.get_input_embeddings())
         offloaded = any(is_offloaded(layer) for layer in layers)
         # Hidden states of all calibration rows can be much larger than a layer's weights, so they
         # do not fit on the device of a model that is offloaded for lack of memory.
@@ -67,7 +67,7 @@ class LayerStream:
         self._onloaded_index: int | None = None
         self._onload_stack = ExitStack()
         for rows_BL in torch.split(tokens_BL, batch):
-            self._enter(whole.get_decoder(), rows_BL)
+            self._enter(typed.get_decoder(), rows_BL)
 
     def __enter__(self) -> Self:
         return self

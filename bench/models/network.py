@@ -79,8 +79,8 @@ def non_attention_layer(network: nn.Module) -> str | None:
 
 def embedded_ids(network: nn.Module) -> int:
     """Return the number of token ids that a network has both as input and as output."""
-    whole = cast(TransformersNetwork, network)
-    tables = (whole.get_input_embeddings(), whole.get_output_embeddings())
+    typed = cast(TransformersNetwork, network)
+    tables = (typed.get_input_embeddings(), typed.get_output_embeddings())
     weights = [getattr(table, "weight", None) for table in tables]
     return min(weight.shape[0] for weight in weights if isinstance(weight, torch.Tensor))
 

@@ -176,9 +176,9 @@ class _Onloaded:
                 # copied. On a GPU the transfer makes a copy.
                 mapped = store.device.type == "cpu"
                 value = store.weights[store.prefix + path].to(store.device, copy=mapped)
-                held = nn.Parameter(value, requires_grad=weight.requires_grad)
-                part.register_parameter(own, held)
-                store.loaded[path] = (held, held._version)
+                parameter = nn.Parameter(value, requires_grad=weight.requires_grad)
+                part.register_parameter(own, parameter)
+                store.loaded[path] = (parameter, parameter._version)
 
     def end(self) -> None:
         """Store what changed and offload the weights again."""

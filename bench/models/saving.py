@@ -225,16 +225,16 @@ def write_model(model: Model, folder: Path, plan: ExportPlan) -> None:
             serialization.save_onnx(network, folder)
         return
     (model.processor or model.tokenizer).save_pretrained(folder)
-    whole = cast(TransformersNetwork, network)
+    typed = cast(TransformersNetwork, network)
     if plan.compressed is not None:
-        save_compressed(whole, plan.compressed, folder)
+        save_compressed(typed, plan.compressed, folder)
     elif plan.widths is not None:
-        padded = padded_network(whole, model.structure, plan.widths)
-        save_shell(padded, whole, folder)
+        padded = padded_network(typed, model.structure, plan.widths)
+        save_shell(padded, typed, folder)
     elif plan.description is None:
-        whole.save_pretrained(folder)
+        typed.save_pretrained(folder)
     else:
-        _write_own_format(whole, folder, plan.description)
+        _write_own_format(typed, folder, plan.description)
 
 
 def _write_own_format(
@@ -267,8 +267,8 @@ def _refuse_code_on_modules(network: nn.Module) -> None:
 def refuse_unsavable(network: nn.Module, description: replaced_modules.Description | None) -> None:
     """Raise if config and description do not rebuild the network as it is."""
     _refuse_code_on_modules(network)
-    whole = cast(TransformersNetwork, network)
-    rebuilt = meta_network(whole.config, whole.dtype)
+    typed = cast(TransformersNetwork, network)
+    rebuilt = meta_network(typed.config, typed.dtype)
     if description is not None:
         with torch.device("meta"):
             replaced_modules.install_described_modules(rebuilt, description)

@@ -169,8 +169,8 @@ def benchmark_text(record: Record) -> str:
     So are shots, the limit, and the treatment of long prompts and missing answers.
     """
     benchmark = record.config["benchmark"]
-    unasked = {AVERAGE, *benchmark.get("perplexity", {})}
-    shots = sorted({m.shots for m in record.metrics if m.headline and m.task not in unasked})
+    without_shots = {AVERAGE, *benchmark.get("perplexity", {})}
+    shots = sorted({m.shots for m in record.metrics if m.headline and m.task not in without_shots})
     parts = list(_origins(record))
     if shots and benchmark.get("harness") != "images":
         parts.append(" and ".join(f"{count}-shot" for count in shots))

@@ -55,7 +55,7 @@ def shown_runs(rows: Sequence[dict[str, object]], store: Store) -> list[dict[str
 
     Runs of the same model, method and benchmark get the settings in which they differ.
     """
-    differing = _told_apart(rows, store)
+    differing = _distinguishing_settings(rows, store)
     short = {str(row["run"])[:SHOWN_DIGITS] for row in rows}
     noted = any(row["note"] for row in rows)
     return [
@@ -71,7 +71,7 @@ def shown_runs(rows: Sequence[dict[str, object]], store: Store) -> list[dict[str
     ]
 
 
-def _told_apart(rows: Sequence[dict[str, object]], store: Store) -> dict[str, str]:
+def _distinguishing_settings(rows: Sequence[dict[str, object]], store: Store) -> dict[str, str]:
     """Return, by id, how runs with the same model, method and benchmark differ."""
     alike: dict[tuple[object, ...], list[str]] = defaultdict(list)
     for row in reversed(rows):
@@ -81,8 +81,8 @@ def _told_apart(rows: Sequence[dict[str, object]], store: Store) -> dict[str, st
     for ids in (each for each in alike.values() if len(each) > 1):
         records = [store.find(run) for run in ids[:left]]
         left -= len(records)
-        told = differing_settings([record for record in records if record is not None])
-        found.update({run: text for run, text in told.items() if text})
+        differing = differing_settings([record for record in records if record is not None])
+        found.update({run: text for run, text in differing.items() if text})
     return found
 
 

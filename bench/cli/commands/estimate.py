@@ -28,9 +28,9 @@ def run_command(given: argparse.Namespace) -> int:
     if len(names) > 1:
         raise UserError(f"hardware is given {len(names)} times: name one board")
     hardware = None if names in ([], [HERE]) else load_hardware(names[0])
-    words = [word for word in given.overrides if not word.startswith(KEY)]
+    overrides = [word for word in given.overrides if not word.startswith(KEY)]
     with Session() as session:
-        found = estimate_runs([*(["-m"] if given.multirun else []), *words], hardware, session)
+        found = estimate_runs([*(["-m"] if given.multirun else []), *overrides], hardware, session)
     if given.json:
         print_json(found.as_json())
     else:
@@ -66,13 +66,13 @@ def _run_rows(estimate: SweepEstimate) -> Iterator[dict[str, object]]:
         }
 
 
-def _check(words: list[str], as_json: bool) -> int:
+def _check(overrides: list[str], as_json: bool) -> int:
     """Print, per kind of phase, how often the measured time was within the estimated bounds."""
     from bench.estimation.accuracy import accuracy_rows
     from bench.records import Store
 
-    folders = [w.removeprefix("results_dir=") for w in words if w.startswith("results_dir=")]
-    if len(folders) != len(words) or len(folders) > 1:
+    folders = [w.removeprefix("results_dir=") for w in overrides if w.startswith("results_dir=")]
+    if len(folders) != len(overrides) or len(folders) > 1:
         raise UserError("bench estimate --check takes results_dir=FOLDER and nothing else")
     folder = Path(folders[0] if folders else "results")
     if not folder.is_dir():

@@ -174,13 +174,13 @@ def write_page(name: str, arguments: Sequence[str], page: Path) -> Path:
     config = _table_config(name, request)
     # The overrides of a run help to identify its record.
     given = request.run_overrides
-    asked = {
+    slots = {
         slot: replace(slot, runs=tuple(with_overrides(run, given) for run in slot.runs))
         for slot in table_slots(config)
     }
     results_dir = compose_run_config(request.run_overrides).results_dir
-    by_run = records_of_table(list(asked.values()), Store(results_dir).all())
-    found = {slot: by_run[run] for slot, run in asked.items() if run in by_run}
+    by_run = records_of_table(list(slots.values()), Store(results_dir).all())
+    found = {slot: by_run[run] for slot, run in slots.items() if run in by_run}
     command = shlex.join(["bench", "table", name, *arguments, "--page", page.as_posix()])
     text = results_page(config, found, lambda run: samples(run, results_dir), command)
     write_bytes(page, text.encode())

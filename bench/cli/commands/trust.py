@@ -18,11 +18,13 @@ def run_command(given: argparse.Namespace) -> int:
             f"there is no {plugins.PROJECT_FILE} in this folder or above it: name the "
             "file that you trust"
         )
-    asked = plugins.read_project(file)
+    project = plugins.read_project(file)
     print_text(
         f"{file.absolute()} allows these packages to run, and adds these configs and methods:"
     )
-    print_rows([{"adds": kind, "value": value} for kind, value in plugins.described(asked)], False)
+    print_rows(
+        [{"adds": kind, "value": value} for kind, value in plugins.described(project)], False
+    )
     # Without a terminal nobody can confirm.
     if not given.yes and not (sys.stdin.isatty() and _confirmed()):
         note("nothing was allowed; `bench trust --yes` allows it")

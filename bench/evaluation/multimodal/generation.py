@@ -139,24 +139,24 @@ class Generation:
     def run(self, questions: Sequence[ImageQuestion]) -> list[Answer]:
         """Answer questions of any length, padded on the left."""
         answers: dict[int, Answer] = {}
-        whole: list[tuple[int, str, list[Image.Image]]] = []
+        rendered: list[tuple[int, str, list[Image.Image]]] = []
         for index, question in enumerate(questions):
             try:
-                whole.append((index, *question.rendered(self._prompts)))
+                rendered.append((index, *question.rendered(self._prompts)))
             except UnfitImage as error:
                 answers[index] = Answer(None, "", None, Seen(0, 0, unanswered=str(error)))
-        keys = [image_hash(images) if images else None for _, _, images in whole]
-        encoded = [self._prompts.encode(prompt, images) for _, prompt, images in whole]
+        keys = [image_hash(images) if images else None for _, _, images in rendered]
+        encoded = [self._prompts.encode(prompt, images) for _, prompt, images in rendered]
         reasons = [
             self._check_length(questions[index].name, prompt["input_ids"].shape[1])
-            for (index, _, _), prompt in zip(whole, encoded, strict=True)
+            for (index, _, _), prompt in zip(rendered, encoded, strict=True)
         ]
-        asked = [row for row, reason in enumerate(reasons) if reason is None]
-        ended = self._answer([encoded[row] for row in asked], [keys[row] for row in asked])
-        answered = dict(zip(asked, ended, strict=True))
-        for row, (index, prompt, _) in enumerate(whole):
+        fitting = [row for row, reason in enumerate(reasons) if reason is None]
+        ended = self._answer([encoded[row] for row in fitting], [keys[row] for row in fitting])
+        answered = dict(zip(fitting, ended, strict=True))
+        for row, (index, prompt, _) in enumerate(rendered):
             end = answered.get(row)
-            if end is None and reasons[row] is None and len(asked) > 1:
+            if end is None and reasons[row] is None and len(fitting) > 1:
                 # Repeated alone, without padding or a shared prefix: see `IsolatingScorer`.
                 (end,) = self._answer([encoded[row]], [keys[row]])
             text, finish, tokens = end or (None, None, 0)
@@ -321,11 +321,11 @@ class Generation:
     def _ended(self, tokens: list[int]) -> Ended:
         """Cut an answer at its end token and at its first stop string."""
         end = next((i for i, token in enumerate(tokens) if token in self._ends), None)
-        whole = self._text(tokens[:end])
-        text = whole
+        decoded = self._text(tokens[:end])
+        text = decoded
         for stop in self._until:
             text = text.partition(stop)[0]
-        if text != whole:
+        if text != decoded:
             return text, "stop", tokens_until_stop(tokens[:end], self._text, self._until)
         return (text, "length", len(tokens)) if end is None else (text, "eos", end)
 

@@ -70,11 +70,11 @@ def read_task_definition(file: Path, benchmark: BenchmarkConfig) -> TaskDefiniti
     name = str(stated.get("task") or file.stem)
     refuse_media(name, stated)
     definition = _with_includes(file)
-    asked = {**(definition.get("generation_kwargs") or {}), **benchmark.gen_kwargs}
+    settings = {**(definition.get("generation_kwargs") or {}), **benchmark.gen_kwargs}
     _refuse_unknown_settings(benchmark)
-    _refuse_unsupported(name, definition | {"generation_kwargs": asked})
+    _refuse_unsupported(name, definition | {"generation_kwargs": settings})
     refuse_needs(name, definition, FILES.harness_folder)
-    definition["generation_kwargs"] = asked
+    definition["generation_kwargs"] = settings
     metrics = [m for m in definition["metric_list"] if m["metric"] != SUBMISSION_METRIC]
     definition["metric_list"] = metrics
     if not metrics:

@@ -202,11 +202,11 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
         reasons = [
             self._record(request, *each) for request, each in zip(requests, encoded, strict=True)
         ]
-        asked = [index for index, reason in enumerate(reasons) if reason is None]
+        fitting = [index for index, reason in enumerate(reasons) if reason is None]
         scored = self._loglikelihood_tokens(
-            [(None, encoded[index].context, encoded[index].answer) for index in asked]
+            [(None, encoded[index].context, encoded[index].answer) for index in fitting]
         )
-        responses = dict(zip(asked, scored, strict=True))
+        responses = dict(zip(fitting, scored, strict=True))
         return [responses.get(index, NO_ANSWER) for index in range(len(requests))]
 
     def _encode_request(self, context: str, answer: str) -> EncodedRequest:
@@ -274,16 +274,19 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
         self._encode_once(request.args[0] for request in requests)
         prompts = [self._fit_prompt(request) for request in requests]
         self._encoded = {}
-        asked = [index for index, prompt in enumerate(prompts) if prompt.left_out is None]
+        fitting = [index for index, prompt in enumerate(prompts) if prompt.left_out is None]
         generated = generate(
             self._model,
-            [GenerationRequest(prompts[index].tokens, requests[index].args[1]) for index in asked],
+            [
+                GenerationRequest(prompts[index].tokens, requests[index].args[1])
+                for index in fitting
+            ],
             self.batches,
             self._cache,
             self._progress,
             self._think_end,
         )
-        answers = dict(zip(asked, generated, strict=True))
+        answers = dict(zip(fitting, generated, strict=True))
         found = [answers.get(index) for index in range(len(requests))]
         for request, prompt, answer in zip(requests, prompts, found, strict=True):
             task, tokens = request.task_name, prompt.tokens

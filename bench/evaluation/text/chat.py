@@ -48,17 +48,17 @@ def select_template(benchmark: BenchmarkConfig, tokenizer: Any, model: str) -> s
     Raises:
         UserError: the tokenizer has no template, or none of this name.
     """
-    asked = benchmark.chat_template
-    if asked is False:
+    choice = benchmark.chat_template
+    if choice is False:
         return None
     found: str | dict[str, str] | None = getattr(tokenizer, "chat_template", None)
     if not found:
         raise UserError(
-            f"benchmark.chat_template={str(asked).lower()}: the tokenizer of model {model} has no "
+            f"benchmark.chat_template={str(choice).lower()}: the tokenizer of model {model} has no "
             "chat template: leave it false, or add chat_template.jinja to the model's folder"
         )
     templates = found if isinstance(found, dict) else {"default": found}
-    name = "default" if asked is True else str(asked)
+    name = "default" if choice is True else str(choice)
     if name not in templates:
         raise unknown_name(f"template in benchmark.chat_template of model {model}", name, templates)
     return templates[name]
@@ -129,8 +129,8 @@ def _failing(error: Exception) -> UserError:
 def conversation_of(messages: Sequence[TextMessage], add_generation_prompt: bool) -> Conversation:
     """Return facts about the messages of a prompt, which do not depend on the template."""
     users = [message["content"] for message in messages if message["role"] == "user"]
-    asked = hashlib.sha256(conversation_text(messages, add_generation_prompt).encode()).hexdigest()
-    return Conversation(asked, bool(users) and users[-1] in users[:-1])
+    digest = hashlib.sha256(conversation_text(messages, add_generation_prompt).encode()).hexdigest()
+    return Conversation(digest, bool(users) and users[-1] in users[:-1])
 
 
 def conversation_text(messages: Sequence[TextMessage], add_generation_prompt: bool) -> str:

@@ -190,8 +190,8 @@ def _definition(leaf: Leaf, outline: Outline, benchmark: BenchmarkConfig) -> Tas
     else:
         definition = task_definitions.read_definition(leaf, trust_code=benchmark.trust_code)
     chain, own = outline.chain(leaf.task_name), definition.get("num_fewshot")
-    asked = task_definitions.requested_shots(benchmark, chain, own)
-    shots = task_definitions.num_shots(own, asked)
+    requested = task_definitions.requested_shots(benchmark, chain, own)
+    shots = task_definitions.num_shots(own, requested)
     # A Python class has its own settings.
     return definition if "class" in definition else {**definition, "num_fewshot": shots}
 
@@ -356,8 +356,8 @@ def _planned_task(
         _refuse_unsupported(leaf, task)
         # Set on the built task, because Python classes have their own settings.
         own = task.get_config("num_fewshot")
-        asked = task_definitions.requested_shots(benchmark, outline.chain(leaf), own)
-        task.set_config("num_fewshot", task_definitions.num_shots(own, asked))
+        requested = task_definitions.requested_shots(benchmark, outline.chain(leaf), own)
+        task.set_config("num_fewshot", task_definitions.num_shots(own, requested))
         if benchmark.gen_kwargs and task.OUTPUT_TYPE == "generate_until":
             task.set_config("generation_kwargs", dict(benchmark.gen_kwargs), update=True)
     definitions = _definitions(tasks, groups)

@@ -121,18 +121,18 @@ def requested_shots(benchmark: BenchmarkConfig, chain: list[str], own: int | Non
     Raises:
         UserError: shots are set for a task by name, but its prompt is written for none.
     """
-    asked = benchmark.num_fewshot
-    if not isinstance(asked, Mapping):
-        return asked
-    named = next((name for name in chain if name in asked), None)
+    shots = benchmark.num_fewshot
+    if not isinstance(shots, Mapping):
+        return shots
+    named = next((name for name in chain if name in shots), None)
     if named is None:
         return None
-    if own == 0 and named == chain[0] and asked[named]:
+    if own == 0 and named == chain[0] and shots[named]:
         raise UserError(
-            f"benchmark.num_fewshot.{named}={asked[named]}: the prompt of this task is written for "
+            f"benchmark.num_fewshot.{named}={shots[named]}: the prompt of this task is written for "
             "zero shots, and lm-eval keeps it so: leave it out"
         )
-    return asked[named]
+    return shots[named]
 
 
 def restrict_to_splits(definition: TaskDefinition, present: set[str]) -> TaskDefinition:

@@ -96,16 +96,16 @@ class PrunedAttention(nn.Module):
             UserError: the shape does not match any number of heads.
         """
         like = self.in_proj_weight
-        whole = 3 * self.head_dim
+        multiple = 3 * self.head_dim
         if (
             len(shape) != 2
             or shape[1] != like.shape[1]
             or not 0 < shape[0] <= len(like)
-            or shape[0] % whole
+            or shape[0] % multiple
         ):
             raise UserError(
                 f"the config gives attention a projection of {list(shape)}: it takes a multiple of "
-                f"{whole} rows, at most {len(like)}, of {like.shape[1]} columns"
+                f"{multiple} rows, at most {len(like)}, of {like.shape[1]} columns"
             )
         rows = shape[0]
         self.in_proj_weight = nn.Parameter(like.new_empty(rows, like.shape[1]))

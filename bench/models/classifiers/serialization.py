@@ -60,11 +60,11 @@ def load_state(network: Classifier, file: Path) -> Classifier:
         UserError: the state dict does not match the network.
     """
     # The wrapper of a foreign network adds a prefix, which is not in the user's file.
-    whole = network if len(network.head) else network.features[0]
+    target = network if len(network.head) else network.features[0]
     try:
         # No versions of modules are added, so that torch reads the file like one of an older
         # version.
-        whole.load_state_dict(load_file(file))
+        target.load_state_dict(load_file(file))
     except (ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UserError(

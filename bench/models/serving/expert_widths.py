@@ -120,9 +120,9 @@ def meta_network(config: NetworkConfig, dtype: torch.dtype) -> nn.Module:
 
 def save_shell(shell: nn.Module, network: TransformersNetwork, folder: Path, **how: Any) -> None:
     """Write a network that represents another one, with the latter's generation config."""
-    whole = cast(TransformersNetwork, shell)
-    whole.generation_config = network.generation_config
-    whole.save_pretrained(folder, **how)
+    typed = cast(TransformersNetwork, shell)
+    typed.generation_config = network.generation_config
+    typed.save_pretrained(folder, **how)
 
 
 def config_with_widths(config: NetworkConfig, widths: ExpertWidths) -> NetworkConfig:

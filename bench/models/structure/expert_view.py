@@ -78,9 +78,9 @@ class ExpertView:
         """Return the biases of `input_matrices`, None for matrices without one."""
         parts = (self.up_bias,) if self.form == "plain" else (self.gate_bias, self.up_bias)
         chosen = tuple(b if b is None or order_f is None else b[order_f] for b in parts)
-        held = [part for part in chosen if part is not None]
+        present = [part for part in chosen if part is not None]
         if self.form == "fused":
-            return (torch.cat(held) if held else None,)
+            return (torch.cat(present) if present else None,)
         return chosen
 
     @torch.no_grad()

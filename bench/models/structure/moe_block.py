@@ -125,8 +125,8 @@ class MoEBlock:
     @property
     def shared_scale(self) -> float:
         """Constant factor on the block's shared experts (the mean of Cohere 2)."""
-        how = getattr(self.block, "shared_expert_combination_strategy", None)
-        return 0.5 if how == "average" and self.shared is not None else 1.0
+        strategy = getattr(self.block, "shared_expert_combination_strategy", None)
+        return 0.5 if strategy == "average" and self.shared is not None else 1.0
 
     @property
     def unusual(self) -> str | None:

@@ -208,13 +208,13 @@ class _RunPair:
             self.refused.append("average is not compared: one of its tasks is not compared")
             return []
         parts = [self._pair(row, other) for row, other in both]
-        whole = [part for part in parts if part is not None]
-        if len(whole) < len(parts) and (base.missing or other.missing):
+        available = [part for part in parts if part is not None]
+        if len(available) < len(parts) and (base.missing or other.missing):
             return []
         # A task without scores per sample cannot be resampled, so the mean has no interval.
-        if len(whole) < len(parts):
+        if len(available) < len(parts):
             return [unpaired_contrast(candidate.id, base, base.value, other.value)]
-        return [paired_contrast(candidate.id, base, mean_of_pairs(whole))]
+        return [paired_contrast(candidate.id, base, mean_of_pairs(available))]
 
 
 def _averaged_metrics(record: Record) -> list[Metric]:

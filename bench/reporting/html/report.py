@@ -108,8 +108,8 @@ def write_report(
 def _built_tables(records: Sequence[Record], results_dir: Path) -> list[Table]:
     """Return the papers' tables that a user has built; records may match others by chance."""
     folder = results_dir / TABLE_FOLDER
-    asked = {file.stem for file in folder.glob("*.csv")} if folder.is_dir() else set()
-    return [table for table in tables_of(records) if table.file in asked] if asked else []
+    written = {file.stem for file in folder.glob("*.csv")} if folder.is_dir() else set()
+    return [table for table in tables_of(records) if table.file in written] if written else []
 
 
 def _record_chunks(leaderboard: Leaderboard) -> list[list[Record]]:

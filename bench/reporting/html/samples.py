@@ -173,8 +173,8 @@ def thumbnails(
     """
     # Rows of a classifier have no hash, but each of them has an image.
     classified = record.config["benchmark"].get("harness") == "images"
-    asked = (Document(row["task"], row["doc_id"], row.get("image_hash")) for row in rows)
-    wanted = dict.fromkeys(each for each in asked if each.image_hash or classified)
+    documents = (Document(row["task"], row["doc_id"], row.get("image_hash")) for row in rows)
+    wanted = dict.fromkeys(each for each in documents if each.image_hash or classified)
     try:
         found = document_images(record, wanted, plans)
     except UserError as error:

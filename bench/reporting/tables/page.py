@@ -226,9 +226,9 @@ def _findings(families: Sequence[_Family]) -> Iterator[str]:
         for c in family.contrasts
         if c.p_holm is not None and c.p_holm < SIGNIFICANCE_LEVEL
     ]
-    told = f"{len(shown) or 'none'} {'are' if len(shown) > 1 else 'is'} significant"
+    verdict = f"{len(shown) or 'none'} {'are' if len(shown) > 1 else 'is'} significant"
     yield (
-        f"This page is based on {basis}. Of {len(contrasts)} paired differences, {told} "
+        f"This page is based on {basis}. Of {len(contrasts)} paired differences, {verdict} "
         f"(p below {SIGNIFICANCE_LEVEL:g} after Holm's correction){':' if shown else '.'}"
     )
     if shown:
