@@ -111,7 +111,7 @@ def test_every_method_row_says_what_is_not_like_the_source(name):
     columns = [column.differs for column in config.columns.values()]
     _, *methods = config.rows
     published = {
-        row for row in methods if row not in ("random experts", "round to nearest")
+        row for row in methods if row not in ("random experts", "round to nearest", "BitsMoE-style")
         and config.rows[row].run is not None
     }  # fmt: skip
     assert published
