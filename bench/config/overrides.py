@@ -306,7 +306,7 @@ def keyword_overrides(given: Mapping[str, object], over: Mapping[str, object]) -
     sweeps = []
     for key, values in over.items():
         if isinstance(values, str) or not isinstance(values, Iterable):
-            raise UserError(f"over: {key}={values!r} is no list of values, as in [0.2, 0.4]")
+            raise UserError(f"over: {key}={values!r} is not a list of values, as in [0.2, 0.4]")
         texts = [_value_text(key, value) for value in values]
         if not texts:
             raise UserError(f"over: {key} has no values")

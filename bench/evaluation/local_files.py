@@ -294,7 +294,7 @@ def _unlabelled_error(
     file: RowFile, column: str, row: DataRow, values: Sequence[object]
 ) -> UserError:
     return file.fault(
-        f"has {column}={_shortened(row[column])}, which is no answer; this task needs one of "
+        f"has {column}={_shortened(row[column])}, which is not an answer; this task needs one of "
         f"{', '.join(map(repr, values))}: use a split with answers"
     )
 

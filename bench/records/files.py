@@ -111,18 +111,18 @@ def refuse_unstorable(node: object, key: str) -> None:
     if isinstance(node, Mapping):
         for name, inner in node.items():
             if not isinstance(name, str):
-                raise UserError(f"{key}.{name}: the name {name!r} is no text: quote it")
+                raise UserError(f"{key}.{name}: the name {name!r} is not a text: quote it")
             refuse_unstorable(name, f"the name {key}.{name}")
             refuse_unstorable(inner, f"{key}.{name}" if key else name)
     elif isinstance(node, list | tuple):
         for place, inner in enumerate(node):
             refuse_unstorable(inner, f"{key}.{place}")
     elif isinstance(node, float) and not math.isfinite(node):
-        raise UserError(f"{key}={node}: a record holds finite numbers only")
+        raise UserError(f"{key}={node}: records can store only finite numbers")
     elif isinstance(node, int) and abs(node) > MAX_INTEGER:
-        raise UserError(f"{key}={str(node)[:20]}...: a record holds whole numbers of 64 bits only")
+        raise UserError(f"{key}={str(node)[:20]}...: records can store only 64-bit integers")
     elif isinstance(node, str) and not node.isprintable() and _has_controls(node):
-        raise UserError(f"{key}={node!r}: control characters and halves of one cannot be stored")
+        raise UserError(f"{key}={node!r}: control characters and half characters cannot be stored")
 
 
 def _has_controls(text: str) -> bool:

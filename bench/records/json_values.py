@@ -106,7 +106,7 @@ def _parse_json_slowly(content: bytes) -> object:
         try:
             json.dumps(found, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise ValueError("it holds half a character") from None
+            raise ValueError("it contains half a character") from None
     return found
 
 
@@ -125,18 +125,18 @@ def _is_shallow(without_texts: bytes) -> bool:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"it holds {name}, which is no number")
+    raise ValueError(f"it contains {name}, which is not a number")
 
 
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"it holds {text[:20]}, which is no finite number")
+        raise ValueError(f"it contains {text[:20]}, which is not a finite number")
     return value
 
 
 def _bounded(text: str) -> int:
     # The length is tested first, because Python refuses to convert thousands of digits.
     if len(text) > 20 or abs(int(text)) > MAX_INTEGER:
-        raise ValueError(f"it holds {text[:20]}..., which needs more than 64 bits")
+        raise ValueError(f"it contains {text[:20]}..., which needs more than 64 bits")
     return int(text)

@@ -56,7 +56,7 @@ def _parsed(path: Path) -> StudyReport:
         raise ValueError("it has no objective")
     known = [trial for trial in study["trials"] if trial["front"] or trial["state"] == "complete"]
     if any(len(trial["values"]) != len(study["objectives"]) for trial in known):
-        raise ValueError("a trial has not one value per objective")
+        raise ValueError("a trial does not have one value per objective")
     return study
 
 

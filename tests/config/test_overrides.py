@@ -224,8 +224,8 @@ def test_scalars_of_numpy_stand_for_their_numbers():
 
 
 @pytest.mark.parametrize(("config", "over", "said"), [
-    ({"a": {1}}, {}, "is a set: give a text"), ({}, {"a": "bc"}, "is no list of values"),
-    ({}, {"a": 3}, "is no list of values"), ({}, {"a": []}, "has no values"),
+    ({"a": {1}}, {}, "is a set: give a text"), ({}, {"a": "bc"}, "is not a list of values"),
+    ({}, {"a": 3}, "is not a list of values"), ({}, {"a": []}, "has no values"),
 ])  # fmt: skip
 def test_what_no_config_holds_is_refused(config, over, said):
     with pytest.raises(UserError, match=said):

@@ -191,4 +191,4 @@ def test_data_that_never_end_or_have_a_bad_row_are_refused(refused, tmp_path):
         "\n".join(map(json.dumps, [*rows[:1], rows[1] | {"answerKey": "?"}, *rows[2:]]))
     )
     message = refused(*asked, f"benchmark.data.arc_easy={file}")
-    assert "arc.jsonl: row 1 (line 2) has answerKey='?', which is no answer" in message
+    assert "arc.jsonl: row 1 (line 2) has answerKey='?', which is not an answer" in message

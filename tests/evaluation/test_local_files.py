@@ -138,7 +138,7 @@ def test_a_letter_beyond_the_options_and_options_without_letters_are_named(tmp_p
     rows[2] |= {"options": "a ) 1 , b ) 2 , c ) 3 , d ) 4", "correct": "e"}
     message = refusal("mathqa", write(tmp_path / "four.jsonl", rows))
     # The harness reads option d only up to a comma.
-    assert "row 2 (line 3) has correct='e', which is no answer" in message
+    assert "row 2 (line 3) has correct='e', which is not an answer" in message
     assert "one of 'a', 'b', 'c': use" in message
     rows[2] |= {"options": "see the picture", "correct": "a"}
     message = refusal("mathqa", write(tmp_path / "none.jsonl", rows))

@@ -85,7 +85,7 @@ def test_a_fault_has_its_true_row_and_line(tmp_path):
     file.write_text("\n".join([good[0], "", good[1], good[2][:-3], good[3]]))
     assert "f.jsonl, line 4, cannot be read as .jsonl: Expecting" in refusal(file)
     file.write_text("\n".join([good[0], "", json.dumps(rows[1] | {"label": -1})]))
-    assert "f.jsonl: row 1 (line 3) has label=-1, which is no answer" in refusal(file)
+    assert "f.jsonl: row 1 (line 3) has label=-1, which is not an answer" in refusal(file)
     file.write_text("\n".join([good[0], json.dumps(rows[1] | {"goal": 5})]))
     assert "row 1 (line 2) has goal=5; this task needs a string" in refusal(file)
     file.write_bytes(good[0].encode() + b"\n" + good[1].encode().replace(b"t", b"\xff", 1))

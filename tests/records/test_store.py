@@ -241,7 +241,7 @@ def test_numbers_that_do_not_fit_are_refused_wherever_they_stand(text, fits):
     if fits:
         assert parse_json(content) == json.loads(content)
     else:
-        with pytest.raises(ValueError, match=r"it holds 9|it holds 1|it holds -1"):
+        with pytest.raises(ValueError, match=r"it contains 9|it contains 1|it contains -1"):
             parse_json(content)
 
 

@@ -94,7 +94,7 @@ def verify(
     if samples < 1:
         raise UserError(f"--samples must be at least 1, got {samples}")
     if tolerance is not None and not 0 <= tolerance < math.inf:
-        raise UserError(f"--tolerance={tolerance}: a number from 0 on is needed, such as 1e-4")
+        raise UserError(f"--tolerance={tolerance}: it must be a number of at least 0, such as 1e-4")
     store = Store(results_dir)
     record = store.get(run)
     frame = recorded_samples(record.id, results_dir)

@@ -355,6 +355,6 @@ def _feature_layer_index(config: NetworkConfig, depth: int) -> int:
     """Return the index of the layer whose output is projected."""
     chosen = config.vision_feature_layer
     if not isinstance(chosen, int):
-        raise UserError(f"vision_feature_layer={chosen}: attention is read at one layer only")
+        raise UserError(f"vision_feature_layer={chosen}: attention can be read in only one layer")
     # Hidden state 0 is the embedding, so state k is the output of layer k - 1.
     return max(depth + chosen if chosen < 0 else chosen - 1, 0)

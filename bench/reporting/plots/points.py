@@ -89,8 +89,8 @@ def _no_cost(records: Sequence[Record], cost: str, scope: str | None) -> UserErr
             f'--scope "{scope}": no run has {cost} of it; give one of {", ".join(scopes)}'
         )
     return UserError(
-        f"--cost {cost}: the runs that have it only zero or mask weights, or have no value of the "
-        "task; choose flops, or other runs"
+        f"--cost {cost}: all runs with this cost only zero or mask weights, or have no value of "
+        "the task; choose flops, or other runs"
     )
 
 

@@ -158,7 +158,7 @@ def draw_panels(
 def _panel_figure(names: list[str]) -> tuple[Figure, list[Axes]]:
     if len(names) > MAX_PANELS:
         raise UserError(
-            f"the runs span {len(names)} pairs of model and benchmark, but a figure holds at most "
+            f"the runs span {len(names)} pairs of model and benchmark, but a figure has at most "
             f"{MAX_PANELS}: name the runs to draw"
         )
     figure = Figure(figsize=(PANEL_WIDTH * len(names), PANEL_HEIGHT), layout="constrained")

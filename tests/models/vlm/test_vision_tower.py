@@ -83,7 +83,7 @@ def test_the_layer_that_is_projected_is_read():
     network.config.vision_feature_layer = 2
     assert tower_parts(network)[1] is layers[1].self_attn
     network.config.vision_feature_layer = [-2, -1]
-    with pytest.raises(UserError, match="attention is read at one layer only"):
+    with pytest.raises(UserError, match="attention can be read in only one layer"):
         tower_parts(network)
     assert tower_parts(build("qwen2_5_vl"))[1] is not None
 
