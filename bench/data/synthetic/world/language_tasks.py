@@ -181,7 +181,7 @@ _ROLE_SITUATIONS = (
         ),
     ),
 )  # fmt: skip
-"""Situations whose roles are told apart by their nouns and not by their place in the sentence."""
+"""Situations in which nouns, instead of their places in the sentence, distinguish the roles."""
 _SITUATIONS = (*_PEOPLE_SITUATIONS, *(situation for _, situation in _ROLE_SITUATIONS))
 
 

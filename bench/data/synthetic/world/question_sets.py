@@ -64,7 +64,7 @@ _VALIDATION_DIVISOR = 20
 _WITHOUT_TEST_LABELS = frozenset({"boolq", "rte", "winogrande", "hellaswag", "piqa"})
 
 
-# A task's documents are asked for and then their fingerprint; of more tasks none need stay.
+# For the current task only: its documents are read first, and then its fingerprint.
 @lru_cache(maxsize=1)
 def draw_questions(task: str, split: Split, seed: int = SEED) -> tuple[WorldQuestion, ...]:
     """Return the distinct questions of one split of a task."""
