@@ -57,14 +57,13 @@ class NetworkWork:
     """Coefficients of a network's work; a sample is a token of a decoder or an image.
 
     `matrix`, `head` and `pair` are FLOPs per sample, per row of logits, and per pair of query and
-    key. `weights` is the bytes that every call reads, and `routed` is the bytes of all routed
-    experts, of which a token uses the share `met`. `elements` is the numbers per sample that are
-    read and written outside products. `operators` is the operators per call, without the experts of
-    its `expert_layers` layers, each with `experts` experts. `depth` is the number of decoder
-    layers, `stored` the bytes of all weights. `widest` is the largest number of values per sample
-    that a forward holds at a time, and `kept` the number that it keeps for its backward; both are
-    known only for classifiers. `missing` names parts without a formula. `times` are the measured
-    times of calls, if available, and `outside` is the operators outside the timed layers.
+    key. Every call reads `weights` bytes; all routed experts have `routed` bytes, of which a token
+    uses the share `met`. `elements` values per sample are read and written outside products. A call
+    launches `operators` operators, without the experts of its `expert_layers` layers, each with
+    `experts` experts. There are `depth` decoder layers, and all weights have `stored` bytes. A
+    forward holds up to `widest` values per sample at a time and keeps `kept` for its backward; both
+    are known only for classifiers. `missing` names parts without a formula. `times` are measured
+    times of calls, if available, and `outside` is the number of operators outside timed layers.
     """
 
     itemsize: int

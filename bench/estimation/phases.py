@@ -56,11 +56,10 @@ class Prompt:
 class Subject:
     """Everything from which a run is estimated, without weights.
 
-    `training_images` is the size of the data set on which methods train, `size_on_disk` the bytes
-    of weight files; `offloaded` is true if layers are stored outside the device.
-    `counting_seconds` and `collecting_seconds` are the times of counting the network and of a
-    garbage collection on this machine. `figures` returns the measured figures of a method's step,
-    or None if unknown.
+    `training_images` is the size of the data set on which methods train, and `size_on_disk` the
+    bytes of weight files. `counting_seconds` and `collecting_seconds` are the times of counting the
+    network and of a garbage collection on this machine. `figures` returns the measured figures of a
+    method's step, or None if unknown.
     """
 
     config: RunConfig
