@@ -201,7 +201,7 @@ def write_folder(path: Path, fill: Callable[[Path], None], own: Collection[str] 
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         fill(temporary)
-        # Folders are synced as well, because their content are their entries.
+        # Folders are synced as well, so that their new entries survive a power cut.
         for path_inside in temporary.rglob("*"):
             _sync(path_inside)
         # mkdtemp makes folders private (0700); records are shared like any other file.
