@@ -177,7 +177,7 @@ def test_every_shipped_config_composes(group):
         (["model.dtype=float8"], ["model.dtype=float8", "float32"]),
         (["method=[camera_p,3]"], ["method=[camera_p,3] names no method: give names"]),
         (["method=[[camera_p]]"], ["method=[[camera_p]] names no method: give names"]),
-        (["benchmark=[null]"], ["benchmark=[null] is no choice: allowed: camera,"]),
+        (["benchmark=[null]"], ["benchmark=[null] is not a choice: allowed: camera,"]),
         (["method=[camera_p", "ratio=0.2"], ["method=[camera_p"]),
     ],
 )
