@@ -148,10 +148,10 @@ def _colour_difference(row: Contrast, text: str) -> Text:
 
 def difference_text(row: Contrast) -> str:
     """Return candidate minus baseline with its 95 % interval, as `-3.1 [-5.0, -1.2]`."""
-    text = _signed(row, row.difference)
+    text = signed_text(row, row.difference)
     if row.low is None or row.high is None:
         return text
-    return f"{text} [{_signed(row, row.low)}, {_signed(row, row.high)}]"
+    return f"{text} [{signed_text(row, row.low)}, {signed_text(row, row.high)}]"
 
 
 def least_text(row: Contrast) -> str:
@@ -171,7 +171,8 @@ def _number(row: Contrast, value: float) -> str:
     return f"{value * factor:.{digits}f}"
 
 
-def _signed(row: Contrast, value: float) -> str:
+def signed_text(row: Contrast, value: float) -> str:
+    """Return a difference of a metric with its sign, in points if the metric is a fraction."""
     factor, digits = metric_scale(row.metric)
     return f"{value * factor:+.{digits}f}"
 

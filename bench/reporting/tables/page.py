@@ -206,8 +206,8 @@ def _family(
 
 
 def _findings(families: Sequence[_Family]) -> Iterator[str]:
-    """Yield the significant differences, and the number of samples behind them."""
-    from bench.reporting.comparison.printer import SIGNIFICANCE_LEVEL, difference_text, p_text
+    """Yield the number of samples, and who is significantly better or worse than whom."""
+    from bench.reporting.comparison.printer import SIGNIFICANCE_LEVEL, signed_text
 
     contrasts = [c for family in families for c in family.contrasts]
     if not contrasts:
@@ -219,20 +219,30 @@ def _findings(families: Sequence[_Family]) -> Iterator[str]:
     basis = " and ".join(
         f"{' or '.join(map(str, sorted(counts)))} {kind}" for kind, counts in samples.items()
     )
-    shown = [
-        f"- {family.names[c.run]} against {family.base}: {_number_name(c)} {difference_text(c)}, "
-        f"p {p_text(c.p_holm)}"
+    significant = [
+        (family, c)
         for family in families
         for c in family.contrasts
         if c.p_holm is not None and c.p_holm < SIGNIFICANCE_LEVEL
     ]
-    verdict = f"{len(shown) or 'none'} {'are' if len(shown) > 1 else 'is'} significant"
+    count = len(significant)
+    verdict = f"{count or 'none'} {'are' if count > 1 else 'is'} significant"
     yield (
         f"This page is based on {basis}. Of {len(contrasts)} paired differences, {verdict} "
-        f"(p below {SIGNIFICANCE_LEVEL:g} after Holm's correction){':' if shown else '.'}"
+        f"(p below {SIGNIFICANCE_LEVEL:g} after Holm's correction){':' if count else '.'}"
     )
-    if shown:
-        yield "\n".join(shown)
+    grouped: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for family, c in significant:
+        direction = "better" if (c.difference > 0) == c.higher_is_better else "worse"
+        group = grouped.setdefault((_number_name(c), family.base), {"better": [], "worse": []})
+        group[direction].append(f"{family.names[c.run]} ({signed_text(c, c.difference)})")
+    lines = [
+        f"- {number} against {base}: "
+        + "; ".join(f"{side}: {', '.join(names)}" for side, names in group.items() if names)
+        for (number, base), group in grouped.items()
+    ]
+    if lines:
+        yield "\n".join(lines)
 
 
 def _comparisons(families: Sequence[_Family]) -> Iterator[str]:

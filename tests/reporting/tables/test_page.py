@@ -11,7 +11,7 @@ from bench.config.composition import compose_run_config
 from bench.errors import UserError
 from bench.records import AppliedMethod, Cost, DenseModel, Metric, Record, Store
 from bench.reporting.comparison import ComparedRun, compare
-from bench.reporting.comparison.printer import difference_text
+from bench.reporting.comparison.printer import difference_text, signed_text
 from bench.reporting.tables import TableConfig, numbers, table_slots
 from bench.reporting.tables.page import results_page
 
@@ -112,7 +112,11 @@ def samples(run):
 
 @pytest.fixture
 def found():
-    """Records of all lines but those of 50 %."""
+    return recorded_slots()
+
+
+def recorded_slots():
+    """Return records of all lines but those of 50 %."""
     records = {
         "dense": record("dense", "2031-01-02T03:04:05+00:00"),
         "first": record("first", "2031-01-02T04:04:05+01:00"),
@@ -147,7 +151,7 @@ def test_the_page_states_what_its_numbers_rest_on(found):
     assert rest.startswith("Written by `bench table mine --page mine.md`")
 
 
-def test_the_page_begins_with_what_chance_does_not_explain(found):
+def test_the_page_begins_with_what_chance_does_not_explain(found, monkeypatch):
     page = results_page(CONFIG, found, samples, "")
     dense, *others = (ComparedRun(r, samples(r.id)) for (r,) in found.values())
     contrasts = compare(dense, others).contrasts
@@ -156,14 +160,18 @@ def test_the_page_begins_with_what_chance_does_not_explain(found):
     said = page.split("A share is")[0].split("\n\n")[1:]
     assert said[0] == (
         "This page is based on 20 documents and 2 windows of wiki. Of 6 paired differences, "
-        f"{said[1].count('- ')} are significant (p below 0.05 after Holm's correction):"
+        f"{said[1].count('(')} are significant (p below 0.05 after Holm's correction):"
     )
-    line = f"- first 20 % against dense: mean of the tasks, % {difference_text(first)}, p "
-    assert said[1].startswith(line)
+    group = "mean of the tasks, % against dense"
+    assert said[1].startswith(f"- {group}: worse: first 20 % ({signed_text(first, -0.7)})")
     # Two windows are no test.
     assert "perplexity" not in said[1]
     page = results_page(CONFIG, found, lambda run: samples("dense"), "")
     assert "Of 6 paired differences, none is significant (p below 0.05" in page
+    monkeypatch.setitem(RIGHT, "first", RIGHT["dense"])
+    monkeypatch.setitem(RIGHT, "dense", [1, 1, 0, 0, 0, 0, 0, 0, 0, 0])
+    page = results_page(CONFIG, recorded_slots(), samples, "")
+    assert f"- {group}: better: first 20 % ({signed_text(first, 0.7)})" in page
 
 
 def test_the_page_shows_every_number_and_the_caveats_of_costs(found):
