@@ -99,6 +99,23 @@ class MachineMonitor:
         )
 
 
+def measured_quietly(
+    measure: Callable[[], Value], device: torch.device, attempts: int
+) -> tuple[Value, MachineReading]:
+    """Measure until other processes do not disturb it, `attempts` times at most.
+
+    Return the value of the least disturbed attempt, and the state of the machine during it.
+    """
+    tried: list[tuple[Value, MachineReading]] = []
+    for _ in range(attempts):
+        with MachineMonitor(device) as monitor:
+            value = measure()
+        tried.append((value, monitor.reading))
+        if monitor.reading.fault is None:
+            break
+    return min(tried, key=lambda each: (bool(each[1].fault), each[1].others))
+
+
 def _cores() -> list[int]:
     process = psutil.Process()
     if hasattr(process, "cpu_affinity"):

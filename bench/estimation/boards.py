@@ -11,7 +11,6 @@ import os
 import platform
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from typing import Literal, TypeVar, cast
 
@@ -22,7 +21,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention, silu
 from bench.data.digests import cache_folder
 from bench.device.devices import describe_device, select_device, total_bytes
 from bench.device.energy_counters import NvmlDevice, Unavailable
-from bench.device.machine import MachineMonitor
+from bench.device.machine import measured_quietly
 from bench.errors import unknown_name
 from bench.estimation.hardware import (
     FOLDER,
@@ -94,13 +93,14 @@ def measured_once(
     if known is not None:
         return known
     file = _file(facts)
-    found, fault = _least_disturbed(measure)
+    found, machine = measured_quietly(measure, select_device("auto"), _ATTEMPTS)
     _known[file] = found
     # Other processes slow everything, so figures measured beside them are not cached.
-    if fault is not None:
-        _warn_of_load(fault)
-    elif found is not None:
-        _remember(file, found)
+    if found is not None:
+        if machine.fault is None:
+            _remember(file, found)
+        else:
+            _warn_of_load(machine.fault)
     return found
 
 
@@ -110,25 +110,6 @@ def known_figures(facts: str, kind: type[_Figures]) -> _Figures | None:
     if file not in _known:
         _known[file] = _remembered(file, kind)
     return cast("_Figures | None", _known[file])
-
-
-def _least_disturbed(
-    measure: Callable[[], _Figures | None],
-) -> tuple[_Figures | None, str | None]:
-    """Measure until other processes do not disturb it, up to a maximum number of attempts.
-
-    Return the figures of the least disturbed attempt, and why they are unreliable, or None.
-    """
-    device, disturbed = select_device("auto"), list[tuple[float, _Figures, str]]()
-    for _ in range(_ATTEMPTS):
-        with MachineMonitor(device) as monitor:
-            found = measure()
-        reading = monitor.reading
-        if found is None or reading.fault is None:
-            return found, None
-        disturbed.append((reading.others, found, reading.fault))
-    _, found, fault = min(disturbed, key=itemgetter(0))
-    return found, fault
 
 
 @functools.cache

@@ -9,13 +9,14 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import sqrt
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bench.device.machine import MachineMonitor, MachineReading
+from bench.device.machine import MachineReading, measured_quietly
 from bench.schema import TimingConfig
 
 Candidate = Callable[[], dict[str, float]]
@@ -67,14 +68,10 @@ def interleave(
     several attempts on a busy machine, the one with the least load by other processes is kept.
     """
     warmup_rounds, settled = _warm_up(candidates, timing.max_warmup_rounds)
-    attempts: list[TimedRounds] = []
-    for _ in range(timing.attempts):
-        with MachineMonitor(device) as monitor:
-            seconds = _time_rounds(candidates, timing, is_precise)
-        attempts.append(TimedRounds(seconds, warmup_rounds, settled, monitor.reading))
-        if monitor.reading.fault is None:
-            break
-    return min(attempts, key=lambda each: (bool(each.machine.fault), each.machine.others))
+    seconds, machine = measured_quietly(
+        partial(_time_rounds, candidates, timing, is_precise), device, timing.attempts
+    )
+    return TimedRounds(seconds, warmup_rounds, settled, machine)
 
 
 def _warm_up(candidates: Sequence[Candidate], max_rounds: int) -> tuple[int, bool]:

@@ -135,7 +135,7 @@ def test_a_classifier_that_fails_on_random_images_is_not_timed():
 def test_times_are_remembered_by_network_and_dtype_and_a_run_measures_none(monkeypatch):
     monkeypatch.setattr(timing, "_SECONDS", 0.0)
     monkeypatch.setattr(boards, "_known", {})
-    monkeypatch.setattr(boards, "MachineMonitor", machine(2.0))
+    monkeypatch.setattr("bench.device.machine.MachineMonitor", machine(2.0))
     with torch.device("meta"):
         network = llama()
     structure = inspect_model(network)
@@ -196,7 +196,7 @@ def test_a_disturbed_measurement_is_repeated_and_never_remembered(
 ):
     monkeypatch.setattr(boards, "_known", {})
     monkeypatch.setattr(boards, "cache_folder", lambda _: tmp_path / "hardware")
-    monkeypatch.setattr(boards, "MachineMonitor", machine(*others))
+    monkeypatch.setattr("bench.device.machine.MachineMonitor", machine(*others))
     boards._warn_of_load.cache_clear()
     measure, made = curves()
     found = boards.measured_once("curve", measure, timing.Curve)

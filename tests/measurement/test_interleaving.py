@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from bench.device.machine import MachineReading
-from bench.measurement import interleaving
 from bench.measurement.interleaving import interleave
 from bench.schema import TimingConfig
 
@@ -34,7 +33,7 @@ def machine(monkeypatch):
         def __exit__(self, *_):
             return None
 
-    monkeypatch.setattr(interleaving, "MachineMonitor", Told)
+    monkeypatch.setattr("bench.device.machine.MachineMonitor", Told)
     return Told
 
 
