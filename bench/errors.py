@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from types import ModuleType
 
 # 75 is EX_TEMPFAIL of sysexits.h, which schedulers and scripts understand as "retry later".
@@ -137,6 +138,10 @@ def is_panic(error: BaseException) -> bool:
     return type(error).__module__ == "pyo3_runtime"
 
 
+REQUEUED = Event()
+"""Set before a job queue ends this process with `sys.exit` in order to run its job again."""
+
+
 @contextmanager
 def library_failures_as_errors(subject: str) -> Iterator[None]:
     """Convert `sys.exit` and panics of libraries into errors, which fail a run but not a sweep.
@@ -149,6 +154,8 @@ def library_failures_as_errors(subject: str) -> Iterator[None]:
     try:
         yield
     except SystemExit as error:
+        if REQUEUED.is_set():
+            raise
         raise LibraryFailure(f"{subject} ended the program: {exit_reason(error)}") from error
     except BaseException as error:
         if not is_panic(error):

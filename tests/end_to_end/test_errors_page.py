@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 from pathlib import Path
+from threading import Event
 
 import pytest
 
@@ -124,3 +125,10 @@ def test_a_library_that_ends_the_program_is_an_error_inside_a_run():
         raise SystemExit(3)
     with pytest.raises(KeyboardInterrupt), errors.library_failures_as_errors("task a"):
         raise KeyboardInterrupt
+
+
+def test_a_job_queue_ends_the_program_inside_a_run_to_run_the_job_again(monkeypatch):
+    monkeypatch.setattr(errors, "REQUEUED", Event())
+    errors.REQUEUED.set()
+    with pytest.raises(SystemExit), errors.library_failures_as_errors("task a"):
+        raise SystemExit(144)

@@ -34,7 +34,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from bench import plugins
-from bench.errors import Stopped
+from bench.errors import REQUEUED, Stopped
 from bench.records import Store
 from bench.sweeps.job import (
     clear_status,
@@ -122,6 +122,8 @@ class RemoteJob:
         """
         import submitit
 
+        # submitit ends this process next, which is no failure of the run.
+        REQUEUED.set()
         return submitit.helpers.DelayedSubmission(self)
 
     def mark_failed(self, reason: str) -> None:

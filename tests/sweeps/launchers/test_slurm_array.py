@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from threading import Event
 
 import pytest
 import submitit
@@ -9,6 +10,7 @@ from hydra import compose
 
 from bench.config.composition import hydra_config_tree
 from bench.errors import UserError
+from bench.sweeps.launchers import local
 from bench.sweeps.launchers.local import RemoteJob
 from bench.sweeps.launchers.slurm_array import SubmititLauncher
 
@@ -57,8 +59,12 @@ def test_without_slurm_it_is_said_in_a_sentence(monkeypatch):
         launcher()._executor(Path("logs/%j"))
 
 
-def test_a_preempted_call_is_submitted_again_as_it_is():
+def test_a_preempted_call_is_submitted_again_as_it_is(monkeypatch):
+    requeued = Event()
+    monkeypatch.setattr(local, "REQUEUED", requeued)
     call = RemoteJob(None, None, None, {}, ["seed=1"], 0, ".")
     again = call.checkpoint()
     assert isinstance(again, submitit.helpers.DelayedSubmission)
     assert again.function is call
+    # submitit's exit, which follows, must not be recorded as a failure of the run.
+    assert requeued.is_set()
