@@ -158,7 +158,7 @@ def _given_words(
     from bench.errors import UserError, refuse_bare_text
 
     if not isinstance(over or {}, Mapping):
-        raise UserError(f"over={over!r} is no mapping of keys to lists of values")
+        raise UserError(f"over={over!r} is not a mapping of keys to lists of values")
     try:
         words = shlex.split(overrides) if isinstance(overrides, str) else overrides
     except ValueError as error:  # a quotation without an end
@@ -168,7 +168,7 @@ def _given_words(
 
 
 def _run_names(runs: Sequence[str | Record]) -> Sequence[str]:
-    # Whatever is no list of runs, such as a single one, is passed on to be refused with a message.
+    # Anything but a list of runs, such as a single one, is passed on to be refused with a message.
     single = isinstance(runs, str) or hasattr(runs, "id") or not isinstance(runs, Iterable)
     names: Sequence[Any] = (
         getattr(runs, "id", runs) if single else [getattr(run, "id", run) for run in runs]

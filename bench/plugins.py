@@ -157,7 +157,7 @@ def _parse_project(file: Path, text: bytes) -> Plugins:
             raise UserError(f"{file}: unknown key {key!r}: {hint}allowed: {', '.join(_KEYS)}")
     methods = content.get("methods", {})
     if not isinstance(methods, dict):
-        raise UserError(f'{file}: methods={methods!r} is no table, as in shrink = "mine:Shrink"')
+        raise UserError(f'{file}: methods={methods!r} is not a table, as in shrink = "mine:Shrink"')
     for name, target in methods.items():
         _check_method(name, target, str(file))
     packages = [*_texts(content, "packages", file), *map(_top, methods.values())]
@@ -254,22 +254,24 @@ def _texts(content: Mapping[str, object], key: str, file: Path) -> list[str]:
 def _folder(file: Path, key: str, text: str) -> Path:
     folder = Path(os.path.normpath(file.absolute().parent / text))
     if not folder.is_dir():
-        raise UserError(f"{file}: {key}: {text} is no folder in {file.absolute().parent}")
+        raise UserError(f"{file}: {key}: {text} is not a folder in {file.absolute().parent}")
     return folder
 
 
 def _check_package(name: str, file: Path) -> None:
     if not name.isidentifier():
-        raise UserError(f"{file}: packages: {name!r} is no name of a top-level package")
+        raise UserError(f"{file}: packages: {name!r} is not the name of a top-level package")
     if name in sys.stdlib_module_names or name in _RESERVED:
         raise UserError(f"{file}: packages: {name} is Python's or slimbench's own: name yours")
 
 
 def _check_method(name: str, target: object, place: str) -> None:
     if not _METHOD_NAME.fullmatch(name):
-        raise UserError(f"{place}: {name!r} is no name of a method: use letters, digits and _")
+        raise UserError(
+            f"{place}: {name!r} is not a valid name of a method: use letters, digits and _"
+        )
     if not isinstance(target, str) or not _TARGET.fullmatch(target):
-        raise UserError(f"{place}: {name}={target!r} is no class, as in 'mine.shrink:Shrink'")
+        raise UserError(f"{place}: {name}={target!r} is not a class, as in 'mine.shrink:Shrink'")
 
 
 def _refuse_taken_names(plugins: Plugins) -> None:
@@ -293,7 +295,7 @@ def _config_folder(point: EntryPoint) -> Path:
         if folder.is_dir():
             return folder.absolute()
     raise UserError(
-        f"entry point {CONFIG_GROUP} of {_origin(point)}: {point.value} is no folder of an "
+        f"entry point {CONFIG_GROUP} of {_origin(point)}: {point.value} is not a folder of an "
         "installed package"
     )
 

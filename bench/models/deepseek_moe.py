@@ -77,7 +77,7 @@ class DeepseekDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
 
 
 class _ExpertsMixin:
-    """What transformers needs to know about experts, in addition to Llama."""
+    """Hooks of transformers for networks with experts, which Llama does not have."""
 
     config_class = DeepseekConfig
     _no_split_modules = ("DeepseekDecoderLayer",)

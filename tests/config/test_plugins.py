@@ -138,12 +138,13 @@ def test_consents_are_kept_side_by_side_and_outlive_damage(project, tmp_path):
 @pytest.mark.parametrize(("content", "said"), [
     ("packages", "is no TOML"), ('package = ["a"]', "did you mean 'packages'"),
     ('packages = "a"', "is not a list of strings"),
-    ('packages = ["a.b"]', "no name of a top-level"),
+    ('packages = ["a.b"]', "not the name of a top-level"),
     ('packages = ["os"]', "is Python's or slimbench's own"),
     ('packages = ["bench"]', "is Python's or slimbench's own"),
-    ('configs = ["missing"]', "missing is no folder"), ('path = ["missing"]', "is no folder"),
-    ('methods = ["a"]', "is no table"), ('[methods]\n"a.b" = "a:B"', "is no name of a method"),
-    ('[methods]\na = "a.B"', "is no class, as in"), ('[methods]\na = "os:system"', "Python's"),
+    ('configs = ["missing"]', "missing is not a folder"), ('path = ["missing"]', "is not a folder"),
+    ('methods = ["a"]', "is not a table"),
+    ('[methods]\n"a.b" = "a:B"', "is not a valid name of a method"),
+    ('[methods]\na = "a.B"', "is not a class, as in"), ('[methods]\na = "os:system"', "Python's"),
     ('[methods]\ncamera_p = "a:B"', "slimbench has a method 'camera_p'"),
     ("# " + "x" * plugins.MAX_BYTES, "is larger than"), ("\xff", "TOML"),
 ])  # fmt: skip
@@ -207,7 +208,7 @@ def test_installed_packages_need_no_consent(project, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("groups", "said"), [
-    ({"conf": {"x": "halving_nowhere.conf"}}, "is no folder of an installed package"),
+    ({"conf": {"x": "halving_nowhere.conf"}}, "is not a folder of an installed package"),
     ({"methods": {"x": "halving.Halve"}}, "entry point slimbench.methods of x"),
     ({"methods": {"camera_p": "halving:Halve"}}, "slimbench has a method 'camera_p'"),
 ])  # fmt: skip

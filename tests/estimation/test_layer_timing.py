@@ -155,7 +155,7 @@ def test_times_are_remembered_by_network_and_dtype_and_a_run_measures_none(monke
 
 
 def machine(*others):
-    """Return a monitor of two cores, of which others keep so many busy; the last repeats."""
+    """Return monitors of two cores that read these loads by others in turn, the last one again."""
     readings = [*others]
 
     class Monitor:

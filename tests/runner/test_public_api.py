@@ -46,7 +46,7 @@ def test_runs_are_compared_and_drawn(tmp_path):
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda: bench.run(over=[1]), r"over=\[1\] is no mapping of keys to lists"),
+        (lambda: bench.run(over=[1]), r"over=\[1\] is not a mapping of keys to lists"),
         (lambda: bench.run("model='micro_moe"), "model='micro_moe\": No closing quotation"),
         (lambda: bench.compare([]), "no run is named: name at least two"),
         (lambda: bench.compare(None), "runs=None is not a list"),

@@ -279,7 +279,7 @@ def on_meta_device(network: nn.Module, count: Callable[[Callable[..., Any]], Cou
     try:
         with meta_forward(network, fake=False) as call:
             return count(call)
-    except Exception:  # If the cause is another one, it is raised again.
+    except Exception:  # Any other cause raises again in the second forward.
         with meta_forward(network) as call:
             return count(call)
 
