@@ -7,8 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
-from bench.config.composition import compose_run_config
-from bench.data.calibration import resolve_calibration
 from bench.errors import EXIT_DONE
 from bench.records.files import refuse_filled_folder, write_folder
 from bench.ui import Progress, print_text
@@ -29,6 +27,10 @@ def convert(given: argparse.Namespace) -> int:
 
 def carve(given: argparse.Namespace) -> int:
     """`bench carve DIR model=NAME calibration=NAME --experts E --shared S --chosen K`."""
+    # Imported here, because `bench convert` needs neither.
+    from bench.config.composition import compose_run_config
+    from bench.data.calibration import resolve_calibration
+
     target: Path = given.folder
     config = compose_run_config(given.overrides)
     refuse_filled_folder(target)
