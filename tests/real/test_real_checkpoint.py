@@ -279,7 +279,7 @@ def test_every_run_of_the_carved_table_can_be_meant(carved_folder):
     with Session() as session:
         for run in runs:
             check_run(compose_run_config([*run, *small, *fixed]), session)
-    assert len(runs) == 35
+    assert runs
 
 
 def test_methods_for_experts_run_on_the_carved_checkpoint(carved_folder, run):
