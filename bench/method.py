@@ -250,6 +250,9 @@ class RecipeConfig(BaseModel):
     The solver of a method acts during the first `sparse_share` of the steps. Then the groups to
     keep are selected, the mask is frozen, and the remaining steps are fine-tuning. `decay` is not
     applied to the weights of groups if the solver decays them itself.
+
+    With `dtype=bfloat16` the products of forward and backward are in bfloat16; weights, moments,
+    statistics and the loss stay in float32. `channels_last` is the memory format of the images.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -262,3 +265,5 @@ class RecipeConfig(BaseModel):
     decay: float = Field(default=5e-4, ge=0)
     sparse_share: float = Field(default=0.7, ge=0.1, le=1)
     save_every: int = Field(default=0, ge=0, description="steps; 0 saves after every epoch")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    channels_last: bool = False

@@ -121,7 +121,7 @@ class Trainer:
         def step() -> None:
             image_BCHH, label_B = next(batches)
             with torch.enable_grad():
-                self._train_step(image_BCHH.to(self._device), label_B.to(self._device))
+                self._train_step(self._placed(image_BCHH), label_B.to(self._device))
             self._step = 0
 
         return step
@@ -166,12 +166,19 @@ class Trainer:
         for image_BCHH, label_B in batches:
             if self._step == self._sparse and self._outcome is None:
                 self._freeze()
-            self._train_step(image_BCHH.to(self._device), label_B.to(self._device))
+            self._train_step(self._placed(image_BCHH), label_B.to(self._device))
             due = recipe.save_every and self._step % recipe.save_every == 0
             # The end of an epoch is saved below, with its line of the history.
             if due and self._step % self._epoch_steps:
                 self._save()
         self._close_epoch(epoch)
+
+    def _placed(self, image_BCHH: Tensor) -> Tensor:
+        # Only the images: convolutions follow the format of their input, and safetensors saves
+        # only weights in the usual one.
+        last = self._job.recipe.channels_last
+        memory_format = torch.channels_last if last else torch.contiguous_format
+        return image_BCHH.to(self._device, memory_format=memory_format)
 
     def _train_step(self, image_BCHH: Tensor, label_B: Tensor) -> None:
         recipe = self._job.recipe
@@ -183,7 +190,9 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.zero_grad()
-        loss = cross_entropy(self._job.network(image_BCHH), label_B)
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
+            logit_BK = self._job.network(image_BCHH)
+        loss = cross_entropy(logit_BK.float(), label_B)
         loss.backward()
         self._optimizer.step()
         self._loss += float(loss.detach())

@@ -32,18 +32,28 @@ SOLVERS = {
 }
 
 
-def splits(count=48):
+def splits(count=48, channels=1):
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (count, 1, 8, 8), generator=generator).to(torch.uint8)
+    pixels = torch.randint(0, 256, (count, channels, 8, 8), generator=generator).to(torch.uint8)
     labels = torch.randint(0, 10, (count,), generator=generator)
-    images = TensorSet(pixels, labels, ((0.5,), (0.25,)), shift=1)
-    return Splits("noise", images, images, 1, 8, 10, "drawn")
+    images = TensorSet(pixels, labels, ((0.5,) * channels, (0.25,) * channels), shift=1)
+    return Splits("noise", images, images, channels, 8, 10, "drawn")
 
 
-def trainer(solver, folder=None, budget="groups", sparsity=0.5, save_every=0, optimizer="sgd"):
+def trainer(
+    solver,
+    folder=None,
+    budget="groups",
+    sparsity=0.5,
+    save_every=0,
+    optimizer="sgd",
+    dtype="float32",
+    channels_last=False,
+    channels=1,
+):
     torch.manual_seed(0)
-    network = build_classifier(VisionConfig(architecture="micro_vgg", channels=1, size=8))
-    image = torch.zeros(1, 1, 8, 8)
+    network = build_classifier(VisionConfig(architecture="micro_vgg", channels=channels, size=8))
+    image = torch.zeros(1, channels, 8, 8)
     families = convolution.filters(network, image)
     partition = GroupPartition(network, families)
     if budget in ("macs", "bytes"):
@@ -54,10 +64,19 @@ def trainer(solver, folder=None, budget="groups", sparsity=0.5, save_every=0, op
         allocation = kind(partition, sparsity)
     rate = 0.05 if optimizer == "sgd" else 2e-3
     recipe = RecipeConfig(
-        epochs=3, batch=8, rate=rate, optimizer=optimizer, save_every=save_every, sparse_share=0.6
+        epochs=3,
+        batch=8,
+        rate=rate,
+        optimizer=optimizer,
+        save_every=save_every,
+        sparse_share=0.6,
+        dtype=dtype,
+        channels_last=channels_last,
     )
     return Trainer(
-        TrainingJob(network, splits(), partition, allocation, solver, recipe, 7, folder)
+        TrainingJob(
+            network, splits(channels=channels), partition, allocation, solver, recipe, 7, folder
+        )
     ), network
 
 
@@ -100,6 +119,34 @@ def test_a_killed_run_ends_in_the_very_same_weights(name, optimizer, kill, tmp_p
         assert torch.equal(tensor, network.state_dict()[key]), key
     assert resumed.history == outcome.history
     assert torch.equal(resumed.keep, outcome.keep) and resumed.alive == outcome.alive
+
+
+def test_training_in_bfloat16_rounds_products_and_keeps_float32_weights(tmp_path):
+    whole, _ = trainer(DebiasedSolver)
+    rounded, network = trainer(DebiasedSolver, tmp_path, dtype="bfloat16", channels_last=True)
+    expected, found = whole.run(), rounded.run()
+    assert {tensor.dtype for tensor in network.parameters()} == {torch.float32}
+    # The first epoch, before roundings add up: products have 8 bits, so the losses are not equal.
+    first, other = expected.history[0]["loss"], found.history[0]["loss"]
+    assert 0 < abs(first - other) < 0.02 * first
+    assert int(found.keep.sum()) == int(expected.keep.sum())
+
+
+def test_the_memory_format_of_the_images_changes_only_rounding(tmp_path):
+    # With one colour the two formats are the same.
+    whole, _ = trainer(DebiasedSolver, channels=3)
+    last, network = trainer(DebiasedSolver, tmp_path, channels_last=True, channels=3)
+    seen = []
+    network.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    outcome, found = whole.run(), last.run()
+    trained = [images for images in seen if len(images) == 8]
+    assert trained and all(
+        images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
+        for images in trained
+    )
+    assert found.history[0]["loss"] == pytest.approx(outcome.history[0]["loss"], rel=1e-5)
+    assert torch.equal(found.keep, outcome.keep)
+    assert all(tensor.is_contiguous() for tensor in network.state_dict().values())
 
 
 def test_a_checkpoint_of_another_run_is_one_sentence(tmp_path):
