@@ -122,7 +122,8 @@ class Phase:
 
     `name` is the name under which a run records its time. `parts` are parts of the work to report
     separately. `demand` is that of a task. `limited` is additional work in the upper bound, which
-    ends after `limit` seconds even if it is not done.
+    ends after `limit` seconds even if it is not done. `dtype` is that of its products if it is not
+    the model's.
     """
 
     name: str
@@ -134,6 +135,7 @@ class Phase:
     demand: TaskDemand | None = None
     limited: Work = field(default_factory=Work)
     limit: float = 0.0
+    dtype: str | None = None
 
 
 def phases_of(subject: Subject) -> Iterator[Phase]:
@@ -249,30 +251,39 @@ def _training(subject: Subject, name: str, method: Method) -> Phase:
     recipe: Any = getattr(method, "recipe")  # noqa: B009  # only some methods have one
     steps = subject.training_images // recipe.batch * recipe.epochs
     scored = sum(demand.documents for demand in subject.tasks)
-    figures = _training_figures(subject, name, recipe.batch)
-    if figures is not None:
-        step = Work(timed=figures.seconds)
-        memory = subject.copies * subject.weights + figures.peak_bytes
+    memory = _training_memory(subject, method, scored)
+    timed = _timed_training(subject, name, recipe.batch)
+    if timed is not None:
+        figures, per_batch = timed
+        step = Work(timed=per_batch * figures.seconds)
+        if per_batch == 1:
+            memory = subject.copies * subject.weights + figures.peak_bytes
     else:
-        step = subject.network.training(recipe.batch, 1)
+        # A network is timed in the dtype of its weights.
+        times = subject.network.times if recipe.dtype == "float32" else None
+        step = replace(subject.network, times=times).training(recipe.batch, 1)
         step += Work(
             operators=float(_OPTIMIZER_OPERATORS * subject.tensors),
             moved=8 * subject.network.stored,
         )
-        memory = _training_memory(subject, method, scored)
     # After each epoch, held-out images are scored and the state is saved.
     epoch = subject.network.forward(scored, ceil(scored / SCORED_AT_ONCE))
     epoch += Work(moved=4 * subject.network.stored)
     work = step * steps + epoch * recipe.epochs
-    return Phase(f"applying {name}", "apply", work, work, memory, {"train": work})
+    return Phase(
+        f"applying {name}", "apply", work, work, memory, {"train": work}, dtype=recipe.dtype
+    )
 
 
-def _training_figures(subject: Subject, name: str, batch: int) -> StepFigures | None:
-    """Return the figures of a classifier's training step, None if it cannot be measured."""
-    steps = subject.declared[name].steps
-    # FLOPs of the network are known here, and determine whether the step is too large to measure.
-    flops = 3 * batch * subject.network.matrix
-    return subject.figures(replace(steps[0], flops=flops)) if steps else None
+def _timed_training(subject: Subject, name: str, batch: int) -> tuple[StepFigures, float] | None:
+    """Return a step's figures and how often it fills a batch, None if none can be measured."""
+    for step in subject.declared[name].steps:
+        # FLOPs of the network are known here, and determine whether the step is too large.
+        flops = 3 * batch / step.times * subject.network.matrix
+        figures = subject.figures(replace(step, flops=flops))
+        if figures is not None:
+            return figures, step.times
+    return None
 
 
 def _training_memory(subject: Subject, method: Method, scored: int) -> float:

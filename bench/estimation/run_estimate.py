@@ -211,7 +211,7 @@ class Estimator:
         prompt = subject.prompt and replace(subject.prompt, seconds=None)
         untimed = replace(untimed, network=replace(subject.network, times=None), prompt=prompt)
         phases = tuple(
-            self._timed(phase, plain, dtype)
+            self._timed(phase, plain, phase.dtype or dtype)
             for phase, plain in zip(phases_of(subject), phases_of(untimed), strict=True)
         )
         run = RunEstimate(_name_of(config), hardware, dtype, phases, download, tuple(gaps))

@@ -56,6 +56,8 @@ if TYPE_CHECKING:
     from bench.models.model import Model
     from bench.models.structure.model_structure import ModelStructure
 
+_FEW_IMAGES = 16
+
 
 class ClassifierTraining(Method):
     """Training of an image classifier, with or without sparsity.
@@ -96,19 +98,29 @@ class ClassifierTraining(Method):
         return config
 
     def work(self, structure: ModelStructure, inputs: InputSize) -> MethodWork:
-        """Return one training step; how many follow is up to the recipe and the data."""
+        """Return one training step, and one of few images, for steps that are too large to time.
+
+        How many steps follow is up to the recipe and the data.
+        """
         config = structure.vision
         if config is None:
             return super().work(structure, inputs)
+        batch = self.recipe.batch
+        sizes = (batch, _FEW_IMAGES) if batch > _FEW_IMAGES else (batch,)
+        return MethodWork(steps=tuple(self._step(config, images) for images in sizes))
+
+    def _step(self, config: VisionConfig, images: int) -> RepeatedStep:
+        """Return a training step of `images`, which counts as often as fills a batch."""
 
         def prepare(device: torch.device, _: torch.dtype) -> Callable[[], object]:
             network = _fresh_classifier(config, 0, device)
             job = self._planned(network, self._splits(), Context(seed=0))
-            return Trainer(replace(job, folder=None)).rehearsal()
+            recipe = job.recipe.model_copy(update={"batch": images})
+            return Trainer(replace(job, folder=None, recipe=recipe)).rehearsal()
 
         knobs = self.model_dump_json(exclude={"checkpoints"})
-        key = f"train {type(self).__name__} {knobs} {config}"
-        return MethodWork(steps=(RepeatedStep(key, 1, prepare),))
+        key = f"train {type(self).__name__} {knobs} {config} {images} images"
+        return RepeatedStep(key, self.recipe.batch / images, prepare)
 
     @abstractmethod
     def _planned(self, network: Classifier, splits: Splits, context: Context) -> TrainingJob:

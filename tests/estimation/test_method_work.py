@@ -299,12 +299,14 @@ def test_steps_are_the_matrices_that_are_solved(name, make, monkeypatch):
 def test_a_training_step_is_tried_without_a_trace(name, tmp_path, monkeypatch):
     method = compose_run_config([f"method={name}"]).method[name]
     classifier = build_classifier(VisionConfig(architecture="micro_lenet", size=8, channels=1))
-    (step,) = method.work(inspect_model(classifier), InputSize()).steps
+    step, few = method.work(inspect_model(classifier), InputSize()).steps
+    # A batch of 64 images, and 16 of them for networks whose batch is too large to try.
+    assert (step.times, few.times) == (1, 4) and step.key != few.key
     monkeypatch.chdir(tmp_path)
     state = torch.random.get_rng_state()
-    call = step.prepare(torch.device("cpu"), torch.float32)
+    calls = [each.prepare(torch.device("cpu"), torch.float32) for each in (step, few)]
     with torch.no_grad():  # as the timer calls it
-        for _ in range(3):
+        for call in 2 * calls:
             call()
     assert torch.equal(torch.random.get_rng_state(), state)
     assert not list(tmp_path.iterdir())

@@ -256,3 +256,19 @@ def test_a_config_without_weights_describes_a_model(tmp_path):
         describe_model(config.model_copy(update={"path": str(tmp_path)}), offline=True)
     with pytest.raises(UserError, match="unknown"):
         describe_model(ModelConfig(name="x", source="embedded:none"), offline=True)
+
+
+@pytest.mark.broad
+def test_a_training_in_bfloat16_is_estimated_at_the_rate_of_its_products():
+    words = {"model": "resnet18", "model.images": "digits", "method": "train"}
+    estimate = bench.estimate(
+        **words,
+        **OFFLINE,
+        benchmark="images",
+        over={"recipe.dtype": ["float32", "bfloat16"]},
+        hardware="h200",
+    )
+    full, rounded = (
+        next(p for p in run.phases if p.name == "applying train") for run in estimate.runs
+    )
+    assert rounded.high < full.high
