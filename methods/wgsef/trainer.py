@@ -81,6 +81,8 @@ class Trainer:
             )
         self._total = self._epoch_steps * job.recipe.epochs
         self._sparse = max(1, round(job.recipe.sparse_share * self._total))
+        # Networks are loaded in eval mode and without gradients, in which solvers cannot trace.
+        job.network.requires_grad_(True)
         self._context = self._solver_context()
         self._solver: Solver = job.solver(self._context)
         self._optimizer = self._make_optimizer()
@@ -158,8 +160,7 @@ class Trainer:
         # Batches are a function of seed, epoch and position, so a resumed epoch gets exactly the
         # batches that the interrupted one had left.
         epoch, start = divmod(self._step, self._epoch_steps)
-        # Networks are loaded in eval mode and without gradients.
-        job.network.requires_grad_(True).train()
+        job.network.train()
         batches = training_batches(
             job.splits.train, recipe.batch, seed=job.seed, epoch=epoch, start=start
         )

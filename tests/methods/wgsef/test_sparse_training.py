@@ -143,6 +143,18 @@ def test_every_algorithm_of_the_paper_removes_residual_branches(algorithm):
     assert len(subject.network.config.removed) == 1
 
 
+@pytest.mark.sample(4)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_method_can_go_on_from_a_loaded_network(path):
+    maker, given = knobs(path)
+    given |= {"ratio": 0.5, "recipe": {"epochs": 1, "batch": 200}, "restart": False}
+    subject = model()
+    # As models are loaded.
+    subject.network.eval().requires_grad_(False)
+    report = maker(**given).apply(subject, Context(seed=0))
+    assert report.details["kept"] < report.details["groups"]
+
+
 def test_going_on_from_the_models_own_weights_starts_from_them():
     subject = model()
     before = subject.network.head[2].weight.detach().clone()
