@@ -8,23 +8,26 @@ from __future__ import annotations
 import functools
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from bench.errors import UserError, error_sentence
 from bench.estimation.hardware import HERE, HardwareConfig
 from bench.estimation.phases import Phase, Prompt, Subject, phases_of
+from bench.estimation.words import cures
 from bench.estimation.work import Bound, Time, Work, time_of
 from bench.records import EstimatedPhase
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from bench.config.run_config import RunConfig
     from bench.estimation.layer_timing import StepFigures
     from bench.estimation.network import NetworkWork
-    from bench.estimation.tasks import TaskDemand
+    from bench.estimation.tasks import AnswerRecords, TaskDemand
     from bench.evaluation import PlannedBenchmark
     from bench.method import RepeatedStep
     from bench.models.model import Model
@@ -89,7 +92,12 @@ class RunEstimate:
     @property
     def fits(self) -> bool:
         """Whether this memory is available on the device."""
-        return self.memory <= _USABLE * self.hardware.memory
+        return self.memory <= self.usable
+
+    @property
+    def usable(self) -> float:
+        """Bytes of the device that a run can use."""
+        return _USABLE * self.hardware.memory
 
     @property
     def joules(self) -> tuple[float, float] | None:
@@ -179,6 +187,7 @@ class Estimator:
         self._measures = measures
         self._described: dict[object, Described] = {}
         self._demands: dict[object, tuple[TaskDemand, ...]] = {}
+        self._answers: dict[Path, AnswerRecords] = {}
 
     def estimate(
         self,
@@ -204,6 +213,11 @@ class Estimator:
         if benchmark is not None:
             tasks, failed = self._tasks(benchmark, described, source)
             gaps += failed
+            if any(task.written[0] < task.written[1] for task in tasks):
+                # As methods are named in the index of records.
+                methods = "+".join(config.method) or "dense"
+                answers = self._recorded(config.results_dir)
+                tasks = answers.applied(tasks, config.model.name, methods)
         untimed = _subject(config, source, described, tasks, hardware, benchmark)
         subject = replace(untimed, figures=self._step_figures(described.model))
         # The limiting resource follows from FLOPs, bytes and operators, even if times were
@@ -215,7 +229,7 @@ class Estimator:
             for phase, plain in zip(phases_of(subject), phases_of(untimed), strict=True)
         )
         run = RunEstimate(_name_of(config), hardware, dtype, phases, download, tuple(gaps))
-        return run if run.fits else replace(run, cures=tuple(_cures(subject, run)))
+        return run if run.fits else replace(run, cures=tuple(cures(subject, run)))
 
     def knows_tokens(self, config: RunConfig, source: ModelSource) -> bool:
         """Return whether tasks can be estimated; for a language model this needs its tokenizer."""
@@ -261,6 +275,12 @@ class Estimator:
             demand.given if demand else 0.0, demand.shared if demand else 0.0,
             bool(demand and demand.sampled),
         )  # fmt: skip
+
+    def _recorded(self, results_dir: Path) -> AnswerRecords:
+        from bench.estimation.tasks import AnswerRecords
+        from bench.records import Store
+
+        return self._answers.setdefault(results_dir, AnswerRecords(Store(results_dir)))
 
     def _describe(self, config: RunConfig, source: ModelSource, dtype: str) -> Described:
         # The device map does not affect shapes.
@@ -424,25 +444,3 @@ def _size_on_disk(source: ModelSource) -> float:
 def _name_of(config: RunConfig) -> str:
     methods = ",".join(config.method) or "dense"
     return f"{config.model.name} {methods} {config.benchmark.name}"
-
-
-def _cures(subject: Subject, run: RunEstimate) -> Iterator[str]:
-    """Yield changes with which a run might fit: streaming, smaller batches, another board."""
-    room = _USABLE * run.hardware.memory
-    if subject.map is None and subject.device == "cuda":
-        given = subject.config.model.model_copy(update={"device_map": "offload_cpu"})
-        streamed = replace(subject, config=subject.config.model_copy(update={"model": given}))
-        need = max(phase.memory for phase in phases_of(streamed))
-        if need <= room:
-            yield (
-                f"model.device_map=offload_cpu streams one layer at a time and needs "
-                f"{need / 1e9:.1f} GB; offload_disk, if the host has no "
-                f"{subject.network.stored / 1e9:.0f} GB either"
-            )
-    over = [phase for phase in run.phases if phase.memory > room]
-    names = [phase.name.removeprefix("applying ") for phase in over if phase.kind == "apply"]
-    batched = [n for n in names if getattr(subject.config.method.get(n), "batch", 1) > 1]
-    if batched and subject.weights * subject.copies < room:
-        yield f"method.{batched[0]}.batch=1 takes fewer rows at a time"
-    if subject.weights * subject.copies < room and any(p.kind == "evaluate" for p in over):
-        yield "benchmark.batch_size=1, or a smaller model.max_length"

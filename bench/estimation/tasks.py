@@ -29,6 +29,8 @@ from bench.evaluation.text.prefix.support import static_reason
 from bench.evaluation.text.prefix.trie import Trie
 from bench.evaluation.text.requests import Loglikelihood, LoglikelihoodRequest, Loglikelihoods
 from bench.models.network import sliding_window, text_config
+from bench.records.index import index_table, samples_table
+from bench.records.store import SAMPLES, Store
 from bench.ui import SILENT
 
 if TYPE_CHECKING:
@@ -39,6 +41,10 @@ if TYPE_CHECKING:
 
 SAMPLED_DOCUMENTS = 96
 """Number of documents per task whose requests are built, as a sample of all."""
+_SEARCHED_RECORDS = 20
+"""Records whose samples are read, newest first, to find how long the answers of tasks are."""
+_OTHER_METHODS = 1.25
+"""Factor by which answers may be shorter or longer than those of the model with other methods."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,107 @@ class TaskDemand:
             steps=(self.steps[0] * times, self.steps[1] * times),
             sampled=True,
         )
+
+
+@dataclass(frozen=True)
+class RecordedAnswers:
+    """Tokens of a task's generated answers in an earlier run, longest prompt first.
+
+    `exact` says that the run had the same methods, so that its answers are repeated.
+    """
+
+    lengths: tuple[int, ...]
+    exact: bool
+
+    def demand(self, demand: TaskDemand) -> TaskDemand:
+        """Return the demand with answers of these lengths instead of all that are possible."""
+        size = max(1, round(demand.requests / max(1.0, demand.calls)))
+        # A batch takes as many forwards as its longest answer has tokens.
+        longest = [max(self.lengths[at : at + size]) for at in range(0, len(self.lengths), size)]
+        written = demand.requests * sum(self.lengths) / len(self.lengths)
+        steps = demand.calls * sum(longest) / len(longest)
+        return replace(
+            demand,
+            written=self._bounds(written, demand.written),
+            steps=self._bounds(steps, demand.steps),
+        )
+
+    def _bounds(self, value: float, possible: tuple[float, float]) -> tuple[float, float]:
+        least, most = possible
+        spread = 1.0 if self.exact else _OTHER_METHODS
+        return min(most, max(least, value / spread)), min(most, max(least, value * spread))
+
+
+class AnswerRecords:
+    """Answers in a folder of records; those found once are not searched again."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._found: dict[tuple[str, str, str], RecordedAnswers] = {}
+
+    def applied(
+        self, tasks: Sequence[TaskDemand], model: str, methods: str
+    ) -> tuple[TaskDemand, ...]:
+        """Replace the possible lengths of answers by those that the model gave, where it has.
+
+        `methods` are their names joined by `+`, as in the index of records. The newest record with
+        the same methods counts, else the newest with others.
+        """
+        # Answers with the same methods remain; a sweep may record better ones than others.
+        unknown = {
+            task.name
+            for task in tasks
+            if task.written[0] < task.written[1]
+            and not ((known := self._found.get((model, methods, task.name))) and known.exact)
+        }
+        self._search(model, methods, unknown)
+        found = [self._found.get((model, methods, task.name)) for task in tasks]
+        return tuple(
+            task if answers is None else answers.demand(task)
+            for task, answers in zip(tasks, found, strict=True)
+        )
+
+    def _search(self, model: str, methods: str, tasks: set[str]) -> None:
+        runs: dict[str, str] = {}
+        table = index_table(self._store).select(["run", "model", "methods", "task"])
+        for row in reversed(table.to_pylist()):
+            if row["model"] == model and row["task"] in tasks:
+                runs.setdefault(row["run"], row["methods"])
+        # Stable, so that the newest of each kind remain first.
+        ordered = sorted(runs, key=lambda run: runs[run] != methods)[:_SEARCHED_RECORDS]
+        for run in ordered:
+            if not tasks:
+                break
+            for task, lengths in _answer_lengths(self._store, run).items():
+                if task in tasks:
+                    tasks.remove(task)
+                    answers = RecordedAnswers(lengths, runs[run] == methods)
+                    self._found[model, methods, task] = answers
+
+
+def _answer_lengths(store: Store, run: str) -> dict[str, tuple[int, ...]]:
+    """Return the tokens of a run's generated answers by task, longest prompt first."""
+    try:
+        samples = samples_table(store.folder(run) / SAMPLES)
+        columns = ["task", "doc_id", "prompt_tokens", "answer_tokens", "finish_reasons"]
+        rows = samples.select(columns).to_pylist()
+    # Removed or damaged since, or without these columns because nothing was generated.
+    except (OSError, ValueError, KeyError):
+        return {}
+    answers: dict[str, list[tuple[int, int]]] = {}
+    seen: set[tuple[str, int]] = set()
+    for row in rows:
+        # A task with several filters has as many rows of the same answers.
+        key = (row["task"], row["doc_id"])
+        if row["finish_reasons"] and key not in seen:
+            seen.add(key)
+            pairs = zip(row["prompt_tokens"] or (), row["answer_tokens"] or (), strict=False)
+            answers.setdefault(row["task"], []).extend(pairs)
+    return {
+        task: tuple(answer for _, answer in sorted(pairs, reverse=True))
+        for task, pairs in answers.items()
+        if pairs
+    }
 
 
 @dataclass
