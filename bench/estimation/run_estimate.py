@@ -6,16 +6,14 @@ No weight is loaded: networks are on the meta device, and runs of a sweep share 
 from __future__ import annotations
 
 import functools
-import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from bench.errors import UserError, error_sentence
 from bench.estimation.hardware import HERE, HardwareConfig
 from bench.estimation.phases import Phase, Prompt, Subject, phases_of
-from bench.estimation.words import cures
 from bench.estimation.work import Bound, Time, Work, time_of
 from bench.records import EstimatedPhase
 
@@ -92,12 +90,7 @@ class RunEstimate:
     @property
     def fits(self) -> bool:
         """Whether this memory is available on the device."""
-        return self.memory <= self.usable
-
-    @property
-    def usable(self) -> float:
-        """Bytes of the device that a run can use."""
-        return _USABLE * self.hardware.memory
+        return self.memory <= _USABLE * self.hardware.memory
 
     @property
     def joules(self) -> tuple[float, float] | None:
@@ -213,11 +206,9 @@ class Estimator:
         if benchmark is not None:
             tasks, failed = self._tasks(benchmark, described, source)
             gaps += failed
-            if any(task.written[0] < task.written[1] for task in tasks):
-                # As methods are named in the index of records.
-                methods = "+".join(config.method) or "dense"
-                answers = self._recorded(config.results_dir)
-                tasks = answers.applied(tasks, config.model.name, methods)
+            # Methods are named as in the index of records.
+            methods = "+".join(config.method) or "dense"
+            tasks = self._recorded(config.results_dir).applied(tasks, config.model.name, methods)
         untimed = _subject(config, source, described, tasks, hardware, benchmark)
         subject = replace(untimed, figures=self._step_figures(described.model))
         # The limiting resource follows from FLOPs, bytes and operators, even if times were
@@ -229,7 +220,7 @@ class Estimator:
             for phase, plain in zip(phases_of(subject), phases_of(untimed), strict=True)
         )
         run = RunEstimate(_name_of(config), hardware, dtype, phases, download, tuple(gaps))
-        return run if run.fits else replace(run, cures=tuple(cures(subject, run)))
+        return run if run.fits else replace(run, cures=tuple(_cures(subject, run)))
 
     def knows_tokens(self, config: RunConfig, source: ModelSource) -> bool:
         """Return whether tasks can be estimated; for a language model this needs its tokenizer."""
@@ -354,17 +345,6 @@ def _described(
     return Described(model, structure, work, prompt, seconds, tuple(missing))
 
 
-@functools.cache
-def _collecting_seconds() -> float:
-    """Return the time of a garbage collection, which precedes each reading of memory.
-
-    After the harnesses are imported, it searches a million objects.
-    """
-    began = time.perf_counter()
-    gc.collect()
-    return time.perf_counter() - began
-
-
 def _prompt(
     model: Model, words: int, work: NetworkWork, missing: list[str], measures: bool
 ) -> Prompt | None:
@@ -396,6 +376,7 @@ def _subject(
     hardware: HardwareConfig,
     benchmark: PlannedBenchmark | None,
 ) -> Subject:
+    from bench.estimation.boards import collecting_seconds
     from bench.models.network import text_config
 
     network, work = described.model.network, described.work
@@ -427,7 +408,7 @@ def _subject(
         training_images=len(splits.train) if splits is not None else 0,
         tensors=len(list(network.parameters())),
         counting_seconds=described.counting_seconds if here else None,
-        collecting_seconds=_collecting_seconds() if here and reads_memory else 0.0,
+        collecting_seconds=collecting_seconds() if here and reads_memory else 0.0,
     )
 
 
@@ -444,3 +425,25 @@ def _size_on_disk(source: ModelSource) -> float:
 def _name_of(config: RunConfig) -> str:
     methods = ",".join(config.method) or "dense"
     return f"{config.model.name} {methods} {config.benchmark.name}"
+
+
+def _cures(subject: Subject, run: RunEstimate) -> Iterator[str]:
+    """Yield changes with which a run might fit: streaming, smaller batches, another board."""
+    room = _USABLE * run.hardware.memory
+    if subject.map is None and subject.device == "cuda":
+        given = subject.config.model.model_copy(update={"device_map": "offload_cpu"})
+        streamed = replace(subject, config=subject.config.model_copy(update={"model": given}))
+        need = max(phase.memory for phase in phases_of(streamed))
+        if need <= room:
+            yield (
+                f"model.device_map=offload_cpu streams one layer at a time and needs "
+                f"{need / 1e9:.1f} GB; offload_disk, if the host has no "
+                f"{subject.network.stored / 1e9:.0f} GB either"
+            )
+    over = [phase for phase in run.phases if phase.memory > room]
+    names = [phase.name.removeprefix("applying ") for phase in over if phase.kind == "apply"]
+    batched = [n for n in names if getattr(subject.config.method.get(n), "batch", 1) > 1]
+    if batched and subject.weights * subject.copies < room:
+        yield f"method.{batched[0]}.batch=1 takes fewer rows at a time"
+    if subject.weights * subject.copies < room and any(p.kind == "evaluate" for p in over):
+        yield "benchmark.batch_size=1, or a smaller model.max_length"

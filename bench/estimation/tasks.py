@@ -148,7 +148,8 @@ class AnswerRecords:
             if task.written[0] < task.written[1]
             and not ((known := self._found.get((model, methods, task.name))) and known.exact)
         }
-        self._search(model, methods, unknown)
+        if unknown:
+            self._search(model, methods, unknown)
         found = [self._found.get((model, methods, task.name)) for task in tasks]
         return tuple(
             task if answers is None else answers.demand(task)

@@ -1,16 +1,13 @@
-"""Text of estimates: durations, one line for a sweep, the rows of a table, and what would fit."""
+"""Text of estimates: durations, one line for a sweep, and the rows of a table."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from bench.estimation.phases import phases_of
 from bench.ui import format_quantity
 
 if TYPE_CHECKING:
-    from bench.estimation.phases import Subject
     from bench.estimation.run_estimate import PhaseEstimate, RunEstimate, SweepEstimate
 
 
@@ -99,25 +96,3 @@ def notes(run: RunEstimate) -> Iterator[str]:
         yield f"does not fit in memory: {room}; {cures}"
     for gap in run.missing:
         yield f"missing: {gap}"
-
-
-def cures(subject: Subject, run: RunEstimate) -> Iterator[str]:
-    """Yield changes with which a run might fit: streaming, smaller batches, another board."""
-    room = run.usable
-    if subject.map is None and subject.device == "cuda":
-        given = subject.config.model.model_copy(update={"device_map": "offload_cpu"})
-        streamed = replace(subject, config=subject.config.model_copy(update={"model": given}))
-        need = max(phase.memory for phase in phases_of(streamed))
-        if need <= room:
-            yield (
-                f"model.device_map=offload_cpu streams one layer at a time and needs "
-                f"{need / 1e9:.1f} GB; offload_disk, if the host has no "
-                f"{subject.network.stored / 1e9:.0f} GB either"
-            )
-    over = [phase for phase in run.phases if phase.memory > room]
-    names = [phase.name.removeprefix("applying ") for phase in over if phase.kind == "apply"]
-    batched = [n for n in names if getattr(subject.config.method.get(n), "batch", 1) > 1]
-    if batched and subject.weights * subject.copies < room:
-        yield f"method.{batched[0]}.batch=1 takes fewer rows at a time"
-    if subject.weights * subject.copies < room and any(p.kind == "evaluate" for p in over):
-        yield "benchmark.batch_size=1, or a smaller model.max_length"
