@@ -168,7 +168,9 @@ def build_parser() -> CommandParser:
     _add_check_commands(command)
     _add_model_commands(command)
     _add_record_commands(command)
-    _add_view_commands(command)
+    _add_plot_command(command)
+    _add_report_command(command)
+    _add_track_command(command)
     _add_installation_commands(command)
     return top
 
@@ -311,8 +313,8 @@ def _add_record_commands(command: AddCommand) -> None:
         _add_json_flag(added)
 
 
-def _add_view_commands(command: AddCommand) -> None:
-    """Add the commands that draw records, or send them to W&B."""
+def _add_plot_command(command: AddCommand) -> None:
+    """Add the command that draws figures of records."""
     plot = command("plot", "records:plot", PLOT_HELP)
     plot.add_argument("kind", metavar="KIND", help="the kind of figure, as above")
     _add_words(plot, "runs", "RUN", RUN_WORDS)
@@ -336,6 +338,12 @@ def _add_view_commands(command: AddCommand) -> None:
         metavar="FILE",
         help="the file to write, .png, .svg or .pdf; can be repeated",
     )
+    _add_results_dir(plot)
+    _add_json_flag(plot)
+
+
+def _add_report_command(command: AddCommand) -> None:
+    """Add the command that shows records as a page of HTML."""
     report = command("report", "records:report", "write one HTML file with all records")
     report.add_argument(
         "--out",
@@ -361,6 +369,11 @@ def _add_view_commands(command: AddCommand) -> None:
     report.add_argument(
         "--images", action="store_true", help="include thumbnails of these samples' images"
     )
+    _add_results_dir(report)
+
+
+def _add_track_command(command: AddCommand) -> None:
+    """Add the command that sends records to W&B."""
     track = command(
         "track",
         "records:track",
@@ -378,9 +391,7 @@ def _add_view_commands(command: AddCommand) -> None:
         action="store_true",
         help="save a W&B workspace that opens on score against cost (only without RUN)",
     )
-    for added in (plot, report, track):
-        _add_results_dir(added)
-    _add_json_flag(plot)
+    _add_results_dir(track)
 
 
 def _add_installation_commands(command: AddCommand) -> None:

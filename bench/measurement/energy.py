@@ -58,25 +58,32 @@ def energy_costs(subject: MeasuredPair, work: Workload, seconds: float) -> Measu
             parts=parts,
             note=note,
         )
-        if subject.no_gain_reason:
-            yield _missing_saving(scope, subject.no_gain_reason)
-        elif subject.dense and joules[1] <= 0:
-            # A counter with coarse steps, or one that wraps around, may not advance in a short
-            # window.
-            yield _missing_saving(scope, "the energy counter did not advance for the dense model")
-        elif subject.dense:
-            yield Cost(
-                scope=scope,
-                quantity="energy_saved",
-                unit="1",
-                value=1 - joules[0] / joules[1],
-                how="measured",
-                note=note,
-            )
+        if subject.no_gain_reason or subject.dense:
+            yield _saving(scope, joules, subject.no_gain_reason, note)
 
 
-def _missing_saving(scope: str, reason: str) -> MissingMeasurement:
-    return MissingMeasurement(scope=scope, quantity="energy_saved", reason=reason)
+def _saving(
+    scope: str, joules: Sequence[float], no_gain_reason: str | None, note: str
+) -> Cost | MissingMeasurement:
+    """Return the share of the dense model's joules that are saved; those are the second."""
+    if no_gain_reason:
+        return MissingMeasurement(scope=scope, quantity="energy_saved", reason=no_gain_reason)
+    own, dense = joules
+    if dense <= 0:
+        # A counter with coarse steps, or one that wraps around, may not advance in a short window.
+        return MissingMeasurement(
+            scope=scope,
+            quantity="energy_saved",
+            reason="the energy counter did not advance for the dense model",
+        )
+    return Cost(
+        scope=scope,
+        quantity="energy_saved",
+        unit="1",
+        value=1 - own / dense,
+        how="measured",
+        note=note,
+    )
 
 
 def joules_per_call(

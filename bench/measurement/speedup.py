@@ -136,9 +136,7 @@ def _gain_costs(
 ) -> Measurements:
     """Yield the speed-up, and its share of the speed-up that the FLOPs allow.
 
-    `flops_left` is the remaining share of FLOPs, None if they could not be counted. A realised
-    share of 1 means that time decreased as much as FLOPs, 0 that it did not decrease, and a
-    negative share that the model is slower than the dense one.
+    `flops_left` is the remaining share of FLOPs, None if they could not be counted.
     """
     wide = f"the interval of the speed-up is still wider than {100 * precision:g} % to one side"
     note = (
@@ -157,29 +155,37 @@ def _gain_costs(
         parts=parts,
         note=note,
     )
+    yield _realised_share(scope, ratio, flops_left, note)
+
+
+def _realised_share(
+    scope: str, ratio: Ratio, flops_left: float | None, note: str | None
+) -> Cost | MissingMeasurement:
+    """Return the share of the speed-up that the FLOPs allow.
+
+    A share of 1 means that time decreased as much as FLOPs, 0 that it did not decrease, and a
+    negative share that the model is slower than the dense one.
+    """
+    quantity = "realised_speedup_fraction"
     if flops_left is None:
-        yield MissingMeasurement(
-            scope=scope,
-            quantity="realised_speedup_fraction",
-            reason="an operator has no FLOP formula",
+        return MissingMeasurement(
+            scope=scope, quantity=quantity, reason="an operator has no FLOP formula"
         )
-        return
     if 1 - flops_left < MIN_FLOPS_SAVED:
-        yield MissingMeasurement(
+        return MissingMeasurement(
             scope=scope,
-            quantity="realised_speedup_fraction",
+            quantity=quantity,
             reason=f"under {100 * MIN_FLOPS_SAVED:g} % of FLOPs saved",
         )
-        return
     # Saved seconds divided by saved FLOPs, relative to the dense model, where the remaining time is
     # 1 / speed-up. The function is monotonic, so it maps ends of the interval to ends.
     shares = {
         name: (1 - 1 / gain) / (1 - flops_left)
         for name, gain in (("low", ratio.low), ("high", ratio.high), ("middle", ratio.value))
     }
-    yield Cost(
+    return Cost(
         scope=scope,
-        quantity="realised_speedup_fraction",
+        quantity=quantity,
         unit="1",
         value=shares.pop("middle"),
         how="measured",

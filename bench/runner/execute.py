@@ -151,8 +151,7 @@ def _execute_run(
     from bench.device.devices import describe_device, seed_everything
     from bench.models.hashing import state_hash
 
-    processes = session.process_group
-    checkpoints = store.unfinished(inputs.id, processes.rank)
+    checkpoints = store.unfinished(inputs.id, session.process_group.rank)
     resumed = checkpoints.exists()
     started = utc_now()
     # Cached at the start, because the working tree may change during a long run.
@@ -161,19 +160,11 @@ def _execute_run(
 
     estimate = _estimate(config, inputs, session)
     progress.expect({each.phase: (each.low * each.high) ** 0.5 for each in estimate})
-    with progress.phase(LOADING):
-        model = session.base_model.acquire(inputs.source, will_change=bool(config.method))
-
-    # Described before the methods change the model in place. A record has only the size of the
-    # dense model; its costs are those of the dense run.
-    dense = describe_dense_model(model)
-    context = inputs.calibration_inputs.prepare(config, model, progress, checkpoints)
-    unchanged = session.base_model.peek(inputs.source)
-    methods = apply_methods(config, model, context, session, unchanged)
-
+    model, dense, methods = _load_and_compress(config, inputs, session, checkpoints, progress)
     weights = state_hash(model.network)
     evaluation = _evaluate(model, weights, inputs, session, store, progress)
     costs = _costs(config, model, methods, inputs.source, session, progress)
+    save_weights = _weights_to_keep(config, model, methods)
     record = Record(
         id=inputs.id,
         started=started,
@@ -193,14 +184,26 @@ def _execute_run(
         | {"network": weights},
         # The phases of a resumed run do not include the time of the interrupted process.
         estimate=() if resumed else estimate,
+        kept_weights=None if save_weights is None else weights,
     )
-    save_weights = _weights_to_keep(config, model, methods)
-    if save_weights is not None:
-        record = record.model_copy(update={"kept_weights": weights})
-    if processes.is_first:
+    if session.process_group.is_first:
         with progress.phase("writing the record"):
             store.write(record, evaluation.samples, config_yaml(config), save_weights)
     return record
+
+
+def _load_and_compress(
+    config: RunConfig, inputs: RunInputs, session: Session, checkpoints: Path, progress: Progress
+) -> tuple[Model, DenseModel, list[AppliedMethod]]:
+    """Load the model and apply the methods; return it, its dense description, and the reports."""
+    with progress.phase(LOADING):
+        model = session.base_model.acquire(inputs.source, will_change=bool(config.method))
+    # Described before the methods change the model in place. A record has only the size of the
+    # dense model; its costs are those of the dense run.
+    dense = describe_dense_model(model)
+    context = inputs.calibration_inputs.prepare(config, model, progress, checkpoints)
+    unchanged = session.base_model.peek(inputs.source)
+    return model, dense, apply_methods(config, model, context, session, unchanged)
 
 
 def _evaluate(

@@ -126,7 +126,6 @@ def resolve_run(config: RunConfig, session: Session) -> RunInputs:
         UserError: a method, the tokenizer or the benchmark does not fit the model, or a required
             input is missing.
     """
-    from bench.device.devices import select_device, select_dtype
     from bench.models import loading
     from bench.models.source import resolve_model
 
@@ -149,14 +148,9 @@ def resolve_run(config: RunConfig, session: Session) -> RunInputs:
         if calibration_inputs.calibration is not None:
             calibration_inputs.calibration.check(tokenizer)
 
-    device = select_device(config.model.device)
     versions = library_versions(config, source.quantization)
-    decided = config.identity()
-    # The id has the resolved kind of device and dtype instead of settings such as `auto` or `cuda`.
-    del decided["model"]["device"], decided["model"]["dtype"]
     identity: dict[str, object] = {
-        "device": device.type,
-        "dtype": str(select_dtype(config.model.dtype, device)).removeprefix("torch."),
+        **_device_and_dtype(config),
         "weights": source.fingerprint,
         "files": {**source.files, **replaced_modules_identity(skeleton)},
         **_own_network(config),
@@ -168,8 +162,20 @@ def resolve_run(config: RunConfig, session: Session) -> RunInputs:
         "code": scoring_code_identity(),
         "versions": versions,
     }
+    decided = config.identity()
+    # The id has the resolved kind of device and dtype instead of settings such as `auto` or `cuda`.
+    del decided["model"]["device"], decided["model"]["dtype"]
     run = run_id({"config": decided, **identity})
     return RunInputs(run, source, planned, calibration_inputs, versions, identity)
+
+
+def _device_and_dtype(config: RunConfig) -> dict[str, str]:
+    """Return the kind of device and the dtype that the settings resolve to."""
+    from bench.device.devices import select_device, select_dtype
+
+    device = select_device(config.model.device)
+    dtype = select_dtype(config.model.dtype, device)
+    return {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
 
 
 def _check_methods(config: RunConfig, source: ModelSource, skeleton: nn.Module) -> None:

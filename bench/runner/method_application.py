@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     import torch
 
     from bench.config.run_config import RunConfig
-    from bench.method import Context, Method, MethodReport
+    from bench.method import Context, Method
     from bench.models.model import Model
     from bench.models.structure.model_structure import ModelStructure
     from bench.records import AppliedMethod, EffectCheck, SizeAndWork
     from bench.records.record import JsonObject
     from bench.runner.session import Session
+    from bench.ui import Progress
 
 
 def apply_methods(
@@ -46,7 +47,6 @@ def apply_methods(
         UserError: a method produced NaN or infinite weights, or reports an unknown effect.
     """
     from bench.measurement.costs import count_size_and_work
-    from bench.records import AppliedMethod
     from bench.records.record import lost_zeros
 
     if not config.method:
@@ -62,31 +62,16 @@ def apply_methods(
     for name, method in config.method.items():
         # Separate folders, so that methods do not find each other's checkpoints.
         folder = context.folder / name if context.folder else None
-        report, seconds, peak_bytes = _apply_watched(
-            name, method, model, replace(context, folder=folder), memory=watched
-        )
+        done = _apply_watched(name, method, model, replace(context, folder=folder), memory=watched)
         if before is None:
             assert unchanged is not None
             before = counts[key] = count_size_and_work(unchanged, config.costs)
         after = count_size_and_work(model, config.costs)
-        check = check_effect(report.effect, before, after)
-        knobs = method.model_dump(mode="json")
-        if (doubt := check.refutation or _idle_reason(check, report, knobs)) is not None:
+        check = check_effect(done.effect, before, after)
+        if (doubt := check.refutation or _idle_reason(check, done)) is not None:
             context.progress.warn(f"{name} {doubt}")
         before = after
-        applied.append(
-            AppliedMethod(
-                name=name,
-                config=knobs,
-                effect=report.effect,
-                report=report.details,
-                layers=tuple(report.layers),
-                seconds=seconds,
-                peak_bytes=peak_bytes,
-                check=check,
-                trained=report.trained,
-            )
-        )
+        applied.append(done.model_copy(update={"check": check}))
     for lost in lost_zeros(applied).values():
         context.progress.warn(lost)
     return applied
@@ -94,22 +79,25 @@ def apply_methods(
 
 def _apply_watched(
     name: str, method: Method, model: Model, context: Context, *, memory: bool
-) -> tuple[MethodReport, float, int | None]:
-    """Apply one method; return its report, its seconds and, with `memory`, its peak bytes.
+) -> AppliedMethod:
+    """Apply one method; return its report with its seconds and, with `memory`, its peak bytes.
+
+    The reported effect is not checked yet.
 
     Raises:
         UserError: the method produced NaN or infinite weights or dtypes that do not fit together,
             did not return a report, or changed what other runs of this process share.
     """
-    from bench.device.devices import LeakMonitor, synchronize
+    from bench.device.devices import synchronize
     from bench.device.memory import PeakMemory
     from bench.models.hashing import refuse_not_finite
+    from bench.records import AppliedMethod
 
-    leaks = LeakMonitor(model.network, model.device)
     monitor = PeakMemory(model.device) if memory else nullcontext()
     knobs = method.model_dump(mode="json")
     dtypes = _dtypes(model)
     with (
+        _leak_reported(name, model, context.progress),
         context.progress.phase(f"applying {name}"),
         shared_state_kept(model.network, name),
         _attribute_errors(name, method),
@@ -128,12 +116,30 @@ def _apply_watched(
         refuse_not_finite(model.network, name)
         _refuse_unmatched_dtypes(name, model, dtypes)
         _refuse_changed_knobs(name, method, knobs)
+    return AppliedMethod(
+        name=name,
+        config=knobs,
+        effect=report.effect,
+        report=report.details,
+        layers=tuple(report.layers),
+        seconds=seconds,
+        peak_bytes=peak.above if peak else None,
+        trained=report.trained,
+    )
+
+
+@contextmanager
+def _leak_reported(name: str, model: Model, progress: Progress) -> Iterator[None]:
+    """Warn if the method applied in the `with` block keeps memory that is not the model's."""
+    from bench.device.devices import LeakMonitor
+
+    leaks = LeakMonitor(model.network, model.device)
+    yield
     if leaked := leaks.leaked_bytes(model.network):
-        context.progress.warn(
+        progress.warn(
             f"{name} leaks {leaked / 2**20:.0f} MiB in addition to the model's own memory: a long "
             "sweep will run out of memory"
         )
-    return report, seconds, peak.above if peak else None
 
 
 def refuse_idle(name: str, method: Method, structure: ModelStructure) -> None:
@@ -213,10 +219,10 @@ def _refutation(effect: str, found: str, before: SizeAndWork, after: SizeAndWork
     return f"reports the effect {effect}, but the counts {shown}: {', '.join(parts)}"
 
 
-def _idle_reason(check: EffectCheck, report: MethodReport, knobs: JsonObject) -> str | None:
+def _idle_reason(check: EffectCheck, method: AppliedMethod) -> str | None:
     """Return a warning about a method with a ratio above 0 that saved nothing, or None."""
-    ratio = knobs.get("ratio")
-    idle = report.effect == "none" and check.found == "none" and not report.trained
+    ratio = method.config.get("ratio")
+    idle = method.effect == "none" and check.found == "none" and not method.trained
     # "saved", not "changed": only the counts are known to be equal.
     return f"saved nothing, although ratio={ratio}" if idle and ratio else None
 

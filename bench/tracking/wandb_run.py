@@ -32,7 +32,7 @@ from bench.schema import WANDB_INIT_SECONDS, TrackerConfig
 from bench.security import redact
 
 if TYPE_CHECKING:
-    from wandb import Run, Table
+    from wandb import Run, Settings, Table
 
 SWEEP_VARIABLE = "WANDB_SWEEP_ID"
 """Set by the agent of a W&B sweep for the commands that it starts."""
@@ -159,17 +159,7 @@ def open_wandb_run(
             mode=chosen,
             # A host program may already have a W&B run open, which must not be reused.
             reinit="create_new",
-            settings=wandb.Settings(
-                console="off",
-                silent=True,
-                init_timeout=min(WANDB_INIT_SECONDS, config.timeout),
-                # The address of a Git remote may contain a token; the record has the commit.
-                disable_git=True,
-                save_code=False,
-                # The use of the machine while sending a stored record would be meaningless.
-                x_disable_stats=watched is None,
-                x_stats_pid=watched or os.getpid(),
-            ),
+            settings=_settings(wandb, config.timeout, watched),
             name=name,
             job_type=job_type,
             group=group,
@@ -182,6 +172,25 @@ def open_wandb_run(
             run.finish(exit_code=1)
             raise
         run.finish()
+
+
+def _settings(wandb: ModuleType, timeout: float, watched: int | None) -> Settings:
+    """Return settings that send nothing of this process but what is logged.
+
+    W&B records the use of the machine by the process `watched`, or not at all.
+    """
+    settings: Settings = wandb.Settings(
+        console="off",
+        silent=True,
+        init_timeout=min(WANDB_INIT_SECONDS, timeout),
+        # The address of a Git remote may contain a token; the record has the commit.
+        disable_git=True,
+        save_code=False,
+        # The use of the machine while sending a stored record would be meaningless.
+        x_disable_stats=watched is None,
+        x_stats_pid=watched or os.getpid(),
+    )
+    return settings
 
 
 def _log_record(wandb: ModuleType, run: Run, record: Record, files: Sequence[Path]) -> None:

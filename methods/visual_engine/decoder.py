@@ -208,17 +208,10 @@ class VisualEngine:
 
         Visual rows of the returned hidden states are NaN, or 0 if gradients are enabled.
         """
-        config = self.decoder.config
-        cache = past_key_values
-        if cache is None and (config.use_cache if use_cache is None else use_cache):
-            cache = DynamicCache(config=config)
         text, visual = split_rows(inputs_embeds, tokens, attention_mask)
-        offset = 0 if cache is None else cache.get_seq_length()
-        self._require_reach(offset + inputs_embeds.shape[1])
-        if cache is not None:
-            past_mask = None if attention_mask is None else attention_mask[:, :offset]
-            self._split_once(cache, past_mask, len(inputs_embeds), inputs_embeds.device)
-
+        cache, offset = self._prepare_cache(
+            past_key_values, use_cache, inputs_embeds, attention_mask
+        )
         positions = self._positions(inputs_embeds, position_ids, offset)
         angles = positions.angles()
         streams = Streams(text.take(inputs_embeds), None)
@@ -247,6 +240,27 @@ class VisualEngine:
         unknown = 0.0 if torch.is_grad_enabled() else torch.nan
         out_BSD = text.put(torch.full_like(inputs_embeds, unknown), self._final_norm(x_BTD))
         return MoeModelOutputWithPast(last_hidden_state=out_BSD, past_key_values=cache)
+
+    def _prepare_cache(
+        self,
+        cache: DynamicCache | None,
+        use_cache: bool | None,
+        x_BSD: Tensor,
+        mask: Tensor | None,
+    ) -> tuple[DynamicCache | None, int]:
+        """Return the cache of a call, split into streams, and the number of tokens before the call.
+
+        Like transformers, create a cache if the call or else the config asks for one.
+        """
+        config = self.decoder.config
+        if cache is None and (config.use_cache if use_cache is None else use_cache):
+            cache = DynamicCache(config=config)
+        offset = 0 if cache is None else cache.get_seq_length()
+        self._require_reach(offset + x_BSD.shape[1])
+        if cache is not None:
+            past_mask = None if mask is None else mask[:, :offset]
+            self._split_once(cache, past_mask, len(x_BSD), x_BSD.device)
+        return cache, offset
 
     def _split_once(
         self, cache: DynamicCache, past_mask: Tensor | None, batch: int, device: torch.device

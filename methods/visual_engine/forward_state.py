@@ -261,12 +261,17 @@ class ForwardState:
         self.stages.append(visual)
         self._closed_B.append(self._closed_B[-1])
         if touched and step.renumbers:
-            gone_BS = _marked(before, images.tokens) & ~_marked(visual.rows, images.tokens)
-            self._closed_BS = self._closed_BS + gone_BS.cumsum(dim=1) - gone_BS.long()
-            self._closed_B[-1] = self._closed_B[-2] + gone_BS.sum(dim=1)
+            self._close_gaps(before, visual.rows, images.tokens)
         # The recorded queries and keys belong to the rows before this step. `VisualPlan.add_step`
         # refuses a second step after the same layer that would read them.
         return replace(streams, visual_BND=states_BND, last_qk=None)
+
+    def _close_gaps(self, before: TokenRows, after: TokenRows, tokens: VisualTokens) -> None:
+        """Count the tokens that the newest stage has removed, by which later positions decrease."""
+        gone_BS = _marked(before, tokens) & ~_marked(after, tokens)
+        # Before each position, hence without the position itself.
+        self._closed_BS = self._closed_BS + gone_BS.cumsum(dim=1) - gone_BS.long()
+        self._closed_B[-1] = self._closed_B[-1] + gone_BS.sum(dim=1)
 
     def commit_to_cache(self, length: int) -> None:
         """Record the call's `length` tokens in the cache."""

@@ -137,6 +137,44 @@ class PastPositions:
     visual: CachedPositions
 
 
+@dataclass(frozen=True)
+class _Shortcuts:
+    """Properties of a call by which masks can be left out.
+
+    - `uniform`: no padding in text and cache, and their tokens at the same positions in every
+      sample, so that one row of masks serves the whole batch unless visual rows are padded.
+    - `single`: one text row after everything else, as in generation. It attends to all keys, so
+      without padding it needs no mask.
+    - `causal`: `uniform` in a first call, so that the kernel's causal flag replaces the text mask.
+      With a past it cannot, because SDPA aligns the triangle with the first key.
+    """
+
+    uniform: bool
+    single: bool
+    causal: bool
+
+    @classmethod
+    def of(
+        cls,
+        text: TokenRows,
+        visual: TokenRows | None,
+        past: PastPositions | None,
+        offset: int,
+        *,
+        forwards: bool,
+    ) -> _Shortcuts:
+        """Find the properties of a call; with `forwards`, tokens attend to later ones as well."""
+        uniform_past = past is None or (past.text.uniform and past.visual.uniform)
+        uniform = text.valid_BR is None and uniform_past
+        # No padding, wherever the text is.
+        full = text.full and (past is None or (past.text.full and past.visual.full))
+        return cls(
+            uniform=uniform,
+            single=full and text.count == 1 and visual is None,
+            causal=uniform and offset == 0 and not forwards,
+        )
+
+
 def attention_masks(
     text: TokenRows,
     visual: TokenRows | None,
@@ -159,19 +197,8 @@ def attention_masks(
     visual_tokens = _visual_positions(visual, offset, past, text_tokens)
     text_tokens = replace(text_tokens, forwards=forwards)
     visual_tokens = replace(visual_tokens, forwards=forwards)
-    # Four properties decide which masks can be left out:
-    # - `uniform`: no padding, and text at the same positions in every sample, so that one row of
-    #   masks serves the whole batch.
-    # - `full`: no padding, wherever the text is.
-    # - `single`: one text row after everything else, as in generation. It attends to all keys, so
-    #   without padding it needs no mask.
-    # - `causal`: `uniform` in a first call, so that the kernel's causal flag replaces the text
-    #   mask. With a past it cannot, because SDPA aligns the triangle with the first key.
-    uniform_past = past is None or (past.text.uniform and past.visual.uniform)
-    uniform = text.valid_BR is None and uniform_past
-    full = text.full and (past is None or (past.text.full and past.visual.full))
-    single = full and text.count == 1 and visual is None
-    causal = uniform and offset == 0 and not forwards
+    shortcuts = _Shortcuts.of(text, visual, past, offset, forwards=forwards)
+    causal, single = shortcuts.causal, shortcuts.single
     text_mask = None if causal or single else text_tokens.can_attend_to_self()
     mixed = None
     if not single or explicit:
@@ -180,7 +207,7 @@ def attention_masks(
     if visual is None or cells is None:
         return AttentionMasks(causal, text_mask, mixed, None, (), None)
     before = visual_tokens.can_attend_to(text_tokens)
-    if uniform and visual.valid_BR is None:
+    if shortcuts.uniform and visual.valid_BR is None:
         mixed, before = None if mixed is None else mixed[:1], before[:1]
     plain = causal and attention == "causal" and text.readout_BR is None and not explicit
     if window is None and plain and visual.valid_BR is None:

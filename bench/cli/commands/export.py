@@ -61,13 +61,7 @@ def export(
     store = Store(results_dir)
     record = store.get(run)
     refuse_filled_folder(folder)
-    kind = record.config.get("model", {}).get("kind", "causal_lm")
-    if onnx and kind != "image_classifier":
-        raise UserError(f"--onnx is for image classifiers; {record.model.name} is a {kind}")
-    if wanted is not None and kind != "causal_lm":
-        raise UserError(f"--for {engine} is for language models; {record.model.name} is a {kind}")
-    if wanted is not None:
-        _refuse_grids(record, wanted)
+    _refuse_unfit(record, wanted, onnx=onnx)
     # After all cheap checks, because repeating the methods may take hours.
     model = rebuild_model(record, store, session, allowed)
     refuse_other_network(record, model, allowed)
@@ -87,8 +81,17 @@ def export(
     return plan.form
 
 
-def _refuse_grids(record: Record, engine: Engine) -> None:
-    """Raise if a method of the run quantized on grids that the engine does not support."""
+def _refuse_unfit(record: Record, engine: Engine | None, *, onnx: bool) -> None:
+    """Raise if the run's model cannot be written for the engine, or as ONNX."""
+    kind = record.config.get("model", {}).get("kind", "causal_lm")
+    if onnx and kind != "image_classifier":
+        raise UserError(f"--onnx is for image classifiers; {record.model.name} is a {kind}")
+    if engine is None:
+        return
+    if kind != "causal_lm":
+        raise UserError(
+            f"--for {engine.name} is for language models; {record.model.name} is a {kind}"
+        )
     for name, knobs in record.config.get("method", {}).items():
         if knobs.get("grid") == "offset":
             raise UserError(
