@@ -34,7 +34,7 @@ from omegaconf.errors import (
 )
 
 from bench import plugins
-from bench.config.gate import check_overrides, refuse_packages_of_files
+from bench.config.gate import check_overrides, dotted_leaves, refuse_packages_of_files
 from bench.config.overrides import (
     ACCEPTED,
     GROUP,
@@ -162,10 +162,10 @@ def _refuse_unstorable(config: RunConfig) -> None:
 def _refuse_secrets(plain: object) -> None:
     """Raise if a value is a password or token of the user, because a record would store it."""
     # Usually one pass over all values; the key is searched only after a secret was found.
-    together = "\n".join(str(value) for _, value in _leaves(plain, ""))
+    together = "\n".join(str(value) for _, value in dotted_leaves(plain, ""))
     if redact(together) == together:
         return
-    for key, value in _leaves(plain, ""):
+    for key, value in dotted_leaves(plain, ""):
         refuse_secret(str(value), key)
 
 
@@ -272,7 +272,7 @@ def _unresolved(error: InterpolationResolutionError, overrides: Sequence[str]) -
 
 
 def _unknown_key(error: Exception, overrides: Sequence[str]) -> UserError:
-    """Build the error for an override of an unknown key, with the nearest existing key."""
+    """Build the error for an override whose key Hydra refuses."""
     text = " ".join(str(error).split())
     # Matches the English messages of Hydra 1.3 (pinned below 1.4), which have no structured key. If
     # the messages change, Hydra's own sentence is used, without a suggestion.
@@ -286,8 +286,14 @@ def _unknown_key(error: Exception, overrides: Sequence[str]) -> UserError:
             return UserError(text)
         reason = str(error.__cause__).splitlines()[0]
         return UserError(f"{refused[1]}: {reason[:1].lower()}{reason[1:]}")
-    key = found.group(1)
-    for override in Overrides.parse(overrides).parsed:
+    key, parsed = found.group(1), Overrides.parse(overrides)
+    misused = _misused_key(key, parsed) or _of_one_swept_method(key, parsed)
+    return misused or _missing_key(key, parsed)
+
+
+def _misused_key(key: str, overrides: Overrides) -> UserError | None:
+    """Return the error for a key that exists, and None for an unknown one."""
+    for override in overrides.parsed:
         if override.is_add() and override.key_or_group == key:
             text = text_of(override)
             return UserError(f"{text} adds a key that exists: write {text.removeprefix('+')}")
@@ -297,10 +303,13 @@ def _unknown_key(error: Exception, overrides: Sequence[str]) -> UserError:
                 f"{text_of(override)} is a mapping where a name is needed: write {key}=NAME, and "
                 "what to change in it by dotted keys, as in method.camera_p.ratio=0.4"
             )
-    if (shared := _of_one_swept_method(key, Overrides.parse(overrides))) is not None:
-        return shared
+    return None
+
+
+def _missing_key(key: str, overrides: Overrides) -> UserError:
+    """Build the error for a key that does not exist, with what exists in its place."""
     # The existing keys are found by composing again without the wrong override.
-    known = _known_keys(Overrides.parse(overrides).without(key).first_values())
+    known = _known_keys(overrides.without(key).first_values())
     hints = nearest(key, known)
     parent = key.rpartition(".")[0]
     siblings = _keys_of(parent, known)
@@ -308,7 +317,7 @@ def _unknown_key(error: Exception, overrides: Sequence[str]) -> UserError:
         name = parent.split(".")[1]
         return UserError(f"{key} is set but method={name} was not selected: add method={name}")
     hint = f"did you mean {hints!r}? " if hints else ""
-    given = Overrides.parse(overrides).setting(key)
+    given = overrides.setting(key)
     if parent in OPEN_MAPPINGS and given and hints not in siblings:
         others = f"{parent} has {', '.join(siblings)}" if siblings else f"{parent} is empty"
         return UserError(f"{given[0]} is new, and {others}: write +{given[0]} to add it")
@@ -352,17 +361,6 @@ def _known_keys(overrides: list[str]) -> list[str]:
         with hydra_config_tree():
             composed = hydra_compose("config")
     return list(_node_keys(OmegaConf.to_container(composed, resolve=False), ""))
-
-
-def _leaves(node: object, prefix: str) -> Iterator[tuple[str, object]]:
-    """Yield every dotted key with a value, and the value."""
-    if isinstance(node, list):
-        node = dict(enumerate(node))
-    if not isinstance(node, dict):
-        yield prefix.rstrip("."), node
-        return
-    for key, value in node.items():
-        yield from _leaves(value, f"{prefix}{key}.")
 
 
 def _node_keys(node: object, prefix: str) -> Iterator[str]:

@@ -107,6 +107,7 @@ def _check_hydra_value(key: str, value: object, text: str) -> None:
         raise UserError(f"{text}: allowed: {', '.join(RunMode.__members__)}; -m asks for a sweep")
     if key == "hydra.verbose" and not isinstance(value, bool | str):
         raise UserError(f"{text}: give true, or the names of loggers, as in hydra.verbose=[bench]")
+    # A list has a leaf per entry, hydra.searchpath.0 and so on, and an empty one is a leaf {}.
     if not _is_below(key, "hydra.searchpath") or value == {}:
         return
     if key == "hydra.searchpath" or not isinstance(value, str):
@@ -147,7 +148,7 @@ def check_composed(composed: DictConfig) -> None:
     """
     plain = OmegaConf.to_container(composed, resolve=False)
     assert isinstance(plain, dict)
-    for key, value in _node_leaves(plain, ""):
+    for key, value in dotted_leaves(plain, ""):
         _refuse_node_resolvers(key, value)
     own = plain.pop("hydra")
     packages = plain.get("packages")
@@ -188,7 +189,7 @@ def _check_plugin(key: str, node: object, composed: DictConfig) -> None:
         raise UserError(f"{key}._target_={target}: only code from {allowed} may run there")
     # Hydra instantiates whatever names a class in the settings as well.
     refuse_foreign_code(settings, (), key)
-    for name, value in _node_leaves(settings, f"{key}."):
+    for name, value in dotted_leaves(settings, f"{key}."):
         if not isinstance(value, str) or "${" not in value:
             continue
         try:
@@ -309,17 +310,18 @@ def _leaves(override: Override) -> Iterator[tuple[str, object]]:
     elif override.is_sweep_override():
         yield key, text_of(override).partition("=")[2]
     else:
-        yield from _node_leaves(override.value(), f"{key}.")
+        yield from dotted_leaves(override.value(), f"{key}.")
 
 
-def _node_leaves(node: object, prefix: str) -> Iterator[tuple[str, object]]:
+def dotted_leaves(node: object, prefix: str) -> Iterator[tuple[str, object]]:
+    """Yield every value of a config with its dotted key; entries of a list have numbers as keys."""
     if isinstance(node, list | tuple):
         node = dict(enumerate(node))
     if not isinstance(node, dict) or not node:
         yield prefix.rstrip("."), node
         return
     for key, value in node.items():
-        yield from _node_leaves(value, f"{prefix}{key}.")
+        yield from dotted_leaves(value, f"{prefix}{key}.")
 
 
 def _refuse_node_resolvers(key: str, value: object) -> None:

@@ -236,16 +236,8 @@ def _hook_shared(block: MoEBlock, observer: ExpertObserver, chunk: int, stack: E
     feed_forward = block.shared_feed_forward
     assert feed_forward is not None
     unchecked = [block]
-    # Two hooks for each call: one gets the input x, the other act(gate)·up, as the argument of the
-    # down projection. The list pairs them.
-    entered: list[Tensor] = []
 
-    def enter(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        entered.append(args[0].flatten(0, -2))
-
-    def hidden(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        # Popped, so that activations are freed after each forward.
-        x_TD, hidden_TF = entered.pop(), args[0].flatten(0, -2)
+    def receive(x_TD: Tensor, hidden_TF: Tensor) -> None:
         while unchecked:
             view = unchecked.pop().shared_view()
             assert view is not None
@@ -256,22 +248,16 @@ def _hook_shared(block: MoEBlock, observer: ExpertObserver, chunk: int, stack: E
         for x, h, weight in zip(*pieces, strict=True):
             observer.shared(x, h, weight)
 
-    stack.callback(shared.register_forward_pre_hook(enter).remove)
-    stack.callback(feed_forward.down.register_forward_pre_hook(hidden).remove)
+    _hook_feed_forward(shared, feed_forward.down, receive, stack)
 
 
 def _hook_dense(block: MoEBlock, observer: ExpertObserver, chunk: int, stack: ExitStack) -> None:
     """Observe a dense feed-forward's input and the input of its down matrix, with weight 1."""
     feed_forward = block.feed_forward
     assert feed_forward is not None
-    entered: list[Tensor] = []
     unchecked = [block]
 
-    def enter(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        entered.append(args[0].flatten(0, -2))
-
-    def hidden(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x_TD, hidden_TF = entered.pop(), args[0].flatten(0, -2)
+    def receive(x_TD: Tensor, hidden_TF: Tensor) -> None:
         while unchecked:
             view = unchecked.pop().expert(0)
             _require_decomposition(block.name, block.block, view, x_TD[:SAMPLE], hidden_TF[:SAMPLE])
@@ -282,8 +268,31 @@ def _hook_dense(block: MoEBlock, observer: ExpertObserver, chunk: int, stack: Ex
                 observer.places(0, token_S)
             observer.routed(0, x_SD, hidden_SF, x_SD.new_ones(len(x_SD)))
 
-    stack.callback(feed_forward.sources[0].register_forward_pre_hook(enter).remove)
-    stack.callback(feed_forward.down.register_forward_pre_hook(hidden).remove)
+    _hook_feed_forward(feed_forward.sources[0], feed_forward.down, receive, stack)
+
+
+def _hook_feed_forward(
+    entrance: nn.Module,
+    down: nn.Module,
+    receive: Callable[[Tensor, Tensor], None],
+    stack: ExitStack,
+) -> None:
+    """Call `receive` in each forward with the input of `entrance`, x, and of `down`, act(gate)·up.
+
+    Both are flattened to one row per token.
+    """
+    # One hook gets x and the other the hidden states of the same call. The list pairs them.
+    entered: list[Tensor] = []
+
+    def enter(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        entered.append(args[0].flatten(0, -2))
+
+    def hidden(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        # Popped, so that activations are freed after each forward.
+        receive(entered.pop(), args[0].flatten(0, -2))
+
+    stack.callback(entrance.register_forward_pre_hook(enter).remove)
+    stack.callback(down.register_forward_pre_hook(hidden).remove)
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
-"""Types of the values that reports read from a record's config, provenance and environment."""
+"""Values of a record's config, provenance and environment: their types, and their dotted names."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 from pydantic import (
@@ -123,6 +123,15 @@ def with_leaves(content: JsonObject, leaves: type[Leaves]) -> JsonObject:
     except ValidationError as error:
         raise ValueError(first_fault(error)) from None
     return content
+
+
+def flat_items(name: str, value: object) -> Iterator[tuple[str, object]]:
+    """Yield the values of a JSON object by dotted name, below `name`; lists stay whole."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from flat_items(f"{name}.{key}", inner)
+    else:
+        yield name, value
 
 
 def first_fault(error: ValidationError) -> str:

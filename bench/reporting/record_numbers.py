@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
+from bench.records.leaves import flat_items
 from bench.records.record import AVERAGE, standing_effects
 
 if TYPE_CHECKING:
@@ -253,7 +254,7 @@ def run_knobs(record: Record) -> dict[str, object]:
     found = {
         name: value
         for method in record.methods
-        for name, value in _dotted(method.name, method.config)
+        for name, value in flat_items(method.name, method.config)
     }
     for group in ("calibration", "prompts"):
         # A config has both groups whether or not a method reads them, which the provenance shows.
@@ -264,15 +265,6 @@ def run_knobs(record: Record) -> dict[str, object]:
         unsaid = {"seed", *(("source",) if settings.get("source") == settings.get("name") else ())}
         found |= {f"{group}.{key}": each for key, each in settings.items() if key not in unsaid}
     return found
-
-
-def _dotted(name: str, value: object) -> Iterator[tuple[str, object]]:
-    """Yield the entries of a mapping separately, such as those of a recipe."""
-    if isinstance(value, dict) and value:
-        for key, inner in value.items():
-            yield from _dotted(f"{name}.{key}", inner)
-    else:
-        yield name, value
 
 
 def differing_names(knobs: Sequence[Mapping[str, object]]) -> dict[str, str]:
@@ -318,7 +310,7 @@ def differing_settings(group: Sequence[Record]) -> dict[str, str]:
             name: value
             for key in dict.fromkeys(["seed", "benchmark", *record.config])
             if key not in UNTELLING
-            for name, value in _dotted(key, record.config.get(key))
+            for name, value in flat_items(key, record.config.get(key))
             # `auto` gives the same results as the value that it resolves to.
             if name != "model.device"
         }

@@ -26,6 +26,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal
 
+from bench.records.leaves import flat_items
 from bench.records.record import JsonObject, Record, standing_effects
 from bench.records.store import CONFIG, RECORD, SAMPLES
 from bench.schema import WANDB_INIT_SECONDS, TrackerConfig
@@ -279,15 +280,8 @@ def flat_config(record: Record) -> JsonObject:
 
 def flat_values(record: str, content: JsonObject) -> JsonObject:
     """Return nested values with one key per value, and the id of their record."""
-    return {**dict(_flat_items(content, "")), "record": record}
-
-
-def _flat_items(node: JsonObject, prefix: str) -> Iterator[tuple[str, object]]:
-    for key, value in node.items():
-        if isinstance(value, dict) and value:
-            yield from _flat_items(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    flat = {name: leaf for key, value in content.items() for name, leaf in flat_items(key, value)}
+    return {**flat, "record": record}
 
 
 def wandb_summary(record: Record) -> dict[str, float]:

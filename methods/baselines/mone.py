@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.errors import UserError
-from bench.method import Context, Effect, LayerReport, MethodReport, WeightForm
+from bench.method import Context, MethodReport, WeightForm
 from bench.models.model import Model
 from bench.models.replaced_modules import ModuleSpec, ReplacedModule
 from bench.models.structure.model_structure import ModelStructure
@@ -89,17 +89,7 @@ class Mone(CalibratedPruning):
             for (block, moments), count in zip(observed, counts, strict=True)
         ]
         model.invalidate_structure()
-        removed = sum(layer["removed_parameters"] for layer in layers)
-        details = {
-            "requested": {"ratio": self.ratio, "base": self.base},
-            "removed_parameters": removed,
-            "ratio_of_moe": removed / structure.moe_parameters,
-            "ratio_of_total": removed / structure.parameters,
-            "calibration": calibration.fingerprint,
-            "tokens": calibration.tokens.numel(),
-        }
-        effect: Effect = "removed" if removed else "none"
-        return MethodReport(effect, details, [LayerReport(**layer) for layer in layers])
+        return self.replacement_report(structure, layers, calibration)
 
     def _replace(self, block: MoEBlock, moments: OutputMoments, count: int) -> LayerEntry:
         """Replace the experts of lowest score in one block; return its report entry."""

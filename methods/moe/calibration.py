@@ -20,8 +20,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from bench.data.calibration import Calibration
 from bench.errors import UserError
-from bench.method import InputSize, MethodWork
+from bench.method import Effect, InputSize, LayerReport, MethodReport, MethodWork
 from bench.models.expert_hooks import ExpertObserver, RouterWeights, observe_experts
 from bench.models.layer_stream import LayerStream
 from bench.models.model import Model
@@ -30,7 +31,7 @@ from bench.models.structure.model_structure import ModelStructure
 from bench.models.structure.moe_block import MoEBlock
 from bench.ui import Progress
 from methods.moe.micro_experts import SHARED, expert_spans, expert_view
-from methods.moe.pruning import MoEPruning
+from methods.moe.pruning import LayerEntry, MoEPruning
 
 ObserverT = TypeVar("ObserverT", bound=ExpertObserver)
 
@@ -90,6 +91,26 @@ class CalibratedPruning(MoEPruning):
     def walk_options(self, *, sequential: bool = False) -> WalkOptions:
         """Return the options of a walk; by default all layers are observed unmodified."""
         return WalkOptions(self.batch, self.chunk, sequential)
+
+    def replacement_report(
+        self, structure: ModelStructure, layers: list[LayerEntry], calibration: Calibration
+    ) -> MethodReport:
+        """Build the report of a method that replaces experts by smaller modules.
+
+        Every layer states its `removed_parameters`. `structure` is that of the model before, to
+        which the ratios refer.
+        """
+        removed = sum(layer["removed_parameters"] for layer in layers)
+        details = {
+            "requested": {"ratio": self.ratio, "base": self.base},
+            "removed_parameters": removed,
+            "ratio_of_moe": removed / structure.moe_parameters,
+            "ratio_of_total": removed / structure.parameters,
+            "calibration": calibration.fingerprint,
+            "tokens": calibration.tokens.numel(),
+        }
+        effect: Effect = "removed" if removed else "none"
+        return MethodReport(effect, details, [LayerReport(**layer) for layer in layers])
 
 
 class SequentialPruning(CalibratedPruning):

@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from bench.errors import UserError
 from bench.method import (
     Context,
-    Effect,
     InputSize,
-    LayerReport,
     MethodReport,
     MethodWork,
     WeightForm,
@@ -113,17 +111,7 @@ class D2Moe(CalibratedPruning):
         layers: list[LayerEntry] = []
         if any(self.budgets(structure)):
             layers = self._compress(model, calibration.tokens, context.progress)
-        removed = sum(layer["removed_parameters"] for layer in layers)
-        details = {
-            "requested": {"ratio": self.ratio, "base": self.base},
-            "removed_parameters": removed,
-            "ratio_of_moe": removed / structure.moe_parameters,
-            "ratio_of_total": removed / structure.parameters,
-            "calibration": calibration.fingerprint,
-            "tokens": calibration.tokens.numel(),
-        }
-        effect: Effect = "removed" if removed else "none"
-        return MethodReport(effect, details, [LayerReport(**layer) for layer in layers])
+        return self.replacement_report(structure, layers, calibration)
 
     def _compress(self, model: Model, tokens_BL: Tensor, progress: Progress) -> list[LayerEntry]:
         """Replace the experts of every block, all measured on the unmodified model."""
