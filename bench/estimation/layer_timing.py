@@ -140,6 +140,7 @@ def decoder_times(
     forward = _curve({b * length: seconds[b, length] for b, length in rows})
     pair, length = None, float(max(length for _, length in rows))
     if _LONG in seconds:
+        # The last of `_ROWS` has as many tokens, so the difference is that of attention.
         more = _LONG[1] ** 2 - rows[-1][0] * rows[-1][1] ** 2
         pair = max(0.0, seconds[_LONG] - seconds[rows[-1]]) / more
     return LayerTimes(forward=forward, length=length, pair=pair)

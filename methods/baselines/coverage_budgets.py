@@ -87,41 +87,55 @@ def rounded_widths(
     room. If there is not enough room, the widest experts that became zero get `least` back. The sum
     changes by at most half of `multiple` or `least`, whichever is greater.
     """
-    least = math.ceil(least / multiple) * multiple
+    smallest = max(multiple, math.ceil(least / multiple) * multiple)
     kept = [[width // multiple * multiple for width in layer] for layer in widths]
-    kept = [[width if width >= least else 0 for width in layer] for layer in kept]
+    kept = [[width if width >= smallest else 0 for width in layer] for layer in kept]
+    # The widest last, from where it is taken first. Experts below `smallest` cannot get it back.
     lost = sorted(
         (
             (-width, number, expert)
             for number, layer in enumerate(widths)
             for expert, width in enumerate(layer)
-            if kept[number][expert] == 0 and width and full[number][expert] >= max(least, multiple)
+            if kept[number][expert] == 0 and width and full[number][expert] >= smallest
         ),
         reverse=True,
     )
     while True:
+        # In multiples, as are the pieces below.
         rooms = [
             [(most - width) // multiple if width else 0 for width, most in zip(*pair, strict=True)]
             for pair in zip(kept, full, strict=True)
         ]
         by_layer = [sum(room) for room in rooms]
         freed = sum(map(sum, widths)) - sum(map(sum, kept))
-        if not lost or freed - multiple * sum(by_layer) < max(least, multiple) / 2:
+        # What does not fit into the remaining experts revives another one if it is nearer to
+        # `smallest` than to zero. That expert adds room, so both are computed again.
+        if not lost or freed - multiple * sum(by_layer) < smallest / 2:
             break
         _, number, expert = lost.pop()
-        kept[number][expert] = max(least, multiple)
+        kept[number][expert] = smallest
+    # The nearest number of pieces. It is negative if the last expert took more than was free.
     pieces = min((freed + multiple // 2) // multiple, sum(by_layer))
     if pieces <= 0:
         return kept
     for number, share in enumerate(apportion(by_layer, pieces)):
-        layer, room = kept[number], rooms[number]
-        over = [width % multiple for width in widths[number]]
-        first = sorted((e for e in range(len(over)) if over[e] and room[e]), key=lambda e: -over[e])
-        for expert in first[:share]:
-            layer[expert] += multiple
-            room[expert] -= 1
-        rest = share - len(first[:share])
-        if rest:
-            for expert, more in enumerate(apportion(room, rest)):
-                layer[expert] += more * multiple
+        remainders = [width % multiple for width in widths[number]]
+        for expert, more in enumerate(_given_back(share, remainders, rooms[number])):
+            kept[number][expert] += more * multiple
     return kept
+
+
+def _given_back(pieces: int, remainders: Sequence[int], rooms: Sequence[int]) -> list[int]:
+    """Return how many of a layer's pieces each expert gets, at most its room.
+
+    The largest remainders get one piece each, and what is left is divided in proportion to the rest
+    of the room.
+    """
+    experts = [expert for expert, remainder in enumerate(remainders) if remainder and rooms[expert]]
+    first = sorted(experts, key=lambda expert: -remainders[expert])[:pieces]
+    given = [int(expert in first) for expert in range(len(remainders))]
+    left = pieces - len(first)
+    if not left:
+        return given
+    more = apportion([room - one for room, one in zip(rooms, given, strict=True)], left)
+    return [one + further for one, further in zip(given, more, strict=True)]
