@@ -47,13 +47,15 @@ class _TorchvisionSet:
 
 
 _TORCHVISION_SETS = {
-    "mnist": _TorchvisionSet("MNIST", 1, 28, 10, ((0.1307,), (0.3081,)), 2, False),
-    "fashion_mnist": _TorchvisionSet("FashionMNIST", 1, 28, 10, ((0.2860,), (0.3530,)), 2, True),
+    "mnist": _TorchvisionSet("MNIST", 1, 28, 10, ((0.1307,), (0.3081,)), 2, flip=False),
+    "fashion_mnist": _TorchvisionSet(
+        "FashionMNIST", 1, 28, 10, ((0.2860,), (0.3530,)), 2, flip=True
+    ),
     "cifar10": _TorchvisionSet(
-        "CIFAR10", 3, 32, 10, ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)), 4, True
+        "CIFAR10", 3, 32, 10, ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)), 4, flip=True
     ),
     "cifar100": _TorchvisionSet(
-        "CIFAR100", 3, 32, 100, ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)), 4, True
+        "CIFAR100", 3, 32, 100, ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)), 4, flip=True
     ),
 }
 PACKAGED_SETS = ("digits", "mnist_5k")

@@ -207,7 +207,7 @@ class _RequestLog:
 
     def score(self, requests: Sequence[LoglikelihoodRequest]) -> Iterator[Loglikelihoods]:
         self.requests += requests
-        yield [(index, Loglikelihood(0.0, False)) for index in range(len(requests))]
+        yield [(index, Loglikelihood(0.0, greedy=False)) for index in range(len(requests))]
 
 
 class _Listener(LmEvalAdapter):

@@ -308,7 +308,7 @@ class BaseModelCache:
         self._model: Model | None = None
         self._reading: object = None
 
-    def acquire(self, source: ModelSource, will_change: bool) -> Model:
+    def acquire(self, source: ModelSource, *, will_change: bool) -> Model:
         """Return the model of `source`, loading it unless it is already cached.
 
         Without `will_change` this is the cached model itself, which must not be modified. With it,

@@ -104,7 +104,7 @@ def _on_one_line(value: object) -> str:
     return " ".join(clean(_cell_text(value)).split())
 
 
-def print_rows(rows: Sequence[Mapping[str, object]], as_json: bool) -> int:
+def print_rows(rows: Sequence[Mapping[str, object]], *, as_json: bool = False) -> int:
     """Print rows as a table, or as JSON; return the exit code of the command."""
     if as_json:
         print_json(rows)

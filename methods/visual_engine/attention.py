@@ -86,7 +86,13 @@ def norm_and_rotate(
 
 
 def attend(
-    q_BHQd: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, causal: bool = False
+    q_BHQd: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    *,
+    causal: bool = False,
 ) -> Tensor:
     """Compute softmax(q kᵀ · scaling + mask) v with PyTorch's fused kernel, [B, H, Q, d]."""
     return functional.scaled_dot_product_attention(
@@ -130,7 +136,7 @@ def text_attention(
         k = kv_heads_for(text.k, alone, heads.per_group)
         v = kv_heads_for(text.v, alone, heads.per_group)
         parts.append(
-            attend(select_heads(q_BHTd, alone), k, v, masks.text_BTK, scaling, masks.causal)
+            attend(select_heads(q_BHTd, alone), k, v, masks.text_BTK, scaling, causal=masks.causal)
         )
     return restore_head_order(parts, heads.restore)
 

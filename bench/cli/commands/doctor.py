@@ -131,4 +131,4 @@ def _shipped(group: str, name: str, kind: type[Section]) -> Section:
 
 def run_command(given: argparse.Namespace) -> int:
     """`bench doctor`."""
-    return print_rows(diagnose(), given.json)
+    return print_rows(diagnose(), as_json=given.json)

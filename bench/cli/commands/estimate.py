@@ -21,7 +21,7 @@ KEY = "hardware="
 def run_command(given: argparse.Namespace) -> int:
     """`bench estimate KEY=VALUE ... [-m] [hardware=NAME] [--budget 6h] [--json] [--check]`."""
     if given.check:
-        return _check(given.overrides, given.json)
+        return _check(given.overrides, as_json=given.json)
     # First, so that an invalid budget is refused before anything is composed.
     budget = None if given.budget is None else read_budget(given.budget)
     names = [word.removeprefix(KEY) for word in given.overrides if word.startswith(KEY)]
@@ -42,14 +42,14 @@ def run_command(given: argparse.Namespace) -> int:
 
 def _show(estimate: SweepEstimate) -> None:
     if len(estimate.runs) > 1:
-        print_rows(list(_run_rows(estimate)), False)
+        print_rows(list(_run_rows(estimate)))
         print_text(sweep_line(estimate))
         gaps = dict.fromkeys(gap for run in estimate.runs for gap in run.missing)
         for gap in gaps:
             print_text(f"missing: {gap}")
         return
     (run,) = estimate.runs
-    print_rows(list(phase_rows(run)), False)
+    print_rows(list(phase_rows(run)))
     for line in notes(run):
         print_text(line)
     if run.state == "recorded":
@@ -66,7 +66,7 @@ def _run_rows(estimate: SweepEstimate) -> Iterator[dict[str, object]]:
         }
 
 
-def _check(overrides: list[str], as_json: bool) -> int:
+def _check(overrides: list[str], *, as_json: bool) -> int:
     """Print, per kind of phase, how often the measured time was within the estimated bounds."""
     from bench.estimation.accuracy import accuracy_rows
     from bench.records import Store
@@ -81,4 +81,4 @@ def _check(overrides: list[str], as_json: bool) -> int:
     if not rows and not as_json:
         print_text("no record has an estimate next to its measured phases")
         return EXIT_DONE
-    return print_rows(rows, as_json)
+    return print_rows(rows, as_json=as_json)

@@ -341,7 +341,7 @@ def run_command(given: argparse.Namespace) -> int:
         {"path": str(given.results_dir / entry.path), "bytes": entry.bytes, "reason": entry.reason}
         for entry in found.removable
     ]
-    print_rows(rows, given.json)
+    print_rows(rows, as_json=given.json)
     for entry in found.kept:
         note(f"kept {given.results_dir / entry.path}: {entry.reason}")
     # With --json the output is for a program, which cannot answer a question.

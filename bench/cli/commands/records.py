@@ -35,7 +35,7 @@ def ls(given: argparse.Namespace) -> int:
             rows = terminal_views.shown_runs(rows, Store(given.results_dir))
     else:
         rows = terminal_views.list_configs(given.what.rstrip("s"))
-    return print_rows(rows, given.json)
+    return print_rows(rows, as_json=given.json)
 
 
 def show(given: argparse.Namespace) -> int:
@@ -53,7 +53,7 @@ def show(given: argparse.Namespace) -> int:
         if not rows and not given.json:
             print(f"runs {record.id} and {other.id} do not differ in any part of their ids")
             return EXIT_DONE
-        return print_rows(rows, given.json)
+        return print_rows(rows, as_json=given.json)
     if given.command:
         print_text(record.command)
     elif given.json:

@@ -133,7 +133,7 @@ def _sample_key(row: SampleRow) -> SampleKey:
 
 def print_rescored(rescored: Rescored) -> None:
     """Print the numbers side by side, and the first samples that changed."""
-    print_rows(rescored.metrics, as_json=False)
+    print_rows(rescored.metrics)
     out = console()
     for sample in rescored.samples[:MAX_SHOWN_SAMPLES]:
         out.print(f"differs: {sample}", markup=False)

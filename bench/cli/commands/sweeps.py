@@ -14,9 +14,9 @@ def status(given: argparse.Namespace) -> int:
     if given.sweep is None:
         summaries = [sweep_summary(plan) for plan in all_sweeps(given.results_dir)]
         rows = summaries if given.json else [_shown_sweep(each) for each in summaries]
-        return print_rows(rows, given.json)
+        return print_rows(rows, as_json=given.json)
     rows = job_rows(find_sweep(given.results_dir, given.sweep))
-    return print_rows(rows if given.json else _without_empty(rows), given.json)
+    return print_rows(rows if given.json else _without_empty(rows), as_json=given.json)
 
 
 ARGUMENTS_SHOWN = 120

@@ -22,9 +22,7 @@ def run_command(given: argparse.Namespace) -> int:
     print_text(
         f"{file.absolute()} allows these packages to run, and adds these configs and methods:"
     )
-    print_rows(
-        [{"adds": kind, "value": value} for kind, value in plugins.described(project)], False
-    )
+    print_rows([{"adds": kind, "value": value} for kind, value in plugins.described(project)])
     # Without a terminal nobody can confirm.
     if not given.yes and not (sys.stdin.isatty() and _confirmed()):
         note("nothing was allowed; `bench trust --yes` allows it")

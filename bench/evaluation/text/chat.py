@@ -152,7 +152,8 @@ def check_chat(benchmark: BenchmarkConfig, tokenizer: Any, model: str) -> None:
     if not benchmark.system_prompt:
         return
     try:
-        renderer._apply([{"role": "system", "content": benchmark.system_prompt}, *question], True)
+        with_system = [{"role": "system", "content": benchmark.system_prompt}, *question]
+        renderer._apply(with_system, add_generation_prompt=True)
     except TemplateError as error:
         raise UserError(
             f"benchmark.system_prompt: the chat template of model {model} does not support a "

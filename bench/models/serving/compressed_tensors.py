@@ -175,11 +175,11 @@ _MATRIX_CHECKS = (_refuse_mixed_matrix, _refuse_grid, _refuse_bits, _refuse_grou
 def _scheme(linear: PackedLinear) -> Scheme:
     shape = linear.shape
     group = None if shape.columns < shape.group else shape.group
-    return Scheme(shape.levels[0].bits, shape.grid == "symmetric", group)
+    return Scheme(shape.levels[0].bits, symmetric=shape.grid == "symmetric", group=group)
 
 
 def _check_experts(routed: Mapping[str, Scheme], engine: Engine) -> None:
-    first, *rest = routed.items() or [("", Scheme(8, True, None))]
+    first, *rest = routed.items() or [("", Scheme(8, symmetric=True, group=None))]
     for name, scheme in rest:
         if scheme != first[1]:
             raise UserError(

@@ -81,7 +81,8 @@ def _draw_curve_panel(
         )
     first = group.iloc[0]
     axes.set_xlabel(knob.replace("_", " "))
-    label_metric_axis(axes, first["metric"], first["task"], bool(first["higher_is_better"]))
+    higher = bool(first["higher_is_better"])
+    label_metric_axis(axes, first["metric"], first["task"], higher_is_better=higher)
 
 
 DENSE_AT_ZERO = frozenset({"ratio"})

@@ -76,7 +76,8 @@ def _draw_front_panel(axes: Axes, group: pd.DataFrame, families: dict[str, Serie
     # Space for the label of the cheapest run, to its left.
     axes.margins(x=0.12)
     label_unit_axis(axes, first["cost_name"], first["unit"], group["cost"].max())
-    label_metric_axis(axes, first["metric"], first["task"], bool(first["higher_is_better"]))
+    higher = bool(first["higher_is_better"])
+    label_metric_axis(axes, first["metric"], first["task"], higher_is_better=higher)
 
 
 def pareto_front(

@@ -200,7 +200,7 @@ def zeroed_handle() -> Line2D:
     )  # fmt: skip
 
 
-def label_metric_axis(axes: Axes, name: str, task: str, higher_is_better: bool) -> None:
+def label_metric_axis(axes: Axes, name: str, task: str, *, higher_is_better: bool) -> None:
     """Label the axis of a headline metric, including which direction is better."""
     shown = name.replace("mean", "average") if task == AVERAGE else f"{task} {name}"
     axes.set_ylabel(f"{shown} ({'higher' if higher_is_better else 'lower'} is better)")

@@ -321,8 +321,8 @@ def _agreement(
         model=model,
         variant=variant,
         column=name,
-        ours=best_first(methods, [r.ours.value for r in rated], lower),
-        theirs=best_first(methods, [r.theirs for r in rated], lower),
+        ours=best_first(methods, [r.ours.value for r in rated], lower=lower),
+        theirs=best_first(methods, [r.theirs for r in rated], lower=lower),
         same=counted.same,
         reversed=counted.reversed,
         close=counted.close,
@@ -443,7 +443,7 @@ def kendall_tau(rated: Sequence[RatedMethod]) -> float | None:
     return None if math.isnan(value) else value
 
 
-def best_first(names: Sequence[str], values: Sequence[float], lower: bool) -> tuple[str, ...]:
+def best_first(names: Sequence[str], values: Sequence[float], *, lower: bool) -> tuple[str, ...]:
     """Return the names sorted by value, the best first."""
     ranked = sorted(zip(values, names, strict=True), key=lambda pair: pair[0], reverse=not lower)
     return tuple(name for _, name in ranked)

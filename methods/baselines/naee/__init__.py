@@ -46,6 +46,7 @@ def block_error_models(
     model: Model,
     tokens_BL: Tensor,
     batch: int,
+    *,
     progressive: bool,
     kept: int,
     state: ExpertState,
@@ -182,10 +183,10 @@ class Naee(WholeExpertPruning):
             model,
             calibration.tokens,
             self.batch,
-            self.progressive,
-            kept,
-            self.state,
-            context.progress,
+            progressive=self.progressive,
+            kept=kept,
+            state=self.state,
+            progress=context.progress,
         )
         layers = []
         for (block, error_model), budget in zip(found, self.budgets(structure), strict=True):

@@ -59,6 +59,7 @@ def prox_envelope(
     lam: float,
     weight: FloatOrTensor = 1.0,
     metric: FloatOrTensor = 1.0,
+    *,
     cost_LM: Tensor | None = None,
     root: RootSolver = newton_root,
 ) -> Shrinkage:
@@ -86,6 +87,7 @@ def prox_debiased(
     lam: float,
     weight: FloatOrTensor = 1.0,
     metric: FloatOrTensor = 1.0,
+    *,
     cost_LM: Tensor | None = None,
     root: RootSolver = newton_root,
 ) -> Shrinkage:

@@ -223,7 +223,12 @@ def test_metrics_and_costs_agree_with_a_generic_solver(problem, with_costs):
     cost_LM = cost_M[None] if with_costs else None
     norm_M = t_MG.norm(dim=1)
     found_M = prox_envelope(
-        norm_M[None], budget if with_costs else k, lam, weight_M[None], metric_M[None], cost_LM
+        norm_M[None],
+        budget if with_costs else k,
+        lam,
+        weight_M[None],
+        metric_M[None],
+        cost_LM=cost_LM,
     ).gate[0]
 
     def objective(gate_M, module=torch):
