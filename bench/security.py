@@ -16,7 +16,6 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote, quote_plus, unquote
 
 from bench.errors import UserError
@@ -33,7 +32,7 @@ IMPORTED_BY_NAME = ("methods", "hydra_plugins")
 CODE_KEYS = frozenset({"_target_", "()", "class"})
 
 
-def refuse_foreign_code(node: Any, packages: Iterable[str], key: str = "") -> None:
+def refuse_foreign_code(node: object, packages: Iterable[str], key: str = "") -> None:
     """Raise for any `_target_`, however deep in the config, outside the allowed packages.
 
     Raises:

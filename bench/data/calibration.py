@@ -317,7 +317,7 @@ def _join(*, test: bool) -> str:
     return "\n\n".join(dict.fromkeys(p for p in pages if not test or p not in train))
 
 
-def token_ids(text: str, tokenizer: Any) -> array[int]:
+def token_ids(text: str, tokenizer: Tokenizer) -> array[int]:
     """Tokenize a text with the tokenizer's own settings, or read its cached ids.
 
     The returned array takes 4 bytes per token, a list of Python integers about nine times as much.
@@ -329,7 +329,7 @@ def token_ids(text: str, tokenizer: Any) -> array[int]:
 
 # Two entries suffice for both halves of `embedded` in all runs of a process.
 @functools.lru_cache(maxsize=2)
-def _long_token_ids(text: str, tokenizer: Any) -> array[int]:
+def _long_token_ids(text: str, tokenizer: Tokenizer) -> array[int]:
     key = _memory_key(text, tokenizer)
     place = None if key is None else cache_folder("tokens") / key
     known = None if place is None else _read_ids(place)

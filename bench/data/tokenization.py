@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from bench.data.chat import Tokenizer
+
 _PROBE = "a"
 
 
-def appended_tokens(tokenizer: Any) -> list[int]:
+def appended_tokens(tokenizer: Tokenizer) -> list[int]:
     """Return the ids that a tokenizer appends to every text, empty for most tokenizers."""
     ids = list(tokenizer(_PROBE)["input_ids"])
     plain = list(tokenizer(_PROBE, add_special_tokens=False)["input_ids"])
@@ -38,7 +40,7 @@ def encode_texts(
     return [row[: -len(end)] if end and row[-len(end) :] == end else row for row in ids]
 
 
-def without_appended(tokenizer: Any, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def without_appended(tokenizer: Tokenizer, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Remove the columns [B, n] of n appended tokens from a processor's outputs."""
     end, ids_BT = appended_tokens(tokenizer), outputs["input_ids"]
     if not end or ids_BT[:, -len(end) :].tolist() != [end] * len(ids_BT):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -340,13 +340,13 @@ class _Tally(TorchDispatchMode):
         self._held -= numbers
 
 
-def _is_view(func: Any) -> bool:
+def _is_view(func: object) -> bool:
     """Return whether an operator returns a view of its input."""
     returns = getattr(getattr(func, "_schema", None), "returns", ())
     return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
-def _numbers(values: Any) -> int:
+def _numbers(values: Iterable[object]) -> int:
     flat = [x for v in values for x in (v if isinstance(v, list | tuple) else [v])]
     return sum(x.numel() for x in flat if isinstance(x, Tensor) and x.is_floating_point())
 

@@ -75,7 +75,12 @@ class ShortGPT(Method):
     def _influences(self, model: Model, tokens_BL: Tensor, progress: Progress) -> list[float]:
         layers, found = model.structure.layers, [0.0] * len(model.structure.layers)
 
-        def observe(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        def observe(
+            layer: nn.Module,
+            args: tuple[Tensor, ...],
+            kwargs: dict[str, Any],
+            output: Tensor | tuple[Tensor, ...],
+        ) -> None:
             before = args[0] if args else kwargs["hidden_states"]
             after = output[0] if isinstance(output, tuple) else output
             found[places[layer]] += float(block_influence(before, after).sum())
