@@ -19,7 +19,7 @@ class GroupLasso(SparseTraining):
     adaptive: bool = False
 
     def solver(self, context: SolverContext) -> Solver:
-        """Return the solver."""
+        """Return ProxSSI's solver if `adaptive`, else that of Prox-SG."""
         maker = (
             group_lasso.AdaptiveGroupLassoSolver if self.adaptive else group_lasso.GroupLassoSolver
         )
@@ -52,7 +52,7 @@ class Hspg(SparseTraining):
         return self
 
     def solver(self, context: SolverContext) -> Solver:
-        """Return the solver."""
+        """Return the variant's solver; only the released one stops at `cap`."""
         if self.variant == "released":
             return group_lasso.ReleasedHspgSolver(
                 context, self.strength, self.epsilon, self.warmup, self.cap
@@ -78,7 +78,7 @@ class DeepHoyer(SparseTraining):
     strength: float = Field(default=1e-1, gt=0)
 
     def solver(self, context: SolverContext) -> Solver:
-        """Return the solver."""
+        """Return the variant's solver; the released one also penalises the last layer."""
         released = self.variant == "released"
         maker = penalties.ReleasedDeepHoyerSolver if released else penalties.DeepHoyerSolver
         return maker(context, self.strength)
@@ -117,7 +117,7 @@ class GroupNorm(SparseTraining):
     strength: float = Field(default=1e-3, gt=0)
 
     def solver(self, context: SolverContext) -> Solver:
-        """Return the solver."""
+        """Return a solver that ranks by norms over their mean, or their maximum as released."""
         normalizer = "max" if self.variant == "released" else "mean"
         return penalties.GroupNormSolver(context, self.strength, normalizer)
 

@@ -139,6 +139,10 @@ def _reason_to_remove(path: Path, root: Path) -> str | None:
 
 
 def _half_written_run(path: Path, store: Store) -> str | None:
+    """Return why a hidden entry among the records is left over; None for a record itself.
+
+    A record is written to `.RUN.*` and renamed; a former one is first moved into `.old-RUN.*`.
+    """
     if _PROBE.fullmatch(path.name) and _is_regular(path):
         return "probe of a process that ended"
     found = _HALF_WRITTEN_RUN.fullmatch(path.name)

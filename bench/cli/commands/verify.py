@@ -154,7 +154,7 @@ def _compare(
 
 
 def _sample_key(row: SampleRow) -> SampleKey:
-    """Return the key of a sample."""
+    """Return what a stored sample and a repeated one have in common: task, filter, document."""
     # Samples of classifiers have no filter, which is NaN in the stored frame and equals nothing.
     name = row["filter"] if isinstance(row["filter"], str) else None
     return row["task"], name, row["doc_id"]
