@@ -145,6 +145,7 @@ class Generation:
                 rendered.append((index, *question.rendered(self._prompts)))
             except UnfitImage as error:
                 answers[index] = Answer(None, "", None, Seen(0, 0, unanswered=str(error)))
+        # From here a row is a rendered prompt, and its index the place of its question.
         keys = [image_hash(images) if images else None for _, _, images in rendered]
         encoded = [self._prompts.encode(prompt, images) for _, prompt, images in rendered]
         reasons = [
