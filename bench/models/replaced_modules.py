@@ -40,7 +40,7 @@ MODULE_OF_CLASS = {
     "NarrowedFeedForward": "bench.models.structure.ragged_experts",
     "SharedBaseExperts": "methods.baselines.d2_moe.shared_base_experts",
     "NoviceExperts": "methods.baselines.mone",
-    "SpectralExperts": "methods.quantization.spectral",
+    "SpectralExperts": "methods.quantization.spectral_experts",
     "MaskedRouter": "methods.baselines.router_masks",
 }
 

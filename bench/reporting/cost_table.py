@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from bench.measurement.quantities import STAGES
-from bench.reporting.terminal_tables import terminal_table
-from bench.ui import console, format_quantity
+from bench.ui import console, format_quantity, terminal_table
 
 if TYPE_CHECKING:
     from bench.records import Cost

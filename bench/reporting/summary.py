@@ -27,8 +27,7 @@ from bench.reporting.record_numbers import (
     setting_key,
     setting_names,
 )
-from bench.reporting.terminal_tables import terminal_table, widest_fitting
-from bench.ui import console, format_quantity
+from bench.ui import console, format_quantity, terminal_table, widest_fitting
 
 if TYPE_CHECKING:
     from bench.records import Cost, Metric, Record

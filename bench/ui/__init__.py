@@ -14,6 +14,8 @@ from bench.ui.results import (
     print_json,
     print_rows,
     print_text,
+    terminal_table,
+    widest_fitting,
 )
 
 __all__ = [
@@ -29,5 +31,7 @@ __all__ = [
     "print_rows",
     "print_text",
     "says_notes",
+    "terminal_table",
     "warn",
+    "widest_fitting",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from bench.errors import EXIT_DONE
@@ -14,8 +14,10 @@ from bench.security import clean
 # Functions that draw import rich, because `bench --help` and launchers import this module.
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 PIPE_WIDTH = 200
+UNBOUNDED_WIDTH = 100_000
 
 
 def console() -> Console:
@@ -102,6 +104,38 @@ def _print_plain(rows: Sequence[Mapping[str, object]]) -> None:
 
 def _on_one_line(value: object) -> str:
     return " ".join(clean(_cell_text(value)).split())
+
+
+def terminal_table(headings: Iterable[str], title: str | None = None, labels: int = 1) -> Table:
+    """Return an empty table: `labels` columns without a heading, then right-aligned numbers."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", show_edge=False)
+    # "fold" everywhere, because rich would otherwise truncate wide cells, and a truncated number is
+    # a wrong number.
+    for _ in range(labels):
+        table.add_column("", overflow="fold")
+    for heading in headings:
+        table.add_column(heading, justify="right", overflow="fold")
+    return table
+
+
+def widest_fitting(build: Callable[[int], Table], most: int, out: Console) -> tuple[Table, int]:
+    """Return the widest table that fits the console, and its number of columns, at least one.
+
+    `build` makes the table with a given number of columns.
+    """
+    from rich.measure import Measurement
+
+    # rich limits a measurement to the console's width, so every table would seem to fit. Measured
+    # without a limit, the width is the one that the table needs.
+    unbounded = out.options.update(max_width=UNBOUNDED_WIDTH)
+    for count in range(most, 1, -1):
+        table = build(count)
+        if Measurement.get(out, unbounded, table).maximum <= out.width:
+            return table, count
+    return build(1), 1
 
 
 def print_rows(rows: Sequence[Mapping[str, object]], *, as_json: bool = False) -> int:

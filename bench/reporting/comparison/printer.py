@@ -23,8 +23,7 @@ from bench.reporting.record_numbers import (
     metric_scale,
     model_text,
 )
-from bench.reporting.terminal_tables import terminal_table, widest_fitting
-from bench.ui import console
+from bench.ui import console, terminal_table, widest_fitting
 
 COLUMNS = ("difference [95 %]", "gained / lost", "p (Holm)", "detectable", "retained %")
 MAX_PROMPT_CHARS = 700

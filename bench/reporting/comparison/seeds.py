@@ -24,8 +24,7 @@ from bench.reporting.record_numbers import (
     setting_names,
 )
 from bench.reporting.statistics import holm, sign_flip_p
-from bench.reporting.terminal_tables import terminal_table
-from bench.ui import console
+from bench.ui import console, terminal_table
 
 
 @dataclass(frozen=True)

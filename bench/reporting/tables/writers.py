@@ -17,8 +17,7 @@ from rich.table import Table as RichTable
 from bench.records.files import write_bytes
 from bench.reporting.tables import cell_text
 from bench.reporting.tables.table import ColumnHead, Table, TableCell, TableLine
-from bench.reporting.terminal_tables import terminal_table, widest_fitting
-from bench.ui import console
+from bench.ui import console, terminal_table, widest_fitting
 
 RECORD_LINK = "../runs/{run}/record.json"
 """Target of a cell's link, relative to `results/tables`."""

@@ -19,7 +19,8 @@ from methods.moe.quantizer import grid
 from methods.moe.quantizer.bit_budget import choose_bits_of_directions
 from methods.moe.quantizer.observers import BlockHessians
 from methods.quantization import spectral
-from methods.quantization.spectral import BitsMoeStyle, SpectralExperts
+from methods.quantization.spectral import BitsMoeStyle
+from methods.quantization.spectral_experts import SpectralExperts
 from tests.methods.method_application import applied
 from tests.models.test_saving import model_of
 from tests.models.tiny_networks import build, llama, tokens
