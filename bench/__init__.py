@@ -11,11 +11,12 @@ Everything is imported on first use: torch, pandas and Hydra are slow to import.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,7 +37,27 @@ _LAZY_CLASSES = {
     "Session": "bench.runner.session",
 }
 
+_Given = ParamSpec("_Given")
+_Returned = TypeVar("_Returned")
 
+
+def _generators_kept(function: Callable[_Given, _Returned]) -> Callable[_Given, _Returned]:
+    """Let a function of the API leave the global random generators of the process as they were.
+
+    Libraries draw from them: rich does when it is first imported.
+    """
+
+    @functools.wraps(function)
+    def call(*given: _Given.args, **named: _Given.kwargs) -> _Returned:
+        from bench.device.devices import generators_restored
+
+        with generators_restored():
+            return function(*given, **named)
+
+    return call
+
+
+@_generators_kept
 def run(
     overrides: str | Sequence[str] = (),
     *,
@@ -71,6 +92,7 @@ def run(
         return Runs(launch(given, own).records)
 
 
+@_generators_kept
 def estimate(
     overrides: str | Sequence[str] = (),
     *,
@@ -98,6 +120,7 @@ def estimate(
         return estimate_runs(given, board, session)
 
 
+@_generators_kept
 def compare(
     runs: Sequence[str | Record],
     baseline: str | Record | None = None,
@@ -119,6 +142,7 @@ def compare(
     return compare_runs(names, against, _results_folder(named, results_dir))[0]
 
 
+@_generators_kept
 def plot(
     kind: str,
     runs: Sequence[str | Record] = (),

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import random
 import signal
 import sys
 import threading
@@ -9,13 +10,17 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
+import bench
 from bench.cli.main import main
 from bench.config.composition import compose_run_config
 from bench.data import hub
 from bench.device.devices import seed_everything
 from bench.errors import UserError
+from bench.records import Store
 from bench.runner.execute import execute
 from bench.runner.launch import launch
 from bench.runner.session import Session, host_process_restored
@@ -43,6 +48,11 @@ def ctrl_c():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+def generators():
+    numbers = np.random.get_state(legacy=False)["state"]
+    return random.getstate(), numbers["key"].tobytes(), numbers["pos"], bytes(torch.get_rng_state())
 
 
 def state():
@@ -111,6 +121,29 @@ def test_a_command_leaves_the_process_as_it_was(arguments, capsys):
     finally:
         signal.signal(signal.SIGUSR1, previous)
         gc.set_threshold(*threshold)
+
+
+@pytest.mark.parametrize(("call", "inside"), [
+    (lambda: bench.run(method="dense"), "bench.runner.launch.launch"),
+    (lambda: bench.estimate(method="dense"), "bench.runner.estimate.estimate_runs"),
+    (lambda: bench.compare(["a", "b"]), "bench.reporting.comparison.named_runs.compare_runs"),
+    (lambda: bench.plot("front"), "bench.reporting.plots.figures.prepare_figure"),
+    (bench.records.load, "bench.records.index.index_table"),
+    (lambda: bench.records.samples("a"), "bench.records.index.samples_table"),
+])  # fmt: skip
+def test_no_call_of_the_api_moves_the_generators_of_the_process(monkeypatch, call, inside):
+    """A library that is imported in it may draw, as rich does."""
+
+    def draw(*given):
+        seed_everything(random.randrange(2**32))
+        raise UserError("drawn")
+
+    monkeypatch.setattr(inside, draw)
+    monkeypatch.setattr(Store, "get", lambda store, run: SimpleNamespace(id=run))
+    before = generators()
+    with pytest.raises(UserError, match="drawn"):
+        call()
+    assert generators() == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
