@@ -300,14 +300,24 @@ def _report_unexpected(error: BaseException) -> int:
         cause = f"{error.filename or 'the disk'}: {error.strerror}; free some space"
         fail(f"{cause} and run the same command to resume")
         return EXIT_INTERRUPTED
-    # An invalid path in some option.
-    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-        fail(f"{str(error.filename)[:60]}...: {error.strerror}")
+    if isinstance(error, OSError) and error.filename and error.errno in _PATH_ERRNOS:
+        fail(f"{_shortened(str(error.filename))}: {error.strerror}")
         return EXIT_WRONG_INPUT
     fail(f"failed: {_save_traceback(error)}")
     if isinstance(error, MemoryError):
         fail("use less memory: a lower benchmark.batch_size, or a smaller model or calibration")
     return EXIT_FAILED
+
+
+_PATH_ERRNOS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM)
+"""Error numbers of an invalid path in some option, or of one that this user may not use."""
+
+
+def _shortened(path: str) -> str:
+    return path if len(path) <= _MAX_PATH else f"{path[:60]}..."
+
+
+_MAX_PATH = 200
 
 
 def _is_output_closed() -> bool:

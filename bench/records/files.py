@@ -72,6 +72,22 @@ def _require_regular(path: Path, mode: int) -> None:
         raise ValueError(f"{path.name} is {_KINDS.get(stat.S_IFMT(mode), 'no regular file')}")
 
 
+def folder_entries(folder: Path) -> list[Path]:
+    """Return the sorted entries of a folder of results; none if it does not exist.
+
+    Raises:
+        UserError: it cannot be listed, for example because it is a link to a disk that is not
+            mounted. Its files would otherwise look deleted.
+    """
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and not folder.is_symlink():
+            return []
+        reason = error.strerror or str(error)
+    raise UserError(f"{folder}: cannot be read as a folder ({reason})")
+
+
 def read_json(path: Path) -> object:
     """Return the content of a JSON file; raises as `read_regular_file` and `parse_json` do."""
     return parse_json(read_regular_file(path))

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.errors import UserError
-from bench.records.files import SAMPLE_COLUMNS, read_table
+from bench.records.files import SAMPLE_COLUMNS, read_table, reason_of
 from bench.records.record import JsonObject, Record, standing_effects
-from bench.records.store import RECORD, SAMPLES, Store
+from bench.records.store import RECORD, RUN_METADATA, SAMPLES, Store
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -160,14 +160,22 @@ def load(results_dir: str | Path = "results") -> pd.DataFrame:
     that describe the run (`run`, `model`, `label`, `methods`, `effect`, `started`, `sweep`) repeat.
     Unreadable records are left out; `bench ls runs` names them.
     """
-    # The stamp is internal to the index.
-    frame: pd.DataFrame = index_table(Store(Path(results_dir))).drop_columns(["stamp"]).to_pandas()
+    from bench.device.devices import generators_restored
+
+    with generators_restored():
+        # The stamp is internal to the index.
+        table = index_table(Store(Path(results_dir))).drop_columns(["stamp"])
+        frame: pd.DataFrame = table.to_pandas()
     return frame
 
 
 def samples_table(path: Path) -> pa.Table:
     """Return the samples in a file; raises as `read_table` does."""
     table = read_table(path, SAMPLE_COLUMNS)
+    # Files written before the id was stored, or by other programs, have none.
+    run = (table.schema.metadata or {}).get(RUN_METADATA.encode(), b"").decode("utf8", "replace")
+    if run and run != path.parent.name:
+        raise ValueError(f"it holds the samples of run {run[:40]!r}")
     if table.num_rows and not {"task", "doc_id"} <= set(table.column_names):
         raise ValueError("it has no columns `task` and `doc_id`")
     for name in {"task", "doc_id", "choices", "loglikelihoods"} & set(table.column_names):
@@ -185,11 +193,13 @@ def samples(run: str, results_dir: str | Path = "results") -> pd.DataFrame:
     """
     store = Store(Path(results_dir))
     path = store.folder(store.get(run).id) / SAMPLES
+    from bench.device.devices import generators_restored
+
     try:
-        frame: pd.DataFrame = samples_table(path).to_pandas()
+        with generators_restored():
+            frame: pd.DataFrame = samples_table(path).to_pandas()
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"{path} cannot be read: {reason}; repeat the run: bench run ... force=true"
+            f"{path} cannot be read: {reason_of(error)}; repeat the run: bench run ... force=true"
         ) from None
     return frame

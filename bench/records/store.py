@@ -35,7 +35,10 @@ WEIGHTS = "weights"
 RECORD_FILES = (RECORD, SAMPLES, CONFIG, f"{WEIGHTS}/config.json", f"{WEIGHTS}/model.safetensors")
 """All files that are written into the folder of a record."""
 RESPONSES = "responses.journal"
+LOCKS, UNFINISHED = "locks", "unfinished"
 LATEST = "latest"
+RUN_METADATA = "slimbench.run"
+"""Key of a run's id in the metadata of its samples."""
 MARKER = ".slimbench"
 MARKER_TEXT = b"Results of slimbench. `bench gc` cleans up folders that hold this file.\n"
 
@@ -55,6 +58,12 @@ class Store:
             UserError: it cannot be written for a reason other than a full disk.
             OSError: the disk is full.
         """
+        for folder in (self.runs, self.root / LOCKS, self.root / UNFINISHED):
+            if os.path.lexists(folder) and not os.path.isdir(folder):  # noqa: PTH112  # never raises
+                raise UserError(
+                    f"results_dir={self.root}: cannot be written ({folder.name} in it is a file, a "
+                    "link that leads nowhere, or something else): move it away"
+                )
         try:
             # Writes a file, because permission bits do not show read-only mounts or quotas.
             self.runs.mkdir(parents=True, exist_ok=True)
@@ -77,7 +86,7 @@ class Store:
         is repaired after locking. `on_wait` is called before waiting.
         """
         # Outside the run's folder, which is replaced as a whole.
-        with files.file_locked(self.root / "locks" / f"{run_id}.lock", on_wait):
+        with files.file_locked(self.root / LOCKS / f"{run_id}.lock", on_wait):
             files.repair_interrupted_write(self.folder(run_id), RECORD_FILES)
             self._remove_leftovers(run_id)
             yield
@@ -87,7 +96,7 @@ class Store:
 
         If a run has several processes, all but the first use a subfolder of it.
         """
-        folder = self.root / "unfinished" / run_id
+        folder = self.root / UNFINISHED / run_id
         return folder / f"process{process}" if process else folder
 
     def _remove_leftovers(self, run_id: str) -> None:
@@ -170,11 +179,10 @@ class Store:
         raise unknown_name("method of a run", label, {record.family for record in records})
 
     def ids(self) -> list[str]:
-        """Return the ids of all records, sorted."""
-        if not self.runs.is_dir():
-            return []
+        """Return the ids of all records, sorted; raises as `folder_entries` does."""
         # Names with a dot are temporary folders of writes in progress.
-        return sorted(p.name for p in self.runs.iterdir() if not p.name.startswith("."))
+        names = (path.name for path in files.folder_entries(self.runs))
+        return [name for name in names if not name.startswith(".")]
 
     def all(self) -> list[Record]:
         """Return every readable record, oldest first; warn about each of the others."""
@@ -207,7 +215,7 @@ class Store:
 
         def fill(folder: Path) -> None:
             (folder / CONFIG).write_text(config)
-            _write_samples(folder / SAMPLES, samples)
+            _write_samples(folder / SAMPLES, samples, record.id)
             if save_weights is not None:
                 save_weights(folder / WEIGHTS)
             text = serialize_record(record)
@@ -313,12 +321,15 @@ class _RecordFile(Record):
     text_checksum: str | None = None
 
 
-def _write_samples(path: Path, samples: Sequence[JsonObject]) -> None:
-    """Write one row per scored sample; a run without samples gets an empty table."""
+def _write_samples(path: Path, samples: Sequence[JsonObject], run_id: str) -> None:
+    """Write one row per scored sample; a run without samples gets an empty table.
+
+    The id of the run is stored in the file, so that it is not read as that of a different run.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rows = pa.Table.from_pylist(list(samples))
+    rows = pa.Table.from_pylist(list(samples)).replace_schema_metadata({RUN_METADATA: run_id})
     # Given a path, pyarrow would expand `~` and interpret a scheme such as `s3:`.
     with path.open("wb") as file:
         pq.write_table(rows, file, compression="zstd", write_page_checksum=True)

@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bench.data.digests import file_stamp
 from bench.errors import UserError, nearest
-from bench.records.files import read_json, warn_once, write_bytes
+from bench.records.files import folder_entries, read_json, warn_once, write_bytes
 from bench.security import CONFIG_DIR, redact
 
 MAX_FILES = 1_000_000
@@ -144,7 +144,7 @@ def existing_sweep(results_dir: Path, arguments: Sequence[str]) -> SweepPlan | N
 def all_sweeps(results_dir: Path) -> list[SweepPlan]:
     """Return all sweeps of a results folder, oldest first; warn about unreadable ones."""
     plans = []
-    for folder in sorted((results_dir / SWEEPS).glob("*")):
+    for folder in folder_entries(results_dir / SWEEPS):
         # The folder may contain others, for example those of a repository or a file system.
         if folder.name.startswith("."):
             continue

@@ -132,7 +132,11 @@ def _read_job(plan: SweepPlan, store: Store, number: int, overrides: tuple[str, 
 def _finished_job(store: Store, note: StatusDict, known: StatusDict) -> SweepJob:
     # A job is done only while its record exists; if it is deleted, `resume` runs the job again.
     run = str(note.get("run"))
-    if (store.folder(run) / "record.json").is_file():
+    try:
+        recorded = (store.folder(run) / "record.json").is_file()
+    except OSError:  # It exists, but may not be read.
+        recorded = True
+    if recorded:
         return SweepJob(**known, state="done", run=run)
     reason = f"its record {run} no longer exists"
     return SweepJob(**known, state="waiting", reason=reason, recorded_before=True)

@@ -3,6 +3,7 @@
 Nothing is loaded and nothing is written; `test_wrong_input.py` has input that does not fit.
 """
 
+import errno
 import shlex
 
 import pytest
@@ -169,6 +170,18 @@ def test_a_results_folder_that_is_not_there(refused, tmp_path, command):
 ])  # fmt: skip
 def test_a_path_that_no_system_takes(refused, command):
     assert "ile name too long" in refused(*command)
+
+
+def test_a_folder_that_this_user_may_not_list(refused, tmp_path, monkeypatch):
+    """Raised by hand, because the permissions of files do not bind root."""
+
+    def forbidden(folder):
+        raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+
+    monkeypatch.setattr(Store, "ids", lambda store: forbidden(store.runs))
+    assert f"{tmp_path}/runs: Permission denied" in refused(
+        "show", "a", "--results-dir", str(tmp_path)
+    )
 
 
 @pytest.mark.parametrize("flags", [["--cfg", "jobb"], ["--cfg"], ["-c"]])

@@ -23,6 +23,7 @@ from bench.records import load as load_frame
 from bench.records import samples as load_samples
 from bench.records.files import write_bytes, write_folder
 from bench.records.json_values import parse_json
+from bench.sweeps.plan import all_sweeps
 
 
 def make(identifier="a" * 12, ratio=None, value=0.5):
@@ -322,3 +323,35 @@ def test_a_folder_name_means_nothing_to_the_libraries_that_write(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     Store(Path(name)).write(make(), [], "")
     assert (tmp_path / name / "runs" / make().id / "samples.parquet").is_file()
+
+
+def test_samples_of_a_different_run_are_refused(tmp_path):
+    """A file copied between folders would otherwise give wrong intervals without a word."""
+    store = Store(tmp_path)
+    for name in "ab":
+        store.write(make(name * 12), [{"task": "arc_easy", "doc_id": 0, "acc": 1.0}], "")
+    other = (store.folder("b" * 12) / "samples.parquet").read_bytes()
+    (store.folder("a" * 12) / "samples.parquet").write_bytes(other)
+    with pytest.raises(UserError, match="it holds the samples of run 'bbbbbbbbbbbb'"):
+        load_samples("aaa", tmp_path)
+    assert len(load_samples("bbb", tmp_path)) == 1
+
+
+@pytest.mark.parametrize("kind", ["a file", "a dangling link", "an endless link"])
+@pytest.mark.parametrize("place", ["runs", "sweeps"])
+def test_a_folder_that_cannot_be_listed_does_not_look_empty(tmp_path, place, kind):
+    """As that of a disk that is not mounted: nothing in it was deleted."""
+    folder = tmp_path / place
+    if kind == "a file":
+        folder.touch()
+    else:
+        folder.symlink_to("nowhere" if kind == "a dangling link" else place)
+    with pytest.raises(UserError, match=f"{place}: cannot be read as a folder"):
+        Store(tmp_path).ids() if place == "runs" else all_sweeps(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["runs", "locks", "unfinished"])
+def test_what_stands_in_place_of_a_folder_is_named_before_any_work(tmp_path, place):
+    (tmp_path / place).touch()
+    with pytest.raises(UserError, match=f"cannot be written .{place} in it is a file"):
+        Store(tmp_path).ensure_writable()

@@ -212,6 +212,15 @@ def test_a_folder_exchanged_for_a_link_at_the_last_moment_is_not_entered(results
     assert (tmp_path / "precious" / f"{GONE}.json").is_file()
 
 
+def test_records_that_cannot_be_listed_are_not_gone(results):
+    """As while the disk of a link is not mounted: their sweeps and notes stay."""
+    root, _, _ = results
+    (root / "runs").rename(root / "elsewhere")
+    (root / "runs").symlink_to("unmounted")
+    with pytest.raises(UserError, match="runs: cannot be read as a folder"):
+        find_unreferenced(root)
+
+
 @pytest.mark.parametrize("missing", ["marker", "folder"])
 def test_a_folder_that_is_not_ours_is_refused(results, missing):
     root, *_ = results

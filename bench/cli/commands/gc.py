@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from bench.errors import EXIT_DONE, UserError
 from bench.records import Store
-from bench.records.files import RANDOM_END, foreign_entries, reason_of
+from bench.records.files import RANDOM_END, folder_entries, foreign_entries, reason_of
 from bench.records.store import MARKER, RECORD, RECORD_FILES
 from bench.sweeps import sweep_jobs
 from bench.sweeps.plan import SWEEPS, load_plan
@@ -73,7 +73,7 @@ def find_unreferenced(results_dir: Path) -> Findings:
     """Return the entries of a results folder that are not needed.
 
     Raises:
-        UserError: the folder does not exist, or was not written by slimbench.
+        UserError: the folder does not exist, was not written by slimbench, or cannot be listed.
     """
     if not results_dir.is_dir():
         raise UserError(f"--results-dir={results_dir}: no such folder")
@@ -82,6 +82,8 @@ def find_unreferenced(results_dir: Path) -> Findings:
             f"--results-dir={results_dir} has no file {MARKER}, which `bench run` writes into "
             "every results folder: nothing in it is removed"
         )
+    # What refers to a record is removed if the record is gone, not if it cannot be listed.
+    Store(results_dir).ids()
     removable: list[Entry] = []
     kept: list[Entry] = []
     for name in _FOLDERS:
@@ -89,7 +91,7 @@ def find_unreferenced(results_dir: Path) -> Findings:
         if folder.is_symlink():
             kept.append(Entry(name, "a link, and what it leads to may be anything"))
             continue
-        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        for path in folder_entries(folder):
             # The parts of a sweep come after the sweep, and are removed with it.
             whole = False
             for place in _places(path, name):
