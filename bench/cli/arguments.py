@@ -1,4 +1,4 @@
-"""Arguments of commands: options among overrides, and types whose errors say what is allowed."""
+"""Arguments of commands: types whose errors say what is allowed, and the results folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.errors import UserError, refuse_unclear_folder
+from bench.errors import refuse_unclear_folder
 
 RESULTS_DIR_FLAG = "--results-dir"
 
@@ -23,24 +23,6 @@ def results_dir_as_override(words: Sequence[str]) -> list[str]:
         given = value if equals else next(rest, "")
         found.append(f"results_dir={given}")
     return found
-
-
-def split_option(arguments: Sequence[str], name: str) -> tuple[str | None, list[str]]:
-    """Return the value of `NAME VALUE` or `NAME=VALUE`, None without it, and the other arguments.
-
-    Raises:
-        UserError: the option is given twice.
-    """
-    places = [place for place, word in enumerate(arguments) if word.partition("=")[0] == name]
-    if not places:
-        return None, list(arguments)
-    if len(places) > 1:
-        raise UserError(f"{name} is given twice: give it once")
-    (place,) = places
-    _, equals, given = arguments[place].partition("=")
-    end = place + (1 if equals else 2)
-    value = given if equals else " ".join(arguments[place + 1 : end])
-    return value, [*arguments[:place], *arguments[end:]]
 
 
 def folder(text: str) -> Path:

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.cli.arguments import split_option
-from bench.cli.commands.run import print_problems
+from bench.cli.commands.run import print_problems, split_option
 from bench.config.composition import compose_run_config
 from bench.config.overrides import Overrides, quoted_text, text_of
 from bench.data import hub
