@@ -17,6 +17,8 @@ import logging
 import os
 import re
 import sys
+import sysconfig
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
@@ -233,7 +235,26 @@ def task_fault(error: Exception | SystemExit) -> str:
     # The message of `os.environ["HF_HOME"]` is only the name.
     if isinstance(name, str) and name.isupper() and name not in os.environ:
         return f"it needs the environment variable {name}"
-    return error_sentence(error)
+    line = _own_code_line(error)
+    return error_sentence(error) + (f" ({line})" if line else "")
+
+
+def _own_code_line(error: BaseException) -> str | None:
+    """Return `FILE:LINE` of the innermost frame in a file that belongs to no installed package.
+
+    Harnesses load the file of a `!function` by its path and name it as its task file does.
+    """
+    packages = (*map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), str(_PROGRAM))
+    found = None
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        file = frame.f_code.co_filename
+        # Compiled templates have names such as `<template>`.
+        if Path(file).is_absolute() and not file.startswith(packages):
+            found = f"{file}:{line}"
+    return found
+
+
+_PROGRAM = Path(__file__).parents[1]
 
 
 def hub_options(definition: TaskDefinition) -> dict[str, Any]:

@@ -104,6 +104,20 @@ def test_an_included_file_names_code_as_well(with_code):
         planned(with_code, "colour_inner")
 
 
+@pytest.mark.parametrize("place", ["process_docs", "doc_to_text"])
+def test_code_that_raises_is_named_by_file_and_line(folder, place):
+    code = {
+        "process_docs": "def mine(rows):\n    return rows.map(lambda row: {'x': row['nosuch']})\n",
+        "doc_to_text": "def mine(row):\n    return row['nosuch']\n",
+    }[place]
+    (folder / "own.py").write_text(code)
+    (folder / "raising.yaml").write_text(
+        f"include: choice.yaml\ntask: colour_raising\n{place}: !function own.mine\n"
+    )
+    with pytest.raises(UserError, match=r"KeyError: 'nosuch'.*/own\.py:2\)"):
+        planned(folder, "colour_raising", trust_code=True)
+
+
 @pytest.mark.parametrize("template", [
     "{{ cycler.__init__.__globals__.os.system('touch ran') }}",
     "{{ ''.__class__.__mro__ }}",
