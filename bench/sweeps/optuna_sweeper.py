@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -51,7 +51,8 @@ class OptunaSweeper(LaunchingSweeper):
         study: name; its journal is `results_dir/studies/NAME.log`; an existing study is resumed.
         trials: number of finished trials, pruned ones included.
         parallel: number of trials that are proposed and launched at once.
-        seed: seed of Optuna's TPE sampler; the number of earlier trials is added to it.
+        seed: seed of Optuna's TPE sampler; the number of earlier trials is added to it. None, as
+            in Optuna, draws a different one each time.
         objectives: such as `maximize average` or `minimize flops`: a task or a cost quantity.
         space: range per key in Hydra's sweep syntax: `interval(0.1,0.7)`, `range(2,9)`,
             `choice(a,b)`; `tag(log,interval(...))` samples logarithmically.
@@ -60,11 +61,13 @@ class OptunaSweeper(LaunchingSweeper):
     """
 
     def __init__(
-        self, study: str, trials: int, parallel: int, seed: int, objectives: list[str],
+        self, study: str, trials: int, parallel: int, seed: int | None, objectives: list[str],
         space: dict[str, str], early_tasks: list[str], early_margin: float,
     ) -> None:  # fmt: skip
         whole_numbers = {"trials": (trials, 1), "parallel": (parallel, 1), "seed": (seed, 0)}
         for key, (number, least) in whole_numbers.items():
+            if key == "seed" and number is None:
+                continue
             if not isinstance(number, int) or isinstance(number, bool) or number < least:
                 raise UserError(
                     f"hydra.sweeper.{key}={number}: a whole number from {least} on is needed"
@@ -72,6 +75,13 @@ class OptunaSweeper(LaunchingSweeper):
         # The name becomes that of a file, which must be in the folder of studies.
         if not isinstance(study, str) or not study or "/" in study or study.startswith("."):
             raise UserError(f"hydra.sweeper.study={study!r}: a name without slashes is needed")
+        if not isinstance(early_margin, int | float) or not 0 <= early_margin < math.inf:
+            # With NaN, no trial would ever be stopped.
+            raise UserError(f"hydra.sweeper.early_margin={early_margin}: 0 or more is needed")
+        if not isinstance(early_tasks, Sequence) or isinstance(early_tasks, str):
+            raise UserError(f"hydra.sweeper.early_tasks={early_tasks}: a list is needed, or []")
+        if not isinstance(space, Mapping):
+            raise UserError(f"hydra.sweeper.space={space}: ranges by key are needed, or {{}}")
         self.name, self.trials, self.parallel, self.seed = study, trials, parallel, seed
         self.objectives = _directions(objectives or [])
         self.space, self.early_tasks, self.early_margin = (
@@ -123,7 +133,8 @@ class OptunaSweeper(LaunchingSweeper):
         )
         # Samplers are not stored. With only the seed, a resumed study would draw the values of its
         # first trials again.
-        study.sampler = optuna.samplers.TPESampler(seed=self.seed + len(study.trials))
+        seed = None if self.seed is None else self.seed + len(study.trials)
+        study.sampler = optuna.samplers.TPESampler(seed=seed)
         # Optuna stores only the directions, so values of different quantities would be mixed.
         if study.user_attrs.get("objectives", self.objectives) != self.objectives:
             raise UserError(
@@ -242,6 +253,8 @@ def _directions(objectives: list[str]) -> dict[str, str]:
             raise UserError(
                 f"hydra.sweeper.objectives={text!r}: allowed: `maximize NAME`, `minimize NAME`"
             )
+        if name.strip() in found:
+            raise UserError(f"hydra.sweeper.objectives names {name.strip()} twice: give it once")
         found[name.strip()] = direction
     if not found:
         raise UserError(

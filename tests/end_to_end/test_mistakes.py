@@ -137,6 +137,12 @@ def test_a_sweep_of_too_many_jobs(refused):
 @pytest.mark.parametrize(("asked", "said"), [
     ("hydra.sweeper.trials=0", "a whole number from 1 on"),
     ("hydra.sweeper.parallel=many", "a whole number from 1 on"),
+    ("hydra.sweeper.early_margin=nan", "0 or more is needed"),
+    ("hydra.sweeper.early_margin=two", "0 or more is needed"),
+    ("hydra.sweeper.early_tasks=piqa", "a list is needed"),
+    ("hydra.sweeper.early_tasks=null", "a list is needed"),
+    ("hydra.sweeper.space=null", "ranges by key are needed"),
+    ("hydra.sweeper.objectives=[minimize flops,maximize flops]", "names flops twice"),
     ("hydra.sweeper.objectives=[]", "is empty"),
     ("hydra.sweeper.objectives=[maximize foo]", "'foo' is neither a metric"),
     ("hydra.sweeper.objectives=[minimize flop]", "did you mean 'flops'?"),

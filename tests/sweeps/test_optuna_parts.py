@@ -117,3 +117,14 @@ def test_values_of_a_range_are_decimals():
     assert ratios == {f"ratio=0.{digit}" for digit in range(1, 10)}
     assert {seed for _, seed, _ in asked} == {f"seed={number}" for number in range(3, 9)}
     assert {bits for _, _, bits in asked} == {"bits=2.5", "bits=3"}
+
+
+def test_without_a_seed_every_search_draws_other_values(tmp_path):
+    """As in Optuna, whose own default is None."""
+    objectives = ["maximize average"]
+    drawn = []
+    for name in "ab":
+        search = OptunaSweeper(name, 3, 1, None, objectives, {}, [], 2.0)
+        study = search._study(tmp_path / f"{name}.log", [])
+        drawn.append(study.ask({"ratio": FloatDistribution(0, 1)}).params["ratio"])
+    assert drawn[0] != drawn[1]
