@@ -62,7 +62,7 @@ class OptunaSweeper(LaunchingSweeper):
 
     def __init__(
         self, study: str, trials: int, parallel: int, seed: int | None, objectives: list[str],
-        space: dict[str, str], early_tasks: list[str], early_margin: float,
+        space: dict[str, str], early_tasks: Sequence[str], early_margin: float,
     ) -> None:  # fmt: skip
         whole_numbers = {"trials": (trials, 1), "parallel": (parallel, 1), "seed": (seed, 0)}
         for key, (number, least) in whole_numbers.items():
@@ -78,7 +78,7 @@ class OptunaSweeper(LaunchingSweeper):
         if not isinstance(early_margin, int | float) or not 0 <= early_margin < math.inf:
             # With NaN, no trial would ever be stopped.
             raise UserError(f"hydra.sweeper.early_margin={early_margin}: 0 or more is needed")
-        if not isinstance(early_tasks, Sequence) or isinstance(early_tasks, str):
+        if isinstance(early_tasks, str) or not isinstance(early_tasks, Sequence):
             raise UserError(f"hydra.sweeper.early_tasks={early_tasks}: a list is needed, or []")
         if not isinstance(space, Mapping):
             raise UserError(f"hydra.sweeper.space={space}: ranges by key are needed, or {{}}")
