@@ -190,6 +190,11 @@ def _definition(leaf: Leaf, outline: Outline, benchmark: BenchmarkConfig) -> Tas
     else:
         definition = task_definitions.read_definition(leaf, trust_code=benchmark.trust_code)
     chain, own = outline.chain(leaf.task_name), definition.get("num_fewshot")
+    if own is not None and (type(own) is not int or own < 0):
+        raise UserError(
+            f"task {leaf.task_name!r}: num_fewshot={own!r} in its file: a whole number from 0 on "
+            "is needed"
+        )
     requested = task_definitions.requested_shots(benchmark, chain, own)
     shots = task_definitions.num_shots(own, requested)
     # A Python class has its own settings.

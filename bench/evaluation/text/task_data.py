@@ -211,6 +211,9 @@ class NamedFiles:
             )
         except Exception as error:  # Each format has its own reader.
             reason = error_sentence(error.__cause__ or error)
+            empty = [file.name for file in self.files if not file.stat().st_size]
+            if empty:
+                reason = f"{empty[0]} is empty"
             raise UserError(
                 f"task {self.task}: its data {self.location} cannot be read: {reason}"
             ) from error

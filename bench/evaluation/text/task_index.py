@@ -194,7 +194,7 @@ def index_of(include: tuple[str, ...]) -> NameIndex:
     """Return the index with the tasks of a user's own folders.
 
     Raises:
-        UserError: a folder does not exist or has no task file.
+        UserError: a folder does not exist, has no task file, or has two with the same task.
     """
     folders = []
     for given in include:
@@ -205,19 +205,27 @@ def index_of(include: tuple[str, ...]) -> NameIndex:
         files = sorted(folder.rglob("*.yaml"))
         if not files:
             raise UserError(f"{key}: no task file NAME.yaml is in this folder")
+        named: dict[str, Path] = {}
         for file in files:
-            _refuse_unreadable(file, key)
+            name = _readable(file, key).get("task")
+            # lm-eval would use one of them, without a word.
+            if isinstance(name, str) and named.setdefault(name, file) != file:
+                raise UserError(
+                    f"{key}: {named[name].name} and {file.name} both define the task {name!r}: "
+                    "rename one of them"
+                )
         folders.append(folder.resolve())
     return NameIndex(TaskIndex.build(folders))
 
 
-def _refuse_unreadable(file: Path, key: str) -> None:
-    """Raise for a file that lm-eval would silently ignore."""
+def _readable(file: Path, key: str) -> TaskDefinition:
+    """Return the content of a task file; raise for one that lm-eval would silently ignore."""
     try:
-        load_yaml(file, resolve_func=False)
+        content: TaskDefinition = load_yaml(file, resolve_func=False)
     except (OSError, ValueError, YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{key}: {file.name} cannot be read as a task file: {reason}") from error
+    return content
 
 
 @dataclass(frozen=True)
@@ -279,12 +287,18 @@ def outlines(name: str, index: NameIndex) -> list[Outline]:
     """Return the content of a name: a task, a group with its tasks, or each task of a tag.
 
     Raises:
-        UserError: no task, group or tag has this name.
+        UserError: no task, group or tag has this name, or a group contains itself.
     """
     entry = index.find(name)
     if entry is None:
         raise unknown_task(name, index)
-    built = _OutlineFactory().build(entry, registry=index)
+    try:
+        built = _OutlineFactory().build(entry, registry=index)
+    except RecursionError:
+        raise UserError(
+            f"the group {name!r} contains itself, directly or through its groups: list only tasks "
+            "and other groups in it"
+        ) from None
     if isinstance(built, list):
         return [Outline(leaf.task_name, (leaf,), {}) for leaf in built]
     if isinstance(built, Leaf):

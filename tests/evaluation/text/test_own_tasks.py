@@ -118,6 +118,37 @@ def test_code_that_raises_is_named_by_file_and_line(folder, place):
         planned(folder, "colour_raising", trust_code=True)
 
 
+@pytest.mark.parametrize("content", ["task: [colour_own]", "task: [colour_inner]"])
+def test_a_group_that_contains_itself_is_refused(folder, content):
+    (folder / "own.yaml").write_text(f"group: colour_own\n{content}\n")
+    (folder / "inner.yaml").write_text("group: colour_inner\ntask: [colour_own]\n")
+    with pytest.raises(UserError, match="the group 'colour_own' contains itself"):
+        planned(folder, "colour_own")
+
+
+@pytest.mark.parametrize("shots", ["-3", "many", "1.5", "true"])
+def test_a_number_of_shots_in_a_file_that_is_none_is_refused(folder, shots):
+    (folder / "own.yaml").write_text(
+        f"include: choice.yaml\ntask: colour_own\nnum_fewshot: {shots}\n"
+    )
+    with pytest.raises(UserError, match=r"task 'colour_own': num_fewshot=.*from 0 on is needed"):
+        planned(folder, "colour_own")
+
+
+def test_an_empty_file_of_rows_is_named(folder):
+    (folder / "choice.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"cannot be read: choice\.jsonl is empty"):
+        planned(folder, "colour_choice")
+
+
+def test_two_files_with_one_task_are_refused(folder):
+    """lm-eval would use one of them without a word."""
+    for name in ("one.yaml", "two.yaml"):
+        (folder / name).write_text("include: choice.yaml\ntask: colour_own\n")
+    with pytest.raises(UserError, match=r"one.yaml and two.yaml both define .* 'colour_own'"):
+        planned(folder, "colour_choice")
+
+
 @pytest.mark.parametrize("template", [
     "{{ cycler.__init__.__globals__.os.system('touch ran') }}",
     "{{ ''.__class__.__mro__ }}",
