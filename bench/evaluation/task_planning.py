@@ -244,7 +244,8 @@ def _own_code_line(error: BaseException) -> str | None:
 
     Harnesses load the file of a `!function` by its path and name it as its task file does.
     """
-    packages = (*map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), str(_PROGRAM))
+    installed = (*map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), str(_PROGRAM))
+    packages = tuple(f"{folder}{os.sep}" for folder in installed)
     found = None
     for frame, line in traceback.walk_tb(error.__traceback__):
         file = frame.f_code.co_filename
