@@ -391,13 +391,20 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def disk_errors_as_stopped(results_dir: Path) -> Iterator[None]:
-    """Convert out-of-space errors into `Stopped`, so that a later run can resume."""
+    """Convert errors of a disk that accepts no more data into `Stopped`, so that a run can resume.
+
+    A folder of results whose permissions are taken away meanwhile is such a disk.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno not in UNWRITABLE_ERRNOS:
+        forbidden = isinstance(error, PermissionError) and Path(
+            os.path.abspath(str(error.filename))  # noqa: PTH100  # a link need not be followed
+        ).is_relative_to(results_dir.absolute())
+        if error.errno not in UNWRITABLE_ERRNOS and not forbidden:
             raise
+        cure = "allow writing to it" if forbidden else "free some space"
         raise Stopped(
-            f"results_dir={results_dir}: {error.strerror}; "
-            "free some space and run the same command to resume"
+            f"results_dir={results_dir}: {error.strerror}; {cure} and run the same command "
+            "to resume"
         ) from error

@@ -1,5 +1,6 @@
 """Records are whole or absent, found by id, and one bad file never hides the others."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.errors import UserError
+from bench.errors import Stopped, UserError
 from bench.records import (
     AppliedMethod,
     Cost,
@@ -21,7 +22,7 @@ from bench.records import (
 )
 from bench.records import load as load_frame
 from bench.records import samples as load_samples
-from bench.records.files import write_bytes, write_folder
+from bench.records.files import disk_errors_as_stopped, write_bytes, write_folder
 from bench.records.json_values import parse_json
 from bench.sweeps.plan import all_sweeps
 
@@ -355,3 +356,11 @@ def test_what_stands_in_place_of_a_folder_is_named_before_any_work(tmp_path, pla
     (tmp_path / place).touch()
     with pytest.raises(UserError, match=f"cannot be written .{place} in it is a file"):
         Store(tmp_path).ensure_writable()
+
+
+@pytest.mark.parametrize(("inside", "raised"), [(True, Stopped), (False, PermissionError)])
+def test_permissions_taken_away_meanwhile_stop_the_run(tmp_path, inside, raised):
+    """Raised by hand, because the permissions of files do not bind root."""
+    place = tmp_path / "results" / "runs" if inside else tmp_path / "weights"
+    with pytest.raises(raised), disk_errors_as_stopped(tmp_path / "results"):
+        raise PermissionError(errno.EACCES, "Permission denied", str(place))

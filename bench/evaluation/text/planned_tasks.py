@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -253,12 +253,37 @@ def _build_one(
     if local:
         task = _construct_local(fitted, f"benchmark.data.{name}={local}")
     else:
+        if benchmark.suite != "micro":
+            _refuse_absent_examples(name, definition, data)
         with task_code_errors("lm-eval", name):
             task = _construct(fitted)
+        _refuse_unknown_aggregation(name, task)
     # Embedded data have labels, and files of known tasks were checked when they were read.
     if benchmark.suite != "micro" and not (name in LABELS and local):
         unlabelled = _unlabelled_documents(name, task, benchmark)
     return {"task": task, "source": source, "unlabelled": unlabelled}
+
+
+def _refuse_absent_examples(name: str, definition: TaskDefinition, data: Splits) -> None:
+    """Raise if the split of a task's few-shot examples does not exist."""
+    # Otherwise they would come from the scored split, as with local files that have no other.
+    split = definition.get("fewshot_split")
+    if definition["num_fewshot"] and split is not None and split not in data:
+        raise UserError(
+            f"task {name!r}: its data have no fewshot_split={split}, only {', '.join(data)}: "
+            f"change it, or set benchmark.num_fewshot.{name}=0"
+        )
+
+
+def _refuse_unknown_aggregation(name: str, task: TextTask) -> None:
+    """Raise if lm-eval does not know how to aggregate a metric, which it says only when scoring."""
+    aggregations: Mapping[str, object] = getattr(task, "aggregation", dict)()
+    for metric, function in aggregations.items():
+        if not callable(function):
+            raise UserError(
+                f"task {name!r}: the aggregation of its metric {metric!r} does not exist: name one "
+                "of lm-eval, such as mean"
+            )
 
 
 def _with_documents(definition: TaskDefinition, data: Splits) -> TaskDefinition:

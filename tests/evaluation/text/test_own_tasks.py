@@ -135,6 +135,25 @@ def test_a_number_of_shots_in_a_file_that_is_none_is_refused(folder, shots):
         planned(folder, "colour_own")
 
 
+def test_examples_of_a_split_that_is_not_there_are_refused(folder):
+    """They would come from the scored split, and the record would say nothing."""
+    (folder / "own.yaml").write_text(
+        "include: choice.yaml\ntask: colour_own\nfewshot_split: nosuch\n"
+    )
+    with pytest.raises(UserError, match="'colour_own': its data have no fewshot_split=nosuch"):
+        planned(folder, "colour_own", num_fewshot=2)
+    planned(folder, "colour_own", num_fewshot=0)
+
+
+def test_an_aggregation_that_does_not_exist_is_refused_before_scoring(folder):
+    (folder / "own.yaml").write_text(
+        "include: choice.yaml\ntask: colour_own\n"
+        "metric_list:\n  - metric: acc\n    aggregation: nosuch\n"
+    )
+    with pytest.raises(UserError, match="the aggregation of its metric 'acc' does not exist"):
+        planned(folder, "colour_own")
+
+
 def test_an_empty_file_of_rows_is_named(folder):
     (folder / "choice.jsonl").write_text("")
     with pytest.raises(UserError, match=r"cannot be read: choice\.jsonl is empty"):
