@@ -387,7 +387,7 @@ def _planned_task(
         # Set on the built task, because Python classes have their own settings.
         own = task.get_config("num_fewshot")
         requested = task_definitions.requested_shots(benchmark, outline.chain(leaf), own)
-        task.set_config("num_fewshot", task_definitions.num_shots(own, requested))
+        task_definitions.set_shots(leaf, task, task_definitions.num_shots(own, requested))
         if benchmark.gen_kwargs and task.OUTPUT_TYPE == "generate_until":
             task.set_config("generation_kwargs", dict(benchmark.gen_kwargs), update=True)
     definitions = _definitions(tasks, groups)

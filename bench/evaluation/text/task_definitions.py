@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import yaml  # type: ignore[import-untyped]
 from lm_eval.api import metrics  # noqa: F401 (fills the registry)
 from lm_eval.api.registry import metric_registry
+from lm_eval.api.samplers import ContextSampler
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from bench.data.hub import unreachable_error
@@ -23,6 +24,8 @@ from bench.evaluation.task_planning import (
 from bench.evaluation.text.task_index import FILES
 
 if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+
     from bench.evaluation.text.task_index import Leaf
     from bench.schema import BenchmarkConfig
 
@@ -111,6 +114,27 @@ def num_shots(own: int | None, requested: int | None) -> int:
     """Return a task's number of shots by the harness's rule."""
     # A task that declares 0 shots keeps them, as in lm-eval, because its prompt is for zero shots.
     return int(own or 0) if own == 0 or requested is None else requested
+
+
+def set_shots(name: str, task: Task, shots: int) -> None:
+    """Set a task's number of few-shot examples.
+
+    Raises:
+        UserError: its data have fewer examples.
+    """
+    # Task classes of Python may draw their examples in another way.
+    sampler = getattr(task, "sampler", None)
+    if shots and isinstance(sampler, ContextSampler):
+        indices = sampler.fewshot_indices
+        available = len(indices) if indices else len(sampler.df)
+        # lm-eval leaves the scored document out of its own examples.
+        shared = task.fewshot_cfg.split == task.config.test_split
+        if shots > available - shared:
+            raise UserError(
+                f"task {name!r}: num_fewshot={shots}, but its data have {available - shared} "
+                f"examples for a question: set benchmark.num_fewshot.{name} to at most that"
+            )
+    task.set_config("num_fewshot", shots)
 
 
 def requested_shots(benchmark: BenchmarkConfig, chain: list[str], own: int | None) -> int | None:

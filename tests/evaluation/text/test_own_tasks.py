@@ -145,6 +145,19 @@ def test_examples_of_a_split_that_is_not_there_are_refused(folder):
     planned(folder, "colour_own", num_fewshot=0)
 
 
+@pytest.mark.parametrize("sampler", ["first_n", "default"])
+@pytest.mark.parametrize(("split", "most"), [("train", 10), ("test", 6)])
+def test_more_examples_than_there_are_are_refused(folder, sampler, split, most):
+    """A question is never its own example, so its split has one less for it."""
+    (folder / "own.yaml").write_text(
+        "include: choice.yaml\ntask: colour_own\n"
+        f"fewshot_split: {split}\nfewshot_config: {{sampler: {sampler}}}\n"
+    )
+    with pytest.raises(UserError, match=f"num_fewshot={most + 1}, but its data have {most} exam"):
+        planned(folder, "colour_own", num_fewshot=most + 1)
+    assert planned(folder, "colour_own", num_fewshot=most)
+
+
 def test_an_aggregation_that_does_not_exist_is_refused_before_scoring(folder):
     (folder / "own.yaml").write_text(
         "include: choice.yaml\ntask: colour_own\n"
