@@ -24,8 +24,8 @@ def test_the_model_is_loaded_once_and_freed_at_the_end(tmp_path, monkeypatch):
     given = []
     acquire = BaseModelCache.acquire
 
-    def watched(self, source, will_change):
-        model = acquire(self, source, will_change)
+    def watched(self, source, *, will_change):
+        model = acquire(self, source, will_change=will_change)
         given.append(weakref.ref(model.network))
         return model
 
