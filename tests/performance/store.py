@@ -80,7 +80,7 @@ def _record(number: int) -> Record:
     )
     return Record(
         id=f"{number:012x}", started=f"2026-01-01T{number:08d}", finished="2026-01-02",
-        group="sweep", command="bench run", environment={},
+        sweep="sweep", command="bench run", environment={},
         config={"benchmark": {"name": "camera_micro"}},
         model=DenseModel(
             name="micro_moe", source="embedded:micro_moe", revision=None, fingerprint="f" * 64,
