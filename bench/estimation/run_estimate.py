@@ -16,6 +16,7 @@ from bench.estimation.hardware import HERE, HardwareConfig
 from bench.estimation.phases import Phase, Prompt, Subject, phases_of
 from bench.estimation.work import Bound, Time, Work, time_of
 from bench.records import EstimatedPhase
+from bench.records.index import methods_name
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -206,9 +207,8 @@ class Estimator:
         if benchmark is not None:
             tasks, failed = self._tasks(benchmark, described, source)
             gaps += failed
-            # Methods are named as in the index of records.
-            methods = "+".join(config.method) or "dense"
-            tasks = self._recorded(config.results_dir).applied(tasks, config.model.name, methods)
+            answers = self._recorded(config.results_dir)
+            tasks = answers.applied(tasks, config.model.name, methods_name(config.method))
         untimed = _subject(config, source, described, tasks, hardware, benchmark)
         subject = replace(untimed, figures=self._step_figures(described.model))
         # The limiting resource follows from FLOPs, bytes and operators, even if times were

@@ -138,8 +138,8 @@ class AnswerRecords:
     ) -> tuple[TaskDemand, ...]:
         """Replace the possible lengths of answers by those that the model gave, where it has.
 
-        `methods` are their names joined by `+`, as in the index of records. The newest record with
-        the same methods counts, else the newest with others.
+        `methods` is their name in the index of records (`methods_name`). The newest record with the
+        same methods counts, else the newest with others.
         """
         # Answers with the same methods remain; a sweep may record better ones than others.
         unknown = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -138,7 +138,7 @@ def _rows_of_record(record: Record, stamp: str) -> list[JsonObject]:
         "sweep": record.sweep,
         "model": record.model.name,
         "label": record.label,
-        "methods": _join_names([method.name for method in record.methods]) or "dense",
+        "methods": methods_name(method.name for method in record.methods),
         "effect": _join_names(standing_effects(record.methods)) or "none",
         "ratio": next((m.config["ratio"] for m in record.methods if "ratio" in m.config), None),
         "marks": ", ".join(record.marks),
@@ -149,7 +149,12 @@ def _rows_of_record(record: Record, stamp: str) -> list[JsonObject]:
     return [{**described, **row} for row in (*metrics, *costs)]
 
 
-def _join_names(names: Sequence[str]) -> str:
+def methods_name(names: Iterable[str]) -> str:
+    """Return the name of methods in the column `methods`: joined by `+`, `dense` without any."""
+    return _join_names(names) or "dense"
+
+
+def _join_names(names: Iterable[str]) -> str:
     return "+".join(names)
 
 
@@ -191,10 +196,10 @@ def samples(run: str, results_dir: str | Path = "results") -> pd.DataFrame:
     Raises:
         UserError: there is no such run, the prefix is ambiguous, or the samples are damaged.
     """
-    store = Store(Path(results_dir))
-    path = store.folder(store.get(run).id) / SAMPLES
     from bench.device.devices import generators_restored
 
+    store = Store(Path(results_dir))
+    path = store.folder(store.get(run).id) / SAMPLES
     try:
         with generators_restored():
             frame: pd.DataFrame = samples_table(path).to_pandas()
