@@ -38,6 +38,19 @@ def slow_error(block, x_BLD, z_BLD, dropped, state):
     return float(sum(torch.linalg.vector_norm(row) for row in rows))
 
 
+def walk_of(network, *, progressive, kept):
+    """Walk the blocks of a network with dropped experts, two rows at a time."""
+    return block_error_models(
+        model_of(network),
+        tokens(),
+        2,
+        progressive=progressive,
+        kept=kept,
+        state="dropped",
+        progress=SILENT,
+    )
+
+
 @pytest.mark.parametrize("state", ["dropped", "zeroed"])
 @pytest.mark.parametrize("layout", ["fused", "list"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -60,9 +73,7 @@ def test_progressive_compares_pruned_inputs_with_the_unpruned_output(name):
         block.block(x)
         for block, x in zip(inspect_model(dense).moe, block_inputs(dense, tokens()), strict=True)
     ]
-    walk = block_error_models(
-        model_of(pruned), tokens(), 2, progressive=True, kept=12, state="dropped", progress=SILENT
-    )
+    walk = walk_of(pruned, progressive=True, kept=12)
     block, _ = next(walk)
     zero_micro_experts(block, torch.arange(40))
     later, error_model = next(walk)
@@ -75,15 +86,7 @@ def test_progressive_compares_pruned_inputs_with_the_unpruned_output(name):
 
 
 def test_not_progressive_sees_the_unpruned_model_throughout():
-    walk = block_error_models(
-        model_of(build("olmoe")),
-        tokens(),
-        2,
-        progressive=False,
-        kept=12,
-        state="dropped",
-        progress=SILENT,
-    )
+    walk = walk_of(build("olmoe"), progressive=False, kept=12)
     errors = []
     for block, error_model in walk:
         errors.append(error_model.error((1, 2)))
@@ -189,15 +192,7 @@ def test_searches_on_evenly_spaced_tokens_of_every_row():
     assert report["tokens"] == 5 * 4
     everything = applied(Naee(ratio=0.4, tokens=10_000), build("mixtral")).details
     assert everything["tokens"] == 60
-    walk = block_error_models(
-        model_of(build("mixtral")),
-        tokens(),
-        2,
-        progressive=False,
-        kept=4,
-        state="dropped",
-        progress=SILENT,
-    )
+    walk = walk_of(build("mixtral"), progressive=False, kept=4)
     block, error_model = next(walk)
     x_BLD = block_inputs(build("mixtral"), tokens())[0][:, ::3]
     expected = slow_error(block, x_BLD, block.block(x_BLD), (1, 3), "dropped")
