@@ -20,11 +20,9 @@ from methods.visual_tokens.calibration import (
     with_calibration,
 )
 from methods.visual_tokens.head_pruning import HeadPruning
-from methods.visual_tokens.layer_drop import LayerDrop
-from methods.visual_tokens.neighbor_attention import NeighborAttention
 from methods.visual_tokens.repair import repair_projections, with_repair
 from methods.visual_tokens.search import BudgetSearch, with_search
-from methods.visual_tokens.sparse_ffn import SparseFFN
+from methods.visual_tokens.strategies import LayerDrop, NeighborAttention, SparseFFN
 
 
 class PaperRow(BaseModel):

@@ -30,9 +30,8 @@ from methods.quantization.channel_scales import (
 )
 from methods.visual_engine.decoder import VisualEngine
 from methods.visual_tokens.head_pruning import HeadPruning
-from methods.visual_tokens.layer_drop import LayerDrop
 from methods.visual_tokens.search import with_search
-from methods.visual_tokens.sparse_ffn import SparseFFN
+from methods.visual_tokens.strategies import LayerDrop, SparseFFN
 from methods.visual_tokens.yopo import Yopo
 from methods.wgsef.fine_tuning import PASS_OPERATORS, PASSES, WgsefFinetune
 from methods.wgsef.layerwise.reconstruction import (

@@ -23,9 +23,7 @@ from methods.visual_engine.cost.flops import VisualFlops
 from methods.visual_engine.decoder import VisualEngine, visual_engine_of
 from methods.visual_engine.strategy import VisualStrategy
 from methods.visual_tokens.head_pruning import HeadPruning
-from methods.visual_tokens.layer_drop import LayerDrop
-from methods.visual_tokens.neighbor_attention import NeighborAttention
-from methods.visual_tokens.sparse_ffn import SparseFFN
+from methods.visual_tokens.strategies import LayerDrop, NeighborAttention, SparseFFN
 from methods.visual_tokens.yopo import PaperRow, Yopo
 from tests.performance.figure import Figure
 from tests.performance.interleaved import ratio, times

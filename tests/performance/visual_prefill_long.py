@@ -6,7 +6,7 @@ import copy
 
 import torch
 
-from methods.visual_tokens.neighbor_attention import NeighborAttention
+from methods.visual_tokens.strategies import NeighborAttention
 from tests.performance.figure import Figure
 from tests.performance.interleaved import ratio, times
 from tests.performance.visual_prefill import THREADS, applied, call, network, prefill, theory

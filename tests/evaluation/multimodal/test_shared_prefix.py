@@ -111,19 +111,19 @@ def applied(model, method):
 
 
 def windows():
-    from methods.visual_tokens.neighbor_attention import NeighborAttention
+    from methods.visual_tokens.strategies import NeighborAttention
 
     return NeighborAttention(window=1)
 
 
 def drop():
-    from methods.visual_tokens.layer_drop import LayerDrop
+    from methods.visual_tokens.strategies import LayerDrop
 
     return LayerDrop(layers=2)
 
 
 def official():
-    from methods.visual_tokens.layer_drop import LayerDrop
+    from methods.visual_tokens.strategies import LayerDrop
 
     return LayerDrop(layers=2, execution="masked")
 

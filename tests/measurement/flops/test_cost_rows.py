@@ -18,7 +18,7 @@ from bench.models.model import Model
 from bench.records.record import Cost, MissingMeasurement
 from bench.schema import CostsConfig, FlopsConfig, ModelConfig
 from methods.visual_engine.decoder import visual_engine_of
-from methods.visual_tokens.layer_drop import LayerDrop
+from methods.visual_tokens.strategies import LayerDrop
 from tests.methods.token_pruning.recorded_steps import METHODS
 from tests.methods.visual_engine import tiny_mllms
 from tests.models import tiny_networks

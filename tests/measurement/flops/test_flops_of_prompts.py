@@ -24,9 +24,7 @@ from methods.token_pruning.tower.vispruner import VisPruner
 from methods.token_pruning.visionzip import VisionZip
 from methods.visual_engine.decoder import visual_engine_of
 from methods.visual_tokens.head_pruning import HeadPruning
-from methods.visual_tokens.layer_drop import LayerDrop
-from methods.visual_tokens.neighbor_attention import NeighborAttention
-from methods.visual_tokens.sparse_ffn import SparseFFN
+from methods.visual_tokens.strategies import LayerDrop, NeighborAttention, SparseFFN
 from tests.measurement.flops.agreement import agree
 from tests.methods.token_pruning.recorded_steps import LLAVA_METHODS, METHODS
 from tests.methods.visual_engine.tiny_mllms import (

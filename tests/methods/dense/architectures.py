@@ -31,9 +31,8 @@ from methods.camera.quantization import CameraQ, CameraQDagger
 from methods.dense.layer_removal import ShortGPT
 from methods.dense.structured import Flap, LLMPruner
 from methods.dense.weight_pruning import SparseGPT, Wanda, WeightMagnitude
-from methods.quantization.awq import Awq
 from methods.quantization.mixture import Mc
-from methods.quantization.uniform import Gptq, Rtn
+from methods.quantization.uniform import Awq, Gptq, Rtn
 from methods.wgsef.fine_tuning import WgsefFinetune
 from methods.wgsef.layerwise.dense_decoder import OnText
 from methods.wgsef.layerwise.moe_layers import WgsefLayerwise

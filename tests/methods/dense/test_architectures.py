@@ -19,8 +19,7 @@ from methods.camera.joint import CameraPQ
 from methods.camera.pruning import CameraP
 from methods.camera.quantization import CameraQ, CameraQDagger
 from methods.moe.calibration import NullObserver
-from methods.quantization.awq import Awq
-from methods.quantization.uniform import Rtn
+from methods.quantization.uniform import Awq, Rtn
 from tests.methods.dense.architectures import (
     DOCUMENT,
     END,

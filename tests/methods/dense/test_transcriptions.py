@@ -24,8 +24,7 @@ from methods.dense.weight_pruning import Wanda
 from methods.moe.quantizer.gptq import Gram, gptq, inverse_factor
 from methods.moe.quantizer.grid import column_groups, round_weights
 from methods.quantization import channel_scales
-from methods.quantization.awq import Awq
-from methods.quantization.uniform import Gptq, Rtn
+from methods.quantization.uniform import Awq, Gptq, Rtn
 from methods.wgsef.layerwise.dense_decoder import OnText
 from methods.wgsef.layerwise.moe_layers import WgsefLayerwise
 from tests.methods.dense.architectures import applied, context, model_of

@@ -14,8 +14,7 @@ from methods.token_pruning.pact import PACT, density_centres
 from methods.token_pruning.prumerge_plus import PruMerge, PruMergePlus
 from methods.token_pruning.sparsevlm import SparseVLM
 from methods.visual_engine.token_index import rows_where
-from methods.visual_tokens.layer_drop import LayerDrop
-from methods.visual_tokens.neighbor_attention import NeighborAttention
+from methods.visual_tokens.strategies import LayerDrop, NeighborAttention
 from tests.methods.token_pruning.recorded_steps import applied, record_steps, removals
 from tests.methods.token_pruning.test_variants import (
     BEFORE,

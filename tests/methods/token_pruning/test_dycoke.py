@@ -16,7 +16,7 @@ from methods.visual_engine.cost.flops import decoder_shape
 from methods.visual_engine.decoder import visual_engine_of
 from methods.visual_engine.kv_cache import CachedPositions, select_cached
 from methods.visual_engine.settings import DecodePruning
-from methods.visual_tokens.layer_drop import LayerDrop
+from methods.visual_tokens.strategies import LayerDrop
 from tests.measurement.flops.agreement import agree
 from tests.methods.token_pruning.recorded_steps import (
     CONTEXT,

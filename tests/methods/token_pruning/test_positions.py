@@ -13,7 +13,7 @@ from methods.token_pruning.fastv import FastV
 from methods.token_pruning.pyramid_drop import PyramidDrop
 from methods.visual_engine.decoder import visual_engine_of
 from methods.visual_engine.forward_state import reordered_rows
-from methods.visual_tokens.layer_drop import LayerDrop
+from methods.visual_tokens.strategies import LayerDrop
 from tests.methods.token_pruning.recorded_steps import (
     METHODS,
     applied,

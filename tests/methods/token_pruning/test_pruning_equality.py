@@ -8,8 +8,7 @@ from methods.token_pruning.controls import RandomTokens
 from methods.token_pruning.fastv import FastV
 from methods.visual_engine.decoder import visual_engine_of
 from methods.visual_engine.plan import VisualPlan
-from methods.visual_tokens.layer_drop import VTW, LayerDrop
-from methods.visual_tokens.neighbor_attention import NeighborAttention
+from methods.visual_tokens.strategies import VTW, LayerDrop, NeighborAttention
 from tests.methods.token_pruning.recorded_steps import (
     CONTEXT,
     METHODS,

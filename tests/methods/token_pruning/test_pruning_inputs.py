@@ -11,7 +11,7 @@ from methods.token_pruning.fastv import FastV
 from methods.token_pruning.pyramid_drop import PyramidDrop
 from methods.token_pruning.sparsevlm import SparseVLM
 from methods.token_pruning.visionzip import VisionZip
-from methods.visual_tokens.layer_drop import LayerDrop
+from methods.visual_tokens.strategies import LayerDrop
 from tests.methods.token_pruning.recorded_steps import (
     METHODS,
     applied,

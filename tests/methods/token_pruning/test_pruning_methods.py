@@ -22,7 +22,7 @@ from methods.visual_engine.cost.closed_form import LayerCost, PromptLengths
 from methods.visual_engine.cost.flops import average_tokens, decoder_shape, layer_costs
 from methods.visual_engine.decoder import visual_engine_of
 from methods.visual_engine.settings import Quota, tokens_left
-from methods.visual_tokens.layer_drop import VTW, LayerDrop
+from methods.visual_tokens.strategies import VTW, LayerDrop
 from tests.methods.token_pruning.recorded_steps import CONTEXT, METHODS, applied, loaded
 from tests.methods.visual_engine.cache_sizes import expected_cache_bytes
 from tests.methods.visual_engine.tiny_mllms import build, prompt

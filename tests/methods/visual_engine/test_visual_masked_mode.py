@@ -8,9 +8,7 @@ import torch
 from bench.method import Context
 from methods.visual_engine.decoder import visual_engine_of
 from methods.visual_tokens.head_pruning import HeadPruning
-from methods.visual_tokens.layer_drop import LayerDrop
-from methods.visual_tokens.neighbor_attention import NeighborAttention
-from methods.visual_tokens.sparse_ffn import SparseFFN
+from methods.visual_tokens.strategies import LayerDrop, NeighborAttention, SparseFFN
 from tests.methods.visual_engine.tiny_mllms import IMAGE, build, prompt
 from tests.methods.visual_tokens.test_visual_strategies import loaded
 

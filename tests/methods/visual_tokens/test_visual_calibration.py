@@ -14,8 +14,7 @@ from methods.visual_engine.decoder import visual_engine_of
 from methods.visual_tokens.allocation import earliest_cut
 from methods.visual_tokens.calibration import calibrate, load_calibration_stats
 from methods.visual_tokens.head_pruning import HeadPruning
-from methods.visual_tokens.layer_drop import LayerDrop
-from methods.visual_tokens.sparse_ffn import SparseFFN
+from methods.visual_tokens.strategies import LayerDrop, SparseFFN
 from tests.methods.visual_engine.tiny_mllms import IMAGE, LAYOUTS, build, laid_out_prompt, prompt
 from tests.methods.visual_tokens.test_visual_strategies import context, loaded
 

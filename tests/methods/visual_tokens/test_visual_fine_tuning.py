@@ -20,8 +20,7 @@ from methods.visual_tokens.fine_tuning import (
     VisualFineTuning,
     trainable_parameters,
 )
-from methods.visual_tokens.layer_drop import LayerDrop
-from methods.visual_tokens.sparse_ffn import SparseFFN
+from methods.visual_tokens.strategies import LayerDrop, SparseFFN
 from tests.models.tiny_networks import build as build_text
 
 FEW = {"data": "embedded", "count": 8, "batch": 2, "accumulate": 2, "learning_rate": 1e-2}

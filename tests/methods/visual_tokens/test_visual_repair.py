@@ -9,7 +9,7 @@ from bench.errors import UserError
 from bench.models.vlm.visual_tokens import locate_visual_tokens
 from methods.visual_engine.decoder import visual_engine_of
 from methods.visual_engine.weight_slices import head_channels
-from methods.visual_tokens.sparse_ffn import SparseFFN
+from methods.visual_tokens.strategies import SparseFFN
 from methods.visual_tokens.yopo import Yopo
 from tests.methods.visual_engine.tiny_mllms import IMAGE, prompt
 from tests.methods.visual_tokens.test_visual_strategies import SHARES, context, loaded

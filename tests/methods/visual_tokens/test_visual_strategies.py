@@ -25,9 +25,7 @@ from methods.visual_engine.decoder import visual_engine_of
 from methods.visual_engine.weight_cache import NeuronOrder, permute_neurons
 from methods.visual_tokens.allocation import top_heads_by_count, top_heads_by_share
 from methods.visual_tokens.head_pruning import RELEASED_HEAD_COUNTS, HeadPruning
-from methods.visual_tokens.layer_drop import LayerDrop
-from methods.visual_tokens.neighbor_attention import NeighborAttention
-from methods.visual_tokens.sparse_ffn import SparseFFN
+from methods.visual_tokens.strategies import LayerDrop, NeighborAttention, SparseFFN
 from methods.visual_tokens.yopo import PaperRow, Yopo
 from tests.methods.visual_engine.masked_reference import masked_reference
 from tests.methods.visual_engine.tiny_mllms import IMAGE, build, prompt

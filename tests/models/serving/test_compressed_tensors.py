@@ -16,9 +16,8 @@ from bench.models.serving.engines import find_engine
 from bench.models.structure.model_structure import inspect_model
 from methods.camera.pruning import CameraP
 from methods.camera.quantization import CameraQ
-from methods.quantization.awq import Awq
 from methods.quantization.mixture import Mc
-from methods.quantization.uniform import Gptq, Rtn
+from methods.quantization.uniform import Awq, Gptq, Rtn
 from tests.methods.quantization.quantized_networks import applied, model_of
 from tests.models.tiny_networks import build, build_dense, tokenizer, tokens
 

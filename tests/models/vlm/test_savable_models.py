@@ -5,7 +5,7 @@ import pytest
 from bench.errors import UserError
 from bench.models.saving import refuse_unsavable
 from methods.token_pruning.divprune import DivPrune
-from methods.visual_tokens.layer_drop import LayerDrop
+from methods.visual_tokens.strategies import LayerDrop
 from tests.methods.token_pruning.recorded_steps import applied
 from tests.methods.visual_engine.tiny_mllms import ARCHITECTURES, build
 
