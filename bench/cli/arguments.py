@@ -1,4 +1,4 @@
-"""Arguments of commands: types whose errors say what is allowed, and the results folder."""
+"""Arguments of commands: options among overrides, and types whose errors say what is allowed."""
 
 from __future__ import annotations
 
@@ -7,22 +7,37 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.errors import refuse_unclear_folder
+from bench.errors import UserError, refuse_unclear_folder
 
 RESULTS_DIR_FLAG = "--results-dir"
 
 
 def results_dir_as_override(words: Sequence[str]) -> list[str]:
-    """Replace `--results-dir FOLDER` in the arguments by the equivalent override."""
-    found, rest = list[str](), iter(words)
-    for word in rest:
-        name, equals, value = word.partition("=")
-        if name != RESULTS_DIR_FLAG:
-            found.append(word)
-            continue
-        given = value if equals else next(rest, "")
-        found.append(f"results_dir={given}")
-    return found
+    """Replace `--results-dir FOLDER` in the arguments by the equivalent override, at the end.
+
+    Raises:
+        UserError: the option is given twice.
+    """
+    given, rest = split_option(words, RESULTS_DIR_FLAG)
+    return rest if given is None else [*rest, f"results_dir={given}"]
+
+
+def split_option(arguments: Sequence[str], name: str) -> tuple[str | None, list[str]]:
+    """Return the value of `NAME VALUE` or `NAME=VALUE`, None without it, and the other arguments.
+
+    Raises:
+        UserError: the option is given twice.
+    """
+    places = [place for place, word in enumerate(arguments) if word.partition("=")[0] == name]
+    if not places:
+        return None, list(arguments)
+    if len(places) > 1:
+        raise UserError(f"{name} is given twice: give it once")
+    (place,) = places
+    _, equals, given = arguments[place].partition("=")
+    end = place + (1 if equals else 2)
+    value = given if equals else " ".join(arguments[place + 1 : end])
+    return value, [*arguments[:place], *arguments[end:]]
 
 
 def folder(text: str) -> Path:

@@ -64,6 +64,11 @@ def test_a_flag_without_its_folder_is_refused_and_others_stay():
         build_parser().parse_args(["gc", "--results-dir"])
 
 
+def test_a_folder_given_twice_is_refused_instead_of_choosing_one():
+    with pytest.raises(UserError, match=r"^--results-dir is given twice: give it once$"):
+        results_dir_as_override(["--results-dir", "x", "a=b", "--results-dir=y"])
+
+
 def test_the_version_is_that_of_the_package(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"slimbench {version('slimbench')}\n"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from bench.errors import EXIT_DONE, EXIT_FAILED, UserError
+from bench.cli.arguments import split_option
+from bench.errors import EXIT_DONE, EXIT_FAILED
 from bench.runner.estimate import read_budget
 from bench.runner.launch import LaunchOutcome, launch, print_hydra_info
 from bench.runner.session import Session
@@ -23,24 +22,6 @@ def run_command(arguments: list[str]) -> int:
     budget = None if text is None else read_budget(text)
     with Session(freezes=True) as session:
         return print_outcome(launch(arguments, session, budget=budget), session)
-
-
-def split_option(arguments: Sequence[str], name: str) -> tuple[str | None, list[str]]:
-    """Return the value of `NAME VALUE` or `NAME=VALUE`, None without it, and the other arguments.
-
-    Raises:
-        UserError: the option is given twice.
-    """
-    places = [place for place, word in enumerate(arguments) if word.partition("=")[0] == name]
-    if not places:
-        return None, list(arguments)
-    if len(places) > 1:
-        raise UserError(f"{name} is given twice: give it once")
-    (place,) = places
-    _, equals, given = arguments[place].partition("=")
-    end = place + (1 if equals else 2)
-    value = given if equals else " ".join(arguments[place + 1 : end])
-    return value, [*arguments[:place], *arguments[end:]]
 
 
 def print_outcome(outcome: LaunchOutcome, session: Session) -> int:

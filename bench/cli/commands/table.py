@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.cli.commands.run import print_problems, split_option
+from bench.cli.arguments import split_option
+from bench.cli.commands.run import print_problems
 from bench.config.composition import compose_run_config
 from bench.config.overrides import Overrides, quoted_text, text_of
 from bench.data import hub
