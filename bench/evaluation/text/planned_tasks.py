@@ -189,16 +189,7 @@ def _definition(leaf: Leaf, outline: Outline, benchmark: BenchmarkConfig) -> Tas
         definition = task_definitions.read_micro_definition(file)
     else:
         definition = task_definitions.read_definition(leaf, trust_code=benchmark.trust_code)
-    chain, own = outline.chain(leaf.task_name), definition.get("num_fewshot")
-    if own is not None and (type(own) is not int or own < 0):
-        raise UserError(
-            f"task {leaf.task_name!r}: num_fewshot={own!r} in its file: a whole number from 0 on "
-            "is needed"
-        )
-    requested = task_definitions.requested_shots(benchmark, chain, own)
-    shots = task_definitions.num_shots(own, requested)
-    # A Python class has its own settings.
-    return definition if "class" in definition else {**definition, "num_fewshot": shots}
+    return task_definitions.with_shots(definition, benchmark, outline.chain(leaf.task_name))
 
 
 def _local_data(outline: Outline, benchmark: BenchmarkConfig) -> dict[str, str]:
@@ -254,7 +245,7 @@ def _build_one(
         task = _construct_local(fitted, f"benchmark.data.{name}={local}")
     else:
         if benchmark.suite != "micro":
-            _refuse_absent_examples(name, definition, data)
+            task_definitions.refuse_absent_examples(name, definition, data)
         with task_code_errors("lm-eval", name):
             task = _construct(fitted)
         _refuse_unknown_aggregation(name, task)
@@ -262,17 +253,6 @@ def _build_one(
     if benchmark.suite != "micro" and not (name in LABELS and local):
         unlabelled = _unlabelled_documents(name, task, benchmark)
     return {"task": task, "source": source, "unlabelled": unlabelled}
-
-
-def _refuse_absent_examples(name: str, definition: TaskDefinition, data: Splits) -> None:
-    """Raise if the split of a task's few-shot examples does not exist."""
-    # Otherwise they would come from the scored split, as with local files that have no other.
-    split = definition.get("fewshot_split")
-    if definition["num_fewshot"] and split is not None and split not in data:
-        raise UserError(
-            f"task {name!r}: its data have no fewshot_split={split}, only {', '.join(data)}: "
-            f"change it, or set benchmark.num_fewshot.{name}=0"
-        )
 
 
 def _refuse_unknown_aggregation(name: str, task: TextTask) -> None:
@@ -385,9 +365,7 @@ def _planned_task(
     for leaf, task in tasks.items():
         _refuse_unsupported(leaf, task)
         # Set on the built task, because Python classes have their own settings.
-        own = task.get_config("num_fewshot")
-        requested = task_definitions.requested_shots(benchmark, outline.chain(leaf), own)
-        task_definitions.set_shots(leaf, task, task_definitions.num_shots(own, requested))
+        task_definitions.set_shots(task, benchmark, outline.chain(leaf))
         if benchmark.gen_kwargs and task.OUTPUT_TYPE == "generate_until":
             task.set_config("generation_kwargs", dict(benchmark.gen_kwargs), update=True)
     definitions = _definitions(tasks, groups)

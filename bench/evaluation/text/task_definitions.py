@@ -16,6 +16,7 @@ from bench.data.hub import unreachable_error
 from bench.errors import UserError
 from bench.evaluation.task_packages import missing_package
 from bench.evaluation.task_planning import (
+    Splits,
     TaskDefinition,
     evaluated_split,
     included_files,
@@ -110,18 +111,34 @@ def multimodal_error(task: str) -> UserError:
     return UserError(f"task {task!r} needs images or audio; lm_eval benchmarks are text only")
 
 
-def num_shots(own: int | None, requested: int | None) -> int:
-    """Return a task's number of shots by the harness's rule."""
-    # A task that declares 0 shots keeps them, as in lm-eval, because its prompt is for zero shots.
-    return int(own or 0) if own == 0 or requested is None else requested
+def with_shots(
+    definition: TaskDefinition, benchmark: BenchmarkConfig, chain: list[str]
+) -> TaskDefinition:
+    """Return a task's definition with the number of shots that the benchmark gives it.
 
-
-def set_shots(name: str, task: Task, shots: int) -> None:
-    """Set a task's number of few-shot examples.
+    `chain` is the task's name followed by those of the groups around it, innermost first.
 
     Raises:
-        UserError: its data have fewer examples.
+        UserError: the task's own number is not one, or the benchmark's does not fit the task.
     """
+    own = definition.get("num_fewshot")
+    if own is not None and (type(own) is not int or own < 0):
+        raise UserError(
+            f"task {chain[0]!r}: num_fewshot={own!r} in its file: a whole number from 0 on is "
+            "needed"
+        )
+    shots = _num_shots(own, benchmark, chain)
+    # A Python class has its own settings; see `set_shots`.
+    return definition if "class" in definition else {**definition, "num_fewshot": shots}
+
+
+def set_shots(task: Task, benchmark: BenchmarkConfig, chain: list[str]) -> None:
+    """Set the number of shots of a built task; see `with_shots` for `chain`.
+
+    Raises:
+        UserError: the task's data have fewer examples.
+    """
+    shots = _num_shots(task.get_config("num_fewshot"), benchmark, chain)
     # Task classes of Python may draw their examples in another way.
     sampler = getattr(task, "sampler", None)
     if shots and isinstance(sampler, ContextSampler):
@@ -131,16 +148,32 @@ def set_shots(name: str, task: Task, shots: int) -> None:
         shared = task.fewshot_cfg.split == task.config.test_split
         if shots > available - shared:
             raise UserError(
-                f"task {name!r}: num_fewshot={shots}, but its data have {available - shared} "
-                f"examples for a question: set benchmark.num_fewshot.{name} to at most that"
+                f"task {chain[0]!r}: num_fewshot={shots}, but its data have {available - shared} "
+                f"examples for a question: set benchmark.num_fewshot.{chain[0]} to at most that"
             )
     task.set_config("num_fewshot", shots)
 
 
-def requested_shots(benchmark: BenchmarkConfig, chain: list[str], own: int | None) -> int | None:
-    """Return the number of shots that a benchmark sets for a task; None keeps the task's own.
+def refuse_absent_examples(name: str, definition: TaskDefinition, data: Splits) -> None:
+    """Raise if the split of a task's few-shot examples does not exist."""
+    # Otherwise they would come from the scored split, as with local files that have no other.
+    split = definition.get("fewshot_split")
+    if definition["num_fewshot"] and split is not None and split not in data:
+        raise UserError(
+            f"task {name!r}: its data have no fewshot_split={split}, only {', '.join(data)}: "
+            f"change it, or set benchmark.num_fewshot.{name}=0"
+        )
 
-    `chain` is the task's name followed by those of the groups around it, innermost first.
+
+def _num_shots(own: int | None, benchmark: BenchmarkConfig, chain: list[str]) -> int:
+    """Return a task's number of shots by the harness's rule."""
+    requested = _requested_shots(benchmark, chain, own)
+    # A task that declares 0 shots keeps them, as in lm-eval, because its prompt is for zero shots.
+    return int(own or 0) if own == 0 or requested is None else requested
+
+
+def _requested_shots(benchmark: BenchmarkConfig, chain: list[str], own: int | None) -> int | None:
+    """Return the number of shots that a benchmark sets for a task; None keeps the task's own.
 
     Raises:
         UserError: shots are set for a task by name, but its prompt is written for none.
