@@ -241,12 +241,7 @@ def _interrupts_raised() -> Iterator[None]:
         else:
             before(lost)
 
-    # Schedulers send one of these before they kill a job. An interrupt leaves time to save the
-    # state from which a later run resumes. A SIGINT that the caller ignores or handles is left.
-    numbers = [signal.SIGTERM, signal.SIGUSR1]
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        numbers.append(signal.SIGINT)
-    handlers = {number: signal.signal(number, interrupt) for number in numbers}
+    handlers = {number: signal.signal(number, interrupt) for number in _interrupting_signals()}
     sys.unraisablehook = repeat
     try:
         yield
@@ -262,6 +257,15 @@ def _interrupts_raised() -> Iterator[None]:
         for number, handler in handlers.items():
             # None means that the handler was not installed from Python and cannot be restored.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _interrupting_signals() -> Iterator[int]:
+    """Yield the signals that end a command but leave it time to save what it resumes from."""
+    # Schedulers send one of these two before they kill a job.
+    yield from (signal.SIGTERM, signal.SIGUSR1)
+    # A SIGINT that the caller ignores or handles is left to it.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        yield signal.SIGINT
 
 
 def _is_importing(frame: FrameType | None) -> bool:

@@ -179,9 +179,8 @@ def _execute_run(
         costs=tuple(costs.costs),
         missing=(*evaluation.missing, *costs.missing),
         evidence=evaluation.evidence,
-        provenance=provenance_of(config, inputs)
-        | {"backend": evaluation.backend, "chat_template": chat_template_of(config, model)}
-        | {"network": weights},
+        provenance=provenance_of(config, inputs, model)
+        | {"backend": evaluation.backend, "network": weights},
         # The phases of a resumed run do not include the time of the interrupted process.
         estimate=() if resumed else estimate,
         kept_weights=None if save_weights is None else weights,
@@ -310,7 +309,7 @@ def method_memory_costs(methods: Sequence[AppliedMethod]) -> list[Cost]:
     ]
 
 
-def provenance_of(config: RunConfig, inputs: RunInputs) -> dict[str, object]:
+def provenance_of(config: RunConfig, inputs: RunInputs, model: Model) -> dict[str, object]:
     """Return the origin of every input, so that the numbers can be traced."""
     return {
         "data": inputs.benchmark.provenance,
@@ -318,6 +317,7 @@ def provenance_of(config: RunConfig, inputs: RunInputs) -> dict[str, object]:
         "seed": config.seed,
         "identity": inputs.identity,
         "git_commit": code_revision(),
+        "chat_template": chat_template_of(config, model),
     }
 
 

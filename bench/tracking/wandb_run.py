@@ -145,10 +145,7 @@ def open_wandb_run(
         # Imported with the variables set, so that even the import writes only there.
         import wandb
 
-        chosen = wandb_mode(config)
-        if SWEEP_VARIABLE in os.environ:
-            # The agent has chosen the id of the run that it watches.
-            run_id = os.environ.get("WANDB_RUN_ID", run_id)
+        chosen, run_id = wandb_mode(config), _id_in_sweep(run_id)
         run = wandb.init(
             project=config.project,
             entity=config.entity,
@@ -173,6 +170,12 @@ def open_wandb_run(
             run.finish(exit_code=1)
             raise
         run.finish()
+
+
+def _id_in_sweep(run_id: str | None) -> str | None:
+    """Return the id that the agent of a W&B sweep has chosen, without one the given id."""
+    # The agent watches the run of its id and no other.
+    return os.environ.get("WANDB_RUN_ID", run_id) if SWEEP_VARIABLE in os.environ else run_id
 
 
 def _settings(wandb: ModuleType, timeout: float, watched: int | None) -> Settings:

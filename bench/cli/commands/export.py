@@ -51,13 +51,9 @@ def export(
     """
     # Imported here, because it loads torch, which is not needed to refuse a wrong run or folder.
     from bench.models.saving import plan_export, write_model
-    from bench.models.serving.engines import find_engine, loading_engines
+    from bench.models.serving.engines import loading_engines
 
-    if align is not None and engine is None:
-        raise UserError(
-            "--align sets the widths for an inference engine: add --for vllm or --for sglang"
-        )
-    wanted = None if engine is None else find_engine(engine, align)
+    wanted = _wanted_engine(engine, align)
     store = Store(results_dir)
     record = store.get(run)
     refuse_filled_folder(folder)
@@ -79,6 +75,19 @@ def export(
 
     write_folder(folder, fill)
     return plan.form
+
+
+def _wanted_engine(name: str | None, align: int | None) -> Engine | None:
+    """Return the engine to export for, None for no particular one."""
+    from bench.models.serving.engines import find_engine
+
+    if name is not None:
+        return find_engine(name, align)
+    if align is not None:
+        raise UserError(
+            "--align sets the widths for an inference engine: add --for vllm or --for sglang"
+        )
+    return None
 
 
 def _refuse_unfit(record: Record, engine: Engine | None, *, onnx: bool) -> None:
