@@ -64,7 +64,7 @@ class ResponseCache:
         index_of = {key: index for index, key in reversed(list(enumerate(keys)))}
         missing = sorted(index for key, index in index_of.items() if key not in self._known)
         progress.total(len(index_of))
-        progress.step(len(index_of) - len(missing))
+        progress.resume(len(index_of) - len(missing))
         for batch in compute(missing):
             answered = [(keys[index], response) for index, response in batch]
             # Written before the next batch is computed, so that a kill loses at most one batch.

@@ -6,7 +6,8 @@ also omits the notes.
 """
 
 from bench.security import clean
-from bench.ui.messages import SILENT, Progress, fail, note, says_notes, warn
+from bench.ui.messages import fail, note, says_notes, warn
+from bench.ui.progress import SILENT, Progress
 from bench.ui.results import (
     console,
     draw_rows,

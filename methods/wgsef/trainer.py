@@ -95,7 +95,7 @@ class Trainer:
         self._resume()
         job = self._job
         with job.progress.phase(f"training on {job.splits.name}", job.recipe.epochs):
-            job.progress.step(len(self._history))
+            job.progress.resume(len(self._history))
             while self._step < self._total:
                 self._train_epoch()
                 job.progress.step()

@@ -122,7 +122,7 @@ def test_a_process_without_stderr_works_on(monkeypatch, stream):
     closed = io.StringIO()
     closed.close()
     monkeypatch.setattr(sys, "stderr", closed if stream else None)
-    progress = messages.Progress()
+    progress = ui.Progress()
     with progress.phase("loading", total=2):
         progress.warn("nobody reads this")
     ui.warn("nor this")

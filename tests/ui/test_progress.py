@@ -12,7 +12,7 @@ import types
 import pytest
 
 from bench import ui
-from bench.ui import messages as display
+from bench.ui import progress as display
 
 
 @pytest.fixture
@@ -107,6 +107,25 @@ def test_a_total_that_is_known_late_and_a_new_description_count(clock):
         "scoring the rest: 50 % (2 of 4), about 20 s left",
         "measuring: 75 % (3 of 4), about 13 s left",
     ]
+
+
+def test_steps_of_an_earlier_process_do_not_shorten_the_time_left(clock):
+    log = io.StringIO()
+    progress = ui.Progress(log)
+    with progress.phase("training", 16):
+        progress.resume(4)
+        clock.seconds += 240
+        progress.step()
+    assert lines(log)[-1] == "training: 31 % (5 of 16), about 44 min left"
+
+
+def test_a_resumed_phase_tells_no_time_before_its_first_step(clock):
+    log = io.StringIO()
+    progress = ui.Progress(log)
+    with progress.phase("training", 16):
+        clock.seconds += 60
+        progress.resume(4)
+    assert lines(log)[-1] == "training: 25 % (4 of 16)"
 
 
 def test_phases_nest_and_an_error_closes_them():

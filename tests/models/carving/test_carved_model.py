@@ -12,7 +12,7 @@ from bench.models.loading import load_model
 from bench.models.model import Model
 from bench.models.source import resolve_model
 from bench.schema import ModelConfig
-from bench.ui.messages import SILENT
+from bench.ui import SILENT
 from tests.models.tiny_networks import SIZES, VOCABULARY, save
 
 LAYOUT = ExpertLayout(experts=4, shared=2)
