@@ -1,6 +1,7 @@
 """Papers' tables: our numbers beside the published ones, built only from records."""
 
-from bench.reporting.tables.builder import build_table, records_of_table, table_of, tables_of
+from bench.reporting.tables.builder import build_table, table_of, tables_of
+from bench.reporting.tables.matching import records_of_table
 from bench.reporting.tables.table import (
     ColumnHead,
     OrderAgreement,

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
-from pathlib import PurePath
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple
 
 from bench.records.record import AVERAGE
 from bench.reporting.record_numbers import NORMAL_QUANTILE
 from bench.reporting.tables import numbers, published
+from bench.reporting.tables.matching import NamedRecords, by_choices, match_records
 from bench.reporting.tables.table import (
     ColumnHead,
     OrderAgreement,
@@ -22,12 +21,10 @@ from bench.reporting.tables.table import (
     TableLine,
 )
 from bench.reporting.tables.table_config import (
-    Overrides,
     TableColumn,
     TableConfig,
     TableSlot,
     load_table_config,
-    recorded_name,
     table_names,
     table_scales,
     table_slots,
@@ -59,17 +56,17 @@ class PairCounts(NamedTuple):
 
 def table_of(name: str, records: Sequence[Record], scale: str | None = None) -> Table:
     """Return a table filled from records; the newest record of each run is used."""
-    return _filled_table(name, scale, _by_choices(records))
+    return _filled_table(name, scale, by_choices(records))
 
 
-def _filled_table(name: str, scale: str | None, named: _NamedRecords) -> Table:
+def _filled_table(name: str, scale: str | None, named: NamedRecords) -> Table:
     config = load_table_config(name, scale)
-    return build_table(config, _match_records(table_slots(config), named))
+    return build_table(config, match_records(table_slots(config), named))
 
 
 def tables_of(records: Sequence[Record]) -> Iterator[Table]:
     """Yield every table, real or stand-in, with a record for at least one line."""
-    named = _by_choices(records)
+    named = by_choices(records)
     for name in table_names():
         for scale in table_scales(name):
             table = _filled_table(name, scale, named)
@@ -328,91 +325,6 @@ def _agreement(
         close=counted.close,
         tau=kendall_tau(rated),
     )
-
-
-class _RunChoices(NamedTuple):
-    """A run's choices of config groups, which can be compared without composing a config."""
-
-    model: str
-    benchmark: str
-    methods: tuple[str, ...]
-
-
-_NamedRecords: TypeAlias = "Mapping[_RunChoices, Sequence[Record]]"
-
-
-def _by_choices(records: Sequence[Record]) -> _NamedRecords:
-    """Group records by their choices of config groups, newest first."""
-    named: dict[_RunChoices, list[Record]] = {}
-    for record in sorted(records, key=lambda record: record.started, reverse=True):
-        named.setdefault(_choices_of_record(record), []).append(record)
-    return named
-
-
-def records_of_table(
-    slots: Sequence[TableSlot], records: Sequence[Record]
-) -> dict[TableSlot, list[Record]]:
-    """Return the records of each line whose runs all have one; the newest of each run is used."""
-    return _match_records(slots, _by_choices(records))
-
-
-def _match_records(
-    lines: Sequence[TableSlot], named: _NamedRecords
-) -> dict[TableSlot, list[Record]]:
-    """Find the records of each line by everything that determines a result, except the device."""
-    # Comparing identities is exact but requires Hydra to compose a run, which is slow. Choices of
-    # config groups can be read from the overrides, and rule out nearly all records first.
-    found: dict[TableSlot, list[Record]] = {}
-    for slot in lines:
-        hits = [_newest_record(run, named.get(_choices_in_overrides(run), ())) for run in slot.runs]
-        if hits and all(hits):
-            found[slot] = [hit for hit in hits if hit is not None]
-    return found
-
-
-def _choices_of_record(record: Record) -> _RunChoices:
-    config = record.config
-    model, methods = config.get("model", {}), config.get("method", {})
-    name, adapter = str(model.get("name")), model.get("adapter")
-    # Suffixes that a run adds to the name of its choice: the adapter, and a harness's tasks.
-    plain = name.removesuffix(f"+{PurePath(adapter).name}") if adapter else name
-    benchmark = config["benchmark"]["name"].partition(":")[0]
-    return _RunChoices(plain, benchmark, tuple(methods))
-
-
-def _choices_in_overrides(run: Overrides) -> _RunChoices:
-    chosen = dict(override.split("=", 1) for override in run)
-    methods = chosen.get("method", "").strip("[]").split(",")
-    # `method=dense` and no method are the same run.
-    named = tuple(name for name in methods if name not in ("", "dense"))
-    model = chosen.get("model.name") or recorded_name("model", chosen.get("model", ""))
-    return _RunChoices(model, recorded_name("benchmark", chosen.get("benchmark", "")), named)
-
-
-def _newest_record(run: Overrides, likely: Sequence[Record]) -> Record | None:
-    """Return the first of the records (newest first) whose identity equals the run's."""
-    from bench.config.run_config import identity_of
-
-    for record in likely:
-        # The provenance shows whether the run read calibration text or prompts. Settings that no
-        # method read do not affect results and are left out of the identity.
-        calibrated = record.provenance.get("calibration") is not None
-        prompted = record.provenance.get("prompts") is not None
-        try:
-            found = identity_of(record.config, calibrated=calibrated, prompted=prompted)
-        except (KeyError, TypeError, AttributeError):
-            continue  # The config is of another program and cannot match our runs.
-        if found == _composed_identity(run):
-            return record
-    return None
-
-
-@functools.lru_cache(maxsize=1024)
-def _composed_identity(run: Overrides) -> dict[str, object]:
-    """Compose a run and return its identity; cached, because composing is slow."""
-    from bench.config.composition import compose_run_config
-
-    return compose_run_config(list(run)).identity()
 
 
 def count_pairs(rated: Sequence[RatedMethod]) -> PairCounts:

@@ -11,6 +11,7 @@ from bench.reporting.tables import (
     build_table,
     builder,
     load_table_config,
+    matching,
     table_of,
     table_slots,
     tables_of,
@@ -274,4 +275,4 @@ def test_records_are_found_by_what_decides_their_result():
 def test_a_record_is_found_by_the_name_that_a_choice_gives_it(run, config):
     whole = {"benchmark": {"name": ""}, "method": {}, **config}
     one = recorded(1).model_copy(update={"config": whole})
-    assert builder._choices_of_record(one) == builder._choices_in_overrides(tuple(run))
+    assert matching._choices_of_record(one) == matching._choices_in_overrides(tuple(run))
