@@ -242,7 +242,7 @@ class Record(_FrozenModel):
     `estimate` was made before the run; it is empty if there was none.
     """
 
-    # With every change of the fields, increase SCHEMA and add the old form to `migrations.py`.
+    # With every change of the fields, increase SCHEMA and add the old form to `record_file.py`.
     schema_version: int = SCHEMA
     id: str
     status: Literal["done"] = "done"

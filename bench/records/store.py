@@ -10,25 +10,19 @@ Records are written atomically. A damaged file does not prevent reading: its fau
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-
-from pydantic import ValidationError
 
 from bench.errors import UserError, nearest, unknown_name
 from bench.records import files
 from bench.records.files import read_regular_file, reason_of, warn_once
 from bench.records.journal import Journal
-from bench.records.json_values import is_surely_storable, parse_json
-from bench.records.leaves import first_fault
-from bench.records.migrations import READABLE_SCHEMAS, migrate
-from bench.records.record import SCHEMA, JsonObject, Record, checksum
+from bench.records.record import JsonObject, Record
+from bench.records.record_file import parse_record, serialize_record
 
 RECORD, SAMPLES, CONFIG = "record.json", "samples.parquet", "config.yaml"
 WEIGHTS = "weights"
@@ -220,7 +214,7 @@ class Store:
                 save_weights(folder / WEIGHTS)
             text = serialize_record(record)
             # Read back, because an unreadable record is lost and every command would warn about it.
-            _parse_record(text.encode())
+            parse_record(text.encode())
             (folder / RECORD).write_text(text)
 
         self._mark()
@@ -241,7 +235,7 @@ class Store:
         try:
             if path.parent.is_symlink():
                 raise ValueError("its folder is a link")
-            record = _parse_record(read_regular_file(path))
+            record = parse_record(read_regular_file(path))
             # A record under another name would be found twice, or overwrite its namesake.
             if record.id != run_id:
                 raise ValueError(f"it is the record of run {record.id[:40]!r}")
@@ -249,76 +243,6 @@ class Store:
             self.unreadable[run_id] = reason_of(error)
             return None
         return record
-
-
-def serialize_record(record: Record) -> str:
-    """Return the content of a record file, with checksums that reveal damage."""
-    return with_checksum(json.loads(record.model_dump_json()))
-
-
-def with_checksum(content: JsonObject) -> str:
-    """Return the text of a JSON object with two checksums: of its values and of its text."""
-    text = json.dumps({**content, "checksum": checksum(content)}, indent=1)
-    return f'{text.removesuffix(_END)}{_TEXT_CHECKSUM}{_digest(text.encode())}"{_END}\n'
-
-
-_TEXT_CHECKSUM = ',\n "text_checksum": "'
-_END = "\n}"
-
-
-def _digest(text: bytes) -> str:
-    return hashlib.sha256(text).hexdigest()
-
-
-def _parse_record(text: bytes) -> Record:
-    """Parse and validate the text of a record file; a `ValueError` gives the reason in one line."""
-    # A file as this program writes it is parsed once; others take the slower path below.
-    if is_surely_storable(text) and _is_as_written(text):
-        with suppress(ValidationError):
-            found = _RecordFile.model_validate_json(text, strict=True)
-            # The file itself must state its schema; the default of the field does not count.
-            if found.schema_version == SCHEMA and "schema_version" in found.model_fields_set:
-                return _without_checksum(found)
-    try:
-        content = parse_json(text)
-    except ValueError as error:
-        raise ValueError(f"not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError("not a record: the file does not contain a JSON object")
-    version = content.get("schema_version")
-    if version not in READABLE_SCHEMAS:
-        raise ValueError(f"its schema is version {version}, this program reads up to {SCHEMA}")
-    # Before validation and migration, which change values. The checksum of the values is used,
-    # because other programs may have reformatted the file.
-    content.pop("text_checksum", None)
-    expected = content.pop("checksum", None)
-    if expected is not None and expected != checksum(content):
-        raise ValueError("its checksum does not match: the file was changed or damaged")
-    try:
-        # Strict, so that a number is not accepted as text; as JSON, where a list may be a tuple.
-        return Record.model_validate_json(json.dumps(migrate(content)), strict=True)
-    except ValidationError as error:
-        raise ValueError(f"not a record: {first_fault(error)}") from None
-
-
-def _is_as_written(text: bytes) -> bool:
-    """Return whether a file is, byte by byte, what `serialize_record` wrote."""
-    # The digest is of bytes, because the canonical JSON takes as long as the rest of reading.
-    before, found, after = text.rpartition(_TEXT_CHECKSUM.encode())
-    return bool(found) and after == f'{_digest(before + _END.encode())}"{_END}\n'.encode()
-
-
-def _without_checksum(stored: _RecordFile) -> Record:
-    values = {name: getattr(stored, name) for name in Record.model_fields}
-    own = {"checksum", "text_checksum"}
-    return Record.model_construct(stored.model_fields_set - own, **values)
-
-
-class _RecordFile(Record):
-    """A record and its checksums, as stored in its file."""
-
-    checksum: str | None = None
-    text_checksum: str | None = None
 
 
 def _write_samples(path: Path, samples: Sequence[JsonObject], run_id: str) -> None:

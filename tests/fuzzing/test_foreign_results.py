@@ -21,7 +21,7 @@ from bench.cli.main import main
 from bench.errors import UserError
 from bench.records import AppliedMethod, Store
 from bench.records.record import checksum
-from bench.records.store import _parse_record, with_checksum
+from bench.records.record_file import parse_record, with_checksum
 from bench.sweeps import RunRequest, RunResult, create_plan, perform_job
 from tests.reporting.html import synthetic_records
 
@@ -270,7 +270,7 @@ def test_a_record_is_the_same_however_it_is_parsed(results):
 
 def outcome(text):
     try:
-        return repr(_parse_record(text))
+        return repr(parse_record(text))
     except ValueError as error:
         return f"refused: {error}"
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from bench.records import AppliedMethod, Cost, DenseModel, Metric, Record, load
 from bench.records.index import INDEX
-from bench.records.store import RECORD, serialize_record
+from bench.records.record_file import serialize_record
+from bench.records.store import RECORD
 from tests.performance.figure import Figure
 
 COUNT = 10_000

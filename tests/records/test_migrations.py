@@ -3,7 +3,8 @@
 import json
 
 from bench.records.record import SCHEMA, Cost, DenseModel, MissingMeasurement, Record, checksum
-from bench.records.store import Store, serialize_record
+from bench.records.record_file import serialize_record
+from bench.records.store import Store
 
 MODEL = DenseModel(
     name="tiny", source="x", revision=None, fingerprint="0", architecture="a", parameters=1, bytes=4

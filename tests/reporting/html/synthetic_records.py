@@ -4,7 +4,7 @@ import json
 import random
 
 from bench.records import AppliedMethod, Cost, DenseModel, Metric, Record, Store, run_id
-from bench.records.store import serialize_record
+from bench.records.record_file import serialize_record
 from bench.reporting.tables import ColumnHead, OurValue, Table, TableCell, TableLine
 from bench.reporting.tables.published import PublishedCell
 
