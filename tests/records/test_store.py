@@ -315,7 +315,7 @@ def test_of_many_unreadable_records_some_are_named_and_all_are_known(tmp_path, c
 def test_a_record_as_it_was_written_is_parsed_once(tmp_path, monkeypatch):
     store = Store(tmp_path)
     store.write(make(), [], "")
-    monkeypatch.delattr("bench.records.store.parse_json")
+    monkeypatch.delattr("bench.records.record_file.parse_json")
     assert store.get("a" * 12) == make()
 
 
