@@ -19,11 +19,17 @@ from lm_eval.api.group import Group
 from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Entry, Kind, TaskIndex
 from lm_eval.tasks._yaml_loader import load_yaml
-from yaml import YAMLError  # type: ignore[import-untyped]
+from yaml import (  # type: ignore[import-untyped]
+    MappingNode,
+    Node,
+    SafeLoader,
+    YAMLError,
+    compose,
+)
 
 from bench.errors import UserError, nearest
 from bench.evaluation.row_files import existing_path
-from bench.evaluation.task_planning import TaskDefinition, TaskFiles
+from bench.evaluation.task_planning import TaskDefinition, TaskFiles, included_files
 
 FILES = TaskFiles("lm_eval", "lm-eval", ours=Path(__file__).parent / "tasks" / "micro")
 NOT_INDEXED = frozenset({"__pycache__", ".ipynb_checkpoints"})
@@ -33,6 +39,8 @@ _TOP_KEY = re.compile(
     rb"""|^[ \t]*-[ \t]*["']?([^\s"'#:]+)["']?[ \t]*(?:#[^\r\n]*)?\r?$""",  # an element of a list
     re.MULTILINE,
 )
+_MERGE_TAG = "tag:yaml.org,2002:merge"
+"""Tag of the key `<<`, which may be repeated."""
 _WORD = re.compile(rb"[^\s\[\]\"',#]+")
 
 
@@ -194,7 +202,8 @@ def index_of(include: tuple[str, ...]) -> NameIndex:
     """Return the index with the tasks of a user's own folders.
 
     Raises:
-        UserError: a folder does not exist, has no task file, or has two with the same task.
+        UserError: a folder does not exist, has no task file, has two with the same task, or one
+            that cannot be read or has a key twice.
     """
     folders = []
     for given in include:
@@ -225,7 +234,37 @@ def _readable(file: Path, key: str) -> TaskDefinition:
     except (OSError, ValueError, YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{key}: {file.name} cannot be read as a task file: {reason}") from error
+    # An included file may have another suffix, so only the file that includes it leads to it.
+    for each in included_files(file):
+        if not each.is_relative_to(FILES.harness_folder.resolve()):
+            _refuse_repeated_keys(each, key)
     return content
+
+
+def _refuse_repeated_keys(file: Path, key: str) -> None:
+    """Raise if a mapping of the file has a key twice: the last value would silently count."""
+    waiting: list[Node] = [compose(file.read_text(encoding="utf-8"), Loader=SafeLoader)]
+    seen: set[int] = set()  # An alias leads to a node again, even to one that contains it.
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen or not isinstance(node.value, list):
+            continue
+        seen.add(id(node))
+        if not isinstance(node, MappingNode):
+            waiting += node.value
+            continue
+        lines: dict[tuple[str, str], int] = {}
+        for name, value in node.value:
+            waiting.append(value)
+            if not isinstance(name.value, str) or name.tag == _MERGE_TAG:
+                continue
+            line = name.start_mark.line + 1
+            first = lines.setdefault((name.tag, name.value), line)
+            if first != line:
+                raise UserError(
+                    f"{key}: {file.name} sets {name.value!r} in line {first} and again in line "
+                    f"{line}: keep one of them"
+                )
 
 
 @dataclass(frozen=True)

@@ -181,6 +181,31 @@ def test_two_files_with_one_task_are_refused(folder):
         planned(folder, "colour_choice")
 
 
+@pytest.mark.parametrize(("name", "content", "said"), [
+    ("twice.yaml", "include: choice.yaml\ntask: colour_own\ntask: colour_other\n",
+     r"twice.yaml sets 'task' in line 2 and again in line 3: keep one"),
+    ("twice.yaml", "include: choice.yaml\ntask: own\nmetadata:\n  a: 1\n  'a': 2\n", "sets 'a' in"),
+    # Files whose names end otherwise are read only where another one includes them.
+    ("base_yaml", "num_fewshot: 0\nnum_fewshot: 1\n", r"base_yaml sets 'num_fewshot' in line 1"),
+])  # fmt: skip
+def test_a_key_that_is_set_twice_is_refused(folder, name, content, said):
+    """YAML's loaders would use the last value without a word."""
+    (folder / name).write_text(content)
+    (folder / "more.yaml").write_text("include: base_yaml\ntask: colour_more\n")
+    if name != "base_yaml":
+        (folder / "base_yaml").write_text("num_fewshot: 0\n")
+    with pytest.raises(UserError, match=said):
+        planned(folder, "colour_choice")
+
+
+def test_anchors_and_merges_are_no_repetition(folder):
+    (folder / "merged.yaml").write_text(
+        "include: choice.yaml\ntask: colour_merged\nmetadata:\n  one: &one {a: 1, b: 2}\n"
+        "  two: &two {c: 3}\n  both: {<<: *one, <<: *two, a: 4}\n  again: *one\n"
+    )
+    assert set(planned(folder, "colour_merged").sources) == {"colour_merged"}
+
+
 @pytest.mark.parametrize("template", [
     "{{ cycler.__init__.__globals__.os.system('touch ran') }}",
     "{{ ''.__class__.__mro__ }}",
