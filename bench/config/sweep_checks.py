@@ -19,6 +19,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from bench.config.composition import (
+    compose_run_config,
     hydra_config_tree,
     hydra_errors_as_user_errors,
     refuse_doubles,
@@ -207,17 +208,19 @@ def _admitted(overrides: Overrides, composed: DictConfig) -> Admitted:
     return Admitted(tuple(overrides.arguments), is_sweep, composed)
 
 
-def check_sweeper(overrides: Overrides, configs: Sequence[RunConfig], composed: DictConfig) -> None:
+def check_sweeper(
+    overrides: Overrides, configs: Sequence[RunConfig], composed: DictConfig
+) -> RunConfig | None:
     """Raise if the sweeper's settings are invalid, or its objectives do not exist in its runs.
 
     `composed` is from `admit`. Called after `alternative_configs`, which refuses a sweeper from a
-    package that is not allowed.
+    package that is not allowed. Returns the config of an early run of a search, if it has any.
     """
     with hydra_errors_as_user_errors(overrides.texts), hydra_config_tree():
         settings = composed.hydra.sweeper
         known = Plugins.instance().class_name_to_class
         if settings.get("_target_") not in known:
-            return  # Hydra reports those that it knows.
+            return None  # Hydra reports those that it knows.
         try:
             sweeper = instantiate(settings)
         except InstantiationException as error:
@@ -227,6 +230,21 @@ def check_sweeper(overrides: Overrides, configs: Sequence[RunConfig], composed: 
     for name in getattr(sweeper, "objectives", ()):
         for config in configs:
             refuse_unknown_objective("hydra.sweeper.objectives", name, config.benchmark)
+    if not hasattr(sweeper, "objectives"):
+        return None
+    benchmarks = dict.fromkeys(config.benchmark.name for config in configs)
+    if len(benchmarks) > 1:
+        raise UserError(
+            f"a search over benchmark={','.join(benchmarks)} would compare scores of different "
+            "questions: give each its own search"
+        )
+    if not sweeper.early_tasks:
+        return None
+    early = Overrides.parse(sweeper.early_overrides(composed))
+    first = Overrides.parse(single_runs(overrides)[0])
+    for override in early.parsed:
+        first = first.without(override.key_or_group)
+    return compose_run_config([*first.texts, *early.texts])
 
 
 def refuse_unknown_objective(key: str, name: str, benchmark: BenchmarkConfig) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from bench import plugins
 from bench.config.overrides import Overrides
 from bench.data import hub
-from bench.errors import RunsFailed, UserError, library_failures_as_errors
+from bench.errors import MissingData, RunsFailed, UserError, library_failures_as_errors
 from bench.records import Store
 from bench.runner.execute import execute
 from bench.runner.inputs import check_run
@@ -138,12 +138,13 @@ def _launch_new(
     configs = alternative_configs(overrides, admitted.composed)
     for config in configs:
         refuse_unknown_objective("objective", config.objective, config.benchmark)
-    if admitted.is_sweep:
-        check_sweeper(overrides, configs, admitted.composed)
+    early = check_sweeper(overrides, configs, admitted.composed) if admitted.is_sweep else None
     # An experiment may set it as well.
     if any(config.offline for config in configs):
         hub.go_offline()
     files = [check_run(config, session) for config in configs]
+    if early is not None:
+        configs, files = [*configs, early], [*files, _check_early_run(early, session)]
     _announce(overrides, admitted, session, budget)
     if not admitted.is_sweep:
         outcome = LaunchOutcome()
@@ -160,6 +161,16 @@ def _launch_new(
         if not sweep_jobs(plan):
             shutil.rmtree(plan.folder)
         raise
+
+
+def _check_early_run(config: RunConfig, session: Session) -> list[Path] | None:
+    """Check the run of a search's early tasks; whatever is wrong with it only, they cause."""
+    try:
+        return check_run(config, session)
+    except MissingData:
+        raise
+    except UserError as error:
+        raise UserError(f"hydra.sweeper.early_tasks: {error}") from error
 
 
 LINE_SECONDS = 1.0

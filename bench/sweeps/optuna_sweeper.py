@@ -33,6 +33,7 @@ from bench.sweeps.plan import plan_in, read_plan
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+    from omegaconf import DictConfig
     from optuna import Study, Trial
     from optuna.distributions import BaseDistribution
     from optuna.trial import FrozenTrial
@@ -78,8 +79,11 @@ class OptunaSweeper(LaunchingSweeper):
         if not isinstance(early_margin, int | float) or not 0 <= early_margin < math.inf:
             # With NaN, no trial would ever be stopped.
             raise UserError(f"hydra.sweeper.early_margin={early_margin}: 0 or more is needed")
-        if isinstance(early_tasks, str) or not isinstance(early_tasks, Sequence):
-            raise UserError(f"hydra.sweeper.early_tasks={early_tasks}: a list is needed, or []")
+        listed = isinstance(early_tasks, Sequence) and not isinstance(early_tasks, str)
+        if not listed or not all(isinstance(name, str) for name in early_tasks):
+            raise UserError(
+                f"hydra.sweeper.early_tasks={early_tasks}: a list is needed, of names, or []"
+            )
         if not isinstance(space, Mapping):
             raise UserError(f"hydra.sweeper.space={space}: ranges by key are needed, or {{}}")
         self.name, self.trials, self.parallel, self.seed = study, trials, parallel, seed
@@ -178,10 +182,7 @@ class OptunaSweeper(LaunchingSweeper):
         """Score the early tasks of the trials and return those that are not dominated."""
         if not self.early_tasks:
             return trials
-        short = [f"benchmark.tasks=[{','.join(self.early_tasks)}]"]
-        # Perplexity is scored beside the tasks and would make the short run long.
-        if "perplexity" in self.config.benchmark:
-            short.append("~benchmark.perplexity")
+        short = self.early_overrides(self.config)
         results: dict[int, EarlyResult] = {}
         outcomes = self._launch(folder, [[*jobs[t.number], *short] for t in trials])
         for trial, outcome in zip(trials, outcomes, strict=True):
@@ -202,6 +203,14 @@ class OptunaSweeper(LaunchingSweeper):
             elif mine is not None:
                 promising.append(trial)
         return promising
+
+    def early_overrides(self, config: DictConfig) -> list[str]:
+        """Return the overrides of a trial's early run; `config` is that of the search."""
+        short = [f"benchmark.tasks=[{','.join(self.early_tasks)}]"]
+        # Perplexity is scored beside the tasks and would make the short run long.
+        if "perplexity" in config.benchmark:
+            short.append("~benchmark.perplexity")
+        return short
 
     def _costs(self, record: Record) -> tuple[float, ...]:
         small = [name for name, direction in self.objectives.items() if direction == "minimize"]

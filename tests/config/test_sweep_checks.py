@@ -39,6 +39,19 @@ def test_a_recipe_composes(recipe):
     assert found[-1] == compose_run_config(last)
 
 
+@pytest.mark.broad
+def test_the_early_run_of_a_search_is_checked_and_has_one_benchmark():
+    def checked(*more):
+        sweep = Overrides.parse(["-m", "hydra/sweeper=optuna", "hydra.sweeper.study=s", *more])
+        return check_sweeper(sweep, alternative_configs(sweep), admit(sweep).composed)
+
+    early = checked("ratio=interval(0.1,0.2)", "hydra.sweeper.early_tasks=[piqa]")
+    assert early.benchmark.tasks == ("piqa",) and not early.benchmark.perplexity
+    assert checked("ratio=interval(0.1,0.2)") is None
+    with pytest.raises(UserError, match="give each its own search"):
+        checked("benchmark=camera_micro,nine_tasks_micro")
+
+
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_launcher_is_a_plugin_of_ours_with_limits(launcher):
     with hydra_config_tree():

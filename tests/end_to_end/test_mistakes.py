@@ -141,6 +141,7 @@ def test_a_sweep_of_too_many_jobs(refused):
     ("hydra.sweeper.early_margin=two", "0 or more is needed"),
     ("hydra.sweeper.early_tasks=piqa", "a list is needed"),
     ("hydra.sweeper.early_tasks=null", "a list is needed"),
+    ("hydra.sweeper.early_tasks=[1]", "a list is needed, of names"),
     ("hydra.sweeper.space=null", "ranges by key are needed"),
     ("hydra.sweeper.objectives=[minimize flops,maximize flops]", "names flops twice"),
     ("hydra.sweeper.objectives=[]", "is empty"),

@@ -79,6 +79,10 @@ def test_a_search_prunes_goes_on_and_keeps_the_front(tmp_path, capsys):
     ("hydra.sweeper.objectives=[up average]", "allowed: `maximize NAME`"),
     ("ratio=interval(0.1,1.5)", "ratio=1.5"),
     ("hydra.sweeper.spaces={}", "spaces"),
+    pytest.param(
+        "hydra.sweeper.early_tasks=[arc_eazy]", "hydra.sweeper.early_tasks: unknown task",
+        marks=pytest.mark.broad,
+    ),
 ])  # fmt: skip
 def test_a_wrong_search_is_refused_before_its_first_trial(tmp_path, capsys, wrong, said):
     asked = [word for word in SEARCH if word.split("=")[0] != wrong.split("=")[0]]
