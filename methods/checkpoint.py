@@ -111,7 +111,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         final.rename(replaced)
     temporary.rename(final)
     # The names themselves must survive a power failure before anything older is deleted.
-    _flush_folder(folder)
+    _flush(folder)
     # Only now, after the rename: until then the older checkpoint is what a killed run resumes from.
     # The pattern also matches `.tmp<pid>` and `.old<pid>` folders, also those of killed writers.
     for older in folder.glob("step-*"):
@@ -154,13 +154,13 @@ def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
     # Flush before the rename: otherwise a power failure can leave a folder with its final name and
     # empty files.
     for name in (_TENSORS, _STATE):
-        with (folder / name).open("rb") as file:
-            os.fsync(file.fileno())
+        _flush(folder / name)
 
 
-def _flush_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _flush(path: Path) -> None:
+    """Make the content of a file, or the names in a folder, survive a power failure."""
+    # With a descriptor, because a folder cannot be opened as a Python file.
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
