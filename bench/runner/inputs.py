@@ -234,11 +234,11 @@ def resolve_calibration_inputs(config: RunConfig) -> CalibrationInputs:
     """
     from bench.data import calibration, prompts
 
-    text = pictures = None
+    text = prompted = None
     # Only inputs that a method reads, so that a dense run neither depends on them nor fails without
     # them.
     if config.uses_calibration:
         text = calibration.resolve_calibration(config.calibration, offline=config.offline)
     if config.uses_prompts:
-        pictures = prompts.resolve_prompts(config.prompts, offline=config.offline)
-    return CalibrationInputs(text, pictures)
+        prompted = prompts.resolve_prompts(config.prompts, offline=config.offline)
+    return CalibrationInputs(text, prompted)

@@ -58,11 +58,13 @@ def apply_methods(
     if before is None and unchanged is None:
         before = counts[key] = count_size_and_work(model, config.costs)
     applied: list[AppliedMethod] = []
-    watched = "memory" in config.costs.measure
+    with_memory = "memory" in config.costs.measure
     for name, method in config.method.items():
         # Separate folders, so that methods do not find each other's checkpoints.
         folder = context.folder / name if context.folder else None
-        done = _apply_watched(name, method, model, replace(context, folder=folder), memory=watched)
+        done = _apply_guarded(
+            name, method, model, replace(context, folder=folder), memory=with_memory
+        )
         if before is None:
             assert unchanged is not None
             before = counts[key] = count_size_and_work(unchanged, config.costs)
@@ -77,12 +79,12 @@ def apply_methods(
     return applied
 
 
-def _apply_watched(
+def _apply_guarded(
     name: str, method: Method, model: Model, context: Context, *, memory: bool
 ) -> AppliedMethod:
     """Apply one method; return its report with its seconds and, with `memory`, its peak bytes.
 
-    The reported effect is not checked yet.
+    What it must not change is put back or refused. The reported effect is not checked yet.
 
     Raises:
         UserError: the method produced NaN or infinite weights or dtypes that do not fit together,

@@ -194,7 +194,7 @@ class WgsefFinetune(MicroExpertPruning):
             weight.requires_grad_(True)
         for step in context.progress.track(range(run.step, self.steps), "fine-tuning"):
             if step == sparse:
-                run.freeze()
+                run.select_groups()
             factor = learning_rate_factor((step + 1) / self.steps, self.sparse_share)
             run.train_step(next(batches).to(model.device), self.rate * factor)
             if run.step % max(1, self.steps // 10) == 0:
@@ -236,12 +236,12 @@ class _FineTuning:
         self.history.append(line | {"alive": int(self._context.partition.alive().sum())})
         self._losses = []
 
-    def freeze(self) -> None:
+    def select_groups(self) -> None:
         """Select the groups to keep, zero all others, and keep them at zero in later steps."""
         keep_M, self.alive = select_alive(self._context, self._solver.score())
-        self._hold(keep_M)
+        self._freeze_groups(keep_M)
 
-    def _hold(self, keep_M: Tensor) -> None:
+    def _freeze_groups(self, keep_M: Tensor) -> None:
         self._keep_M = keep_M
         self._solver = self.optimizer.solver = FrozenSolver(self._context, keep_M)
 
@@ -264,7 +264,7 @@ class _FineTuning:
         checkpoint.load_optimizer(self.optimizer, saved.tensors_of("optimizer"))
         if frozen := saved.tensors_of("frozen"):
             # First, because the state loaded below is that of the frozen solver.
-            self._hold(frozen["keep"].to(self._context.partition.device))
+            self._freeze_groups(frozen["keep"].to(self._context.partition.device))
         self._solver.load(saved.tensors_of("solver"))
         self.step, self.alive = saved.step, saved.state["alive"]
         self._losses, self.history = saved.state["losses"], saved.state["history"]

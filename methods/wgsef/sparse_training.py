@@ -33,7 +33,7 @@ from bench.method import (
 from bench.models.classifiers.architectures import build_classifier
 from bench.models.classifiers.classifier import Classifier, VisionConfig
 from methods.wgsef.groups import choice
-from methods.wgsef.groups.choice import ConvolutionGroups, GroupChoice
+from methods.wgsef.groups.choice import ClassifierGroups, GroupChoice
 from methods.wgsef.groups.costs import REMOVABLE_KINDS, GroupCosts
 from methods.wgsef.groups.partition import GroupPartition
 from methods.wgsef.removal import smaller_classifier
@@ -82,9 +82,10 @@ class ClassifierTraining(Method):
 
     def check(self, structure: ModelStructure) -> None:
         """Refuse models that are not image classifiers, and images that do not fit the model."""
-        self._config(structure)
+        self._require_classifier(structure)
 
-    def _config(self, structure: ModelStructure) -> VisionConfig:
+    def _require_classifier(self, structure: ModelStructure) -> VisionConfig:
+        """Return the classifier's config; raise if there is none, or if the images do not fit."""
         config = structure.vision
         if config is None:
             raise UserError(
@@ -222,8 +223,8 @@ class SparseTraining(ClassifierTraining):
     writes = ("checkpoints",)
 
     ratio: float | None = Field(default=0.7, gt=0, lt=1)
-    groups: ConvolutionGroups | tuple[ConvolutionGroups, ...] = "filters"
-    layers: dict[ConvolutionGroups, str] = Field(default_factory=dict)
+    groups: ClassifierGroups | tuple[ClassifierGroups, ...] = "filters"
+    layers: dict[ClassifierGroups, str] = Field(default_factory=dict)
     block: tuple[int, int] = (4, 4)
     masks: str | None = None
     scope: BudgetScope = "global"
@@ -287,7 +288,7 @@ class SparseTraining(ClassifierTraining):
 
     def check(self, structure: ModelStructure) -> None:
         """Also refuse a budget that the network cannot meet with its floors."""
-        config = self._config(structure)
+        config = self._require_classifier(structure)
         sizes = choice.group_counts(config, self._choice())
         if (self.scope, self.unit) == ("global", "groups"):
             refuse_impossible_sparsity(sizes, self._sparsity(sum(sizes)), self.floor)
@@ -299,6 +300,7 @@ class SparseTraining(ClassifierTraining):
             return None
         sizes = choice.group_counts(config, self._choice())
         parts = sizes if self.scope == "layer" else [sum(sizes)]
+        # 1e-9 corrects products that are slightly below a whole number, such as 0.29 * 100.
         return [int(self._sparsity(sum(sizes)) * size + 1e-9) for size in parts]
 
     def _sparsity(self, groups: int) -> float:

@@ -80,13 +80,13 @@ class Trainer:
                 f"{len(job.splits.train)} images: use a smaller batch"
             )
         self._total = self._epoch_steps * job.recipe.epochs
-        self._sparse = max(1, round(job.recipe.sparse_share * self._total))
+        self._sparse_steps = max(1, round(job.recipe.sparse_share * self._total))
         # Networks are loaded in eval mode and without gradients, in which solvers cannot trace.
         job.network.requires_grad_(True)
         self._context = self._solver_context()
         self._solver: Solver = job.solver(self._context)
         self._optimizer = self._make_optimizer()
-        self._step, self._loss = 0, 0.0
+        self._step, self._epoch_loss = 0, 0.0
         self._outcome: TrainingOutcome | None = None
         self._history: list[HistoryLine] = []
 
@@ -100,7 +100,7 @@ class Trainer:
                 self._train_epoch()
                 job.progress.step()
         # With sparse_share=1 the solver acts until the last step, so no selection was made yet.
-        outcome = self._outcome or self._freeze()
+        outcome = self._outcome or self._select_groups()
         outcome.history = self._history
         job.network.eval()
         return outcome
@@ -135,7 +135,7 @@ class Trainer:
             network=job.network,
             partition=job.partition,
             allocation=job.allocation,
-            steps=self._sparse,
+            steps=self._sparse_steps,
             epoch=self._epoch_steps,
             example=image_1CHH.to(self._device),
         )
@@ -165,8 +165,8 @@ class Trainer:
             job.splits.train, recipe.batch, seed=job.seed, epoch=epoch, start=start
         )
         for image_BCHH, label_B in batches:
-            if self._step == self._sparse and self._outcome is None:
-                self._freeze()
+            if self._step == self._sparse_steps and self._outcome is None:
+                self._select_groups()
             self._train_step(self._placed(image_BCHH), label_B.to(self._device))
             due = recipe.save_every and self._step % recipe.save_every == 0
             # The end of an epoch is saved below, with its line of the history.
@@ -196,7 +196,7 @@ class Trainer:
         loss = cross_entropy(logit_BK.float(), label_B)
         loss.backward()
         self._optimizer.step()
-        self._loss += float(loss.detach())
+        self._epoch_loss += float(loss.detach())
         self._step += 1
 
     def _close_epoch(self, epoch: int) -> None:
@@ -204,30 +204,30 @@ class Trainer:
         job, outcome = self._job, self._outcome
         line: HistoryLine = {
             "epoch": epoch + 1,
-            "loss": self._loss / self._epoch_steps,
+            "loss": self._epoch_loss / self._epoch_steps,
             "rate": self._optimizer.rate,
-            "k": job.allocation.k(min(1.0, self._step / self._sparse)),
+            "k": job.allocation.k(min(1.0, self._step / self._sparse_steps)),
             "alive": int(job.partition.alive().sum()),
             "fractional": self._solver.fractional,
             "total_strength": (outcome or self._solver).total_strength,
             "accuracy": accuracy(job.network, job.splits.test),
         }
-        self._loss = 0.0
+        self._epoch_loss = 0.0
         self._history.append(line)
         self._save()
         if job.on_epoch is not None:
             job.on_epoch(line)
 
-    def _freeze(self) -> TrainingOutcome:
+    def _select_groups(self) -> TrainingOutcome:
         """Select the groups to keep, zero all others, and keep them at zero in later steps."""
         # Read first, because the selection zeroes groups.
         fractional, total = self._solver.fractional, self._solver.total_strength
         keep_M, alive = select_alive(self._context, self._solver.score())
         self._outcome = TrainingOutcome(keep_M, alive, fractional, total)
-        self._hold()
+        self._freeze_groups()
         return self._outcome
 
-    def _hold(self) -> None:
+    def _freeze_groups(self) -> None:
         assert self._outcome is not None
         self._solver = FrozenSolver(self._context, self._outcome.keep)
         self._optimizer.solver = self._solver
@@ -244,7 +244,7 @@ class Trainer:
         )
         state: dict[str, Any] = {
             "identity": self._identity(),
-            "loss": self._loss,
+            "loss": self._epoch_loss,
             "history": self._history,
         }
         if self._outcome:
@@ -268,9 +268,9 @@ class Trainer:
             keep_M = kept["keep"].to(self._device)
             # First, because the state loaded below is that of the frozen solver.
             self._outcome = TrainingOutcome(keep_M, *saved.state["before"])
-            self._hold()
+            self._freeze_groups()
         self._solver.load(saved.tensors_of("solver"))
-        self._step, self._loss = saved.step, saved.state["loss"]
+        self._step, self._epoch_loss = saved.step, saved.state["loss"]
         self._history = saved.state["history"]
 
     def _identity(self) -> str:

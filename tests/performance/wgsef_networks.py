@@ -21,7 +21,7 @@ from bench.errors import UserError
 from bench.models.classifiers.architectures import build_classifier
 from bench.models.classifiers.classifier import Classifier, VisionConfig
 from bench.models.classifiers.serialization import load_classifier_folder, save_classifier
-from methods.wgsef.groups.choice import ConvolutionGroups, GroupChoice, families_of
+from methods.wgsef.groups.choice import ClassifierGroups, GroupChoice, families_of
 from methods.wgsef.groups.partition import GroupPartition
 from methods.wgsef.removal import smaller_classifier
 from tests.performance.figure import Figure
@@ -29,7 +29,7 @@ from tests.performance.figure import Figure
 SIZE, LARGER = 64, {"inception_v3": 96}
 SHARE = 0.4
 GOAL = 1e-5
-KINDS: tuple[ConvolutionGroups, ...] = ("filters", "heads", "depth")
+KINDS: tuple[ClassifierGroups, ...] = ("filters", "heads", "depth")
 REMOVABLE = {
     "filters": {"resnet18", "mobilenet_v2", "densenet121", "convnext_tiny", "vgg11_bn"},
     "heads": {"vit_b_16"},
@@ -72,7 +72,7 @@ def _figure(name: str, kind: str, trial: Trial) -> Figure:
     return Figure(title, trial.difference, f"<= {GOAL:g}", trial.difference <= GOAL, how)
 
 
-def _trial(name: str, kind: ConvolutionGroups) -> Trial:
+def _trial(name: str, kind: ClassifierGroups) -> Trial:
     torch.manual_seed(0)
     size = LARGER.get(name, SIZE)
     config = VisionConfig(architecture=f"torchvision/{name}", channels=3, size=size, classes=10)

@@ -8,6 +8,7 @@ kernel cannot skip: they are only zeroed.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal, Self
@@ -23,7 +24,7 @@ from methods.wgsef.groups import convolution, residual, transformer
 from methods.wgsef.groups.partition import GroupFamily, Slice, refuse_overlap
 from methods.wgsef.groups.verification import mark_unremovable
 
-ConvolutionGroups = Literal[
+ClassifierGroups = Literal[
     "filters",
     "channels",
     "filter_shapes",
@@ -49,8 +50,8 @@ class GroupChoice(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    groups: tuple[ConvolutionGroups, ...]
-    layers: dict[ConvolutionGroups, str] = Field(default_factory=dict)
+    groups: tuple[ClassifierGroups, ...]
+    layers: dict[ClassifierGroups, str] = Field(default_factory=dict)
     block: tuple[int, int] = (4, 4)
     masks: str | None = None
 
@@ -87,7 +88,7 @@ def families_of(network: Classifier, choice: GroupChoice) -> list[GroupFamily]:
 
 
 def _of_kind(
-    network: Classifier, example: Tensor, kind: ConvolutionGroups, choice: GroupChoice
+    network: Classifier, example: Tensor, kind: ClassifierGroups, choice: GroupChoice
 ) -> list[GroupFamily]:
     if kind == "masks":
         assert choice.masks is not None
@@ -101,24 +102,32 @@ def _of_kind(
     elif kind in PATTERNS:
         found = patterns(network, example, kind, choice.block, pattern)
     else:
-        found = getattr(convolution, kind)(network, example)
+        found = _OF_CONVOLUTIONS[kind](network, example)
     chosen = [family for family in found if fnmatchcase(_layer_of(family), pattern)]
     if not chosen:
         raise UserError(f"layers.{kind}={pattern} matches no layer with {kind}")
     return chosen
 
 
+_OF_CONVOLUTIONS: dict[ClassifierGroups, Callable[[nn.Module, Tensor], list[GroupFamily]]] = {
+    "filters": convolution.filters,
+    "channels": convolution.channels,
+    "filter_shapes": convolution.filter_shapes,
+    "weights": convolution.weights,
+}
+
+
 def _layer_of(family: GroupFamily) -> str:
     return family.name.removeprefix("readers of ")
 
 
-PATTERNS: tuple[ConvolutionGroups, ...] = ("rows", "columns", "blocks")
+PATTERNS: tuple[ClassifierGroups, ...] = ("rows", "columns", "blocks")
 
 
 def patterns(
     network: nn.Module,
     example: Tensor,
-    kind: ConvolutionGroups,
+    kind: ClassifierGroups,
     block: tuple[int, int],
     layers: str = "*",
 ) -> list[GroupFamily]:
