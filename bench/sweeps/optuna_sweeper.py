@@ -88,11 +88,8 @@ class OptunaSweeper(LaunchingSweeper):
             raise UserError(f"hydra.sweeper.space={space}: ranges by key are needed, or {{}}")
         self.name, self.trials, self.parallel, self.seed = study, trials, parallel, seed
         self.objectives = _directions(objectives or [])
-        self.space, self.early_tasks, self.early_margin = (
-            dict(space),
-            list(early_tasks),
-            early_margin,
-        )
+        self.space, self.early_tasks = dict(space), list(early_tasks)
+        self.early_margin = early_margin
 
     def sweep(self, arguments: list[str]) -> None:
         """Run trials until the study has `trials` of them, then write its results."""
@@ -352,6 +349,7 @@ def optuna_distributions(overrides: Iterable[Override]) -> tuple[Distributions, 
         UserError: no key is swept, or a range is empty or invalid.
     """
     from hydra.core.override_parser.types import ValueType
+    from optuna.distributions import CategoricalDistribution
 
     space: Distributions = {}
     fixed: list[str] = []
@@ -364,7 +362,8 @@ def optuna_distributions(overrides: Iterable[Override]) -> tuple[Distributions, 
         elif override.value_type == ValueType.RANGE_SWEEP:
             space[key] = _range_distribution(key, override.value())
         else:
-            space[key] = _choice_distribution(override)
+            choices = [str(value) for value in override.sweep_string_iterator()]
+            space[key] = CategoricalDistribution(choices)
     if not space:
         raise UserError("a search needs a range: set hydra.sweeper.space.KEY='interval(0.1,0.7)'")
     return space, fixed
@@ -406,12 +405,6 @@ def _range_distribution(key: str, values: RangeSweep) -> BaseDistribution:
     if all(isinstance(number, int) for number in numbers):
         return IntDistribution(numbers[0], numbers[-1], step=int(values.step))
     return FloatDistribution(numbers[0], numbers[-1], step=float(values.step))
-
-
-def _choice_distribution(override: Override) -> BaseDistribution:
-    from optuna.distributions import CategoricalDistribution
-
-    return CategoricalDistribution([str(value) for value in override.sweep_string_iterator()])
 
 
 @dataclass(frozen=True)
