@@ -21,7 +21,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
 
-from bench.cli.arguments import results_dir_as_override
+from bench.cli.arguments import RESULTS_DIR_FLAG, results_dir_as_override
 from bench.cli.parser import (
     COMMANDS,
     RAW_COMMANDS,
@@ -114,8 +114,11 @@ def _run_command(given: list[str]) -> int:
     # their arguments themselves and use argparse only for --help.
     if given and given[0] in RAW_COMMANDS and not {"-h", "--help"} & set(given):
         raw_handler: Callable[[list[str]], int] = pkgutil.resolve_name(RAW_COMMANDS[given[0]])
+        words = given[1:]
         # Hydra accepts only overrides.
-        return raw_handler(results_dir_as_override(given[1:]))
+        if any(word.startswith(RESULTS_DIR_FLAG) for word in words):
+            words = results_dir_as_override(words)
+        return raw_handler(words)
     # argparse would list all commands instead of suggesting the nearest one.
     if given and not given[0].startswith("-") and given[0] not in COMMANDS:
         raise unknown_name("command", given[0], COMMANDS)

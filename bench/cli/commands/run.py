@@ -11,15 +11,19 @@ from bench.ui import fail, warn
 
 INFO_FLAGS = frozenset({"--cfg", "-c", "--info", "-i", "--hydra-help", "--version"})
 """Flags that Hydra handles itself; nothing is run."""
+BUDGET_OPTION = "--budget"
 
 
 def run_command(arguments: list[str]) -> int:
     """`bench run`: run one config, a sweep or a search."""
-    if any(argument.partition("=")[0] in INFO_FLAGS for argument in arguments):
+    names = {argument.partition("=")[0] for argument in arguments}
+    if names & INFO_FLAGS:
         print_hydra_info(arguments)
         return EXIT_DONE
-    text, arguments = split_option(arguments, "--budget")
-    budget = None if text is None else read_budget(text)
+    budget = None
+    if BUDGET_OPTION in names:
+        text, arguments = split_option(arguments, BUDGET_OPTION)
+        budget = read_budget(text or "")
     with Session(freezes=True) as session:
         return print_outcome(launch(arguments, session, budget=budget), session)
 
