@@ -128,7 +128,7 @@ def _check_hydra_value(key: str, value: object, text: str) -> None:
         raise UserError(f"{text}: {value} is not a folder")
 
 
-def check_run(overrides: Sequence[str]) -> Overrides:
+def check_run_overrides(overrides: Sequence[str]) -> Overrides:
     """Check and return the overrides of one run of a sweep, which must not set Hydra's config."""
     parsed = Overrides.parse(overrides)
     check_overrides(parsed)
@@ -215,7 +215,7 @@ def check_plan(
     """
     check_overrides(arguments)
     # Runs share most of their overrides, and parsing one takes a millisecond.
-    parsed = check_run(list(dict.fromkeys(text for run in runs for text in run)))
+    parsed = check_run_overrides(list(dict.fromkeys(text for run in runs for text in run)))
     overrides = [*arguments.parsed, *parsed.parsed]
     name, results_dir = folder.name, folder.parent.parent
     for override in overrides:

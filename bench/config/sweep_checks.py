@@ -30,7 +30,7 @@ from bench.config.gate import (
     check_composed,
     check_overrides,
     check_plan,
-    check_run,
+    check_run_overrides,
     listed_runs,
     plan_arguments,
     refuse_unplanned,
@@ -273,7 +273,7 @@ def _first_composition(overrides: Overrides) -> DictConfig:
     refuse_empty_mappings(overrides, composed)
     _refuse_sweeps_of_sweeps(overrides, composed)
     for run in listed_runs(composed):
-        check_run(run)
+        check_run_overrides(run)
     return composed
 
 

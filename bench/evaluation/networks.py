@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor
 
 from bench.models.model import Model
+from bench.models.network import NetworkConfig
 
 
 class CacheLayer(Protocol):
@@ -46,13 +47,6 @@ class NetworkOutput(Protocol):
 
     logits: Tensor
     past_key_values: KeyValueCache
-
-
-class NetworkConfig(Protocol):
-    """The config of a network; only vision-language models have an image token."""
-
-    _attn_implementation: str
-    image_token_id: int
 
 
 class GenerationConfig(Protocol):

@@ -20,7 +20,7 @@ _GOLDEN_MULTIPLIER = -0x61C8864680B583EB  # 2^64 over the golden ratio, as int64
 _INT_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def state_hash(network: nn.Module) -> str:
+def network_hash(network: nn.Module) -> str:
     """Hash all weights and buffers: equal bits give equal hashes.
 
     Sums are computed on the weights' own device and only the sums are copied to the CPU, so that

@@ -149,7 +149,7 @@ def _execute_run(
 ) -> Record:
     """Load the model, apply the methods, evaluate, measure, and write the record."""
     from bench.device.devices import describe_device, seed_everything
-    from bench.models.hashing import state_hash
+    from bench.models.hashing import network_hash
 
     checkpoints = store.unfinished(inputs.id, session.process_group.rank)
     resumed = checkpoints.exists()
@@ -161,7 +161,7 @@ def _execute_run(
     estimate = _estimate(config, inputs, session)
     progress.expect({each.phase: (each.low * each.high) ** 0.5 for each in estimate})
     model, dense, methods = _load_and_compress(config, inputs, session, checkpoints, progress)
-    weights = state_hash(model.network)
+    weights = network_hash(model.network)
     evaluation = _evaluate(model, weights, inputs, session, store, progress)
     costs = _costs(config, model, methods, inputs.source, session, progress)
     save_weights = _weights_to_keep(config, model, methods)

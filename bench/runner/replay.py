@@ -72,11 +72,11 @@ def rebuild_model(
 def _load_kept_weights(model: Model, folder: Path, record: Record) -> None:
     """Replace the network of a model by the one that a run kept."""
     from bench.models.classifiers.serialization import load_classifier_folder
-    from bench.models.hashing import state_hash
+    from bench.models.hashing import network_hash
 
     model.network = load_classifier_folder(folder).to(model.device)
     model.invalidate_structure()
-    if state_hash(model.network) != record.kept_weights:
+    if network_hash(model.network) != record.kept_weights:
         raise UserError(
             f"{folder} is not the network that run {record.id} kept: remove the folder, so that "
             "the run's methods are applied again"
@@ -89,10 +89,10 @@ def refuse_other_network(record: Record, model: Model, allowed: Sequence[str] = 
     Where versions or the machine have changed, or kernels have no fixed order, it may differ in the
     last bits and is only warned of. Records of before weights were hashed are not checked.
     """
-    from bench.models.hashing import state_hash
+    from bench.models.hashing import network_hash
 
     scored = record.provenance.get("network")
-    if scored is None or state_hash(model.network) == scored:
+    if scored is None or network_hash(model.network) == scored:
         return
     methods = recorded_config(record, allowed).method
     recorded = (record.provenance.get("identity") or {}).get("methods", {})

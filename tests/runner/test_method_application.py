@@ -21,7 +21,7 @@ from bench.errors import UserError
 from bench.method import Context, Method, MethodReport
 from bench.models.classifiers.architectures import build_classifier
 from bench.models.classifiers.classifier import VisionConfig
-from bench.models.hashing import state_hash
+from bench.models.hashing import network_hash
 from bench.models.network import replace_forward
 from bench.models.structure.model_structure import inspect_model
 from bench.records import SizeAndWork, without_real_saving
@@ -392,7 +392,7 @@ def test_a_changed_knob_is_refused():
 
 def test_a_network_made_again_is_the_one_that_was_scored_or_is_refused(monkeypatch):
     model = model_of(build("qwen2_moe"))
-    record = SimpleNamespace(id="abc", provenance={"network": state_hash(model.network)})
+    record = SimpleNamespace(id="abc", provenance={"network": network_hash(model.network)})
     refuse_other_network(record, model)
     zero(model.network)
     own = Claimed(effect="zeroed", does="zero")

@@ -19,9 +19,9 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from bench.evaluation.multimodal.prompts import EncodedPrompt
-from bench.evaluation.networks import CacheLayer, KeyValueCache, LanguageModel, NetworkConfig
+from bench.evaluation.networks import CacheLayer, KeyValueCache, LanguageModel
 from bench.models.model import Model
-from bench.models.network import non_attention_layer, sliding_window
+from bench.models.network import NetworkConfig, non_attention_layer, sliding_window
 from bench.models.vlm.visual_tokens import BIDIRECTIONAL
 
 GROWTH = 64

@@ -45,7 +45,7 @@ _WORD = re.compile(rb"[^\s\[\]\"',#]+")
 
 
 @dataclass(frozen=True)
-class NamedFiles:
+class FilesByName:
     """The task files of one folder, by the names in them.
 
     `defining` are those with a task or group of this name, `tagged` those that may have the tag.
@@ -137,7 +137,7 @@ def _task_folders(root: Path) -> tuple[Path, ...]:
 
 
 @cache
-def _named_files(folder: Path) -> NamedFiles:
+def _named_files(folder: Path) -> FilesByName:
     is_root = folder == FILES.harness_folder
     files = folder.glob("*.yaml") if is_root else folder.rglob("*.yaml")
     defining: dict[str, list[Path]] = defaultdict(list)
@@ -149,7 +149,7 @@ def _named_files(folder: Path) -> NamedFiles:
                 defining[name].append(file)
             for tag in tags:
                 tagged[tag].append(file)
-    return NamedFiles(_frozen(defining), _frozen(tagged))
+    return FilesByName(_frozen(defining), _frozen(tagged))
 
 
 def _frozen(files: Mapping[str, list[Path]]) -> dict[str, tuple[Path, ...]]:
