@@ -26,7 +26,6 @@ from bench.measurement.model_size import (
     held_tensors,
     kv_cache_bytes,
     parameter_dtype,
-    stored_bytes,
     tensor_bytes,
 )
 from bench.measurement.quantities import (
@@ -40,6 +39,7 @@ from bench.measurement.quantities import (
 from bench.measurement.roofline import DeviceLimits, device_limits
 from bench.measurement.workload import GenerationWorkload, Workload, workloads
 from bench.models.bitpacking.packed_modules import packed_linears
+from bench.models.network import stored_bytes
 from bench.models.offload import is_offloaded
 from bench.records.record import Cost, MissingMeasurement, SizeAndWork
 from bench.schema import CostsConfig
@@ -344,7 +344,7 @@ def disk_bytes(network: nn.Module) -> int:
 
 
 def _peak_cost(network: nn.Module, scope: str, peak: PeakMemory) -> Cost:
-    weights = tensor_bytes((*network.parameters(), *network.buffers()))
+    weights = stored_bytes(network)
     parts = {"weights": float(weights), "above": float(peak.above)}
     return Cost(
         scope=scope,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.models.bitpacking.packed_modules import packed_linears
-from bench.models.network import text_config
+from bench.models.network import stored_bytes, text_config
 from bench.models.offload import iter_parameters
 from bench.models.replaced_modules import ReplacedModule
 
@@ -97,11 +97,6 @@ def _tensors_in(value: object, levels: int) -> Iterator[Tensor]:
     elif levels and isinstance(value, dict | list | tuple):
         for part in value.values() if isinstance(value, dict) else value:
             yield from _tensors_in(part, levels - 1)
-
-
-def stored_bytes(network: nn.Module) -> int:
-    """Return the bytes of all parameters and buffers."""
-    return tensor_bytes((*network.parameters(), *network.buffers()))
 
 
 def count_size(network: nn.Module, structure: ModelStructure | None = None) -> ModelSize:

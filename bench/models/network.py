@@ -1,4 +1,4 @@
-"""Networks of transformers: types of their members, attention span, and replaced forwards.
+"""Networks: types of their members in transformers, attention span, bytes, replaced forwards.
 
 transformers has no types that cover all of its architectures. These Protocols name the common
 members; code that needs them casts a network to a Protocol.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -106,6 +107,13 @@ def sliding_window(network: nn.Module) -> int | None:
     # `use_sliding_window`, hybrid models by layer type.
     slides = kinds is None or "sliding_attention" in kinds
     return int(size) if size and slides and getattr(config, "use_sliding_window", True) else None
+
+
+def stored_bytes(network: nn.Module) -> int:
+    """Return the bytes of all parameters and buffers."""
+    # parameters() yields a tied tensor once, which is how often it is stored.
+    held = chain(network.parameters(), network.buffers())
+    return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
 def replace_forward(module: nn.Module, forward: Forward | None) -> Callable[[], None]:

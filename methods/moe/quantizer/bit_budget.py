@@ -10,12 +10,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import chain
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench.errors import UserError
 from bench.models.bitpacking.packed_shape import PackedShape
@@ -215,10 +214,3 @@ def weights_by_bits(shapes: Iterable[PackedShape]) -> dict[str, int]:
             counts[block.bits] += block.area
     # Strings: the record is JSON, whose keys cannot be integers.
     return {str(bits): counts[bits] for bits in sorted(counts)}
-
-
-def stored_bytes(network: nn.Module) -> int:
-    """Return the bytes of all parameters and buffers."""
-    # parameters() yields a tied tensor once, which is how often it is stored.
-    held = chain(network.parameters(), network.buffers())
-    return sum(tensor.numel() * tensor.element_size() for tensor in held)

@@ -23,6 +23,7 @@ from bench.method import (
 )
 from bench.models.bitpacking.packed_shape import GridKind, Level, PackedShape
 from bench.models.model import Model
+from bench.models.network import stored_bytes
 from bench.models.structure.dense_layer import shape_of
 from bench.models.structure.model_structure import ModelStructure
 from bench.models.structure.moe_block import MoEBlock
@@ -32,7 +33,6 @@ from methods.moe.pruning import (
     require_micro_experts,
     require_usual_experts,
 )
-from methods.moe.quantizer.bit_budget import stored_bytes
 from methods.moe.quantizer.grid import Clip
 from methods.moe.quantizer.layer_walk import (
     UNQUANTIZED_BITS,
