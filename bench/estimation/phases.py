@@ -2,118 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
+from bench.estimation.subject import Subject
 from bench.estimation.work import Work
 from bench.measurement.interleaving import SETTLING_WINDOW
 from bench.method import InputSize
 
 if TYPE_CHECKING:
-    from bench.config.run_config import RunConfig
     from bench.estimation.layer_timing import StepFigures
-    from bench.estimation.network import NetworkWork
     from bench.estimation.tasks import TaskDemand
-    from bench.method import Method, MethodWork, RepeatedStep
-    from bench.models.structure.model_structure import ModelStructure
+    from bench.method import Method
 
-OFFLOADED = ("offload_cpu", "offload_disk")
 _OPTIMIZER_OPERATORS = 12
 """Operators of an optimizer and a proximal step per tensor of weights."""
 SCORED_AT_ONCE = 256
 """Images per forward when a classifier is scored during training."""
+_LOADED = (0.4, 6.0)
+"""Time to load a network, without its bytes, over the time to build it without weights."""
+_FIRST = 0.5
+"""Time of imports in the first load of a process, over that of the first building."""
+_FAULTS = 4
+"""Passes over new memory that cost as much as the first, in which its pages are mapped."""
 SETTLED_AFTER = 2 * SETTLING_WINDOW
 """Minimum number of rounds for times to settle, because the medians of two windows are compared."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One prompt with an image: its tokens, and the work to encode its image.
-
-    `seconds` is the time to encode it on this machine, if known.
-    """
-
-    visual: int
-    text: int
-    work: Work
-    seconds: float | None = None
-
-    @property
-    def encoding(self) -> Work:
-        """Work to encode the image, as a time if that is known."""
-        return self.work if self.seconds is None else Work(timed=self.seconds)
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens of the prompt."""
-        return self.visual + self.text
-
-
-@dataclass(frozen=True)
-class Subject:
-    """Everything from which a run is estimated, without weights.
-
-    `training_images` is the size of the data set on which methods train, and `size_on_disk` the
-    bytes of weight files. `counting_seconds` and `collecting_seconds` are the times of counting the
-    network and of a garbage collection on this machine. `figures` returns the measured figures of a
-    method's step, or None if unknown.
-    """
-
-    config: RunConfig
-    network: NetworkWork
-    structure: ModelStructure
-    tasks: Sequence[TaskDemand]
-    device: str
-    memory: float
-    size_on_disk: float
-    prompt: Prompt | None = None
-    hidden: int = 0
-    bytes_per_token: int = 0
-    vocabulary: int = 0
-    training_images: int = 0
-    tensors: int = 0
-    counting_seconds: float | None = None
-    collecting_seconds: float = 0.0
-    figures: Callable[[RepeatedStep], StepFigures | None] = lambda _: None
-
-    @cached_property
-    def declared(self) -> dict[str, MethodWork]:
-        """Work that each method declares; cached, because some methods inspect the network."""
-        return {
-            name: method.work(self.structure, _inputs(self, method))
-            for name, method in self.config.method.items()
-        }
-
-    @cached_property
-    def steps_per_call(self) -> list[tuple[RepeatedStep, Work]]:
-        """Steps that forwards of the changed network repeat in addition, with the work of each."""
-        steps = [step for work in self.declared.values() for step in work.per_call]
-        return [(step, _step(self, step)) for step in steps]
-
-    @property
-    def map(self) -> str | None:
-        """The device map if it stores layers outside the device, else None."""
-        device_map = self.config.model.device_map
-        return device_map if device_map in OFFLOADED else None
-
-    @property
-    def weights(self) -> float:
-        """Bytes of weights on the device: those of one layer if layers are offloaded."""
-        stored = self.network.stored
-        if self.map is None:
-            return stored
-        layers = self.network.weights + self.network.routed
-        # While a layer is narrowed, both versions are in memory.
-        return stored - layers + 2 * layers / max(1, self.network.depth)
-
-    @property
-    def copies(self) -> int:
-        """Number of networks on the device while methods work: the dense one is kept if it fits."""
-        whole = bool(self.config.method) and self.config.model.device_map is None
-        return 2 if whole and self.memory > 2.5 * self.network.stored else 1
 
 
 @dataclass(frozen=True)
@@ -151,20 +66,26 @@ def phases_of(subject: Subject) -> Iterator[Phase]:
 
 
 def _loading(subject: Subject) -> Phase:
-    read = Work(starts=1, disk=subject.size_on_disk)
+    built = subject.building
+    least = most = Work(starts=1)
+    if built is not None:
+        collected = Work(timed=subject.collecting_seconds)
+        least = collected + Work(seconds=_LOADED[0] * built.warm)
+        most = collected + Work(seconds=_LOADED[1] * built.warm + _FIRST * built.first)
+    read = Work(disk=subject.size_on_disk)
     if subject.device == "cuda" and subject.map is None:
         read += Work(link=subject.network.stored)
     copy = Work(moved=2 * subject.network.stored)
     held = subject.weights * (2 if subject.memory > 2.5 * subject.network.stored else 1)
     # The files may be in the page cache.
-    least = Work(starts=1) + Work(link=read.link)
-    return Phase("loading the model", "load", least, read + copy, held)
+    least += Work(link=read.link) + copy * (built is not None)
+    return Phase("loading the model", "load", least, most + read + copy * _FAULTS, held)
 
 
 def _method(subject: Subject, name: str, method: Method) -> Phase:
     if hasattr(method, "recipe") and subject.training_images:
         return _training(subject, name, method)
-    network, inputs = subject.network, _inputs(subject, method)
+    network, inputs = subject.network, subject.input_size(method)
     tokens = inputs.tokens
     cost, batch = subject.declared[name], inputs.batch
     one, seen = (_pass(subject, inputs, inputs.rows, batch, observed=o) for o in (False, True))
@@ -180,7 +101,7 @@ def _method(subject: Subject, name: str, method: Method) -> Phase:
     train = train * (2 + cost.updated) + _encoding(subject, cost.trained if inputs.visual else 0)
     apply = Work(operators=cost.operators, moved=cost.readings * network.stored)
     for step in cost.steps:
-        apply += _step(subject, step) * step.times
+        apply += subject.step_work(step) * step.times
     if subject.map is not None:
         passes = max(1.0, cost.forwards + cost.backwards)
         moved = network.streamed(1)
@@ -200,14 +121,6 @@ def _method(subject: Subject, name: str, method: Method) -> Phase:
     return Phase(f"applying {name}", "apply", work, most, memory, parts)
 
 
-def _step(subject: Subject, step: RepeatedStep) -> Work:
-    """Return the work of one step: its measured time, else its counts."""
-    figures = subject.figures(step)
-    if figures is not None:
-        return Work(timed=figures.seconds)
-    return Work(precise=step.flops, moved=step.elements * 4, operators=step.operators)
-
-
 def _added_per_call(subject: Subject, tokens: float) -> Work:
     """Return the additional work of a forward of that many tokens in the changed network."""
     added = Work()
@@ -215,18 +128,6 @@ def _added_per_call(subject: Subject, tokens: float) -> Work:
         share = subject.network.met_share(tokens) if step.routed else 1.0
         added += work * (step.times * share)
     return added
-
-
-def _inputs(subject: Subject, method: Method) -> InputSize:
-    """Return the size of a method's calibration input: text, prompts with images, or nothing."""
-    config, prompt = subject.config, subject.prompt
-    if method.uses_calibration:
-        rows, batch = config.calibration.rows, getattr(method, "batch", config.prompts.batch)
-        return InputSize(rows, float(config.calibration.length), batch=batch)
-    if prompt is None:
-        return InputSize()
-    rows = config.prompts.count if method.uses_prompts else 0
-    return InputSize(rows, float(prompt.tokens), float(prompt.visual), config.prompts.batch)
 
 
 def _pass(
@@ -348,10 +249,9 @@ def _counting(subject: Subject) -> Phase:
     counts = 1 + len(subject.config.method)
     memory = subject.weights * subject.copies
     if subject.counting_seconds is not None:
-        # Such a count was just made on this machine. It included imports, which a run has done by
-        # then.
-        most = Work(seconds=subject.counting_seconds)
-        return Phase("counting costs", "measure", most * 0.1, most * (0.5 + counts), memory)
+        # Such a count was just made on this machine.
+        count = Work(timed=subject.counting_seconds)
+        return Phase("counting costs", "measure", count * 0.6, count * counts, memory)
     return Phase("counting costs", "measure", Work(), Work(starts=1), memory)
 
 
@@ -369,8 +269,7 @@ def _measuring(subject: Subject) -> Phase:
         if "memory" in config.costs.measure:
             # The peak of a prefill is measured separately from that of generation.
             least += call + (call + written if written != Work() else Work()) + more
-            # Two peaks, a restart and the end of the shape, or one peak and the end. A command
-            # freezes the objects that a collection would search: see `Session`.
+            # Two peaks, a restart and the end of the shape, or one peak and the end.
             collected += 4 if written != Work() else 2
         if "latency" in config.costs.measure:
             timed += call + written
@@ -378,10 +277,9 @@ def _measuring(subject: Subject) -> Phase:
         if "energy" in config.costs.measure:
             stages = 2 if written != Work() else 1
             seconds += stages * timing.energy_seconds * _compared(subject)
-    least += Work(seconds=seconds)
-    most = least + Work(timed=collected * subject.collecting_seconds)
+    least += Work(seconds=seconds, timed=collected * subject.collecting_seconds)
     if not shapes or timed == Work():
-        return Phase("measuring costs", "measure", least, most, memory + _widest(subject, shapes))
+        return Phase("measuring costs", "measure", least, least, memory + _widest(subject, shapes))
     # FLOPs are counted in a separate call, and times settle in warm-up rounds.
     once, compared = timed * _compared(subject) + added, bool(config.method)
     settled = min(SETTLED_AFTER, timing.max_warmup_rounds)
@@ -393,7 +291,7 @@ def _measuring(subject: Subject) -> Phase:
         "measuring costs",
         "measure",
         least + fewest,
-        most + sure,
+        least + sure,
         memory + _widest(subject, shapes),
         limited=further,
         limit=len(shapes) * timing.max_seconds * timing.attempts,

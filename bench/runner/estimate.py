@@ -15,8 +15,9 @@ from bench.records import Store
 
 if TYPE_CHECKING:
     from bench.config.run_config import RunConfig
+    from bench.estimation.estimator import Estimator
     from bench.estimation.hardware import HardwareConfig
-    from bench.estimation.run_estimate import Estimator, RunEstimate, SweepEstimate
+    from bench.estimation.run_estimate import RunEstimate, SweepEstimate
     from bench.runner.session import Session
 
 _UNITS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
@@ -82,7 +83,7 @@ def estimate_configs(
         if seconds is not None and runs and time.perf_counter() - began > seconds:
             return SweepEstimate(tuple(runs), whole=False)
         with threads_set(config.threads):
-            used = estimator or _estimator(hardware, estimators)
+            used = estimator or _estimator(hardware, estimators, session)
             run, identity = _estimate(config, used, session)
         if identity is not None:
             if not config.force and Store(config.results_dir).find(identity) is not None:
@@ -94,15 +95,17 @@ def estimate_configs(
     return SweepEstimate(tuple(runs))
 
 
-def _estimator(hardware: HardwareConfig | None, known: dict[str, Estimator]) -> Estimator:
+def _estimator(
+    hardware: HardwareConfig | None, known: dict[str, Estimator], session: Session
+) -> Estimator:
     """Return the estimator of the hardware, or of this machine with its current threads."""
     from bench.estimation.boards import measured_here
-    from bench.estimation.run_estimate import Estimator
+    from bench.estimation.estimator import Estimator
 
     hardware = hardware or measured_here()
     key = hardware.model_dump_json()
     if key not in known:
-        known[key] = Estimator(hardware, measures=True)
+        known[key] = Estimator(hardware, measures=True, collects=not session.freezes)
     return known[key]
 
 

@@ -27,7 +27,7 @@ from bench.errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
-    from bench.estimation.run_estimate import Estimator
+    from bench.estimation.estimator import Estimator
     from bench.evaluation import PlanCache
     from bench.evaluation.distributed import ProcessGroup
     from bench.models.model import Model
@@ -212,13 +212,13 @@ class Session:
     _estimator: Estimator | None = None
 
     def __init__(self, *, freezes: bool = False) -> None:
-        self._freezes = freezes
+        self.freezes = freezes
         self._frozen = False
 
     @cached_property
     def base_model(self) -> BaseModelCache:
         """Cache of the unchanged model that runs share."""
-        if self._freezes and not gc.get_freeze_count():
+        if self.freezes and not gc.get_freeze_count():
             gc.collect()
             gc.freeze()
             self._frozen = True
@@ -240,12 +240,13 @@ class Session:
     def estimator(self) -> Estimator | None:
         """Estimator for this machine, or None if its rates are unknown."""
         from bench.estimation.boards import known_here
-        from bench.estimation.run_estimate import Estimator
+        from bench.estimation.estimator import Estimator
 
         # Looked up each time, because rates depend on the number of threads of the run.
         here, held = known_here(), self._estimator
         if held is None or held.hardware != here:
-            self._estimator = held = None if here is None else Estimator(here)
+            held = None if here is None else Estimator(here, collects=not self.freezes)
+            self._estimator = held
         return held
 
     @cached_property

@@ -4,10 +4,13 @@ import json
 
 import pytest
 
+import bench
 from bench.cli.main import main
-from bench.estimation import boards, network
+from bench.estimation import boards, estimator, network
 from bench.estimation.boards import load_hardware
 from bench.records import Store
+from bench.runner.estimate import estimate_runs
+from bench.runner.session import Session
 from methods.baselines.micro_expert_controls import RandomMicroExperts
 
 # A session keeps the estimator of its machine.
@@ -60,6 +63,32 @@ def test_a_sweep_says_its_estimate_and_a_budget_refuses_it(known, tmp_path, caps
     assert "estimate: 2 runs on this machine" in error
     assert "--budget 0.001 s is too low: 2 runs take" in error
     assert not Store(tmp_path / "results").all()
+
+
+def test_loading_and_counting_are_as_fast_as_building_and_counting_without_weights(
+    known, monkeypatch
+):
+    """No assumption of seconds to start: this machine has just done the same without weights."""
+    timed = estimator._timed
+    monkeypatch.setattr(boards, "collecting_seconds", lambda: 0.0)
+    monkeypatch.setattr(estimator, "_timed", lambda call: (timed(call)[0], 0.01))
+    (run,) = bench.estimate([*QUICK, "method=camera_p"]).runs
+    phases = {phase.name: phase for phase in run.phases}
+    loading, counting = phases["loading the model"], phases["counting costs"]
+    assert 0.4 * 0.01 < loading.low < 6.5 * 0.01 < loading.high < 0.1
+    layers = 4  # of one form, of which one was counted
+    assert counting.low == pytest.approx(0.8 * 0.6 * 0.01 * layers)
+    assert counting.high == pytest.approx(1.5 * 2 * 0.01 * layers)
+
+
+@pytest.mark.parametrize("freezes", [True, False])
+def test_only_sessions_that_do_not_freeze_wait_for_garbage_collections(known, monkeypatch, freezes):
+    monkeypatch.setattr(boards, "collecting_seconds", lambda: 100.0)
+    with Session(freezes=freezes) as session:
+        (run,) = estimate_runs([*QUICK, "costs.measure=[memory]"], None, session).runs
+    phases = {phase.name: phase for phase in run.phases}
+    assert (phases["loading the model"].low > 80) is not freezes
+    assert (phases["measuring costs"].low > 160) is not freezes
 
 
 @pytest.mark.broad

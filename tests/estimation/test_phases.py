@@ -12,8 +12,8 @@ from bench.errors import UserError
 from bench.estimation import boards
 from bench.estimation.accuracy import accuracy_rows, compared_phases
 from bench.estimation.boards import load_hardware
+from bench.estimation.estimator import Estimator
 from bench.estimation.layer_timing import StepFigures
-from bench.estimation.run_estimate import Estimator
 from bench.estimation.words import duration, sweep_line, time_range
 from bench.models.source import describe_model
 from bench.records import Cost, DenseModel, EstimatedPhase, Record

@@ -29,7 +29,7 @@ def run_command(given: argparse.Namespace) -> int:
         raise UserError(f"hardware is given {len(names)} times: name one board")
     hardware = None if names in ([], [HERE]) else load_hardware(names[0])
     overrides = [word for word in given.overrides if not word.startswith(KEY)]
-    with Session() as session:
+    with Session(freezes=True) as session:
         found = estimate_runs([*(["-m"] if given.multirun else []), *overrides], hardware, session)
     if given.json:
         print_json(found.as_json())
