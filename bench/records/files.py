@@ -104,18 +104,22 @@ MAX_WARNINGS = 20
 _warned: dict[Path, set[tuple[str, str]]] = {}
 
 
-def warn_once(path: Path, reason: str | Exception) -> None:
-    """Warn that a file or folder is left out, once per command."""
+def warn_once(path: Path, reason: str | Exception, among: Path | None = None) -> None:
+    """Warn that a file or folder is left out, once per command.
+
+    `among`, by default the folder around it, is that whose number of warnings is limited.
+    """
     text = reason_of(reason) if isinstance(reason, Exception) else reason
-    known = _warned.setdefault(path.parent, set())
-    if (path.name, text) in known:
+    among = among or path.parent
+    known = _warned.setdefault(among, set())
+    if (str(path), text) in known:
         return
-    known.add((path.name, text))
+    known.add((str(path), text))
     # Warnings about thousands of records would hide the output of the command.
     if len(known) <= MAX_WARNINGS:
         warn(f"{path} is left out: {text}")
     elif len(known) == MAX_WARNINGS + 1:
-        warn(f"more files of {path.parent} are left out; the first {MAX_WARNINGS} are named above")
+        warn(f"more files of {among} are left out; the first {MAX_WARNINGS} are named above")
 
 
 def refuse_unstorable(node: object, key: str) -> None:

@@ -200,13 +200,14 @@ def _data_uri(image: Image) -> str:
 
 
 def readable_table(path: Path) -> pa.Table | None:
-    """Return a run's samples; None if there are none, with a warning if the file is damaged."""
+    """Return a run's samples; None if there are none, with a warning if the file is not readable.
+
+    A run without samples has a file without rows.
+    """
     try:
         table = samples_table(path)
-    except FileNotFoundError:
-        return None
     except (OSError, ValueError) as error:
-        warn_once(path, error)
+        warn_once(path, error, path.parents[1])
         return None
     return table if table.num_rows else None
 

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.records import Store
+from bench.records.files import MAX_WARNINGS
 from bench.records.store import SAMPLES
 from bench.reporting.html.samples import (
     MAX_TEXT_LENGTH,
@@ -72,15 +73,25 @@ def test_answers_and_scores_are_those_of_the_file(tmp_path):
         assert [texts[choice] for choice in entry["choices"]] == row["choices"]
 
 
-def test_missing_empty_and_broken_files_show_nothing(tmp_path):
-    assert readable_table(tmp_path / "none.parquet") is None
+def test_missing_and_broken_files_show_nothing_and_are_named(tmp_path, capsys):
+    assert readable_table(tmp_path / "a" / "none.parquet") is None
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 not really")
     assert readable_table(tmp_path / "bad.parquet") is None
+    warned = capsys.readouterr().err
+    assert "none.parquet is left out: No such file" in warned
+    assert "bad.parquet is left out: " in warned
+    for number in range(2 * MAX_WARNINGS):
+        readable_table(tmp_path / "runs" / str(number) / "none.parquet")
+    assert capsys.readouterr().err.count("is left out") == MAX_WARNINGS
+
+
+def test_a_run_without_samples_shows_nothing(tmp_path, capsys):
     store = Store(tmp_path)
     store.write(record(0), [], "")
     assert readable_table(store.folder(record(0).id) / SAMPLES) is None
     (chunk,) = sample_chunks(build_leaderboard([record(0)]), store, SampleShare())
     assert chunk["runs"][record(0).id] == {"total": 0, "samples": [], "outcomes": {}}
+    assert not capsys.readouterr().err
 
 
 def test_long_texts_are_cut(tmp_path):
