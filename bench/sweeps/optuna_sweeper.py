@@ -81,9 +81,7 @@ class OptunaSweeper(LaunchingSweeper):
             raise UserError(f"hydra.sweeper.early_margin={early_margin}: 0 or more is needed")
         listed = isinstance(early_tasks, Sequence) and not isinstance(early_tasks, str)
         if not listed or not all(isinstance(name, str) for name in early_tasks):
-            raise UserError(
-                f"hydra.sweeper.early_tasks={early_tasks}: a list is needed, of names, or []"
-            )
+            raise UserError(f"hydra.sweeper.early_tasks={early_tasks}: a list of names is needed")
         if not isinstance(space, Mapping):
             raise UserError(f"hydra.sweeper.space={space}: ranges by key are needed, or {{}}")
         self.name, self.trials, self.parallel, self.seed = study, trials, parallel, seed
@@ -305,15 +303,11 @@ def _requeue_interrupted(study: Study) -> None:
 
 
 def _ended_trials(study: Study) -> list[FrozenTrial]:
-    from optuna.trial import TrialState
-
-    return list(study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED)))
+    return [trial for trial in study.trials if trial.state.name in ("COMPLETE", "PRUNED")]
 
 
 def _completed_trials(study: Study) -> list[FrozenTrial]:
-    from optuna.trial import TrialState
-
-    return list(study.get_trials(states=(TrialState.COMPLETE,)))
+    return [trial for trial in study.trials if trial.state.name == "COMPLETE"]
 
 
 def _prune(study: Study, trial: Trial) -> None:
