@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from methods.wgsef.groups.choice import outlines
 from methods.wgsef.solvers import group_lasso, penalties
 from methods.wgsef.solvers.hesso import HessoSolver
 from methods.wgsef.solvers.solver import HardThresholdSolver, MagnitudeSolver, Solver, SolverContext
 from methods.wgsef.sparse_training import SparseTraining
+
+if TYPE_CHECKING:
+    from bench.models.structure.model_structure import ModelStructure
 
 
 class GroupLasso(SparseTraining):
@@ -89,6 +93,13 @@ class Slimming(SparseTraining):
 
     strength: float = Field(default=3e-2, gt=0)
 
+    def check(self, structure: ModelStructure) -> None:
+        """Also refuse groups without a scale of BatchNorm."""
+        super().check(structure)
+        for family in outlines(self._require_classifier(structure), self._choice()):
+            if not family.normalised:
+                raise penalties.no_scale_error(family.name)
+
     def solver(self, context: SolverContext) -> Solver:
         """Return the solver."""
         return penalties.SlimmingSolver(context, self.strength)
@@ -112,6 +123,8 @@ class IterativeHardThresholding(SparseTraining):
 
 class GroupNorm(SparseTraining):
     """torch-pruning's sparse training with group norms (DepGraph)."""
+
+    coupled_filters: ClassVar[bool] = True
 
     variant: Variant = "ours"
     strength: float = Field(default=1e-3, gt=0)
@@ -149,6 +162,8 @@ class Hesso(SparseTraining):
 
 class GrowingReg(SparseTraining):
     """torch-pruning's growing regularisation."""
+
+    coupled_filters: ClassVar[bool] = True
 
     strength: float = Field(default=1e-4, gt=0)
     growth: float = Field(default=1e-3, gt=0)

@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -32,9 +32,10 @@ from bench.method import (
 )
 from bench.models.classifiers.architectures import build_classifier
 from bench.models.classifiers.classifier import Classifier, VisionConfig
+from bench.models.hashing import network_hash
 from methods.wgsef.groups import choice
 from methods.wgsef.groups.choice import ClassifierGroups, GroupChoice
-from methods.wgsef.groups.costs import REMOVABLE_KINDS, GroupCosts
+from methods.wgsef.groups.costs import REMOVABLE_KINDS, GroupCosts, refuse_uncosted
 from methods.wgsef.groups.partition import GroupPartition
 from methods.wgsef.removal import smaller_classifier
 from methods.wgsef.solvers import envelope
@@ -158,7 +159,16 @@ class ClassifierTraining(Method):
             folder=Path(self.checkpoints) if self.checkpoints else context.folder,
             # The class name is part of a checkpoint's identity, so renaming a method class
             # invalidates the checkpoints of interrupted runs. Their folder is no part of it.
-            identity=f"{type(self).__name__} {self.model_dump_json(exclude={'checkpoints'})}",
+            # Network and images are, because a folder of the user's own may be given to any run.
+            identity=" ".join(
+                (
+                    type(self).__name__,
+                    self.model_dump_json(exclude={"checkpoints"}),
+                    network.config.model_dump_json(),
+                    network_hash(network),
+                    splits.train.fingerprint(),
+                )
+            ),
             progress=context.progress,
         )
 
@@ -221,6 +231,8 @@ class SparseTraining(ClassifierTraining):
     """
 
     writes = ("checkpoints",)
+    coupled_filters: ClassVar[bool] = False
+    """Whether the solver is torch-pruning's, which knows coupled filters only."""
 
     ratio: float | None = Field(default=0.7, gt=0, lt=1)
     groups: ClassifierGroups | tuple[ClassifierGroups, ...] = "filters"
@@ -248,6 +260,8 @@ class SparseTraining(ClassifierTraining):
     @model_validator(mode="after")
     def _check_budget(self) -> Self:
         self._choice()  # Raises if the group options contradict each other.
+        if self.coupled_filters and self._choice().groups != ("filters",):
+            raise ValueError("this method couples filters by torch-pruning: set groups=filters")
         if self.unit != "groups" and self.scope != "global":
             raise ValueError(
                 f"scope={self.scope} counts groups, not unit={self.unit}: set scope=global or "
@@ -287,10 +301,14 @@ class SparseTraining(ClassifierTraining):
         """Return the method's solver."""
 
     def check(self, structure: ModelStructure) -> None:
-        """Also refuse a budget that the network cannot meet with its floors."""
-        config = self._require_classifier(structure)
-        sizes = choice.group_counts(config, self._choice())
-        if (self.scope, self.unit) == ("global", "groups"):
+        """Also refuse groups that the budget does not fit, and one below the floors."""
+        families = choice.outlines(self._require_classifier(structure), self._choice())
+        sizes = [family.groups for family in families]
+        if self.unit != "groups":
+            refuse_uncosted(families, self.unit)
+        elif self.pattern is not None:
+            choice.refuse_unfit_pattern(families, *self.pattern)
+        elif self.scope == "global":
             refuse_impossible_sparsity(sizes, self._sparsity(sum(sizes)), self.floor)
 
     def planned_removals(self, structure: ModelStructure) -> list[int] | None:
@@ -298,7 +316,7 @@ class SparseTraining(ClassifierTraining):
         config = structure.vision
         if config is None or self.unit != "groups":
             return None
-        sizes = choice.group_counts(config, self._choice())
+        sizes = [family.groups for family in choice.outlines(config, self._choice())]
         parts = sizes if self.scope == "layer" else [sum(sizes)]
         # 1e-9 corrects products that are slightly below a whole number, such as 0.29 * 100.
         return [int(self._sparsity(sum(sizes)) * size + 1e-9) for size in parts]

@@ -240,6 +240,7 @@ class Trainer:
             network=self._job.network.state_dict(),
             optimizer=checkpoint.optimizer_tensors(self._optimizer),
             solver=self._solver.state(),
+            allocation=self._job.allocation.state(),
             outcome={"keep": self._outcome.keep} if self._outcome else {},
         )
         state: dict[str, Any] = {
@@ -263,6 +264,10 @@ class Trainer:
                 "or choose another folder"
             )
         self._job.network.load_state_dict(saved.tensors_of("network"))
+        measured = saved.tensors_of("allocation")
+        for name, tensor in self._job.allocation.state().items():
+            # A checkpoint of an older version has none.
+            tensor.copy_(measured.get(name, tensor))
         checkpoint.load_optimizer(self._optimizer, saved.tensors_of("optimizer"))
         if kept := saved.tensors_of("outcome"):
             keep_M = kept["keep"].to(self._device)

@@ -8,7 +8,8 @@ kernel cannot skip: they are only zeroed.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal, Self
@@ -215,22 +216,56 @@ def masks(network: nn.Module, file: Path) -> GroupFamily:
     return GroupFamily("masks", "masks", len(known), parts, unremovable_reason=reason)
 
 
-def group_counts(config: VisionConfig, choice: GroupChoice) -> list[int]:
-    """Return the number of groups of each family of a network with this config.
+@dataclass(frozen=True)
+class FamilyOutline:
+    """A family of groups without its tensors; `normalised` if it owns a scale of BatchNorm."""
+
+    name: str
+    kind: str
+    groups: int
+    unremovable_reason: str | None
+    normalised: bool
+
+
+def outlines(config: VisionConfig, choice: GroupChoice) -> tuple[FamilyOutline, ...]:
+    """Return the families of a network with this config, for checks before weights are loaded.
 
     Raises:
         UserError: see `families_of`.
     """
     # JSON is the cache key, because the configs are not hashable.
-    return _cached_group_counts(config.model_dump_json(), choice.model_dump_json())
+    return _cached_outlines(config.model_dump_json(), choice.model_dump_json())
 
 
 # Building and tracing a network is slow, and every job of a sweep checks its budget against the
 # same few configs.
 @functools.lru_cache(maxsize=32)
-def _cached_group_counts(config: str, choice: str) -> list[int]:
+def _cached_outlines(config: str, choice: str) -> tuple[FamilyOutline, ...]:
     # Initialising weights draws random numbers; a check must not shift the random state of the run.
     with torch.random.fork_rng(devices=[]):
         network = build_classifier(VisionConfig.model_validate_json(config))
     chosen = GroupChoice.model_validate_json(choice)
-    return [family.groups for family in families_of(network, chosen)]
+    norms = {n for n, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    scales = {f"{name}.weight" for name in norms}
+    return tuple(
+        FamilyOutline(
+            family.name,
+            family.kind,
+            family.groups,
+            family.unremovable_reason,
+            any(owned.tensor in scales for owned in family.owned_slices),
+        )
+        for family in families_of(network, chosen)
+    )
+
+
+def refuse_unfit_pattern(
+    families: Sequence[GroupFamily | FamilyOutline], kept: int, of: int
+) -> None:
+    """Raise if the number of groups of a family is not a multiple of the pattern's length."""
+    for family in families:
+        if family.groups % of:
+            raise UserError(
+                f"pattern=[{kept},{of}] does not fit the {family.groups} {family.kind} of "
+                f"{family.name}: leave it out with layers, or choose another pattern"
+            )

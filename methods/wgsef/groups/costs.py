@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from bench.device.devices import synchronize
 from bench.errors import UserError
 from bench.models.classifiers.pruned_modules import ATTENTION
+from methods.wgsef.groups.choice import FamilyOutline
 from methods.wgsef.groups.convolution import PRUNABLE_LAYERS
 from methods.wgsef.groups.partition import GroupFamily
 
@@ -34,7 +35,8 @@ TIMED_RUNS = 5
 class GroupCosts:
     """Cost of a network's convolutions, dense layers and attention by the number of groups kept.
 
-    `column_M` is the column of every group, `size_C` the number of groups of every column.
+    `column_M` is the column of every group, `size_C` the number of groups of every column, and
+    `amount_Y` the cost of every weight.
 
     Raises:
         UserError: removing groups of these kinds makes no layer smaller.
@@ -47,10 +49,10 @@ class GroupCosts:
         example: Tensor,
         unit: CostUnit,
     ) -> None:
-        _refuse_uncosted(families, unit)
+        refuse_uncosted(families, unit)
         self.unit = unit
         amounts = _costs_of_weights(network, example, unit)
-        self._amount_Y = torch.tensor(list(amounts.values()), dtype=torch.float64)
+        self.amount_Y = torch.tensor(list(amounts.values()), dtype=torch.float64)
         widths = [f.groups if f.kind == "depth" else 1 for f in families]
         sizes = [
             torch.full((w,), float(f.groups // w)) for f, w in zip(families, widths, strict=True)
@@ -92,11 +94,11 @@ class GroupCosts:
         # families, for inputs and outputs separately, before the two factors are multiplied.
         outputs_PY = 1 - removed_PC @ self._out_YC.T
         inputs_PY = 1 - removed_PC @ self._in_YC.T
-        return (outputs_PY * inputs_PY) @ self._amount_Y
+        return (outputs_PY * inputs_PY) @ self.amount_Y
 
     def dense(self) -> float:
         """Return the cost of the unpruned network."""
-        return float(self._amount_Y.sum())
+        return float(self.amount_Y.sum())
 
     def least(self, floors: Sequence[int]) -> float:
         """Return the least cost of a network that keeps `floors` groups of each family."""
@@ -116,7 +118,7 @@ class GroupCosts:
         return self.dense() - self.total(without_one_CC)
 
 
-def _refuse_uncosted(families: Sequence[GroupFamily], unit: CostUnit) -> None:
+def refuse_uncosted(families: Sequence[GroupFamily | FamilyOutline], unit: CostUnit) -> None:
     """Raise for groups whose removal makes no layer smaller."""
     kinds = {family.kind for family in families} - set(REMOVABLE_KINDS)
     if kinds:

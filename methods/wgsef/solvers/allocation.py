@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bench.errors import UserError
+from methods.wgsef.groups.choice import refuse_unfit_pattern
 from methods.wgsef.groups.costs import GroupCosts
 from methods.wgsef.groups.partition import GroupPartition
 from methods.wgsef.prox.operators import Shrinkage
@@ -77,6 +78,10 @@ class Allocation(ABC):
     def used(self, kept_M: Tensor) -> dict[str, str | float]:
         """Return the budget's unit and its amount in the dense network and for the kept groups."""
         return {"unit": "groups", "dense": self._partition.groups, "kept": int(kept_M.sum())}
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what a resumed training must not measure again; it is loaded in place."""
+        return {}
 
     @abstractmethod
     def shrink(
@@ -225,12 +230,7 @@ class PatternAllocation(_RowAllocation):
 
     def __init__(self, partition: GroupPartition, kept: int, of: int) -> None:
         super().__init__(partition, 1 - kept / of, floor=0)
-        for family in partition.families:
-            if family.groups % of:
-                raise UserError(
-                    f"pattern=[{kept},{of}] does not fit the {family.groups} {family.kind} of "
-                    f"{family.name}: leave it out with layers, or choose another pattern"
-                )
+        refuse_unfit_pattern(partition.families, kept, of)
         self._kept, self._of = kept, of
 
     def k(self, progress: float) -> int:
@@ -345,6 +345,10 @@ class CostAllocation(_NetworkAllocation):
                 f"than the floors of all layers together ({least:.3g}): lower the sparsity or "
                 f"floor={floor:g}"
             )
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the costs of the weights, which are seconds measured once."""
+        return {"costs": self._costs.amount_Y}
 
     def _floors_of(self, partition: GroupPartition, floor: float) -> list[int]:
         """Return the minimum number of groups that each family keeps; 0 for residual blocks."""

@@ -102,7 +102,7 @@ class SlimmingSolver(Solver):
         self._scales = {f"{name}.weight" for name in norms}
         for family in context.partition.families:
             if not any(owned.tensor in self._scales for owned in family.owned_slices):
-                raise UserError(f"slimming needs BatchNorm scales, but {family.name} has none")
+                raise no_scale_error(family.name)
 
     @torch.no_grad()
     def before_step(self, optimizer: ProximalOptimizer) -> None:
@@ -125,6 +125,14 @@ class SlimmingSolver(Solver):
             lambda name: torch.full_like(parameters[name], float(name in chosen))
         )
         return total_M / count_M
+
+
+def no_scale_error(family: str) -> UserError:
+    """Build the error for groups that slimming cannot rank."""
+    return UserError(
+        f"slimming needs BatchNorm scales, but {family} has none: choose groups=filters of a "
+        "network with BatchNorm"
+    )
 
 
 class _TorchPruningSolver(Solver):

@@ -228,6 +228,7 @@ def test_k_groups_stay_when_k_is_given():
         ({"data": "mnist"}, "built for 1 channels, size 8 and 10 classes; mnist has 1, 28 and 10"),
         ({"data": "mnits"}, "did you mean 'mnist'"),
         ({"groups": "depth"}, "no residual branches"),
+        ({"groups": "columns", "scope": "pattern", "pattern": [2, 4]}, r"not fit the 1 columns"),
     ],
 )
 def test_what_cannot_be_is_refused_before_a_weight_is_loaded(knobs, said):
@@ -235,6 +236,27 @@ def test_what_cannot_be_is_refused_before_a_weight_is_loaded(knobs, said):
         network = build_classifier(VisionConfig(architecture="micro_vgg", channels=1, size=8))
     with pytest.raises(UserError, match=said):
         methods.Wgsef(**knobs).check(inspect_model(network))
+
+
+def test_groups_that_a_competitor_cannot_rank_are_refused_before_a_weight_is_loaded():
+    with torch.device("meta"):
+        network = build_classifier(VisionConfig(architecture="micro_lenet", channels=1, size=8))
+    with pytest.raises(UserError, match="slimming needs BatchNorm scales"):
+        competitors.Slimming(ratio=0.5).check(inspect_model(network))
+    for kind in (competitors.GroupNorm, competitors.GrowingReg):
+        with pytest.raises(ValidationError, match="set groups=filters"):
+            kind(groups="rows")
+
+
+def test_a_folder_of_checkpoints_is_not_shared_by_two_networks(tmp_path):
+    """The training of the second would end at once, in the weights of the first."""
+    knobs = {"restart": False, "checkpoints": str(tmp_path), "recipe": {"epochs": 1, "batch": 400}}
+    methods.Train(**knobs).apply(model(), Context(seed=0))
+    other = model()
+    with torch.no_grad():
+        next(other.network.parameters()).mul_(0.5)
+    with pytest.raises(UserError, match="holds a checkpoint of a different run"):
+        methods.Train(**knobs).apply(other, Context(seed=0))
 
 
 def test_looking_at_a_network_draws_nothing_from_the_runs_generator():

@@ -56,7 +56,7 @@ def trainer(
     image = torch.zeros(1, channels, 8, 8)
     families = convolution.filters(network, image)
     partition = GroupPartition(network, families)
-    if budget in ("macs", "bytes"):
+    if budget in ("macs", "bytes", "seconds"):
         costs = GroupCosts(network, families, image, budget)
         allocation = CostAllocation(partition, sparsity, costs)
     else:
@@ -119,6 +119,19 @@ def test_a_killed_run_ends_in_the_very_same_weights(name, optimizer, kill, tmp_p
         assert torch.equal(tensor, network.state_dict()[key]), key
     assert resumed.history == outcome.history
     assert torch.equal(resumed.keep, outcome.keep) and resumed.alive == outcome.alive
+
+
+def test_a_resumed_run_keeps_the_times_that_were_measured_first(tmp_path):
+    first, _ = trainer(DebiasedSolver, tmp_path, budget="seconds")
+    first._checkpoints.save(first._checkpoint)
+    measured = first._job.allocation.state()["costs"].clone()
+    second, _ = trainer(DebiasedSolver, tmp_path, budget="seconds")
+    second._job.allocation.state()["costs"].mul_(torch.arange(1, len(measured) + 1))
+    second._resume()
+    assert torch.equal(second._job.allocation.state()["costs"], measured)
+    # The budget is that of the restored times.
+    kept = torch.ones(second._job.partition.groups, dtype=torch.bool)
+    assert second._job.allocation.used(kept)["kept"] == pytest.approx(float(measured.sum()))
 
 
 def test_training_in_bfloat16_rounds_products_and_keeps_float32_weights(tmp_path):

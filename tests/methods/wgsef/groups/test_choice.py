@@ -11,7 +11,7 @@ from bench.models.classifiers.architectures import build_classifier
 from bench.models.classifiers.classifier import VisionConfig
 from bench.models.model import Model
 from bench.schema import ModelConfig
-from methods.wgsef.groups.choice import GroupChoice, families_of, group_counts
+from methods.wgsef.groups.choice import GroupChoice, families_of, outlines
 from methods.wgsef.groups.partition import GroupPartition
 from methods.wgsef.sparse_training import Wgsef
 
@@ -64,7 +64,9 @@ def test_kinds_can_be_mixed_in_different_layers(network):
     assert [f.unremovable_reason is None for f in families] == [
         f.kind == "filters" for f in families
     ]
-    assert group_counts(CONFIG, choice) == [family.groups for family in families]
+    assert [(each.kind, each.groups) for each in outlines(CONFIG, choice)] == [
+        (family.kind, family.groups) for family in families
+    ]
 
 
 def test_masks_put_every_weight_into_the_group_of_its_number(network, tmp_path):
