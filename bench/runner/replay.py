@@ -74,13 +74,15 @@ def _load_kept_weights(model: Model, folder: Path, record: Record) -> None:
     from bench.models.classifiers.serialization import load_classifier_folder
     from bench.models.hashing import network_hash
 
-    model.network = load_classifier_folder(folder).to(model.device)
+    cure = "remove the folder, so that the run's methods are applied again"
+    try:
+        network = load_classifier_folder(folder)
+    except UserError as error:
+        raise UserError(f"{error}; {cure}") from error
+    model.network = network.to(model.device)
     model.invalidate_structure()
     if network_hash(model.network) != record.kept_weights:
-        raise UserError(
-            f"{folder} is not the network that run {record.id} kept: remove the folder, so that "
-            "the run's methods are applied again"
-        )
+        raise UserError(f"{folder} is not the network that run {record.id} kept: {cure}")
 
 
 def refuse_other_network(record: Record, model: Model, allowed: Sequence[str] = ()) -> None:

@@ -81,6 +81,9 @@ def test_a_run_is_recorded_exported_and_loaded_again(bench, tmp_path, monkeypatc
     save_file({name: tensor + 1 for name, tensor in tensors.items()}, file)
     code, _, err = bench("export", record["id"], str(tmp_path / "changed"))
     assert code == 2 and "is not the network that run" in err
+    file.write_bytes(file.read_bytes()[:-9])
+    code, _, err = bench("export", record["id"], str(tmp_path / "cut"))
+    assert code == 2 and "cannot be loaded as a classifier" in err and "remove the folder" in err
 
 
 @pytest.mark.sample(4)

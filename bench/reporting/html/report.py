@@ -101,7 +101,7 @@ def write_report(
     # The temporary file of the atomic write is readable only by its owner, but a report is for
     # sharing.
     path.chmod(0o644)
-    shown = sum(len(chunk["runs"]) for chunk in chunks)
+    shown = sum(bool(run["total"]) for chunk in chunks for run in chunk["runs"].values())
     return WrittenReport(path, len(records), shown, len(content))
 
 

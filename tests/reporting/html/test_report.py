@@ -67,6 +67,12 @@ def test_the_file_has_every_record_and_says_what_it_could_not_read(written):
     assert report.bytes == report.path.stat().st_size
 
 
+def test_a_run_whose_samples_are_missing_is_not_counted_as_one_with_samples(tmp_path):
+    (record,) = fill(tmp_path, 1, models=("tiny",))
+    (tmp_path / "runs" / record.id / "samples.parquet").unlink()
+    assert str(write_report(tmp_path)).startswith("1 run, 0 with samples, ")
+
+
 def test_nothing_is_loaded_from_anywhere(written):
     found = Elements(written[0].path.read_text())
     assert found.loads == ["data:,"]
