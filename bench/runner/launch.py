@@ -10,17 +10,18 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from bench import plugins
 from bench.config.overrides import Overrides
 from bench.data import hub
 from bench.errors import MissingData, RunsFailed, UserError, library_failures_as_errors
 from bench.records import Store
+from bench.records.files import read_json
 from bench.runner.execute import execute
 from bench.runner.inputs import check_run
 from bench.runner.session import host_process_restored
@@ -255,10 +256,24 @@ def _sweep_outcome(plan: SweepPlan) -> LaunchOutcome:
             outcome.add(result)
         else:
             outcome.failures.append(result)
+    if outcome.study_folder is not None:
+        runs = {record.id for record in outcome.records}
+        outcome.failures += _unscored_trials(outcome.study_folder / STUDY_FILE, runs)
     # If any run succeeded, failures are listed instead of raised.
     if outcome.failures and not outcome.records:
         raise RunsFailed(outcome.failures)
     return outcome
+
+
+def _unscored_trials(study: Path, runs: Collection[str]) -> list[str]:
+    """Return why trials of these recorded runs have no values: a run may lack an objective."""
+    try:
+        trials = cast(Any, read_json(study))["trials"]
+        failed = [t["reason"] for t in trials if t["state"] == "fail" and t["run"] in runs]
+    except (OSError, ValueError, KeyError, TypeError):  # Damaged; `bench report` names it.
+        return []
+    # A trial that failed before is repeated under another number.
+    return list(dict.fromkeys(map(str, failed)))
 
 
 def _sweep_fingerprint(

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from filelock import FileLock, Timeout
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -105,7 +105,7 @@ class OptunaSweeper(LaunchingSweeper):
         try:
             # One process per study, because requeueing treats every RUNNING trial as interrupted.
             with FileLock(journal.with_suffix(".lock"), blocking=False):
-                study = self._study(journal, fixed)
+                study = self._study(journal, fixed, space)
                 self._run_trials(study, folder, space, fixed)
         except Timeout:
             raise UserError(
@@ -117,7 +117,7 @@ class OptunaSweeper(LaunchingSweeper):
         if plan is not None:
             plan.with_jobs([], complete=True)
 
-    def _study(self, journal: Path, fixed: list[str]) -> Study:
+    def _study(self, journal: Path, fixed: list[str], space: Distributions) -> Study:
         """Open or create the study; Optuna's journal is append-only text and survives a crash."""
         optuna = optional_module("optuna", "search")
         from optuna.storages import JournalStorage
@@ -151,7 +151,7 @@ class OptunaSweeper(LaunchingSweeper):
                 f"cannot be compared with these (different: {found}): choose another name"
             )
         study.set_user_attr("shared", shared)
-        _requeue_interrupted(study)
+        _requeue_interrupted(study, space)
         return study
 
     def _run_trials(
@@ -237,6 +237,7 @@ class OptunaSweeper(LaunchingSweeper):
             trial.set_user_attr(REASON_ATTRIBUTE, outcome)
             study.tell(trial, state=TrialState.FAIL)
             return
+        trial.set_user_attr(RUN_ATTRIBUTE, outcome.id)
         values = [objective_value(outcome, name) for name in self.objectives]
         known = [value for value in values if value is not None]
         if len(known) < len(values):
@@ -244,7 +245,6 @@ class OptunaSweeper(LaunchingSweeper):
             trial.set_user_attr(REASON_ATTRIBUTE, f"run {outcome.id} has no {missing}")
             study.tell(trial, state=TrialState.FAIL)
             return
-        trial.set_user_attr(RUN_ATTRIBUTE, outcome.id)
         study.tell(trial, known)
 
 
@@ -282,8 +282,8 @@ def _asked(study: Study, space: Distributions) -> Trial:
         ) from None
 
 
-def _requeue_interrupted(study: Study) -> None:
-    """Requeue trials that a killed process left running, and failed ones."""
+def _requeue_interrupted(study: Study, space: Distributions) -> None:
+    """Requeue trials that a killed process left running, and failed ones, if still in range."""
     from optuna.trial import TrialState
 
     ended = [trial.params for trial in _ended_trials(study)]
@@ -293,13 +293,19 @@ def _requeue_interrupted(study: Study) -> None:
     for trial in study.get_trials(states=(TrialState.RUNNING, TrialState.FAIL)):
         if trial.state == TrialState.RUNNING:
             study.tell(trial.number, state=TrialState.FAIL)
-        if trial.params and trial.params not in (*ended, *again):
+        inside = all(_contains(space[key], v) for key, v in trial.params.items() if key in space)
+        if trial.params and inside and trial.params not in (*ended, *again):
             again.append(trial.params)
     waiting = study.get_trials(states=(TrialState.WAITING,))
     queued = [trial.system_attrs.get("fixed_params") for trial in waiting]
     for params in again:
         if params not in queued:
             study.enqueue_trial(params)
+
+
+def _contains(range_: BaseDistribution, value: Any) -> bool:
+    choices = getattr(range_, "choices", None)
+    return bool(range_.low <= value <= range_.high if choices is None else value in choices)
 
 
 def _ended_trials(study: Study) -> list[FrozenTrial]:

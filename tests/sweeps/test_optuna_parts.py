@@ -125,6 +125,6 @@ def test_without_a_seed_every_search_draws_other_values(tmp_path):
     drawn = []
     for name in "ab":
         search = OptunaSweeper(name, 3, 1, None, objectives, {}, [], 2.0)
-        study = search._study(tmp_path / f"{name}.log", [])
+        study = search._study(tmp_path / f"{name}.log", [], {})
         drawn.append(study.ask({"ratio": FloatDistribution(0, 1)}).params["ratio"])
     assert drawn[0] != drawn[1]

@@ -11,6 +11,7 @@ from bench.cli.main import main
 from bench.errors import UserError
 from bench.records import Store
 from bench.reporting.study import pareto_trials
+from bench.runner.launch import _unscored_trials
 from bench.sweeps.optuna_sweeper import OptunaSweeper, _asked, _requeue_interrupted
 
 TINY = [
@@ -93,9 +94,9 @@ def test_a_wrong_search_is_refused_before_its_first_trial(tmp_path, capsys, wron
     assert not list(tmp_path.rglob("record.json"))
 
 
-def opened(journal, shared=()):
+def opened(journal, shared=(), space=None):
     search = OptunaSweeper("s", 3, 1, 7, ["maximize average", "minimize flops"], {}, [], 2.0)
-    return search._study(journal, list(shared))
+    return search._study(journal, list(shared), space or {})
 
 
 def test_a_killed_search_asks_again_for_what_it_left_and_for_what_failed(tmp_path):
@@ -111,8 +112,34 @@ def test_a_killed_search_asks_again_for_what_it_left_and_for_what_failed(tmp_pat
     third = opened(tmp_path / "s.log")
     waiting = third.get_trials(states=(TrialState.WAITING,))
     assert len(waiting) == 2
-    _requeue_interrupted(third)
+    _requeue_interrupted(third, space)
     assert len(third.get_trials(states=(TrialState.WAITING,))) == 2
+
+
+def test_a_failed_trial_outside_a_narrower_range_is_not_repeated(tmp_path):
+    wide = {"ratio": FloatDistribution(0, 1), "k": CategoricalDistribution(("a", "b"))}
+    study = opened(tmp_path / "s.log")
+    for ratio, k in ((0.1, "a"), (0.9, "a"), (0.2, "b")):
+        study.enqueue_trial({"ratio": ratio, "k": k})
+        study.tell(study.ask(wide), state=TrialState.FAIL)
+    narrow = {"ratio": FloatDistribution(0, 0.5), "k": CategoricalDistribution(("a", "c"))}
+    again = opened(tmp_path / "s.log", space=narrow)
+    waiting = again.get_trials(states=(TrialState.WAITING,))
+    assert [t.system_attrs["fixed_params"] for t in waiting] == [{"ratio": 0.1, "k": "a"}]
+
+
+def test_a_trial_whose_run_lacks_an_objective_is_a_failure(tmp_path):
+    trials = [
+        {"state": "complete", "run": "a", "reason": None},
+        {"state": "fail", "run": "b", "reason": "run b has no average"},
+        {"state": "fail", "run": None, "reason": "boom"},
+        {"state": "fail", "run": "c", "reason": "run c has no average"},
+    ]
+    file = tmp_path / "study.json"
+    file.write_text(json.dumps({"trials": [*trials, trials[1]]}))
+    assert _unscored_trials(file, {"a", "b"}) == ["run b has no average"]
+    file.write_text("{")
+    assert _unscored_trials(file, {"a", "b"}) == []
 
 
 def test_a_search_that_is_resumed_draws_new_values(tmp_path):
@@ -130,7 +157,7 @@ def test_a_study_with_other_objectives_is_not_mixed_in(tmp_path):
     opened(tmp_path / "s.log")
     other = OptunaSweeper("s", 3, 1, 7, ["maximize average", "minimize bytes"], {}, [], 2.0)
     with pytest.raises(UserError, match="different objectives"):
-        other._study(tmp_path / "s.log", [])
+        other._study(tmp_path / "s.log", [], {})
 
 
 def test_a_study_of_other_questions_or_ranges_is_not_mixed_in(tmp_path):
