@@ -79,7 +79,9 @@ def _load_kept_weights(model: Model, folder: Path, record: Record) -> None:
         network = load_classifier_folder(folder)
     except UserError as error:
         raise UserError(f"{error}; {cure}") from error
-    model.network = network.to(model.device)
+    # Files of a classifier are read as float32.
+    dtype = next(model.network.parameters()).dtype
+    model.network = network.to(model.device, dtype)
     model.invalidate_structure()
     if network_hash(model.network) != record.kept_weights:
         raise UserError(f"{folder} is not the network that run {record.id} kept: {cure}")

@@ -129,11 +129,13 @@ class ClassifierTraining(Method):
         """Return the training of a network, with its groups and their budget."""
 
     def _network(self, model: Model, seed: int) -> Classifier:
-        """Return the classifier to train, with fresh weights if `restart` is set."""
+        """Return the classifier to train, in float32, with fresh weights if `restart` is set."""
         network = model.network
         if not isinstance(network, Classifier):
             raise UserError(f"{model.name} is not an image classifier")
-        return _fresh_classifier(network.config, seed, model.device) if self.restart else network
+        if self.restart:
+            return _fresh_classifier(network.config, seed, model.device)
+        return network.float()
 
     def _splits(self) -> Splits:
         splits = image_catalogue.load_image_set(self.data, self.data_folder)
@@ -189,11 +191,13 @@ class Train(ClassifierTraining):
 
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Train; `model.network` keeps its shapes."""
+        # Steps are too small for half precision; the result is cast to the model's own type.
+        dtype = next(model.network.parameters()).dtype
         network = self._network(model, context.seed)
         splits = self._splits()
         network.config.refuse_mismatched_images(splits.name, splits.shape)
         outcome = Trainer(self._planned(network, splits, context)).run()
-        model.network = network
+        model.network = network.to(dtype)
         details = {
             "data": splits.provenance,
             "accuracy": outcome.history[-1]["accuracy"],
@@ -334,6 +338,8 @@ class SparseTraining(ClassifierTraining):
 
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Train, select, fine-tune and remove; `model.network` becomes the smaller network."""
+        # Steps are too small for half precision; the result is cast to the model's own type.
+        dtype = next(model.network.parameters()).dtype
         network = self._network(model, context.seed)
         splits = self._splits()
         network.config.refuse_mismatched_images(splits.name, splits.shape)
@@ -348,7 +354,7 @@ class SparseTraining(ClassifierTraining):
                 dead.append(dead_M)
         if removable:
             network = smaller_classifier(network, removable, dead, self.multiple)
-        model.network = network
+        model.network = network.to(dtype)
         model.invalidate_structure()
         details = self._details(partition, outcome, splits)
         details["budget"] = job.allocation.used(outcome.keep)

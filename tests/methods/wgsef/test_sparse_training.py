@@ -238,6 +238,19 @@ def test_what_cannot_be_is_refused_before_a_weight_is_loaded(knobs, said):
         methods.Wgsef(**knobs).check(inspect_model(network))
 
 
+@pytest.mark.parametrize("restart", [True, False])
+def test_a_trained_network_has_the_type_of_its_model(restart):
+    """The record states that type, and costs are compared with a dense model of it."""
+    recipe = {"epochs": 1, "batch": 700}
+    for method in (methods.Train(restart=restart, recipe=recipe), methods.Wgsef(
+        ratio=0.5, restart=restart, recipe=recipe
+    )):  # fmt: skip
+        subject = model()
+        subject.network.bfloat16()
+        method.apply(subject, Context(seed=0))
+        assert {p.dtype for p in subject.network.parameters()} == {torch.bfloat16}
+
+
 def test_groups_that_a_competitor_cannot_rank_are_refused_before_a_weight_is_loaded():
     with torch.device("meta"):
         network = build_classifier(VisionConfig(architecture="micro_lenet", channels=1, size=8))
