@@ -87,7 +87,7 @@ class Splits:
         chosen hyperparameters is then trained on the whole original `train` and tested once.
 
         Raises:
-                UserError: no images are held out, because the training images are sorted.
+            UserError: no images are held out, because the training images are sorted.
         """
         if not self.held_out:
             raise UserError(f"{self.name} has no images held out for validation: use split=test")

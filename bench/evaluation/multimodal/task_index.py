@@ -60,8 +60,8 @@ def read_task_definition(file: Path, benchmark: BenchmarkConfig) -> TaskDefiniti
     """Return a definition with its includes merged and its functions imported.
 
     Raises:
-            UserError: the task needs a package that is not installed, a judge, videos or code
-                execution, does not decode greedily, or is not a generate_until task.
+        UserError: the task needs a package that is not installed, a judge, videos or code
+            execution, does not decode greedily, or is not a generate_until task.
     """
     # The file itself is checked first, because importing the module that it names may take minutes,
     # for example to download a dictionary.
