@@ -21,7 +21,6 @@ from bench.measurement.flops.cost_rows import count_call, flops_costs, prompt_fl
 from bench.measurement.model_size import (
     count_nonzero,
     count_padding,
-    count_parameters,
     count_size,
     held_tensors,
     kv_cache_bytes,
@@ -38,7 +37,7 @@ from bench.measurement.quantities import (
 )
 from bench.measurement.roofline import DeviceLimits, device_limits
 from bench.measurement.workload import GenerationWorkload, Workload, workloads
-from bench.models.bitpacking.packed_modules import packed_linears
+from bench.models.bitpacking.packed_modules import count_parameters, packed_linears
 from bench.models.network import stored_bytes
 from bench.models.offload import is_offloaded
 from bench.records.record import Cost, MissingMeasurement, SizeAndWork

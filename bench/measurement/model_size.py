@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from bench.models.bitpacking.packed_modules import packed_linears
+from bench.models.bitpacking.packed_modules import count_parameters, packed_linears
 from bench.models.network import stored_bytes, text_config
 from bench.models.offload import iter_parameters
 from bench.models.replaced_modules import ReplacedModule
@@ -31,12 +31,6 @@ class ModelSize:
     bytes: int
     routed: int
     shared: int
-
-
-def count_parameters(network: nn.Module) -> int:
-    """Return the number of parameters, with tied ones once and packed ones before packing."""
-    packed = sum(linear.numel for _, linear in packed_linears(network))
-    return sum(weight.numel() for weight in network.parameters()) + packed
 
 
 def count_nonzero(network: nn.Module) -> int:

@@ -267,7 +267,7 @@ def _estimate(config: RunConfig, inputs: RunInputs, session: Session) -> tuple[E
 
 def describe_dense_model(model: Model) -> DenseModel:
     """Describe a model as it is before any method changes it."""
-    from bench.measurement.model_size import count_parameters
+    from bench.models.bitpacking.packed_modules import count_parameters
     from bench.models.network import stored_bytes
 
     stored = model.quantization

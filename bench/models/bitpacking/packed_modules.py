@@ -189,6 +189,12 @@ def packed_linears(network: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
             yield name, module
 
 
+def count_parameters(network: nn.Module) -> int:
+    """Return the number of parameters, with tied ones once and packed ones before packing."""
+    packed = sum(linear.numel for _, linear in packed_linears(network))
+    return sum(weight.numel() for weight in network.parameters()) + packed
+
+
 class PackedExpert(nn.Module):
     """One gated expert y = Wdown (act(Wgate x) ⊙ Wup x), whose width may be zero."""
 
