@@ -68,11 +68,14 @@ IMAGENET_SHAPE = ImageShape(3, IMAGENET_SIZE, 1000)
 HELD_OUT_SHARE = 0.1
 
 
-def image_shape(name: str) -> ImageShape:
-    """Return channels, size and classes of a data set without reading it.
+def image_shape(name: str, folder: str | None = None, *, size: int = IMAGENET_SIZE) -> ImageShape:
+    """Return channels, size and classes of a data set without reading images.
+
+    Only the classes of the user's own images are counted in `folder`; `size` is theirs.
 
     Raises:
-        UserError: no data set has this name.
+        UserError: no data set has this name, or the user's own images have no `folder`.
+        MissingData: `folder` cannot be listed.
     """
     if name == "digits":
         return ImageShape(1, 8, 10)
@@ -80,9 +83,12 @@ def image_shape(name: str) -> ImageShape:
         return ImageShape(1, 28, 10)
     if name == "imagenet":
         return IMAGENET_SHAPE
+    if name == "folder" and folder is not None:
+        return ImageShape(3, size, _count_classes(Path(folder).expanduser()))
     if name == "folder":
         raise UserError(
-            "the shape of a folder of images is not known: set model.size and model.classes"
+            "model.images=folder: the shape of your own images is not known: set model.size and "
+            "model.classes instead"
         )
     if name not in _TORCHVISION_SETS:
         raise unknown_name("image data set", name, IMAGE_SETS)
@@ -319,7 +325,7 @@ def _load_folder(folder: Path, size: int) -> Splits:
 
     Images are resized and cropped to `size`, and normalised as for ImageNet.
     """
-    scored = next((folder / part for part in _SCORED_PARTS if (folder / part).is_dir()), folder)
+    scored = _scored_part(folder)
     test = _image_folder(scored)
     train = _image_folder(folder / "train") if (folder / "train").is_dir() else None
     if scored == folder and train is not None:
@@ -344,6 +350,19 @@ def _load_folder(folder: Path, size: int) -> Splits:
     )
 
 
+def _scored_part(folder: Path) -> Path:
+    return next((folder / part for part in _SCORED_PARTS if (folder / part).is_dir()), folder)
+
+
+def _count_classes(folder: Path) -> int:
+    """Return the number of classes as torchvision counts them, without listing the images."""
+    part = _scored_part(folder)
+    try:
+        return sum(entry.is_dir() for entry in part.iterdir())
+    except OSError as error:
+        raise _no_images_error(part, error) from None
+
+
 def _image_folder(folder: Path) -> Any:
     """Return torchvision's view of a folder with one subfolder of images per class."""
     from torchvision import datasets
@@ -351,8 +370,12 @@ def _image_folder(folder: Path) -> Any:
     try:
         return datasets.ImageFolder(str(folder))
     except (FileNotFoundError, NotADirectoryError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise MissingData(f"{folder} holds no images in one folder per class: {reason}") from None
+        raise _no_images_error(folder, error) from None
+
+
+def _no_images_error(folder: Path, error: OSError) -> MissingData:
+    reason = str(error).splitlines()[0].rstrip(".")
+    return MissingData(f"{folder} holds no images in one folder per class: {reason}")
 
 
 def _transforms(size: int) -> tuple[ImageTransform, ImageTransform]:

@@ -122,8 +122,13 @@ class Harness(Protocol):
     def sources(self) -> dict[str, DocumentSource]:
         """Where the documents of each task came from."""
 
-    def check_tokenizer(self, model: ModelConfig, tokenizer: Tokenizer, network: nn.Module) -> None:
-        """Raise UserError unless the tasks fit the tokenizer and the network (without weights)."""
+    def check_network(
+        self, model: ModelConfig, network: nn.Module, tokenizer: Tokenizer | None
+    ) -> None:
+        """Raise UserError unless the tasks fit the network (without weights) and its tokenizer.
+
+        A classifier has no tokenizer.
+        """
 
     @property
     def definitions(self) -> dict[str, str]:

@@ -85,20 +85,18 @@ class ImageHarness:
         image_BCHH, _ = self.scored.fetch(torch.tensor([document]), None)
         return [_picture(image_BCHH[0])]
 
-    def check_tokenizer(self, model: ModelConfig, tokenizer: Tokenizer, network: nn.Module) -> None:
-        """Do nothing, because classifiers read no text."""
+    def check_network(
+        self, model: ModelConfig, network: nn.Module, tokenizer: Tokenizer | None
+    ) -> None:
+        """Raise UserError unless the network fits the images and their classes."""
+        assert isinstance(network, Classifier)
+        network.config.refuse_mismatched_images(self.splits.name, self.splits.shape)
 
     def score(self, model: Model, progress: Progress, cache: ResponseCache) -> ScoredBenchmark:
-        """Return the accuracy and one row per image.
-
-        Raises:
-            UserError: the network expects images of a different shape or a different number of
-                classes.
-        """
+        """Return the accuracy and one row per image."""
         network = model.network
         assert isinstance(network, Classifier)
         task, count = self.splits.name, len(self.scored)
-        network.config.refuse_mismatched_images(task, self.splits.shape)
 
         def classify(indices: Sequence[int]) -> list[SampleRow]:
             try:

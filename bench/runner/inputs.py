@@ -141,12 +141,13 @@ def resolve_run(config: RunConfig, session: Session) -> RunInputs:
     planned = session.benchmarks.plan(config.benchmark, offline=config.offline)
     planned.check_model(config.model)
     calibration_inputs = resolve_calibration_inputs(config)
+    tokenizer = None
     if config.model.kind != "image_classifier":
         tokenizer = loading.load_tokenizer(source)
         loading.check_tokenizer(config.model, tokenizer, skeleton)
-        planned.harness.check_tokenizer(config.model, tokenizer, skeleton)
         if calibration_inputs.calibration is not None:
             calibration_inputs.calibration.check(tokenizer)
+    planned.harness.check_network(config.model, skeleton, tokenizer)
 
     versions = library_versions(config, source.quantization)
     identity: dict[str, object] = {

@@ -93,7 +93,7 @@ class ClassifierTraining(Method):
                 "this training needs an image classifier, but the model is "
                 f"{structure.architecture}: choose one such as model=micro_resnet"
             )
-        known = image_catalogue.image_shape(self.data)
+        known = image_catalogue.image_shape(self.data, self.data_folder, size=config.size)
         # An ImageNet folder may hold only a subset of the classes.
         given = replace(known, classes=config.classes) if self.data == "imagenet" else known
         config.refuse_mismatched_images(self.data, given)
@@ -116,7 +116,7 @@ class ClassifierTraining(Method):
 
         def prepare(device: torch.device, _: torch.dtype) -> Callable[[], object]:
             network = _fresh_classifier(config, 0, device)
-            job = self._planned(network, self._splits(), Context(seed=0))
+            job = self._planned(network, self._splits(config), Context(seed=0))
             recipe = job.recipe.model_copy(update={"batch": images})
             return Trainer(replace(job, folder=None, recipe=recipe)).rehearsal()
 
@@ -137,8 +137,9 @@ class ClassifierTraining(Method):
             return _fresh_classifier(network.config, seed, model.device)
         return network.float()
 
-    def _splits(self) -> Splits:
-        splits = image_catalogue.load_image_set(self.data, self.data_folder)
+    def _splits(self, config: VisionConfig) -> Splits:
+        # Images of the user's own are scaled to the input of the network.
+        splits = image_catalogue.load_image_set(self.data, self.data_folder, size=config.size)
         return splits if self.split == "test" else splits.for_selection()
 
     def _job(
@@ -194,7 +195,7 @@ class Train(ClassifierTraining):
         # Steps are too small for half precision; the result is cast to the model's own type.
         dtype = next(model.network.parameters()).dtype
         network = self._network(model, context.seed)
-        splits = self._splits()
+        splits = self._splits(network.config)
         network.config.refuse_mismatched_images(splits.name, splits.shape)
         outcome = Trainer(self._planned(network, splits, context)).run()
         model.network = network.to(dtype)
@@ -341,7 +342,7 @@ class SparseTraining(ClassifierTraining):
         # Steps are too small for half precision; the result is cast to the model's own type.
         dtype = next(model.network.parameters()).dtype
         network = self._network(model, context.seed)
-        splits = self._splits()
+        splits = self._splits(network.config)
         network.config.refuse_mismatched_images(splits.name, splits.shape)
         job = self._planned(network, splits, context)
         partition, families = job.partition, job.partition.families

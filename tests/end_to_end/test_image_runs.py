@@ -86,6 +86,54 @@ def test_a_run_is_recorded_exported_and_loaded_again(bench, tmp_path, monkeypatc
     assert code == 2 and "cannot be loaded as a classifier" in err and "remove the folder" in err
 
 
+@pytest.fixture
+def birds(tmp_path):
+    """Pictures of the user's own, in two classes."""
+    for part in ("train", "test"):
+        for shade, name in enumerate(("crow", "gull")):
+            place = tmp_path / "birds" / part / name
+            place.mkdir(parents=True)
+            for number in range(4):
+                colour = (200 * shade, 10 * number, 90)
+                Image.new("RGB", (20, 24), colour).save(place / f"{number}.png")
+    return tmp_path / "birds"
+
+
+def own_images(birds):
+    return [
+        "model=torchvision/resnet18", "model.size=32", "model.classes=2", "benchmark=images",
+        "benchmark.images.data=folder", f"benchmark.images.folder={birds}",
+        "benchmark.images.size=32", "recipe.epochs=1", "recipe.batch=4", "threads=1",
+        "benchmark.limit=null",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", [pytest.param("train", marks=pytest.mark.broad), "wgsef"])
+def test_a_network_is_trained_on_images_of_the_users_own(bench, birds, method):
+    code, _, err = bench("run", *own_images(birds), f"method={method}")
+    assert code == 0, err
+    (record,) = Store(bench.results).all()
+    (metric,) = record.metrics
+    assert (metric.task, metric.n) == ("folder", 4 + 4)
+    assert record.methods[0].report["accuracy"] == metric.value
+    assert "2 classes: crow, gull" in record.methods[0].report["data"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("model.classes=3", "size 32 and 3 classes; folder has 3, 32 and 2: choose images"),
+        ("benchmark.images.size=64", "size 32 and 2 classes; folder has 3, 64 and 2: choose"),
+        ("benchmark.images.folder=/nowhere", "/nowhere holds no images in one folder per class"),
+    ],
+)
+@pytest.mark.parametrize("method", ["dense", "train"])
+def test_images_of_the_users_own_that_do_not_fit(refused, birds, method, argument, said):
+    key = argument.partition("=")[0]
+    given = [word for word in own_images(birds) if word.partition("=")[0] != key]
+    assert said in refused(*given, argument, f"method={method}")
+
+
 @pytest.mark.sample(4)
 @pytest.mark.parametrize(
     ("arguments", "said"),

@@ -108,21 +108,21 @@ def generating(questions):
 
 def test_neither_bos_nor_eos_leaves_nothing_for_an_empty_context(questions):
     with pytest.raises(UserError, match="neither an end-of-text nor a BOS token"):
-        questions.check_tokenizer(config(), tokenizer(bos_token=None, eos_token=None), network())
-    questions.check_tokenizer(config(), tokenizer(bos_token=None), network())
-    questions.check_tokenizer(config(), tokenizer(eos_token=None), network())
+        questions.check_network(config(), network(), tokenizer(bos_token=None, eos_token=None))
+    questions.check_network(config(), network(), tokenizer(bos_token=None))
+    questions.check_network(config(), network(), tokenizer(eos_token=None))
 
 
 def test_generation_needs_an_end_and_room(generating):
-    generating.check_tokenizer(config(), tokenizer(), network())
+    generating.check_network(config(), network(), tokenizer())
     with pytest.raises(UserError, match="no end-of-text token, at which the answers of task"):
-        generating.check_tokenizer(config(), tokenizer(eos_token=None), network())
+        generating.check_network(config(), network(), tokenizer(eos_token=None))
     with pytest.raises(UserError, match=r"task arc_easy: .*generates 40 tokens.*takes 40"):
-        generating.check_tokenizer(config(max_length=40), tokenizer(), network())
+        generating.check_network(config(max_length=40), network(), tokenizer())
 
 
 def test_windows_longer_than_the_model_are_refused():
     texts = harness(perplexity={"e": {"text": "english", "window": 65}})
     with pytest.raises(UserError, match=r"benchmark\.perplexity\.e\.window=65"):
-        texts.check_tokenizer(config(), tokenizer(bos_token=None, eos_token=None), network())
-    texts.check_tokenizer(config(max_length=65), tokenizer(), network())
+        texts.check_network(config(), network(), tokenizer(bos_token=None, eos_token=None))
+    texts.check_network(config(max_length=65), network(), tokenizer())

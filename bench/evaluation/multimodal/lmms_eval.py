@@ -110,8 +110,11 @@ class MultimodalHarness:
             )
         return planned.images(planned.indices.index(document))
 
-    def check_tokenizer(self, model: ModelConfig, tokenizer: Tokenizer, network: nn.Module) -> None:
+    def check_network(
+        self, model: ModelConfig, network: nn.Module, tokenizer: Tokenizer | None
+    ) -> None:
         """Raise UserError unless answers can end."""
+        assert tokenizer is not None  # language models have one
         if tokenizer.eos_token_id is None and text_config(network).eos_token_id is None:
             raise UserError(
                 f"neither the tokenizer nor the config of model {model.name} names an end-of-text "

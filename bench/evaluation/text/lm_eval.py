@@ -99,8 +99,11 @@ class TextHarness:
         """Return nothing: documents are texts."""
         return ()
 
-    def check_tokenizer(self, model: ModelConfig, tokenizer: Tokenizer, network: nn.Module) -> None:
+    def check_network(
+        self, model: ModelConfig, network: nn.Module, tokenizer: Tokenizer | None
+    ) -> None:
         """Raise UserError unless special tokens and lengths suffice for every task."""
+        assert tokenizer is not None  # language models have one
         benchmark, leaves = self.benchmark, self.leaves
         longest = max_sequence_length(model, network)
         generating = [task for task in leaves if task.OUTPUT_TYPE == "generate_until"]

@@ -63,7 +63,9 @@ class VisionConfig(BaseModel):
         if wanted != given:
             raise UserError(
                 f"{self.architecture} is built for {wanted[0]} channels, size {wanted[1]} and "
-                f"{wanted[2]} classes; {name} has {given[0]}, {given[1]} and {given[2]}"
+                f"{wanted[2]} classes; {name} has {given[0]}, {given[1]} and {given[2]}: choose "
+                "images that it fits, or a network for these, by model.images or by model.size and "
+                "model.classes"
             )
 
     def write(self, folder: Path) -> None:

@@ -244,7 +244,7 @@ def test_a_shot_that_repeats_the_question_is_seen_in_a_chat(llama, folder, tmp_p
 
 
 def checked(model, config):
-    plan(config, offline=True).harness.check_tokenizer(model.config, model.tokenizer, model.network)
+    plan(config, offline=True).harness.check_network(model.config, model.network, model.tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -294,7 +294,7 @@ def test_a_homotopy_that_ends_early_leaves_groups_to_the_selection():
 
 def test_choosing_knobs_never_sees_a_test_image():
     wgsef = methods.Wgsef(split="validation")
-    splits = wgsef._splits()
+    splits = wgsef._splits(model().network.config)
     assert (len(splits.train), len(splits.test)) == (1000, 200)
     assert "held out" in splits.provenance
 
