@@ -174,12 +174,14 @@ def write_page(name: str, arguments: Sequence[str], page: Path) -> Path:
     request = TableRequest.parse(arguments)
     config = _table_config(name, request)
     # The overrides of a run help to identify its record.
-    given = request.run_overrides
+    given, lines = request.run_overrides, table_slots(config)
     slots = {
         slot: replace(slot, runs=tuple(with_overrides(run, given) for run in slot.runs))
-        for slot in table_slots(config)
+        for slot in lines
     }
-    results_dir = compose_run_config(request.run_overrides).results_dir
+    # A run of the table, because its benchmark may have keys that no other has.
+    first = next(iter(_distinct_runs(lines, request)), given)
+    results_dir = compose_run_config(first).results_dir
     by_run = records_of_table(list(slots.values()), Store(results_dir).all())
     found = {slot: by_run[run] for slot, run in slots.items() if run in by_run}
     command = shlex.join(["bench", "table", name, *arguments, "--page", page.as_posix()])

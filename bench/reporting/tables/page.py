@@ -160,9 +160,13 @@ def _line_texts(columns: Sequence[ColumnHead], line: TableLine) -> Iterator[str]
 
 @dataclass(frozen=True)
 class _Family:
-    """The paired tests of some lines, named by their runs, against one line."""
+    """The paired tests of some lines, named by their runs, against one line.
+
+    `texts` are the tasks whose samples are windows of a text.
+    """
 
     base: str
+    texts: frozenset[str]
     names: Mapping[str, str]
     contrasts: Sequence[Contrast]
     refused: Sequence[str]
@@ -188,7 +192,10 @@ def _families(
 def _family(
     base: TableSlot, others: Sequence[TableSlot], slot_records: FoundRecords, samples: ReadSamples
 ) -> Iterator[_Family]:
-    """Yield the tests of some lines against one line, on the average and on perplexities."""
+    """Yield the tests of some lines against one line, on the average and on perplexities.
+
+    A single task has no average and stands for itself.
+    """
     from bench.reporting.comparison import ComparedRun, compare
 
     def with_samples(slot: TableSlot) -> ComparedRun:
@@ -200,29 +207,30 @@ def _family(
         return
     compared = compare(with_samples(base), [with_samples(slot) for slot in others])
     names = {slot_records[slot][0].id: _slot_text(slot) for slot in others}
-    texts = compared.baseline.config["benchmark"].get("perplexity", {})
-    kept = [c for c in compared.contrasts if c.task == AVERAGE or c.task in texts]
-    yield _Family(_slot_text(base), names, kept, compared.refused)
+    texts = frozenset(compared.baseline.config["benchmark"].get("perplexity", {}))
+    averaged = any(c.task == AVERAGE for c in compared.contrasts)
+    kept = [c for c in compared.contrasts if c.task in {AVERAGE, *texts} or not averaged]
+    yield _Family(_slot_text(base), texts, names, kept, compared.refused)
 
 
 def _findings(families: Sequence[_Family]) -> Iterator[str]:
     """Yield the number of samples, and who is significantly better or worse than whom."""
     from bench.reporting.comparison.printer import SIGNIFICANCE_LEVEL, signed_text
 
-    contrasts = [c for family in families for c in family.contrasts]
+    contrasts = [(family, c) for family in families for c in family.contrasts]
     if not contrasts:
         return
     samples: dict[str, set[int]] = {}
-    for each in contrasts:
-        kind = "documents" if each.task == AVERAGE else f"windows of {each.task}"
+    for family, each in contrasts:
+        unit = "windows" if each.task in family.texts else "samples"
+        kind = "documents" if each.task == AVERAGE else f"{unit} of {each.task}"
         samples.setdefault(kind, set()).add(each.n)
     basis = " and ".join(
         f"{' or '.join(map(str, sorted(counts)))} {kind}" for kind, counts in samples.items()
     )
     significant = [
         (family, c)
-        for family in families
-        for c in family.contrasts
+        for family, c in contrasts
         if c.p_holm is not None and c.p_holm < SIGNIFICANCE_LEVEL
     ]
     count = len(significant)

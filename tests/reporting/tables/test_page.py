@@ -216,6 +216,28 @@ def test_a_table_that_was_run_whole_says_so(found):
     assert results_page(config, found, samples, "").endswith("Every line of the table was run.\n")
 
 
+def test_a_single_task_is_tested_for_itself(found):
+    """It has no average, and a page without tests would look as if nothing was significant."""
+    alone = {
+        slot: [each.model_copy(update={"metrics": each.metrics[:1]}) for each in records]
+        for slot, records in found.items()
+    }
+
+    def exams(run):
+        rows = samples(run)
+        return rows[rows["task"] == "exam"]
+
+    text = results_page(CONFIG, alone, exams, "")
+    assert "This page is based on 10 samples of exam." in text
+    assert "| first 20 % | exam acc | 10 | -70.0 " in text
+
+
+def test_a_page_takes_keys_that_only_the_tables_benchmark_has(tmp_path):
+    chosen = ["scale=micro", "benchmark.images.split=test", f"results_dir={tmp_path / 'r'}"]
+    with pytest.raises(UserError, match="has no record here"):
+        write_page("wgsef_cifar10", chosen, tmp_path / "page.md")
+
+
 def test_there_is_no_page_without_a_record():
     with pytest.raises(UserError, match="has no record here"):
         results_page(CONFIG, {}, samples, "")
