@@ -15,7 +15,7 @@ from bench.errors import UserError, error_sentence
 from bench.estimation.hardware import HERE, HardwareConfig
 from bench.estimation.phases import Phase, phases_of
 from bench.estimation.run_estimate import USABLE, PhaseEstimate, RunEstimate
-from bench.estimation.subject import BuildingSeconds, Prompt, Subject
+from bench.estimation.subject import Prompt, Subject
 from bench.estimation.work import Time, Work, time_of
 from bench.records.index import methods_name
 
@@ -45,7 +45,7 @@ class Described:
     structure: ModelStructure
     work: NetworkWork
     prompt: Prompt | None
-    building: BuildingSeconds
+    building_seconds: float
     counting_seconds: float
     missing: tuple[str, ...] = ()
 
@@ -201,8 +201,7 @@ def _described(
 
     kind: torch.dtype = getattr(torch, dtype)
     here = hardware.name == HERE
-    skeleton, first = _timed(partial(loading.skeleton, source))
-    again = _timed(partial(loading.skeleton, source))[1] if here else first
+    skeleton, building = _timed(partial(loading.skeleton, source), warm=here)
     structure = inspect_model(skeleton)
     missing: list[str] = []
     tokenizer = processor = None
@@ -223,10 +222,7 @@ def _described(
         count = partial(networks.classifier_work, skeleton, kind.itemsize)
     else:
         count = partial(networks.decoder_work, skeleton, structure, kind.itemsize)
-    work, counting = _timed(count)
-    if here:
-        # The first count of a process includes imports, which a run has done by then.
-        counting = _timed(count)[1]
+    work, counting = _timed(count, warm=here)
     # A run counts all layers instead of one per form.
     forms = len({networks.layer_form(layer) for layer in structure.layers})
     counting *= max(1.0, len(structure.layers) / max(1, forms))
@@ -235,13 +231,16 @@ def _described(
     if here:
         work = networks.with_times(work, skeleton, structure, model.device, measure=measures)
     prompt = _prompt(model, config.costs.words, work, missing, measures)
-    return Described(
-        model, structure, work, prompt, BuildingSeconds(first, again), counting, tuple(missing)
-    )
+    return Described(model, structure, work, prompt, building, counting, tuple(missing))
 
 
-def _timed(call: Callable[[], _Result]) -> tuple[_Result, float]:
-    """Return a result and the seconds it took."""
+def _timed(call: Callable[[], _Result], *, warm: bool) -> tuple[_Result, float]:
+    """Return a result and the seconds it took; with `warm`, those of a second call.
+
+    The first one may include imports, which a run has done by the phase that is estimated.
+    """
+    if warm:
+        call()
     began = time.perf_counter()
     result = call()
     return result, time.perf_counter() - began
@@ -307,7 +306,7 @@ def _subject(
         vocabulary=vocabulary,
         training_images=len(splits.train) if splits is not None else 0,
         tensors=len(list(network.parameters())),
-        building=described.building if here else None,
+        building_seconds=described.building_seconds if here else None,
         counting_seconds=described.counting_seconds if here else None,
     )
 

@@ -21,10 +21,8 @@ _OPTIMIZER_OPERATORS = 12
 """Operators of an optimizer and a proximal step per tensor of weights."""
 SCORED_AT_ONCE = 256
 """Images per forward when a classifier is scored during training."""
-_LOADED = (0.4, 6.0)
+_LOADED = (0.4, 6.5)
 """Time to load a network, without its bytes, over the time to build it without weights."""
-_FIRST = 0.5
-"""Time of imports in the first load of a process, over that of the first building."""
 _FAULTS = 4
 """Passes over new memory that cost as much as the first, in which its pages are mapped."""
 SETTLED_AFTER = 2 * SETTLING_WINDOW
@@ -66,12 +64,11 @@ def phases_of(subject: Subject) -> Iterator[Phase]:
 
 
 def _loading(subject: Subject) -> Phase:
-    built = subject.building
+    built = subject.building_seconds
     least = most = Work(starts=1)
     if built is not None:
         collected = Work(timed=subject.collecting_seconds)
-        least = collected + Work(seconds=_LOADED[0] * built.warm)
-        most = collected + Work(seconds=_LOADED[1] * built.warm + _FIRST * built.first)
+        least, most = (collected + Work(seconds=times * built) for times in _LOADED)
     read = Work(disk=subject.size_on_disk)
     if subject.device == "cuda" and subject.map is None:
         read += Work(link=subject.network.stored)

@@ -1,11 +1,11 @@
-"""What a run is estimated from: its configuration, network, tasks and the machine's own times."""
+"""Inputs of an estimate: the run's config, its network and tasks, and times of this machine."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from bench.estimation.work import Work
 from bench.method import InputSize
@@ -44,21 +44,14 @@ class Prompt:
         return self.visual + self.text
 
 
-class BuildingSeconds(NamedTuple):
-    """Times of building a network without weights: with the imports it needs, and again."""
-
-    first: float
-    warm: float
-
-
 @dataclass(frozen=True)
 class Subject:
     """Everything from which a run is estimated, without weights.
 
     `training_images` is the size of the data set on which methods train, and `size_on_disk` the
-    bytes of weight files. `building`, `counting_seconds` and `collecting_seconds` are the times of
-    building the network without weights, of counting it and of a garbage collection on this
-    machine, if it is the hardware. `figures` returns the measured figures of a method's step,
+    bytes of weight files. `building_seconds`, `counting_seconds` and `collecting_seconds` are the
+    times of building the network without weights, of counting it and of a garbage collection on
+    this machine, if it is the hardware. `figures` returns the measured figures of a method's step,
     or None if unknown.
     """
 
@@ -75,7 +68,7 @@ class Subject:
     vocabulary: int = 0
     training_images: int = 0
     tensors: int = 0
-    building: BuildingSeconds | None = None
+    building_seconds: float | None = None
     counting_seconds: float | None = None
     collecting_seconds: float = 0.0
     figures: Callable[[RepeatedStep], StepFigures | None] = lambda _: None
