@@ -83,13 +83,13 @@ def image_shape(name: str, folder: str | None = None, *, size: int = IMAGENET_SI
         return ImageShape(1, 28, 10)
     if name == "imagenet":
         return IMAGENET_SHAPE
-    if name == "folder" and folder is not None:
-        return ImageShape(3, size, _count_classes(Path(folder).expanduser()))
     if name == "folder":
-        raise UserError(
-            "model.images=folder: the shape of your own images is not known: set model.size and "
-            "model.classes instead"
-        )
+        if folder is None:
+            raise UserError(
+                "the shape of your own images is not known: set benchmark.images.folder=FOLDER, "
+                "and model.size and model.classes instead of model.images=folder"
+            )
+        return ImageShape(3, size, _count_classes(Path(folder).expanduser()))
     if name not in _TORCHVISION_SETS:
         raise unknown_name("image data set", name, IMAGE_SETS)
     found = _TORCHVISION_SETS[name]

@@ -137,9 +137,27 @@ class ClassifierTraining(Method):
             return _fresh_classifier(network.config, seed, model.device)
         return network.float()
 
+    def apply(self, model: Model, context: Context) -> MethodReport:
+        """Train; `model.network` becomes the result, in the data type that it had."""
+        # Steps are too small for half precision.
+        dtype = next(model.network.parameters()).dtype
+        network = self._network(model, context.seed)
+        job = self._planned(network, self._splits(network.config), context)
+        result, report = self._result(network, job, Trainer(job).run())
+        model.network = result.to(dtype)
+        model.invalidate_structure()
+        return report
+
+    @abstractmethod
+    def _result(
+        self, network: Classifier, job: TrainingJob, outcome: TrainingOutcome
+    ) -> tuple[Classifier, MethodReport]:
+        """Return the network that a training leaves, and what to report about it."""
+
     def _splits(self, config: VisionConfig) -> Splits:
         # Images of the user's own are scaled to the input of the network.
         splits = image_catalogue.load_image_set(self.data, self.data_folder, size=config.size)
+        config.refuse_mismatched_images(splits.name, splits.shape)
         return splits if self.split == "test" else splits.for_selection()
 
     def _job(
@@ -151,6 +169,7 @@ class ClassifierTraining(Method):
         solver: Callable[[SolverContext], Solver],
         context: Context,
     ) -> TrainingJob:
+        folder = Path(self.checkpoints) if self.checkpoints else context.folder
         return TrainingJob(
             network=network,
             splits=splits,
@@ -159,21 +178,25 @@ class ClassifierTraining(Method):
             solver=solver,
             recipe=self.recipe,
             seed=context.seed,
-            folder=Path(self.checkpoints) if self.checkpoints else context.folder,
-            # The class name is part of a checkpoint's identity, so renaming a method class
-            # invalidates the checkpoints of interrupted runs. Their folder is no part of it.
-            # Network and images are, because a folder of the user's own may be given to any run.
-            identity=" ".join(
-                (
-                    type(self).__name__,
-                    self.model_dump_json(exclude={"checkpoints"}),
-                    network.config.model_dump_json(),
-                    network_hash(network),
-                    splits.train.fingerprint(),
-                )
-            ),
+            folder=folder,
+            # Without a folder there are no checkpoints, and all images need not be hashed.
+            identity=self._identity(network, splits) if folder else "",
             progress=context.progress,
         )
+
+    def _identity(self, network: Classifier, splits: Splits) -> str:
+        """Return what a checkpoint must agree on to be resumed."""
+        # Renaming a method class invalidates the checkpoints of interrupted runs. Their folder is
+        # no part of it. Network and images are, because a folder of the user's own may be given to
+        # any run.
+        parts = (
+            type(self).__name__,
+            self.model_dump_json(exclude={"checkpoints"}),
+            network.config.model_dump_json(),
+            network_hash(network),
+            splits.train.fingerprint(),
+        )
+        return " ".join(parts)
 
 
 def _fresh_classifier(config: VisionConfig, seed: int, device: torch.device) -> Classifier:
@@ -190,21 +213,15 @@ class Train(ClassifierTraining):
     This is the dense baseline of tables whose networks are trained from fresh weights.
     """
 
-    def apply(self, model: Model, context: Context) -> MethodReport:
-        """Train; `model.network` keeps its shapes."""
-        # Steps are too small for half precision; the result is cast to the model's own type.
-        dtype = next(model.network.parameters()).dtype
-        network = self._network(model, context.seed)
-        splits = self._splits(network.config)
-        network.config.refuse_mismatched_images(splits.name, splits.shape)
-        outcome = Trainer(self._planned(network, splits, context)).run()
-        model.network = network.to(dtype)
+    def _result(
+        self, network: Classifier, job: TrainingJob, outcome: TrainingOutcome
+    ) -> tuple[Classifier, MethodReport]:
         details = {
-            "data": splits.provenance,
+            "data": job.splits.provenance,
             "accuracy": outcome.history[-1]["accuracy"],
             "history": [{key: line[key] for key in TRAINING_CURVES} for line in outcome.history],
         }
-        return MethodReport("none", details, trained=True)
+        return network, MethodReport("none", details, trained=True)
 
     def _planned(self, network: Classifier, splits: Splits, context: Context) -> TrainingJob:
         # The trainer selects groups at the end; at sparsity 0 it keeps all of them.
@@ -337,16 +354,11 @@ class SparseTraining(ClassifierTraining):
             raise UserError(f"k={self.k} is too large: the network has {groups} {self.groups}")
         return 1 - self.k / groups
 
-    def apply(self, model: Model, context: Context) -> MethodReport:
-        """Train, select, fine-tune and remove; `model.network` becomes the smaller network."""
-        # Steps are too small for half precision; the result is cast to the model's own type.
-        dtype = next(model.network.parameters()).dtype
-        network = self._network(model, context.seed)
-        splits = self._splits(network.config)
-        network.config.refuse_mismatched_images(splits.name, splits.shape)
-        job = self._planned(network, splits, context)
+    def _result(
+        self, network: Classifier, job: TrainingJob, outcome: TrainingOutcome
+    ) -> tuple[Classifier, MethodReport]:
+        """Remove the groups that were not selected; return the smaller network and its report."""
         partition, families = job.partition, job.partition.families
-        outcome = Trainer(job).run()
         # Groups that cannot be removed stay zeroed.
         removable, dead = [], []
         for family, dead_M in zip(families, partition.split(~outcome.keep), strict=True):
@@ -355,13 +367,11 @@ class SparseTraining(ClassifierTraining):
                 dead.append(dead_M)
         if removable:
             network = smaller_classifier(network, removable, dead, self.multiple)
-        model.network = network.to(dtype)
-        model.invalidate_structure()
-        details = self._details(partition, outcome, splits)
+        details = self._details(partition, outcome, job.splits)
         details["budget"] = job.allocation.used(outcome.keep)
         removed = any(bool(dead_M.any()) for dead_M in dead)
         effect: Effect = "removed" if removed else "zeroed"
-        return MethodReport(effect, details, trained=True)
+        return network, MethodReport(effect, details, trained=True)
 
     def _planned(self, network: Classifier, splits: Splits, context: Context) -> TrainingJob:
         partition = GroupPartition(network, choice.families_of(network, self._choice()))
