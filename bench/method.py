@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_serializer
+from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 
 from bench.errors import UserError
 from bench.ui import SILENT, Progress
@@ -248,8 +248,10 @@ class RecipeConfig(BaseModel):
     """Training settings shared by all methods for image classifiers, for comparability.
 
     The solver of a method acts during the first `sparse_share` of the steps. Then the groups to
-    keep are selected, the mask is frozen, and the remaining steps are fine-tuning. `decay` is not
-    applied to the weights of groups if the solver decays them itself.
+    keep are selected, the mask is frozen, and the remaining steps are fine-tuning. The learning rate
+    rises to `rate` during the share `warmup` of all steps. `decay` is not applied to the weights of
+    groups if the solver decays them itself, nor, with `decay_norms=false`, to biases and the scales
+    and shifts of normalizations.
 
     With `dtype=bfloat16` the products of forward and backward are in bfloat16; weights, moments,
     statistics and the loss stay in float32. `channels_last` is the memory format of the images.
@@ -261,9 +263,23 @@ class RecipeConfig(BaseModel):
     batch: int = Field(default=64, ge=2)
     optimizer: Literal["sgd", "adam"] = "sgd"
     rate: float = Field(default=0.1, gt=0)
+    warmup: float = Field(default=0.05, ge=0, lt=1)
     momentum: float = Field(default=0.9, ge=0, lt=1)
+    nesterov: bool = False
     decay: float = Field(default=5e-4, ge=0)
+    decay_norms: bool = True
     sparse_share: float = Field(default=0.7, ge=0.1, le=1)
     save_every: int = Field(default=0, ge=0, description="steps; 0 saves after every epoch")
     dtype: Literal["float32", "bfloat16"] = "float32"
     channels_last: bool = False
+
+    @model_validator(mode="after")
+    def _settings_fit(self) -> RecipeConfig:
+        if self.warmup >= self.sparse_share:
+            raise ValueError(
+                f"warmup={self.warmup} must be below sparse_share={self.sparse_share}, at which "
+                "the rate has fallen to 0"
+            )
+        if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
+            raise ValueError("nesterov=true needs optimizer=sgd and momentum above 0")
+        return self

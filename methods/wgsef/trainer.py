@@ -143,16 +143,20 @@ class Trainer:
     def _make_optimizer(self) -> ProximalSGD | ProximalAdam:
         """Return the optimizer, without weight decay for groups that the solver decays itself."""
         recipe, owned = self._job.recipe, self._job.partition.owned_parameters()
+        named = dict(self._job.network.named_parameters())
         # The envelope contains 1/2 sum d_j ||v_j||^2, so weight decay would count it twice.
         exempt = set(owned) if self._solver.decays_groups else set()
-        named = dict(self._job.network.named_parameters())
+        if not recipe.decay_norms:
+            exempt |= {name for name, weight in named.items() if weight.ndim == 1}
         decayed = [weight for name, weight in named.items() if name not in exempt]
         groups: list[dict[str, Any]] = [{"params": decayed}]
         if exempt:
             groups.append({"params": [named[n] for n in named if n in exempt], "weight_decay": 0.0})
         if recipe.optimizer == "adam":
             return ProximalAdam(groups, self._solver, recipe.rate, weight_decay=recipe.decay)
-        return ProximalSGD(groups, self._solver, recipe.rate, recipe.momentum, recipe.decay)
+        return ProximalSGD(
+            groups, self._solver, recipe.rate, recipe.momentum, recipe.decay, recipe.nesterov
+        )
 
     def _train_epoch(self) -> None:
         """Train one epoch, or what remains of it after a resume."""
@@ -184,7 +188,7 @@ class Trainer:
     def _train_step(self, image_BCHH: Tensor, label_B: Tensor) -> None:
         recipe = self._job.recipe
         rate = recipe.rate * learning_rate_factor(
-            (self._step + 1) / self._total, recipe.sparse_share
+            (self._step + 1) / self._total, recipe.sparse_share, recipe.warmup
         )
         # A function of the step, because the state of a torch scheduler would have to be part of
         # the checkpoint.

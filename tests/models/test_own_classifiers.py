@@ -105,7 +105,7 @@ def test_fresh_weights_follow_the_seed():
         (["model=torchvision/resnet18", "model.images=mnist"], "takes 3 channels; the images .* 1"),
         (["model=torchvision/alexnet", "model.size=16"], "does not fit images of size 16"),
         (["model=torchvision/vit_b_16", "model.size=40"], "vit_b_16 does not fit"),
-        (["model=torchvision/resnet18", "model.images=folder"], "set model.size and model.classes"),
+        (["model=torchvision/resnet18", "model.images=folder"], "and model.size and model.classes"),
     ],
 )
 def test_what_torchvision_cannot_build_is_refused(overrides, match):
