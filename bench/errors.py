@@ -78,7 +78,9 @@ def unknown_name(kind: str, word: str, options: Iterable[str]) -> UserError:
     allowed = sorted(options)
     close = nearest(word, allowed)
     hint = f"did you mean {close!r}? " if close else ""
-    return UserError(f"unknown {kind} {word!r}: {hint}allowed: {', '.join(allowed) or 'none'}")
+    # Names of a table's rows may hold commas themselves.
+    listed = ", ".join(repr(name) if "," in name else name for name in allowed)
+    return UserError(f"unknown {kind} {word!r}: {hint}allowed: {listed or 'none'}")
 
 
 def refuse_bare_text(argument: str, value: object, example: str) -> None:

@@ -293,7 +293,7 @@ def test_folders_that_are_no_data_set_are_refused(tmp_path):
     refused("unscored", "has train, and none of test, val", MissingData)
     with pytest.raises(UserError, match="a folder of your own has no source"):
         load_image_set("folder", str(tmp_path), download=True)
-    with pytest.raises(UserError, match=r"set model.size and model.classes"):
+    with pytest.raises(UserError, match=r"and model.size and model.classes"):
         image_shape("folder")
 
 

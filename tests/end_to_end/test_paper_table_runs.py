@@ -153,6 +153,20 @@ def test_keys_of_the_table_and_of_its_runs_are_told_apart():
     assert asked.launcher_overrides == ("hydra/launcher=joblib",)
 
 
+@pytest.mark.parametrize(
+    ("value", "names"),
+    [
+        ('[a,"b, c"]', ["a", "b, c"]),
+        ("['b, c' , d e]", ["b, c", "d e"]),
+        ('"b, c"', ["b, c"]),
+        ("[Anna's,50 %]", ["Anna's", "50 %"]),
+        ("[]", [""]),
+    ],
+)
+def test_a_name_with_a_comma_is_selected_in_quotes(value, names):
+    assert TableRequest.parse([f"rows={value}"]).selections == {"rows": names}
+
+
 def test_two_selections_of_one_part_are_refused():
     assert TableRequest.parse(["scale=micro", "scale=micro"]).scale == "micro"
     for given in (

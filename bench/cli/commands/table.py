@@ -5,6 +5,7 @@ The runs are those of `bench run`: the same overrides, the same sweep, the same 
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -119,8 +120,14 @@ class TableRequest:
         return request
 
 
+_LIST_ITEM = re.compile(r"""\s*("[^"]*"|'[^']*'|[^,]*?)\s*(?:,|$)""")
+
+
 def _split_list(value: str) -> list[str]:
-    return [name.strip().strip("'\"") for name in value.strip("[]").split(",")]
+    """Split `[A,"B, C"]` into its names; one with a comma has to be in quotes."""
+    text = value.removeprefix("[").removesuffix("]")
+    # The last match is the empty one at the end of the text; an empty list has an empty name.
+    return [name.strip("'\"") for name in _LIST_ITEM.findall(text)][:-1] or [""]
 
 
 def _selection_keys() -> str:

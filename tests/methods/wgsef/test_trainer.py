@@ -47,9 +47,8 @@ def trainer(
     sparsity=0.5,
     save_every=0,
     optimizer="sgd",
-    dtype="float32",
-    channels_last=False,
     channels=1,
+    **settings,
 ):
     torch.manual_seed(0)
     network = build_classifier(VisionConfig(architecture="micro_vgg", channels=channels, size=8))
@@ -70,8 +69,7 @@ def trainer(
         optimizer=optimizer,
         save_every=save_every,
         sparse_share=0.6,
-        dtype=dtype,
-        channels_last=channels_last,
+        **settings,
     )
     return Trainer(
         TrainingJob(
@@ -248,6 +246,44 @@ def test_adams_metric_is_what_its_step_was_divided_by():
 
 def noop(self, optimizer):
     """Leave everything as it is."""
+
+
+def test_the_recipe_is_that_of_torch_with_nesterov_and_norms_without_decay():
+    settings = {"nesterov": True, "decay_norms": False, "decay": 0.1, "warmup": 0.3}
+    ours, network = trainer(MagnitudeSolver, **settings)
+    _, theirs = trainer(MagnitudeSolver)
+    theirs.requires_grad_(True).train()
+    network.train()
+    matrices = [weight for weight in theirs.parameters() if weight.ndim > 1]
+    vectors = [weight for weight in theirs.parameters() if weight.ndim == 1]
+    assert matrices
+    assert vectors
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors}]
+    optimizer = torch.optim.SGD(groups, lr=0.05, momentum=0.9, nesterov=True)
+    steps = 18
+    for step in range(1, 4):
+        images, labels = torch.randn(8, 1, 8, 8), torch.arange(8)
+        ours._train_step(images, labels)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.05 * (step / steps) / 0.3
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(theirs(images), labels).backward()
+        optimizer.step()
+    for weight, expected in zip(network.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(weight, expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"warmup": 0.7}, "warmup=0.7 must be below sparse_share=0.7"),
+        ({"nesterov": True, "optimizer": "adam"}, "needs optimizer=sgd and momentum above 0"),
+        ({"nesterov": True, "momentum": 0}, "needs optimizer=sgd and momentum above 0"),
+    ],
+)
+def test_settings_of_a_recipe_that_do_not_fit_are_refused(settings, match):
+    with pytest.raises(ValueError, match=match):
+        RecipeConfig(**settings)
 
 
 def test_schedules_begin_and_end_where_they_say():

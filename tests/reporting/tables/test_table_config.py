@@ -109,6 +109,7 @@ def test_counted_costs_are_columns_on_request():
         ("camera_main", "macro", {}, "scale=micro"),
         ("camera_main", None, {"rows": ["Camera"]}, "unknown name in rows 'Camera'"),
         ("camera_main", None, {"sections": ["micro_moe"]}, "unknown name in sections"),
+        ("wgsef_cifar10", None, {"rows": ["envelope"]}, "'WGSEF, envelope', dense"),
     ],
 )
 def test_what_does_not_exist_is_named(name, scale, chosen, said):
