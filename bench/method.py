@@ -248,10 +248,10 @@ class RecipeConfig(BaseModel):
     """Training settings shared by all methods for image classifiers, for comparability.
 
     The solver of a method acts during the first `sparse_share` of the steps. Then the groups to
-    keep are selected, the mask is frozen, and the remaining steps are fine-tuning. The learning rate
-    rises to `rate` during the share `warmup` of all steps. `decay` is not applied to the weights of
-    groups if the solver decays them itself, nor, with `decay_norms=false`, to biases and the scales
-    and shifts of normalizations.
+    keep are selected, the mask is frozen, and the remaining steps are fine-tuning. The learning
+    rate rises to `rate` during the share `warmup` of all steps. `decay` is not applied to the
+    weights of groups if the solver decays them itself, nor, with `decay_norms=false`, to biases and
+    the scales and shifts of normalizations.
 
     With `dtype=bfloat16` the products of forward and backward are in bfloat16; weights, moments,
     statistics and the loss stay in float32. `channels_last` is the memory format of the images.
