@@ -1,8 +1,8 @@
 """Pruning per layer, read from the method reports of records, as heat maps.
 
 A method's `layers` are read (see `bench.method.LayerReport`). The rest of its report has no fixed
-schema; `heads` with `shape.heads`, `work` with `shape`, and `kept_by_layer` with `groups_by_layer`
-are read.
+schema; the parts that are read have the forms of the models below. A method may use the same keys
+for something else, so parts of another form are not drawn.
 
 Shapes: L layers, E experts, H heads.
 """
@@ -12,13 +12,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Annotated, TypeVar
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from pydantic import BaseModel, Field, NonNegativeFloat, ValidationError
 
 from bench.errors import UserError
+from bench.method import LayerReport
 from bench.records import AppliedMethod, Record
+from bench.records.leaves import JsonObject
 from bench.reporting.plots.style import HEATMAP
 from bench.reporting.statistics import Floats
 
@@ -56,7 +60,7 @@ def _run_grids(record: Record) -> Iterator[AllocationGrid]:
 
 def _expert_grids(title: str, method: AppliedMethod) -> Iterator[AllocationGrid]:
     """Yield the kept fraction of each expert's micro-experts, and each expert's share of energy."""
-    layers = [layer for layer in method.layers if layer.width_per_expert is not None]
+    layers = [layer for layer in method.layers if _has_per_expert(layer, "width", "removed")]
     # Columns are experts, so layers with different ones cannot share a grid.
     if not layers or len({tuple(layer.experts or ()) for layer in layers}) > 1:
         return
@@ -70,7 +74,7 @@ def _expert_grids(title: str, method: AppliedMethod) -> Iterator[AllocationGrid]
         width_LE - gone_LE, width_LE, out=np.full_like(width_LE, np.nan), where=width_LE > 0
     )
     yield AllocationGrid(title, "micro-experts kept", rows, columns, kept_LE, column_name="expert")
-    if all(layer.energy_per_expert is not None for layer in layers):
+    if all(_has_per_expert(layer, "energy") for layer in layers):
         energy_LE = np.array([layer.energy_per_expert for layer in layers], dtype=float)
         # The lower bound avoids 0/0 for a layer that no calibration token reached.
         share_LE = energy_LE / np.maximum(energy_LE.sum(axis=1, keepdims=True), 1e-300)
@@ -80,18 +84,87 @@ def _expert_grids(title: str, method: AppliedMethod) -> Iterator[AllocationGrid]
         )  # fmt: skip
 
 
+def _has_per_expert(layer: LayerReport, *quantities: str) -> bool:
+    """Return whether a layer reports one number per expert of each quantity."""
+    count = len(layer.experts or ())
+    lists = (getattr(layer, f"{quantity}_per_expert") for quantity in quantities)
+    return count > 0 and all(each is not None and len(each) == count for each in lists)
+
+
+Index = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Shape(BaseModel):
+    """Sizes of a decoder: its heads, and the neurons of each layer."""
+
+    heads: Count
+    widths: list[NonNegativeFloat] = Field(default_factory=list)
+
+
+class _Heads(BaseModel):
+    """The heads that each layer keeps, by number."""
+
+    heads: list[list[Index]] = Field(min_length=1)
+
+
+class _HeadPruning(BaseModel):
+    """The same in the report of a method that combines several strategies."""
+
+    head_pruning: _Heads
+
+
+class _Shaped(BaseModel):
+    """A report with the decoder's sizes."""
+
+    shape: _Shape
+
+
+class _LayerWork(BaseModel):
+    """Heads and neurons that compute visual tokens in one layer."""
+
+    heads: NonNegativeFloat
+    neurons: NonNegativeFloat
+
+
+class _Work(_Shaped):
+    """Work for visual tokens by layer."""
+
+    work: list[_LayerWork] = Field(min_length=1)
+
+
+class _Groups(BaseModel):
+    """Groups by layer, before and after."""
+
+    groups_by_layer: dict[str, Count] = Field(min_length=1)
+    kept_by_layer: dict[str, Index]
+
+
+Form = TypeVar("Form", bound=BaseModel)
+
+
+def _part_of(report: JsonObject, form: type[Form]) -> Form | None:
+    """Return the part of a report that has a form, None if it has none."""
+    try:
+        return form.model_validate(report)
+    except ValidationError:
+        return None
+
+
 def _head_grids(title: str, method: AppliedMethod) -> Iterator[AllocationGrid]:
     """Yield the heads that still attend to the image."""
-    report = method.report
+    shaped, nested = _part_of(method.report, _Shaped), _part_of(method.report, _HeadPruning)
     # A budget search also reports `heads`, but as a total number instead of lists per layer.
-    kept = report.get("heads") or report.get("head_pruning", {}).get("heads")
-    count = report.get("shape", {}).get("heads")
-    if not count or not isinstance(kept, list) or not kept or not isinstance(kept[0], list):
+    found = _part_of(method.report, _Heads) or (nested.head_pruning if nested else None)
+    if shaped is None or found is None:
         return
-    kept_LH = np.zeros((len(kept), count))
-    for layer, heads in enumerate(kept):
+    count = shaped.shape.heads
+    if any(head >= count for heads in found.heads for head in heads):
+        return
+    kept_LH = np.zeros((len(found.heads), count))
+    for layer, heads in enumerate(found.heads):
         kept_LH[layer, heads] = 1
-    rows, columns = _index_labels(len(kept)), _index_labels(count)
+    rows, columns = _index_labels(len(found.heads)), _index_labels(count)
     yield AllocationGrid(
         title, "heads kept for visual tokens", rows, columns, kept_LH, column_name="head"
     )
@@ -121,19 +194,27 @@ BITS_PER_WEIGHT = "bits per weight"
 
 def _layer_quantities(method: AppliedMethod) -> dict[str, dict[str, float]]:
     """Return every quantity that a method reports as one number per layer."""
-    report, found = method.report, dict[str, dict[str, float]]()
-    if report.get("groups_by_layer"):
-        groups, kept = report["groups_by_layer"], report["kept_by_layer"]
-        found["groups alive"] = {name: kept[name] / groups[name] for name in groups}
+    found = dict[str, dict[str, float]]()
+    groups, work = _part_of(method.report, _Groups), _part_of(method.report, _Work)
+    if groups is not None and groups.kept_by_layer.keys() >= groups.groups_by_layer.keys():
+        kept, whole = groups.kept_by_layer, groups.groups_by_layer
+        found["groups alive"] = {name: kept[name] / whole[name] for name in whole}
     bits = {str(e.layer): e.mean_bits for e in method.layers if e.mean_bits is not None}
     if bits:
         found[BITS_PER_WEIGHT] = bits
-    if report.get("work") and report.get("shape"):
-        shape, work = report["shape"], report["work"]
-        for name, whole in (("heads", [shape["heads"]] * len(work)), ("neurons", shape["widths"])):
-            share = [layer[name] / width for layer, width in zip(work, whole, strict=True)]
+    if work is not None and len(work.work) == len(work.shape.widths):
+        layers, shape = work.work, work.shape
+        shares = {
+            "heads": [layer.heads / shape.heads for layer in layers],
+            # A layer whose neurons an earlier method removed has no share.
+            "neurons": [
+                layer.neurons / width if width else np.nan
+                for layer, width in zip(layers, shape.widths, strict=True)
+            ],
+        }
+        for name, share in shares.items():
             found[f"{name} for visual tokens"] = dict(
-                zip(_index_labels(len(work)), share, strict=True)
+                zip(_index_labels(len(layers)), share, strict=True)
             )
     return found
 

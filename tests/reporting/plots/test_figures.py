@@ -278,6 +278,33 @@ def test_a_number_of_heads_instead_of_lists_is_no_map():
     assert allocation_grids([made("a", 0.5, 1.0, "yopo", report=report)]) == []
 
 
+@pytest.mark.parametrize(
+    "report",
+    [
+        {"shape": [3, 4], "heads": [[0]]},
+        {"shape": {"heads": 2}, "heads": [[0, 2]]},
+        {"shape": {"heads": 2}, "heads": [["left"]]},
+        {"shape": {"heads": 2}, "head_pruning": 0.5},
+        {"shape": {"heads": 2}, "work": 3.5},
+        {"shape": {"heads": 2, "widths": [4]}, "work": [{"heads": 1, "neurons": 1}] * 2},
+        {"shape": {"heads": 0, "widths": [4]}, "work": [{"heads": 1, "neurons": 1}]},
+        {"groups_by_layer": {"x": 4}, "kept_by_layer": {}},
+        {"groups_by_layer": {"x": 0}, "kept_by_layer": {"x": 0}},
+        {"groups_by_layer": 4, "kept_by_layer": 2},
+    ],
+)
+def test_reports_that_use_the_keys_for_something_else_are_no_map(report):
+    assert allocation_grids([made("a", 0.5, 1.0, "own", report=report)]) == []
+
+
+def test_only_layers_with_a_number_per_expert_are_a_map():
+    whole, other = LAYERS[0], {**LAYERS[1], "removed_per_expert": [1]}
+    absent = {key: value for key, value in whole.items() if key != "removed_per_expert"}
+    layers = [whole, other, {**absent, "layer": 2}]
+    kept, _ = allocation_grids([made("a", 0.5, 1.0, "own", layers=layers)])
+    assert kept.rows == ("0",)
+
+
 def test_runs_of_generation_tasks_alone_have_no_confidence(records):
     generated = pd.DataFrame({"exact_match": [1.0], "loglikelihoods": [[]], "response": ["7"]})
     assert calibration_curves.answer_confidences(generated).empty
