@@ -398,13 +398,16 @@ def fresh_vision_config(config: ModelConfig) -> VisionConfig:
     elif name not in architectures.ARCHITECTURES:
         raise unknown_name("architecture", name, architectures.ARCHITECTURES)
     images = _input_and_output(config)
-    return VisionConfig(
+    vision = VisionConfig(
         architecture=name,
         channels=images.channels,
         size=images.size,
         classes=images.classes,
         arguments=config.arguments or {},
     )
+    if is_state_dict(config):
+        architectures.refuse_unknown_input(vision)
+    return vision
 
 
 def _input_and_output(config: ModelConfig) -> ImageShape:

@@ -50,7 +50,7 @@ from methods.wgsef.solvers.allocation import (
     refuse_impossible_sparsity,
 )
 from methods.wgsef.solvers.solver import Solver, SolverContext
-from methods.wgsef.trainer import Trainer, TrainingJob, TrainingOutcome
+from methods.wgsef.trainer import Trainer, TrainingJob, TrainingOutcome, refuse_untrainable
 
 if TYPE_CHECKING:
     from bench.data.image_sets import Splits
@@ -86,7 +86,7 @@ class ClassifierTraining(Method):
         self._require_classifier(structure)
 
     def _require_classifier(self, structure: ModelStructure) -> VisionConfig:
-        """Return the classifier's config; raise if there is none, or if the images do not fit."""
+        """Return the classifier's config; raise if there is none or the images cannot train it."""
         config = structure.vision
         if config is None:
             raise UserError(
@@ -97,6 +97,7 @@ class ClassifierTraining(Method):
         # An ImageNet folder may hold only a subset of the classes.
         given = replace(known, classes=config.classes) if self.data == "imagenet" else known
         config.refuse_mismatched_images(self.data, given)
+        refuse_untrainable(config, self.recipe.batch)
         return config
 
     def work(self, structure: ModelStructure, inputs: InputSize) -> MethodWork:
@@ -224,8 +225,9 @@ class Train(ClassifierTraining):
         return network, MethodReport("none", details, trained=True)
 
     def _planned(self, network: Classifier, splits: Splits, context: Context) -> TrainingJob:
-        # The trainer selects groups at the end; at sparsity 0 it keeps all of them.
-        families = choice.families_of(network, GroupChoice(groups=("filters",)))
+        # The trainer selects groups at the end; at sparsity 0 it keeps all of them. Rows need no
+        # trace of the forward, which fails for some networks.
+        families = choice.families_of(network, GroupChoice(groups=("rows",)))
         partition = GroupPartition(network, families)
         whole = GlobalAllocation(partition, sparsity=0.0)
         return self._job(network, splits, partition, whole, Solver, context)

@@ -18,6 +18,8 @@ from torch.nn.functional import cross_entropy
 from bench.data.image_sets import ImageSet, Splits, sequential_batches, training_batches
 from bench.errors import UserError
 from bench.method import RecipeConfig
+from bench.models.classifiers.architectures import build_classifier
+from bench.models.classifiers.classifier import VisionConfig
 from bench.ui import SILENT, Progress
 from methods import checkpoint
 from methods.checkpoint import Checkpoint, CheckpointManager
@@ -64,6 +66,27 @@ class TrainingOutcome:
     fractional: int
     total_strength: float
     history: list[HistoryLine] = field(default_factory=list)
+
+
+def refuse_untrainable(config: VisionConfig, batch: int) -> None:
+    """Raise if the network does not return logits [B, K] for a batch in training mode.
+
+    Some networks return a tuple then, with the outputs of auxiliary heads.
+    """
+    with torch.device("meta"):
+        network = build_classifier(config).train()
+        try:
+            logit_BK = network(torch.zeros(batch, config.channels, config.size, config.size))
+        # What meta tensors do not support may still run on a device.
+        except Exception:
+            return
+    shape = tuple(getattr(logit_BK, "shape", ()))
+    if shape != (batch, config.classes):
+        raise UserError(
+            f"{config.architecture} returns {shape or type(logit_BK).__name__} in training mode, "
+            f"but logits of shape {(batch, config.classes)} are needed: turn off its auxiliary "
+            "outputs"
+        )
 
 
 class Trainer:

@@ -86,6 +86,29 @@ def test_a_torchvision_network_is_the_one_of_torchvision(tmp_path):
     assert torch.equal(load_classifier_folder(tmp_path / "saved")(images), theirs(images))
 
 
+GOOGLENET = ["model=torchvision/googlenet", "model.classes=7", "model.size=32"]
+
+
+def test_weights_that_may_need_images_in_another_scale_need_the_users_word(tmp_path):
+    file = tmp_path / "weights.safetensors"
+    save_file({"fc.bias": torch.zeros(7)}, file)
+    refused(chosen(*GOOGLENET, f"model.path={file}"), "needs model.arguments: give .*transform_in")
+    refused(chosen(*GOOGLENET, "model.arguments={transform: true}"), "unexpected keyword argument")
+
+
+@pytest.mark.broad
+def test_torchvisions_own_weights_score_as_in_torchvision(tmp_path):
+    arguments = {"num_classes": 7, "transform_input": True, "init_weights": False}
+    theirs = torchvision.models.googlenet(**arguments).eval()
+    save_file(theirs.state_dict(), tmp_path / "weights.safetensors")
+    path = f"model.path={tmp_path / 'weights.safetensors'}"
+    model = loaded(chosen(*GOOGLENET, path, "model.arguments={transform_input: true}"))
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model.network(images), theirs(images))
+    # Auxiliary heads, which no forward reads after training, are not counted as parameters.
+    assert not any("aux" in name for name, _ in model.network.named_parameters())
+
+
 def test_fresh_weights_follow_the_seed():
     name = ["model=torchvision/squeezenet1_1", "model.images=cifar10", "model.size=64"]
     first, again, other = (loaded(chosen(*name, f"seed={seed}")) for seed in (1, 1, 2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -332,12 +333,43 @@ def _torchvision_classifier(config: VisionConfig) -> Classifier:
             f"{config.architecture} takes 3 channels; the images have {config.channels}"
         )
     # Only weights of vision transformers depend on the size of the images.
-    size = {"image_size": config.size} if name.startswith("vit_") else {}
+    arguments: dict[str, Any] = {"image_size": config.size} if name.startswith("vit_") else {}
+    if name in AUXILIARY_HEADS:
+        # In training, auxiliary heads would make the output a tuple; otherwise they are parameters
+        # that no forward reads. torchvision warns unless the initialisation is chosen.
+        arguments = {"aux_logits": False, "init_weights": True}
+    arguments |= config.arguments
     try:
-        network = models.get_model(name, weights=None, num_classes=config.classes, **size)
+        network = models.get_model(name, weights=None, num_classes=config.classes, **arguments)
+    except TypeError as error:
+        raise UserError(
+            f"{config.architecture} cannot be called with model.arguments={config.arguments}: "
+            f"{error_sentence(error)}"
+        ) from error
     except (RuntimeError, ValueError, AssertionError) as error:
         raise UserError(f"{config.architecture} does not fit the images: {error}") from error
     return whole_network(config, network)
+
+
+AUXILIARY_HEADS = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
+"""Names of the weights of torchvision's auxiliary heads, which only its own training uses."""
+INPUT_ARGUMENT = "transform_input"
+"""Argument of these networks that rescales images as torchvision's own weights need them."""
+
+
+def refuse_unknown_input(config: VisionConfig) -> None:
+    """Raise if a network with given weights may need images in another scale than it would get.
+
+    The weights do not say which scale they were trained with.
+    """
+    name = config.architecture.removeprefix(TORCHVISION_PREFIX)
+    if name in AUXILIARY_HEADS and INPUT_ARGUMENT not in config.arguments:
+        raise UserError(
+            f"{config.architecture} with model.path needs model.arguments: give "
+            f"'{{{INPUT_ARGUMENT}: true}}' for the weights that torchvision publishes, which were "
+            f"trained on images from -1 to 1, or '{{{INPUT_ARGUMENT}: false}}' for weights "
+            "trained on images normalised as for ImageNet"
+        )
 
 
 def whole_network(config: VisionConfig, network: nn.Module) -> Classifier:

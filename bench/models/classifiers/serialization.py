@@ -14,7 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from bench.errors import MissingData, UserError
-from bench.models.classifiers.architectures import build_classifier
+from bench.models.classifiers.architectures import (
+    AUXILIARY_HEADS,
+    TORCHVISION_PREFIX,
+    build_classifier,
+)
 from bench.models.classifiers.classifier import CONFIG_FILE, Classifier, VisionConfig
 
 WEIGHTS_FILE = "model.safetensors"
@@ -61,10 +65,14 @@ def load_state(network: Classifier, file: Path) -> Classifier:
     """
     # The wrapper of a foreign network adds a prefix, which is not in the user's file.
     target = network if len(network.head) else network.features[0]
+    name = network.config.architecture.removeprefix(TORCHVISION_PREFIX)
+    # Of heads that the network is built without, unless the user asks for them.
+    unused = () if network.config.arguments.get("aux_logits") else AUXILIARY_HEADS.get(name, ())
     try:
         # No versions of modules are added, so that torch reads the file like one of an older
         # version.
-        target.load_state_dict(load_file(file))
+        state = load_file(file)
+        target.load_state_dict({k: v for k, v in state.items() if not k.startswith(unused)})
     except (ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UserError(

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from bench.errors import UserError
 from bench.method import Context
+from bench.models.classifiers import architectures
 from bench.models.classifiers.architectures import build_classifier
 from bench.models.classifiers.classifier import VisionConfig
 from bench.models.model import Model
@@ -103,6 +104,34 @@ def test_two_of_four_weights_stay_in_every_run():
 def test_a_pattern_that_says_nothing_is_refused(knobs, said):
     with pytest.raises(ValidationError, match=said):
         methods.Wgsef(groups="weights", **knobs)
+
+
+def test_training_alone_needs_no_trace_of_the_forward(monkeypatch):
+    def refuse(*_):
+        raise UserError("cannot be traced")
+
+    monkeypatch.setattr("methods.wgsef.groups.convolution.coupled_filters", refuse)
+    recipe = {"epochs": 1, "batch": 400}
+    methods.Train(recipe=recipe).apply(model("micro_lenet"), Context(seed=0))
+
+
+class TwoHeads(torch.nn.Module):
+    """A network with a second output in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+
+    def forward(self, image):
+        logits = self.head(image)
+        return (logits, logits) if self.training else logits
+
+
+def test_auxiliary_outputs_are_refused_before_weights_load(monkeypatch):
+    monkeypatch.setitem(architectures._MODULES, "nets.TwoHeads", TwoHeads)
+    said = r"returns tuple in training mode, but logits of shape \(20, 10\) are needed"
+    with pytest.raises(UserError, match=said):
+        methods.Train(recipe={"batch": 20}).check(model("nets.TwoHeads").structure)
 
 
 @pytest.mark.sample(1)
