@@ -21,9 +21,13 @@ sorts all breakpoints, which is exact and takes O(M log M).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _BLOCK_ELEMENTS = 1 << 15
@@ -201,26 +205,79 @@ def newton_root_fixed_passes(budget: BudgetEquation, passes: int = FIXED_PASSES)
     return search.eta_L
 
 
+# A multiplier that is far too large overflows, and is halved in the next pass.
+@np.errstate(over="ignore", invalid="ignore")
 def _newton_single_row(budget: BudgetEquation) -> Tensor:
     """Return eta_L of a single row: the steps of `_BracketedNewton`, decided in Python floats."""
-    # The host waits for each pass anyway. In a small network the cost is the number of torch calls,
-    # to which the masked updates of `_BracketedNewton` would add.
-    if bool(budget.fits()):
+    # The host waits for each pass anyway. In a small network the cost is the number of calls, to
+    # which the masked updates of `_BracketedNewton` would add.
+    small = budget.slope.device.type == "cpu" and budget.slope.numel() <= _BLOCK_ELEMENTS
+    row = _NumpyRow(budget) if small else _TorchRow(budget)
+    if row.fits():
         return torch.full_like(budget.budget, torch.inf)
     k, relative = float(budget.budget), _tolerance(budget.slope.dtype)
-    eta, low, high = float(_initial_multiplier(budget)), 0.0, torch.inf
+    eta, low, high = row.initial_multiplier(), 0.0, math.inf
     for _ in range(_MAX_PASSES):
-        eta_L = torch.tensor([eta], dtype=budget.slope.dtype, device=budget.slope.device)
-        kept, rate = torch.cat(budget.evaluate(eta_L)).tolist()
+        kept, rate = row.evaluate(eta)
         missing = k - kept
         if abs(missing) <= relative * k:
-            return eta_L
+            return torch.full_like(budget.budget, eta)
         low, high = (eta, high) if missing > 0 else (low, eta)
-        target = eta + missing / rate if rate > 0 else torch.inf
+        target = eta + missing / rate if rate > 0 else math.inf
         # There is no upper bound before some eta has overshot: double instead of bisecting.
-        middle = 2 * eta if high == torch.inf else 0.5 * (low + high)
+        middle = 2 * eta if high == math.inf else 0.5 * (low + high)
         eta = target if low < target < high else middle
     return sorting_root(budget)
+
+
+class _TorchRow:
+    """A single row of any length on any device."""
+
+    def __init__(self, budget: BudgetEquation) -> None:
+        self._budget = budget
+
+    def fits(self) -> bool:
+        return bool(self._budget.fits())
+
+    def initial_multiplier(self) -> float:
+        return float(_initial_multiplier(self._budget))
+
+    def evaluate(self, eta: float) -> tuple[float, float]:
+        """Return G(eta) and its slope."""
+        kept, rate = torch.cat(self._budget.evaluate(self._budget.slope.new_tensor([eta]))).tolist()
+        return kept, rate
+
+
+class _NumpyRow:
+    """A short row on the CPU; a call of NumPy costs a fraction of one of torch."""
+
+    def __init__(self, budget: BudgetEquation) -> None:
+        self._slope_M = budget.slope[0].detach().numpy()
+        self._offset_M = budget.offset[0].detach().numpy()
+        self._cost_M = None if budget.cost is None else budget.cost[0].numpy()
+        self._gain_M = self._weighted(self._slope_M)
+        self._budget = float(budget.budget)
+
+    def fits(self) -> bool:
+        return float(self._weighted(self._slope_M > 0).sum()) <= self._budget
+
+    def initial_multiplier(self) -> float:
+        """Return the root as if all groups were fractional."""
+        offset_M = self._weighted(self._offset_M)
+        # A shared offset has one element.
+        offset = float(offset_M.sum()) * (self._slope_M.size / offset_M.size)
+        return (self._budget + offset) / float(self._gain_M.sum())
+
+    def evaluate(self, eta: float) -> tuple[float, float]:
+        """Return G(eta) and its slope."""
+        raised_M = self._slope_M * eta - self._offset_M
+        gate_M = raised_M.clip(0, 1)
+        # A group is fractional exactly if clipping left its value unchanged.
+        rate = np.dot(raised_M == gate_M, self._gain_M)
+        return float(self._weighted(gate_M).sum()), float(rate)
+
+    def _weighted(self, amount_M: NDArray[Any]) -> NDArray[Any]:
+        return amount_M if self._cost_M is None else amount_M * self._cost_M
 
 
 def _tolerance(dtype: torch.dtype) -> float:
