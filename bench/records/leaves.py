@@ -76,6 +76,7 @@ class ConfigLeaves(Leaves):
     prompts: JsonObject = _EMPTY
     costs: JsonObject = _EMPTY
     tracker: TrackerLeaves = Field(default_factory=TrackerLeaves)
+    seed: int | None = None
     offline: bool = False
     packages: Sequence[str] = ()
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from bench.config.run_config import RunConfig
-    from bench.method import Context, Method
+    from bench.method import Context, Method, MethodReport
     from bench.models.model import Model
     from bench.models.structure.model_structure import ModelStructure
     from bench.records import AppliedMethod, EffectCheck, SizeAndWork
@@ -93,7 +93,6 @@ def _apply_guarded(
     from bench.device.devices import synchronize
     from bench.device.memory import PeakMemory
     from bench.models.hashing import refuse_not_finite
-    from bench.records import AppliedMethod
 
     monitor = PeakMemory(model.device) if memory else nullcontext()
     knobs = method.model_dump(mode="json")
@@ -118,15 +117,9 @@ def _apply_guarded(
         refuse_not_finite(model.network, name)
         _refuse_unmatched_dtypes(name, model, dtypes)
         _refuse_changed_knobs(name, method, knobs)
-    return AppliedMethod(
-        name=name,
-        config=knobs,
-        effect=report.effect,
-        report=report.details,
-        layers=tuple(report.layers),
-        seconds=seconds,
-        peak_bytes=peak.above if peak else None,
-        trained=report.trained,
+    applied = _recordable(name, method, knobs, report)
+    return applied.model_copy(
+        update={"seconds": seconds, "peak_bytes": peak.above if peak else None}
     )
 
 
@@ -278,7 +271,7 @@ FORM_WORDS = {
 
 
 def _refuse_wrong_report(name: str, method: Method, report: object) -> None:
-    """Raise unless a method's `apply` returned a report that can be stored in a record."""
+    """Raise unless a method's `apply` returned a report."""
     from bench.method import MethodReport
 
     place = f"method {name}: {class_line(type(method))}"
@@ -287,13 +280,48 @@ def _refuse_wrong_report(name: str, method: Method, report: object) -> None:
             f"{place}.apply returned {type(report).__name__} instead of a MethodReport: end it "
             'with return MethodReport("removed"), or another effect'
         )
+
+
+def _recordable(
+    name: str, method: Method, knobs: JsonObject, report: MethodReport
+) -> AppliedMethod:
+    """Return a method's entry in the record, still without time and memory.
+
+    A record is written after the scoring, so what could not be written or read again is refused
+    here, before it.
+
+    Raises:
+        UserError: the report has values that a record cannot hold.
+    """
+    from pydantic import ValidationError
+
+    from bench.records import AppliedMethod
+    from bench.records.json_values import parse_json
+    from bench.records.leaves import first_fault
+
     try:
+        # pydantic would store NaN as null, which is not what the method reports.
         json.dumps(report.details, allow_nan=False)
+        applied = AppliedMethod(
+            name=name,
+            config=knobs,
+            effect=report.effect,
+            report=report.details,
+            layers=tuple(report.layers),
+            seconds=0.0,
+            trained=report.trained,
+        )
+        text = applied.model_dump_json()
+        # As deep as in a record, whose depth is limited.
+        parse_json(f'{{"methods": [{text}]}}'.encode())
+        AppliedMethod.model_validate_json(text, strict=True)
     except (TypeError, ValueError) as error:
+        reason = first_fault(error) if isinstance(error, ValidationError) else str(error)
         raise UserError(
-            f"{place}.apply reports details that are no JSON values ({error}): use numbers, "
-            "strings and lists"
+            f"method {name}: {class_line(type(method))}.apply reports values that a record cannot "
+            f"hold ({reason}): use numbers, strings and lists, and LayerReport for layers"
         ) from None
+    return applied
 
 
 def _refuse_unmatched_dtypes(name: str, model: Model, before: dict[str, torch.dtype]) -> None:

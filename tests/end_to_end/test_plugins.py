@@ -7,11 +7,12 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
 from bench import plugins
-from bench.method import Context, Method, MethodReport
+from bench.method import Context, LayerReport, Method, MethodReport
 from bench.models.loading import open_folder
 from bench.records import Store
 from bench.runner import method_application
@@ -102,18 +103,42 @@ class Odd(Method):
             raise KeyError("no such layer")
         if self.act == "nothing":
             return None
-        details = {"set": {1}} if self.act == "details" else {}
-        return MethodReport("none", details=details)
+        return MethodReport("none")
 
 
-@pytest.mark.parametrize(("act", "said"), [
-    ("nothing", r"Odd \(.*test_plugins\.py:\d+\)\.apply returned NoneType instead of a Method"),
-    ("details", r"Odd \(.*test_plugins\.py:\d+\)\.apply reports details that are no JSON values"),
-])  # fmt: skip
-def test_a_wrong_report_names_the_method_and_its_line(act, said):
-    report = Odd(act=act).apply(None, Context(seed=0))
+def test_a_wrong_report_names_the_method_and_its_line():
+    odd = Odd(act="nothing")
+    said = r"Odd \(.*test_plugins\.py:\d+\)\.apply returned NoneType instead of a Method"
     with pytest.raises(method_application.UserError, match=said):
-        method_application._refuse_wrong_report("odd", Odd(act=act), report)
+        method_application._refuse_wrong_report("odd", odd, odd.apply(None, Context(seed=0)))
+
+
+@pytest.mark.parametrize(
+    ("details", "layers", "said"),
+    [
+        ({"set": {1}}, (), "type set is not JSON serializable"),
+        ({"loss": float("nan")}, (), "not JSON compliant"),
+        ({"rows": 2**70}, (), "needs more than 64 bits"),
+        ({"name": "\ud800"}, (), "surrogates not allowed"),
+        ({"history": "none"}, (), "history is not a list of objects"),
+        ({"tree": json.loads("[" * 63 + "]" * 63)}, (), "nested deeper than 64 levels"),
+        ({}, [LayerReport(layer=0, kept=numpy.int64(3))], "numpy.int64"),
+        ({}, [LayerReport(layer=0, energy_per_expert=[float("nan")])], "energy_per_expert"),
+        ({}, [3], "layers.0"),
+        ({}, None, "not iterable"),
+    ],
+)
+def test_what_a_record_cannot_hold_is_refused_before_the_scoring(details, layers, said):
+    report = MethodReport("none", details=details, layers=layers)
+    with pytest.raises(method_application.UserError, match=said) as raised:
+        method_application._recordable("odd", Odd(), {}, report)
+    assert "Odd (" in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_numbers_by_layer_of_any_iterable_are_kept():
+    layers = (LayerReport(layer=number, kept=(1, 2)) for number in range(2))
+    applied = method_application._recordable("odd", Odd(), {}, MethodReport("none", {}, layers))
+    assert [layer.layer for layer in applied.layers] == [0, 1]
 
 
 def test_an_exception_carries_the_line_of_the_method():

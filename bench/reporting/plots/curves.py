@@ -139,8 +139,12 @@ def _history_rows(record: Record) -> Iterator[dict[str, object]]:
                         "quantity": name, "time": time, "at": line[time], "value": line[name],
                         "budget": budget,
                     }  # fmt: skip
-        # Short fine-tunings report a plain list with one loss per step.
-        for step, loss in enumerate(method.report.get("losses", []), start=1):
+        # Short fine-tunings report a plain list with one loss per step. Other methods may use this
+        # key for something else.
+        losses = method.report.get("losses")
+        if not isinstance(losses, list) or not all(isinstance(x, int | float) for x in losses):
+            continue
+        for step, loss in enumerate(losses, start=1):
             yield {
                 "quantity": "loss", "time": "step", "at": step, "value": loss, "budget": None
             }  # fmt: skip

@@ -297,6 +297,11 @@ def test_reports_that_use_the_keys_for_something_else_are_no_map(report):
     assert allocation_grids([made("a", 0.5, 1.0, "own", report=report)]) == []
 
 
+def test_losses_of_another_form_are_no_history():
+    with pytest.raises(UserError, match="no history to draw"):
+        curves.training_histories([made("a", 0.5, 1.0, "own", report={"losses": 3})])
+
+
 def test_only_layers_with_a_number_per_expert_are_a_map():
     whole, other = LAYERS[0], {**LAYERS[1], "removed_per_expert": [1]}
     absent = {key: value for key, value in whole.items() if key != "removed_per_expert"}
