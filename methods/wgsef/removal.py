@@ -217,10 +217,10 @@ def shrink_language_model(
     # In a vision-language model the decoder's sizes are in a nested config.
     config: Any = cast(Any, network).config.get_text_config()
     if len(set(counts)) == 1:
-        stated = copy.deepcopy(config)
         if kinds == {"heads"}:
-            _set_head_counts(stated, counts[0])
-        _refuse_unloadable_config(stated, f"{counts[0]} {next(iter(kinds))} per layer")
+            refuse_unloadable_heads(config, counts[0])
+        else:
+            _refuse_unloadable_config(config, f"{counts[0]} {next(iter(kinds))} per layer")
         if kinds == {"heads"}:
             _set_head_counts(config, counts[0])
         else:
@@ -232,9 +232,16 @@ def shrink_language_model(
             state_head_groups(heads, count)
 
 
+def refuse_unloadable_heads(config: Any, kv_heads: int) -> None:
+    """Raise if transformers could not load a model that keeps this number of KV heads per layer."""
+    _refuse_unstated_heads(config)
+    stated = copy.deepcopy(config)
+    _set_head_counts(stated, kv_heads)
+    _refuse_unloadable_config(stated, f"{kv_heads} heads per layer")
+
+
 def _set_head_counts(config: Any, kv_heads: int) -> None:
     """Set the numbers of KV and query heads, and the head width, in the config."""
-    refuse_unstated_heads(config)
     # Without an explicit head_dim, transformers derives it as hidden_size / num_attention_heads,
     # which is wrong as soon as heads are removed.
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -244,7 +251,7 @@ def _set_head_counts(config: Any, kv_heads: int) -> None:
     config.num_attention_heads = kv_heads * queries
 
 
-def refuse_unstated_heads(config: Any) -> None:
+def _refuse_unstated_heads(config: Any) -> None:
     """Raise if a config cannot describe a model from which heads have been removed."""
     if not hasattr(config, "num_key_value_heads"):
         raise UserError(
@@ -260,4 +267,7 @@ def _refuse_unloadable_config(config: Any, what: str) -> None:
         getattr(config, "validate", lambda: None)()
     except (ValueError, TypeError, StrictDataclassError) as error:
         reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"transformers could not reload {what}: {reason}") from error
+        raise UserError(
+            f"transformers could not reload {what}: {reason}; choose a different ratio, or "
+            "state=zeroed"
+        ) from error

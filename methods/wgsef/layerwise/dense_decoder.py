@@ -50,7 +50,7 @@ from methods.wgsef.layerwise.reconstruction import (
     select_by_elimination,
     selection_flops,
 )
-from methods.wgsef.removal import refuse_unstated_heads, shrink_language_model
+from methods.wgsef.removal import refuse_unloadable_heads, shrink_language_model
 
 
 class WgsefDecoder(Method):
@@ -89,9 +89,10 @@ class WgsefDecoder(Method):
                 "dense FFN per layer: use wgsef_layerwise for MoE models"
             )
         for layer in structure.layers:
-            self._family(layer, structure.architecture)
+            heads = self._family(layer, structure.architecture).groups
             if self.atoms == "heads" and self.state == "removed" and self.scope == "layer":
-                refuse_unstated_heads(cast(Any, find_heads(layer)[0].owner).config)
+                config = cast(Any, find_heads(layer)[0].owner).config
+                refuse_unloadable_heads(config, heads - self._removed(heads))
 
     def work(self, structure: ModelStructure, inputs: InputSize) -> MethodWork:
         """Return the observations, the Gram matrices, the selections and the refits.

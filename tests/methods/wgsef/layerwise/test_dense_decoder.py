@@ -54,6 +54,15 @@ def decoder(kind=LlamaForCausalLM, **changes):
     return kind._from_config(config, attn_implementation="sdpa").eval().requires_grad_(False)
 
 
+def test_a_number_of_heads_that_transformers_refuses_is_known_before_weights_load():
+    structure = inspect_model(decoder(num_attention_heads=8, num_key_value_heads=4, head_dim=4))
+    said = r"could not reload 3 heads per layer: .*multiple.*; choose a different ratio"
+    with pytest.raises(UserError, match=said):
+        OnText(atoms="heads", ratio=0.25).check(structure)
+    for knobs in ({"ratio": 0.5}, {"ratio": 0.25, "state": "zeroed"}):
+        OnText(atoms="heads", **knobs).check(structure)
+
+
 def tokens():
     return torch.randint(0, 64, (6, 20), generator=torch.Generator().manual_seed(1))
 
