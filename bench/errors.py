@@ -45,8 +45,8 @@ def error_sentence(error: BaseException) -> str:
     return ", ".join([f"{type(error).__name__}: {message}", *getattr(error, "__notes__", ())])
 
 
-def source_line(error: BaseException, package: str) -> str | None:
-    """Return `FILE:LINE` of the innermost frame of a package in a traceback, or None.
+def source_line(error: BaseException, *packages: str) -> str | None:
+    """Return `FILE:LINE` of the innermost frame of some packages in a traceback, or None.
 
     For a module that cannot be parsed, which has no frame, the line is that of the error.
     """
@@ -54,7 +54,7 @@ def source_line(error: BaseException, package: str) -> str | None:
         return f"{error.filename}:{error.lineno}"
     found = None
     for frame, line in traceback.walk_tb(error.__traceback__):
-        if str(frame.f_globals.get("__name__")).partition(".")[0] == package:
+        if str(frame.f_globals.get("__name__")).partition(".")[0] in packages:
             found = f"{frame.f_code.co_filename}:{line}"
     return found
 

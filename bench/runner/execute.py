@@ -32,7 +32,7 @@ from bench.records import (
 from bench.records.files import disk_errors_as_stopped
 from bench.records.record import method_label, utc_now
 from bench.runner.inputs import RunInputs, resolve_run
-from bench.runner.method_application import apply_methods
+from bench.runner.method_application import apply_methods, later_errors_attributed
 from bench.sweeps import RunRequest, RunResult
 from bench.tracking.tracker import follow, track
 from bench.tracking.upload import LiveRun, Upload
@@ -162,8 +162,9 @@ def _execute_run(
     progress.expect({each.phase: (each.low * each.high) ** 0.5 for each in estimate})
     model, dense, methods = _load_and_compress(config, inputs, session, checkpoints, progress)
     weights = network_hash(model.network)
-    evaluation = _evaluate(model, weights, inputs, session, store, progress)
-    costs = _costs(config, model, methods, inputs.source, session, progress)
+    with later_errors_attributed(config.method):
+        evaluation = _evaluate(model, weights, inputs, session, store, progress)
+        costs = _costs(config, model, methods, inputs.source, session, progress)
     save_weights = _weights_to_keep(config, model, methods)
     record = Record(
         id=inputs.id,

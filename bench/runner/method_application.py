@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -211,7 +211,15 @@ def _refutation(effect: str, found: str, before: SizeAndWork, after: SizeAndWork
         "after"
         for name in dict.fromkeys(SHOWN_BY.get(effect, ()) + SHOWN_BY.get(found, ()))
     ]
-    return f"reports the effect {effect}, but the counts {shown}: {', '.join(parts)}"
+    cure = _TRUE_EFFECTS.get(effect, "") if found == "none" else ""
+    return f"reports the effect {effect}, but the counts {shown}: {', '.join(parts)}{cure}"
+
+
+_TRUE_EFFECTS = {
+    "quantized": "; weights that are rounded but not packed have the effect none",
+    "removed": "; weights that are zero but still stored have the effect zeroed",
+}
+"""What a method that saves nothing should have reported."""
 
 
 def _idle_reason(check: EffectCheck, method: AppliedMethod) -> str | None:
@@ -355,12 +363,31 @@ def _refuse_changed_knobs(name: str, method: Method, before: JsonObject) -> None
 
 
 @contextmanager
+def later_errors_attributed(methods: Mapping[str, Method]) -> Iterator[None]:
+    """Add the line of a method's code to an error that it raises after it was applied.
+
+    The network calls such code while it is scored and counted.
+    """
+    try:
+        yield
+    except Exception as error:
+        line = source_line(error, *map(_package, methods.values()))
+        if line is not None:
+            error.add_note(f"in the code of a method ({line})")
+        raise
+
+
+def _package(method: Method) -> str:
+    return type(method).__module__.partition(".")[0]
+
+
+@contextmanager
 def _attribute_errors(name: str, method: Method) -> Iterator[None]:
     """Add the method's name and the line of its code to an error raised in the `with` block."""
     try:
         yield
     except Exception as error:
         # A note instead of a new exception, because callers distinguish types such as UserError.
-        line = source_line(error, type(method).__module__.partition(".")[0])
+        line = source_line(error, _package(method))
         error.add_note(f"while applying method {name}" + (f" ({line})" if line else ""))
         raise

@@ -3,6 +3,7 @@
 import copy
 import functools
 import os
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +29,12 @@ from bench.records import SizeAndWork, without_real_saving
 from bench.records.record import lost_zeros, standing_effects
 from bench.runner import replay
 from bench.runner.identity import method_identity
-from bench.runner.method_application import apply_methods, check_effect, refuse_idle
+from bench.runner.method_application import (
+    apply_methods,
+    check_effect,
+    later_errors_attributed,
+    refuse_idle,
+)
 from bench.runner.replay import refuse_other_network
 from bench.runner.session import Session
 from bench.schema import CostsConfig
@@ -524,6 +530,25 @@ def test_every_claim_stands_exactly_if_its_count_falls(before, after):
     assert [stands(effect) for effect in ("masked", "none")] == [not saved] * 2
     known = before.nonzero is not None and after.nonzero is not None
     assert stands("zeroed") == (not saved and known and after.nonzero < before.nonzero)
+
+
+@pytest.mark.parametrize(("effect", "true"), [("quantized", "none"), ("removed", "zeroed")])
+def test_a_refuted_saving_names_the_effect_that_fits(effect, true):
+    counts = SizeAndWork(parameters=9, packed=0, bytes=36, flops=1.0)
+    assert check_effect(effect, counts, counts).refutation.endswith(f" have the effect {true}")
+
+
+def test_an_error_after_apply_names_the_line_of_the_innermost_method():
+    from tests.end_to_end.test_plugins import Odd
+
+    methods = {"camera_p": CameraP(ratio=0.2), "odd": Odd(act="raise")}
+    with pytest.raises(KeyError) as caught, later_errors_attributed(methods):
+        methods["odd"].apply(None, None)
+    (note,) = caught.value.__notes__
+    assert re.fullmatch(r"in the code of a method \(.*test_plugins\.py:\d+\)", note)
+    with pytest.raises(KeyError) as caught, later_errors_attributed({}):
+        raise KeyError
+    assert not hasattr(caught.value, "__notes__")
 
 
 def test_zeroed_weights_that_are_offloaded_are_not_confirmed():
