@@ -210,6 +210,11 @@ def _results_folder(runs: Sequence[str | Record | None], given: Path | str | Non
     return Path(folders.pop() if len(folders) == 1 else "results")
 
 
+def __dir__() -> list[str]:
+    """List the public API only, which is what a notebook completes."""
+    return __all__
+
+
 def __getattr__(name: str) -> object:
     """Import a name of the public API on first access."""
     if name == "records":

@@ -26,6 +26,14 @@ def runs_html(records: Sequence[Any]) -> str:
     return html_table(header, rows)
 
 
+def record_line(record: Any) -> str:
+    """Return one run in a line: its id, model, methods and headline scores."""
+    scores = [m for m in record.metrics if m.headline]
+    average = [m for m in scores if m.task == "average"] or scores
+    shown = ", ".join(f"{m.task} {m.metric} {_score(m) or 'missing'}" for m in average)
+    return clean(f"<Record {record.id}: {record.model.name} {record.label}; {shown}>")
+
+
 def record_html(record: Any) -> str:
     """Return one run: its model and methods, its metrics, and its costs."""
     title = f"{record.id} {record.model.name} {record.label}"

@@ -320,6 +320,14 @@ class Record(_FrozenModel):
         names = [method_label(m.name, m.config) for m in self.methods] or ["dense"]
         return " + ".join(_marked(names, untrained=self.untrained))
 
+    def __repr__(self) -> str:
+        """Return one line, because all fields of a record fill pages."""
+        from bench.records.display import record_line
+
+        return record_line(self)
+
+    __str__ = __repr__
+
     def _repr_html_(self) -> str:
         from bench.records.display import record_html
 

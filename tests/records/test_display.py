@@ -48,6 +48,13 @@ def test_runs_stand_side_by_side_with_what_any_of_them_has():
     assert runs_html([]).count("<tr>") == 1
 
 
+def test_a_record_is_one_line_at_the_prompt():
+    record = make(ratio=0.4)
+    assert repr(record) == str(record)
+    assert repr([record]) == "[<Record aaaaaaaaaaaa: m camera_p 0.4; arc_easy acc 0.5 ± 0.1>]"
+    assert "\x1b" not in repr(hostile())
+
+
 def test_a_run_shows_its_methods_metrics_and_costs():
     text = make(ratio=0.4)._repr_html_()
     for said in ("camera_p 0.4", "zeroed", "arc_easy", "counted", "bench run"):

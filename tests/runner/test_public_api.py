@@ -34,6 +34,8 @@ def test_runs_are_compared_and_drawn(tmp_path):
     # Records know where they lie.
     assert bench.compare(records, baseline=records[0]) == comparison
     assert isinstance(bench.plot("front", records), Figure)
+    assert repr(comparison).count("\n") == len(comparison.contrasts)
+    assert records[1].label in repr(comparison)
     for shown in (records, records[0], comparison):
         assert records[1].label in shown._repr_html_()
     assert isinstance(bench.plot("front", results_dir=tmp_path), Figure)
@@ -41,6 +43,11 @@ def test_runs_are_compared_and_drawn(tmp_path):
     assert set(bench.records.load(tmp_path).run) == {first, second}
     with pytest.raises(UserError, match="did you mean 'front'"):
         bench.plot("frond", results_dir=tmp_path)
+
+
+def test_a_notebook_completes_the_public_names_only():
+    assert dir(bench) == sorted(bench.__all__)
+    assert all(getattr(bench, name) for name in dir(bench))
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from bench.reporting.comparison.contrast import (
 from bench.reporting.comparison.metric_forms import metric_rows, unit_scores
 from bench.reporting.record_numbers import metric_identity
 from bench.reporting.statistics import holm
+from bench.ui import clean
 
 SEED = 0
 """Fixed, so that the same runs always give the same intervals."""
@@ -48,8 +49,25 @@ class Comparison:
     contrasts: tuple[Contrast, ...]
     refused: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        """Return the differences as aligned text, for scripts and the Python prompt."""
+        header, rows = self._cells()
+        table = [[clean(cell) for cell in row] for row in (header, *rows)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = (
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in table
+        )
+        return "\n".join([*lines, *map(clean, self.refused)])
+
     def _repr_html_(self) -> str:
         """Return the differences as HTML, for notebooks."""
+        header, rows = self._cells()
+        refused = "".join(f"<p>{escape(sentence)}</p>" for sentence in self.refused)
+        return html_table(header, rows) + refused
+
+    def _cells(self) -> tuple[list[str], list[list[str]]]:
+        """Return the headings of a table of the differences, and its rows."""
         labels = {record.id: record.label for record in self.candidates}
         header = ["run", "task", "metric", self.baseline.label, "candidate", "difference", "95 %",
                   "p (Holm)"]  # fmt: skip
@@ -62,8 +80,7 @@ class Comparison:
             ]
             for row in self.contrasts
         ]  # fmt: skip
-        refused = "".join(f"<p>{escape(sentence)}</p>" for sentence in self.refused)
-        return html_table(header, rows) + refused
+        return header, rows
 
 
 def baseline_of(records: Sequence[Record]) -> Record:
