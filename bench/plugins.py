@@ -76,10 +76,10 @@ def active() -> Plugins:
     """
     found = installed()
     file = project_file()
-    if file is not None and is_trusted(file):
-        found += read_project(file)
+    if (untrusted := untrusted_project()) is not None:
+        _tell_untrusted(untrusted)
     elif file is not None:
-        _tell_untrusted(file)
+        found += read_project(file)
     for folder in found.path:
         # Last, so that nothing in a project hides an installed package.
         if str(folder) not in sys.path:
@@ -91,6 +91,12 @@ def project_in_use() -> str | None:
     """Return the project file that counts here, for a process that is started from here."""
     file = project_file()
     return str(file) if file is not None and is_trusted(file) else None
+
+
+def untrusted_project() -> Path | None:
+    """Return the project file of this folder that the user has not agreed to, or None."""
+    file = project_file()
+    return None if file is None or is_trusted(file) else file
 
 
 def config_file(group: str, name: str) -> Path | None:

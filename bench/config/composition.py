@@ -45,7 +45,7 @@ from bench.config.overrides import (
     sweep_values,
     text_of,
 )
-from bench.config.run_config import RunConfig, method_class, validate
+from bench.config.run_config import RunConfig, method_config, validate
 from bench.errors import UserError, nearest, unknown_name
 from bench.records.files import refuse_unstorable
 from bench.records.record import check_ratio
@@ -246,8 +246,13 @@ def _unknown_choice(error: MissingConfigException) -> UserError:
         name = f"{folder}/{name}"
     if group == GROUP and (right := correction(name)) is not None:
         return UserError(f"model={name} is not the name of a model: write {right}")
-    known = unknown_name(group or "config", name, error.options or [])
-    return UserError(f"{known}; or {ACCEPTED}") if group == GROUP else known
+    known = str(unknown_name(group or "config", name, error.options or []))
+    if group == GROUP:
+        known += f"; or {ACCEPTED}"
+    # The file is not read, so nobody knows whether it has this name.
+    if (file := plugins.untrusted_project()) is not None:
+        known += f"; if {file} adds {name!r}, allow it with `bench trust`"
+    return UserError(known)
 
 
 def _unresolved(error: InterpolationResolutionError, overrides: Sequence[str]) -> UserError:
@@ -306,6 +311,15 @@ def _misused_key(key: str, overrides: Overrides) -> UserError | None:
     return None
 
 
+_KEYS_OF_OTHERS = {
+    "benchmark.include": (
+        "adds task files of lm-eval's format and needs benchmark=lm_eval; tasks of lmms-eval take "
+        "your own rows, as in 'benchmark.data={gqa: FILE.parquet}'"
+    )
+}
+"""Keys that only one choice of their section has, with what they do and need."""
+
+
 def _missing_key(key: str, overrides: Overrides) -> UserError:
     """Build the error for a key that does not exist, with what exists in its place."""
     # The existing keys are found by composing again without the wrong override.
@@ -316,6 +330,8 @@ def _missing_key(key: str, overrides: Overrides) -> UserError:
     if parent.startswith("method.") and not siblings:
         name = parent.split(".")[1]
         return UserError(f"{key} is set but method={name} was not selected: add method={name}")
+    if key in _KEYS_OF_OTHERS:
+        return UserError(f"{key} {_KEYS_OF_OTHERS[key]}")
     hint = f"did you mean {hints!r}? " if hints else ""
     given = overrides.setting(key)
     if parent in OPEN_MAPPINGS and given and hints not in siblings:
@@ -374,20 +390,6 @@ def _node_keys(node: object, prefix: str) -> Iterator[str]:
 
 _METHODS = "method"
 _PLUGIN_SCHEME = "slimbench-methods"
-
-
-def method_config(name: str, target: str) -> dict[str, object]:
-    """Return the config of a method that a plug-in declares by its class.
-
-    Every field is a knob with the class's default; `ratio` defaults to that of the run, as in the
-    shipped configs.
-    """
-    path = target.replace(":", ".")
-    kind = method_class(name, path)
-    knobs = kind.model_construct().model_dump(mode="json")
-    required = {key: "???" for key, field in kind.model_fields.items() if field.is_required()}
-    followed = {"ratio": "${ratio}"} if "ratio" in kind.model_fields else {}
-    return {"_target_": path, **required, **knobs, **followed}
 
 
 class PluginMethods(ConfigSource):  # type: ignore[misc]  # Hydra has no types

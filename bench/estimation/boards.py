@@ -26,12 +26,12 @@ from bench.device.energy_counters import NvmlDevice, Unavailable
 from bench.device.machine import measured_quietly
 from bench.errors import unknown_name
 from bench.estimation.hardware import (
-    FOLDER,
     HERE,
     HardwareConfig,
     Utilisation,
+    board_names,
     load_assumptions,
-    load_file,
+    load_board,
 )
 from bench.measurement.roofline import device_limits, fastest_seconds
 from bench.ui import warn
@@ -49,20 +49,20 @@ _Figures = TypeVar("_Figures", bound=BaseModel)
 
 def hardware_names() -> list[str]:
     """Return the names of all boards, and `here`."""
-    return [HERE, *sorted(f.stem for f in FOLDER.glob("*.yaml") if f.stem[0] != "_")]
+    return [HERE, *board_names()]
 
 
 def load_hardware(name: str) -> HardwareConfig:
     """Return a board by name; `here` measures this machine once and caches the result.
 
     Raises:
-        UserError: the board does not exist; the nearest name is suggested.
+        UserError: the board does not exist (the nearest name is suggested), or its file is wrong.
     """
     if name == HERE:
         return measured_here()
     if name not in hardware_names():
         raise unknown_name("hardware", name, hardware_names())
-    return HardwareConfig.model_validate({**load_assumptions(), **load_file(name)})
+    return load_board(name)
 
 
 def measured_here() -> HardwareConfig:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias, cast
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
+from bench import plugins
 from bench.errors import UserError
 from bench.security import CONFIG_DIR
 
 HERE = "here"
-FOLDER = CONFIG_DIR / "hardware"
+_GROUP = "hardware"
 
 
 def _rising(bounds: tuple[float, float]) -> tuple[float, float]:
@@ -86,10 +87,43 @@ def load_assumptions() -> dict[str, Any]:
     return load_file("_assumptions")
 
 
+def board_names() -> list[str]:
+    """Return the names of the boards that have a file, shipped or of a plug-in."""
+    folders = (folder / _GROUP for folder in (CONFIG_DIR, *plugins.active().configs))
+    return sorted({file.stem for each in folders for file in each.glob("[!_]*.yaml")})
+
+
+def load_board(name: str) -> HardwareConfig:
+    """Return the board of a file; what the file does not state is assumed.
+
+    Raises:
+        UserError: the file, which may be a plug-in's, is no description of a board.
+    """
+    try:
+        return HardwareConfig.model_validate({**load_assumptions(), **load_file(name)})
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key = ".".join(map(str, fault["loc"]))
+        raise UserError(
+            f"{plugins.config_file(_GROUP, name)}: {key}: {fault['msg'].lower()}: write it as in "
+            f"{CONFIG_DIR / _GROUP / 'h100.yaml'}"
+        ) from None
+
+
 def load_file(name: str) -> dict[str, Any]:
-    """Return the content of a file of `conf/hardware`."""
+    """Return the content of a file of `conf/hardware`, shipped or of a plug-in."""
     # Loaded here instead of by Hydra, because hardware does not affect results and so is not part
     # of a run's config.
     from omegaconf import OmegaConf
+    from yaml import YAMLError  # type: ignore[import-untyped]
 
-    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(FOLDER / f"{name}.yaml")))
+    file = plugins.config_file(_GROUP, name)
+    assert file is not None  # Names come from `board_names`.
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(file))
+    except (OSError, YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{file} cannot be read as YAML: {reason}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} has no keys: write it as in {CONFIG_DIR / _GROUP / 'h100.yaml'}")
+    return cast(dict[str, Any], content)

@@ -11,11 +11,12 @@ from bench import plugins
 from bench.cli.main import main
 from bench.config.composition import compose_run_config, config_names
 from bench.errors import UserError
+from bench.estimation.boards import hardware_names, load_hardware
 from bench.plugins import active, read_project
 from bench.reporting.terminal_views import list_configs
 
 METHOD = """
-from bench.method import Method, MethodReport
+from bench.method import Method, MethodReport, RecipeConfig
 
 class Halve(Method):
     \"\"\"Half of everything.\"\"\"
@@ -35,6 +36,12 @@ class Unchecked(Method):
 
 class Stranger:
     pass
+
+class Training(Halve):
+    recipe: RecipeConfig = RecipeConfig()
+    data: str = "digits"
+    unit: str = "groups"
+    target: int = 1
 """
 
 
@@ -81,6 +88,37 @@ def test_a_project_counts_after_consent_and_until_its_file_changes(project, capl
     assert config.benchmark.tasks == ("arc_easy",)
     project.write_text(project.read_text() + "\n")
     with pytest.raises(UserError, match="'halve'"):
+        compose_run_config(["method=halve"])
+
+
+def test_a_training_without_a_config_file_follows_the_recipe_and_images_of_the_run(project):
+    text = project.read_text().replace("halving:Halve", "halving:Training")
+    project.write_text(text)
+    plugins.trust(project)
+    given = ["model=micro_lenet", "benchmark=images", "benchmark.images.data=mnist_5k"]
+    given += ["recipe.epochs=3", "unit=macs", "method=halve", "method.halve.recipe.rate=0.5"]
+    halve = compose_run_config(given).method["halve"]
+    assert (halve.recipe.epochs, halve.recipe.rate) == (3, 0.5)
+    assert (halve.data, halve.unit) == ("mnist_5k", "macs")
+
+
+def test_a_board_of_a_plug_in_is_found_and_a_wrong_one_is_one_sentence(project):
+    plugins.trust(project)
+    folder = project.parent / "settings" / "hardware"
+    folder.mkdir()
+    board = "name: mine\ndevice: cpu\npeak: {float32: 1e12}\nbandwidth: 1e11\n"
+    folder.joinpath("mine.yaml").write_text(board + "memory: 8e9\n")
+    assert "mine" in hardware_names()
+    assert load_hardware("mine").memory == 8e9
+    assert load_hardware("mine").utilisation == load_hardware("h100").utilisation
+    for content, said in ((board, r"mine\.yaml: memory: field required"), ("[", "as YAML")):
+        folder.joinpath("mine.yaml").write_text(content)
+        with pytest.raises(UserError, match=said):
+            load_hardware("mine")
+
+
+def test_a_name_that_an_untrusted_project_may_add_says_how_to_allow_it(project):
+    with pytest.raises(UserError, match="adds 'halve', allow it with `bench trust"):
         compose_run_config(["method=halve"])
 
 

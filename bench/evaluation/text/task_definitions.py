@@ -108,7 +108,10 @@ def unsafe_code_error(task: str) -> UserError:
 
 def multimodal_error(task: str) -> UserError:
     """Build the error for a task of lm-eval about images or audio."""
-    return UserError(f"task {task!r} needs images or audio; lm_eval benchmarks are text only")
+    return UserError(
+        f"task {task!r} needs images or audio; lm_eval benchmarks are text only: for images use a "
+        "task of benchmark=lmms_eval, on your own rows with benchmark.data"
+    )
 
 
 def with_shots(
