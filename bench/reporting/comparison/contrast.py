@@ -66,14 +66,15 @@ class PairedScores:
 
     `draws` [R, 2] are the metric's values over resamples. `gained` and `lost` are the numbers of
     units that only the candidate or only the baseline has right; None if units are not simply right
-    or wrong. `units` is the number of resampled units, `left_out` that of units which only one of
-    the two answered.
+    or wrong. `units` is the number of resampled units, `differing` that of units with different
+    scores, `left_out` that of units which only one of the two answered.
     """
 
     baseline: float
     candidate: float
     draws: Floats
     units: int
+    differing: int
     gained: int | None = None
     lost: int | None = None
     left_out: int = 0
@@ -103,7 +104,9 @@ def paired_contrast(run: str, metric: Metric, paired: PairedScores) -> Contrast:
         p, mid = tested.exact, tested.mid
         least = min_significant_flips() / paired.units
     else:
-        p, mid, least = max(bootstrap_p(paired.differences), least_p(paired.units)), None, 0.0
+        # Equal pairs are no evidence, and a task with one question does not vary over resamples.
+        floor = least_p(paired.differing)
+        p, mid, least = max(bootstrap_p(paired.differences), floor), None, 0.0
     return replace(
         _side_by_side(run, metric, paired.units, paired.baseline, paired.candidate),
         low=low,
@@ -202,6 +205,7 @@ def pair_scores(
         candidate.observed,
         draws_R2,
         len(both),
+        int((both["score_x"] != both["score_y"]).sum()),
         gained,
         lost,
         left_out,
@@ -222,5 +226,6 @@ def mean_of_pairs(parts: list[PairedScores]) -> PairedScores:
         # mean.
         draws=np.mean([part.draws for part in parts], axis=0),
         units=sum(part.units for part in parts),
+        differing=sum(part.differing for part in parts),
         left_out=sum(part.left_out for part in parts),
     )

@@ -81,6 +81,16 @@ def test_a_task_outside_the_average_does_not_enter_it():
     assert same.retention == pytest.approx(100)
 
 
+def test_an_average_of_single_questions_is_no_stronger_than_those_that_differ():
+    tasks = [f"t{number}" for number in range(9)]
+    ours = run("a", {task: [1.0] for task in tasks})
+    theirs = run("b", {task: [float(task > "t1")] for task in tasks}, "prune")
+    found = only(ours, theirs, "average")
+    # No resample of one question differs from it, so the bootstrap alone would be certain.
+    assert found.low == found.high == pytest.approx(-2 / 9)
+    assert found.p == 0.5
+
+
 def test_every_candidate_and_task_is_one_family_and_the_averages_another():
     ours = run("a", {"t": DENSE, "u": DENSE})
     candidates = [run(i, {"t": PRUNED, "u": DENSE}, "prune") for i in ("b", "c")]
