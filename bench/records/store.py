@@ -40,9 +40,9 @@ MARKER_TEXT = b"Results of slimbench. `bench gc` cleans up folders that hold thi
 class Store:
     """The records in one results folder."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.runs = root / "runs"
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root)
+        self.runs = self.root / "runs"
         self.unreadable: dict[str, str] = {}
 
     def ensure_writable(self) -> None:

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 import bench
 import bench.method
 from bench.errors import UserError
+from bench.records import Store
 from bench.runner.identity import identity_differences
 from bench.runner.session import Session
 
@@ -43,6 +44,10 @@ def test_runs_are_compared_and_drawn(tmp_path):
     assert set(bench.records.load(tmp_path).run) == {first, second}
     with pytest.raises(UserError, match="did you mean 'front'"):
         bench.plot("frond", results_dir=tmp_path)
+
+
+def test_a_store_opens_by_the_name_of_its_folder(tmp_path):
+    assert Store(str(tmp_path)).root == tmp_path
 
 
 def test_a_notebook_completes_the_public_names_only():
