@@ -22,6 +22,7 @@ from bench.data import hub
 from bench.errors import MissingData, RunsFailed, UserError, library_failures_as_errors
 from bench.records import Store
 from bench.records.files import read_json
+from bench.records.record import JsonObject
 from bench.runner.execute import execute
 from bench.runner.inputs import check_run
 from bench.runner.session import host_process_restored
@@ -256,22 +257,28 @@ def _sweep_outcome(plan: SweepPlan) -> LaunchOutcome:
             outcome.add(result)
         else:
             outcome.failures.append(result)
-    if outcome.study_folder is not None:
-        runs = {record.id for record in outcome.records}
-        outcome.failures += _unscored_trials(outcome.study_folder / STUDY_FILE, runs)
-    # If any run succeeded, failures are listed instead of raised.
-    if outcome.failures and not outcome.records:
+    trials = _trials(outcome.study_folder / STUDY_FILE) if outcome.study_folder else []
+    outcome.failures += _unscored(trials, {record.id for record in outcome.records})
+    # If any run succeeded, failures are listed instead of raised. A search may have trials of
+    # earlier sweeps.
+    succeeded = outcome.records or any(trial["state"] == "complete" for trial in trials)
+    if outcome.failures and not succeeded:
         raise RunsFailed(outcome.failures)
     return outcome
 
 
-def _unscored_trials(study: Path, runs: Collection[str]) -> list[str]:
-    """Return why trials of these recorded runs have no values: a run may lack an objective."""
+def _trials(study: Path) -> list[JsonObject]:
+    """Return the trials of a search; none if its file is damaged, which `bench report` names."""
     try:
         trials = cast(Any, read_json(study))["trials"]
-        failed = [t["reason"] for t in trials if t["state"] == "fail" and t["run"] in runs]
-    except (OSError, ValueError, KeyError, TypeError):  # Damaged; `bench report` names it.
+        return [trial for trial in trials if {"state", "run", "reason"} <= trial.keys()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
+
+
+def _unscored(trials: Sequence[JsonObject], runs: Collection[str]) -> list[str]:
+    """Return why trials of these recorded runs have no values: a run may lack an objective."""
+    failed = [t["reason"] for t in trials if t["state"] == "fail" and t["run"] in runs]
     # A trial that failed before is repeated under another number.
     return list(dict.fromkeys(map(str, failed)))
 

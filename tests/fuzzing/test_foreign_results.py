@@ -293,7 +293,7 @@ def test_no_value_of_what_reports_read_stops_a_command(results, capsys):
         node[task if last == "t" else last] = value
         folder = store.folder(changed["id"])
         shutil.copytree(store.folder(BAD), folder)
-        (folder / "record.json").write_text(json.dumps(changed))
+        (folder / "record.json").write_text(with_checksum(changed))
     for command in ("ls runs --json", "ls runs", "report", *PLOTS):
         said = answer(capsys, *command.split(), "--results-dir", str(results), code=0)
         assert GOOD in said.out or command != "ls runs --json"

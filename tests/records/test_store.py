@@ -24,6 +24,7 @@ from bench.records import load as load_frame
 from bench.records import samples as load_samples
 from bench.records.files import disk_errors_as_stopped, write_bytes, write_folder
 from bench.records.json_values import parse_json
+from bench.records.record_file import with_checksum
 from bench.sweeps.plan import all_sweeps
 
 
@@ -198,8 +199,8 @@ def test_what_reports_read_has_its_type_or_the_record_is_set_aside(tmp_path, par
     store = Store(tmp_path)
     path = store.write(make(), [], "") / "record.json"
     changed = {**json.loads(path.read_text()), part: content}
-    del changed["checksum"]
-    path.write_text(json.dumps(changed))
+    del changed["checksum"], changed["text_checksum"]
+    path.write_text(with_checksum(changed))
     assert store.all() == []
     assert part in store.unreadable["a" * 12]
     assert key in store.unreadable["a" * 12]
@@ -296,6 +297,10 @@ def test_a_record_that_was_formatted_anew_is_the_same(tmp_path, form):
     path.write_text(json.dumps(changed, **form))
     assert store.find("a" * 12) is None
     assert "its checksum does not match" in store.unreadable["a" * 12]
+    del changed["checksum"], changed["text_checksum"]
+    path.write_text(json.dumps(changed, **form))
+    assert store.find("a" * 12) is None
+    assert "it has no checksum" in store.unreadable["a" * 12]
 
 
 def test_of_many_unreadable_records_some_are_named_and_all_are_known(tmp_path, capsys):

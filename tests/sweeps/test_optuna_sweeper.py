@@ -2,16 +2,17 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState
 
 from bench.cli.main import main
-from bench.errors import UserError
+from bench.errors import RunsFailed, UserError
 from bench.records import Store
 from bench.reporting.study import pareto_trials
-from bench.runner.launch import _unscored_trials
+from bench.runner import launch
 from bench.sweeps.optuna_sweeper import OptunaSweeper, _asked, _requeue_interrupted
 
 TINY = [
@@ -137,9 +138,30 @@ def test_a_trial_whose_run_lacks_an_objective_is_a_failure(tmp_path):
     ]
     file = tmp_path / "study.json"
     file.write_text(json.dumps({"trials": [*trials, trials[1]]}))
-    assert _unscored_trials(file, {"a", "b"}) == ["run b has no average"]
-    file.write_text("{")
-    assert _unscored_trials(file, {"a", "b"}) == []
+    assert launch._unscored(launch._trials(file), {"a", "b"}) == ["run b has no average"]
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"trials": 5}', '{"trials": [5]}', '{"trials": [{}]}']
+)
+def test_a_damaged_study_has_no_trials(tmp_path, text):
+    (tmp_path / "study.json").write_text(text)
+    assert launch._trials(tmp_path / "study.json") == []
+
+
+def test_a_search_whose_new_trials_fail_keeps_what_it_found_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "job_results", lambda plan: ["job 2: boom"])
+    trials = [
+        {"state": "complete", "run": "a", "reason": None},
+        {"state": "fail", "run": None, "reason": "boom"},
+    ]
+    (tmp_path / "study.json").write_text(json.dumps({"trials": trials}))
+    outcome = launch._sweep_outcome(SimpleNamespace(folder=tmp_path))
+    assert (outcome.study_folder, outcome.failures) == (tmp_path, ["job 2: boom"])
+
+    (tmp_path / "study.json").write_text(json.dumps({"trials": trials[1:]}))
+    with pytest.raises(RunsFailed):
+        launch._sweep_outcome(SimpleNamespace(folder=tmp_path))
 
 
 def test_a_search_that_is_resumed_draws_new_values(tmp_path):
