@@ -151,8 +151,8 @@ def open_wandb_run(
             entity=config.entity,
             config=config_of_run,
             id=run_id,
-            # A run that was sent before is overwritten.
-            resume=None if run_id is None else "allow",
+            # A run that was sent before is overwritten. Offline, W&B ignores this with a warning.
+            resume="allow" if run_id is not None and chosen == "online" else None,
             dir=str(home),
             mode=chosen,
             # A host program may already have a W&B run open, which must not be reused.

@@ -1,8 +1,10 @@
 """A real W&B run, offline, inside the results folder; a tracker that fails loses nothing."""
 
 import json
+from unittest.mock import MagicMock
 
 import pytest
+import wandb
 
 from bench.records import AppliedMethod, Cost, DenseModel, Metric, MissingMeasurement, Record, Store
 from bench.schema import TrackerConfig
@@ -122,6 +124,18 @@ def test_an_offline_run_holds_config_numbers_tables_and_the_record(store, record
     assert costs[1]["note"] == "the machine was loaded"
     assert json.loads(costs[1]["parts"]) == {"p10": 0.25, "p90": 0.75}
     assert tables["missing"]["data"] == [["1x8", "energy", "no counter", None]]
+
+
+@pytest.mark.parametrize(("mode", "resume"), [("online", "allow"), ("offline", None)])
+def test_only_an_online_run_resumes_since_wandb_warns_of_it_offline(
+    tmp_path, monkeypatch, mode, resume
+):
+    given = {}
+    monkeypatch.setattr(wandb, "init", lambda **words: given.update(words) or MagicMock())
+    with tracker.open_wandb_run(
+        TrackerConfig(mode=mode), tmp_path, name="n", job_type="run", run_id="a"
+    ):
+        assert given["resume"] == resume
 
 
 def test_sending_again_continues_the_same_run(store, record):
