@@ -40,8 +40,10 @@ def sweep_line(estimate: SweepEstimate) -> str:
     done = len(runs) - len(to_do)
     kept = f", {done} of {len(runs)} recorded already or duplicates" if done else ""
     took = time_range(estimate.low, estimate.high)
-    first = "" if estimate.whole else "the first "
-    line = f"estimate: {first}{len(to_do)} run{'s' * (len(to_do) != 1)} on {hardware}, {took}{kept}"
+    count = f"{len(to_do)} run{'s' * (len(to_do) != 1)}"
+    if not estimate.whole:
+        count = "the first run" if len(to_do) == 1 else f"the first {count}"
+    line = f"estimate: {count} on {hardware}, {took}{kept}"
     large = [run for run in to_do if not run.fits]
     if large:
         need = max(run.memory for run in large)

@@ -194,7 +194,9 @@ def _announce(
     # The inputs found for the first run are reused by the run itself; those of others cost time.
     seconds = LINE_SECONDS if budget is None else None
     found = estimate_configs(runs, None, session, estimator=session.estimator, seconds=seconds)
-    note(sweep_line(found))
+    # Where the estimate stopped before the first run without a record, it says nothing.
+    if found.whole or found.to_do:
+        note(sweep_line(found))
     if budget is not None:
         refuse_above(budget, found)
 

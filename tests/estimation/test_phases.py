@@ -1,6 +1,7 @@
 """Estimates of runs: their phases, what fits, what is missing, and how good they were."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from bench.estimation.layer_timing import StepFigures
 from bench.estimation.words import duration, sweep_line, time_range
 from bench.models.source import describe_model
 from bench.records import Cost, DenseModel, EstimatedPhase, Record
-from bench.runner import execute
+from bench.runner import execute, launch
 from bench.runner.estimate import read_budget, refuse_above
 from bench.runner.session import Session
 from bench.schema import ModelConfig
@@ -118,6 +119,8 @@ def test_a_sweep_counts_a_run_once_and_loads_its_model_once():
     )  # fmt: skip
     assert [run.state for run in found.runs] == ["new", "new", "new", "planned before"]
     assert "3 runs on h200" in sweep_line(found)
+    first = replace(found, runs=found.runs[:1], whole=False)
+    assert sweep_line(first).startswith("estimate: the first run on h200, ")
     assert found.high < sum(run.high for run in found.runs)
 
 
@@ -241,6 +244,21 @@ def test_the_rates_are_those_of_the_threads_in_use(monkeypatch):
     finally:
         torch.set_num_threads(threads)
     assert session.estimator.hardware == board
+
+
+@pytest.mark.parametrize(("whole", "said"), [(True, 1), (False, 0)])
+def test_an_estimate_that_stopped_before_the_first_new_run_is_not_shown(monkeypatch, whole, said):
+    shown = []
+    recorded = SimpleNamespace(state="recorded")
+    found = SimpleNamespace(whole=whole, runs=(recorded,), to_do=())
+    monkeypatch.setattr("bench.runner.estimate.estimate_configs", lambda *_, **__: found)
+    monkeypatch.setattr("bench.config.sweep_checks.every_config", lambda *_: iter(()))
+    monkeypatch.setattr("bench.estimation.words.sweep_line", lambda _: "estimate: 0 runs")
+    monkeypatch.setattr(launch, "note", shown.append)
+    monkeypatch.setattr(launch, "says_notes", lambda: True)
+    session = SimpleNamespace(estimator=object())
+    launch._announce(None, SimpleNamespace(is_sweep=True), session, None)
+    assert len(shown) == said
 
 
 def test_a_run_without_an_estimate_says_nothing():
