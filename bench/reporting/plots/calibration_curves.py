@@ -120,7 +120,8 @@ def draw_calibration(frame: pd.DataFrame) -> Figure:
     )
     # Panels are nearly square, so that the diagonal has a slope of about 45°.
     figure.set_figheight(4)
-    handles = [handle for each in axes for handle in each.get_legend_handles_labels()[0]]
+    # matplotlib's own list of handles leaves out labels that begin with an underscore.
+    handles = [curve for each in axes for curve in each.containers]
     add_legend(figure, handles, title="expected calibration error")
     return figure
 

@@ -177,5 +177,6 @@ def draw_training(frame: pd.DataFrame) -> Figure:
             axes.axhline(budget, color=INK, linestyle=":", linewidth=0.8)
         axes.set_xlabel(str(rows["time"].iloc[0]))
         axes.set_title(HISTORY_QUANTITIES[quantity], loc="left")
-    add_legend(figure, panels[0].get_legend_handles_labels()[0])
+    # A series need not be in every panel.
+    add_legend(figure, family_handles(styles, joined=True))
     return figure

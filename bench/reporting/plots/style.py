@@ -54,8 +54,10 @@ RC_PARAMS: dict[Any, Any] = {
     "pdf.fonttype": 42,
     "svg.fonttype": "none",
     "svg.hashsalt": "slimbench",
+    "text.parse_math": False,
 }
-"""Text remains text in SVG and PDF (font type 42, no outlines). The fixed salt for SVG ids makes
+"""Names of models and methods are shown as they are: with math, a `$` in one of them is an error.
+Text remains text in SVG and PDF (font type 42, no outlines). The fixed salt for SVG ids makes
 equal figures equal files."""
 
 

@@ -248,6 +248,32 @@ def test_every_kind_is_written_in_every_format_and_as_json(kind, results, capsys
     assert json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("kind", KINDS)
+def test_names_are_shown_as_they_are(kind, tmp_path):
+    name = "_cost $_^$"
+    for identifier, report in (("a", {}), ("b", {"history": HISTORY})):
+        run = made(identifier, 0.6, 6e9, name, ratio=0.2, layers=LAYERS, report=report)
+        rows = [
+            {"task": "t", "doc_id": i, "acc": float(i % 3 > 0), "loglikelihoods": [0.0, float(i)]}
+            for i in range(9)
+        ]
+        Store(tmp_path).write(run, rows, "")
+    figure = tmp_path / "figure.svg"
+    assert main(["plot", kind, "--results-dir", str(tmp_path), "--output", str(figure)]) == 0
+    assert name in figure.read_text() or kind == "breakdown"
+
+
+def test_the_legend_names_series_that_are_not_in_the_first_panel():
+    right = [{"epoch": 1, "accuracy": 0.5}]
+    runs = [
+        made("a", 0.5, 1.0, "first", report={"history": HISTORY}),
+        made("b", 0.5, 1.0, "second", report={"history": right}),
+    ]
+    figure = curves.draw_training(curves.training_histories(runs))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["first", "second"]
+
+
 def test_the_same_runs_give_the_same_file(results):
     both = [results / "one.svg", results / "two.svg"]
     for file in both:
