@@ -37,14 +37,17 @@ def answer_confidences(samples: pd.DataFrame) -> pd.DataFrame:
         found.append(
             pd.DataFrame({"confidence": classified["probability"], "right": classified["acc"]})
         )
-    return pd.concat(found).astype(float)
+    answers = pd.concat(found).astype(float)
+    # A network that overflows gives no number, or -inf for every choice.
+    return answers[answers["confidence"].between(0, 1)]
 
 
 def _highest_share(loglikelihoods: np.ndarray) -> float:
     """Return the softmax of the largest entry."""
     value_C = np.asarray(loglikelihoods, dtype=float)
     # Shifted by the maximum to avoid underflow, so the largest term is exp(0) = 1.
-    return float(1 / np.exp(value_C - value_C.max()).sum())
+    with np.errstate(invalid="ignore"):  # -inf for all of them gives NaN.
+        return float(1 / np.exp(value_C - value_C.max()).sum())
 
 
 def bin_answers(answers: pd.DataFrame) -> pd.DataFrame:

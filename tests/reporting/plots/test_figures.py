@@ -343,6 +343,13 @@ def test_runs_of_generation_tasks_alone_have_no_confidence(records):
         calibration_curves.confidence_curves([ComparedRun(records[0], generated)])
 
 
+def test_answers_without_a_probability_are_left_out():
+    none = -float("inf")
+    scores = [[0.0, 0.0], [float("nan"), 0.0], [none, none], [0.0, none]]
+    table = pd.DataFrame({"acc": [1.0, 1.0, 1.0, 0.0], "loglikelihoods": scores})
+    assert calibration_curves.answer_confidences(table)["confidence"].tolist() == [0.5, 1.0]
+
+
 @pytest.mark.parametrize(("knob", "stars"), [("ratio", 1), ("prune.ratio", 1), ("bits", 0)])
 def test_the_dense_star_stands_at_zero_only_where_zero_is_dense(knob, stars):
     runs = [made("a", 0.7, 1.0), made("b", 0.6, 1.0, "prune", ratio=0.2, bits=4)]
