@@ -35,6 +35,7 @@ or in a run: `bench run model=local model.path=THIS_FOLDER`. {why}
 LOAD_CLASSIFIER = """\
 An image classifier in slimbench's own format; `config.json` holds the shapes of its layers:
 
+    from pathlib import Path
     from bench.models.classifiers.serialization import load_classifier_folder as load
     network = load(Path("THIS_FOLDER"))         # images [B, C, H, H] to logits [B, K]
 
@@ -42,8 +43,19 @@ or in a run: `bench run model=local model.kind=image_classifier model.path=THIS_
 benchmark=images`. Images must be normalised as `bench.data.image_catalogue` does. `model.onnx`, if
 present, computes the same function.
 """
+LOAD_OWN_CLASSIFIER = """\
+A network of the class `{target}`; `config.json` holds the shapes of its layers.
+Where that class can be imported, a run loads it:
+
+    bench run model=module model._target_={target} model.path=THIS_FOLDER benchmark=images \\
+        packages=[methods,{package}]
+
+Images must be normalised as `bench.data.image_catalogue` does. `model.onnx`, if present, computes
+the same function.
+"""
 REPLACED_MODULES_NOTE = "`slimbench.json` lists the modules that were replaced or reshaped."
 UNKNOWN_CLASS_NOTE = "Its architecture is not in transformers."
+_CLASS_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII)
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -66,18 +78,19 @@ def model_card(record: Record, contents: Contents, loading: Sequence[str], *, st
     network's class.
     """
     parts = (
-        _front_matter(record),
+        _front_matter(record, contents.form),
         f"# {_code(f'{record.model.name}: {record.label}')}\n",
-        _loading_section(contents.form, loading, stock),
+        _loading_section(record, contents.form, loading, stock),
         _size_section(record, contents),
         _provenance_section(record),
     )
     return "\n".join(parts)
 
 
-def _front_matter(record: Record) -> str:
+def _front_matter(record: Record, form: str) -> str:
     """Return the YAML block that the Hugging Face hub reads."""
-    lines = ["---", "library_name: transformers", "tags: [slimbench, model-compression]"]
+    library = "slimbench" if form == "classifier" else "transformers"
+    lines = ["---", f"library_name: {library}", "tags: [slimbench, model-compression]"]
     # Only `owner/name` is a model on the hub; a local path is not valid as a base model.
     if _HUB_NAME.fullmatch(record.model.source):
         lines.append(f"base_model: {json.dumps(record.model.source)}")
@@ -97,9 +110,13 @@ def _size_section(record: Record, contents: Contents) -> str:
     return "\n".join(["## Size", "", *lines, dense, ""])
 
 
-def _loading_section(form: str, loading: Sequence[str], stock: bool) -> str:
+def _loading_section(record: Record, form: str, loading: Sequence[str], stock: bool) -> str:
     if form == "classifier":
-        return LOAD_CLASSIFIER
+        target = record.model.architecture
+        # A record may hold any text here, and only a name may stand in a command.
+        if record.model.source != "module" or not _CLASS_NAME.fullmatch(target):
+            return LOAD_CLASSIFIER
+        return LOAD_OWN_CLASSIFIER.format(target=target, package=target.partition(".")[0])
     # Replaced modules need slimbench even if transformers has the network's class, so the format is
     # checked before `stock`.
     if form == "slimbench":
