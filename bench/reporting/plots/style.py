@@ -20,6 +20,7 @@ import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
+from matplotlib.container import Container
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -170,7 +171,9 @@ def _panel_figure(names: list[str]) -> tuple[Figure, list[Axes]]:
     return figure, axes
 
 
-def add_legend(figure: Figure, handles: Sequence[Artist], title: str | None = None) -> None:
+def add_legend(
+    figure: Figure, handles: Sequence[Artist | Container], title: str | None = None
+) -> None:
     """Put a legend below all panels and enlarge the figure for it."""
     # The width is estimated from the number of letters: matplotlib knows text sizes only after
     # drawing, and changing the figure's height then would require a second layout.
