@@ -385,7 +385,7 @@ def fresh_vision_config(config: ModelConfig) -> VisionConfig:
     """
     # Imported here, because the architectures import torch, which is slow and not needed to locate
     # other models.
-    from bench.models.classifiers import architectures
+    from bench.models.classifiers import architectures, serialization
     from bench.models.classifiers.classifier import VisionConfig
 
     name = config.source.removeprefix(FRESH_PREFIX)
@@ -406,7 +406,7 @@ def fresh_vision_config(config: ModelConfig) -> VisionConfig:
         arguments=config.arguments or {},
     )
     if is_state_dict(config):
-        architectures.refuse_unknown_input(vision)
+        serialization.refuse_unknown_input(vision)
     return vision
 
 

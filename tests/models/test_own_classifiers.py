@@ -109,6 +109,14 @@ def test_torchvisions_own_weights_score_as_in_torchvision(tmp_path):
     assert not any("aux" in name for name, _ in model.network.named_parameters())
 
 
+def test_a_network_that_computes_its_widths_is_built_without_weights():
+    state = torch.random.get_rng_state()
+    config = chosen("model=torchvision/regnet_x_400mf", "model.classes=7", "model.size=32")
+    network = skeleton(resolve_model(config, offline=True))
+    assert {weight.device.type for weight in network.parameters()} == {"meta"}
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
 def test_fresh_weights_follow_the_seed():
     name = ["model=torchvision/squeezenet1_1", "model.images=cifar10", "model.size=64"]
     first, again, other = (loaded(chosen(*name, f"seed={seed}")) for seed in (1, 1, 2))

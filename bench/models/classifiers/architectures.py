@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -339,8 +340,14 @@ def _torchvision_classifier(config: VisionConfig) -> Classifier:
         # that no forward reads. torchvision warns unless the initialisation is chosen.
         arguments = {"aux_logits": False, "init_weights": True}
     arguments |= config.arguments
+    build = partial(models.get_model, name, weights=None, num_classes=config.classes, **arguments)
     try:
-        network = models.get_model(name, weights=None, num_classes=config.classes, **arguments)
+        network = build()
+    except NotImplementedError:
+        # RegNet reads its widths from tensors, which have no values on the meta device.
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            network = build()
+        network.to(torch.get_default_device())
     except TypeError as error:
         raise UserError(
             f"{config.architecture} cannot be called with model.arguments={config.arguments}: "
@@ -353,23 +360,6 @@ def _torchvision_classifier(config: VisionConfig) -> Classifier:
 
 AUXILIARY_HEADS = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
 """Names of the weights of torchvision's auxiliary heads, which only its own training uses."""
-INPUT_ARGUMENT = "transform_input"
-"""Argument of these networks that rescales images as torchvision's own weights need them."""
-
-
-def refuse_unknown_input(config: VisionConfig) -> None:
-    """Raise if a network with given weights may need images in another scale than it would get.
-
-    The weights do not say which scale they were trained with.
-    """
-    name = config.architecture.removeprefix(TORCHVISION_PREFIX)
-    if name in AUXILIARY_HEADS and INPUT_ARGUMENT not in config.arguments:
-        raise UserError(
-            f"{config.architecture} with model.path needs model.arguments: give "
-            f"'{{{INPUT_ARGUMENT}: true}}' for the weights that torchvision publishes, which were "
-            f"trained on images from -1 to 1, or '{{{INPUT_ARGUMENT}: false}}' for weights "
-            "trained on images normalised as for ImageNet"
-        )
 
 
 def whole_network(config: VisionConfig, network: nn.Module) -> Classifier:

@@ -82,6 +82,25 @@ def load_state(network: Classifier, file: Path) -> Classifier:
     return network
 
 
+INPUT_ARGUMENT = "transform_input"
+"""Argument of these networks that rescales images as torchvision's own weights need them."""
+
+
+def refuse_unknown_input(config: VisionConfig) -> None:
+    """Raise if a network with given weights may need images in another scale than it would get.
+
+    The weights do not say which scale they were trained with.
+    """
+    name = config.architecture.removeprefix(TORCHVISION_PREFIX)
+    if name in AUXILIARY_HEADS and INPUT_ARGUMENT not in config.arguments:
+        raise UserError(
+            f"{config.architecture} with model.path needs model.arguments: give "
+            f"'{{{INPUT_ARGUMENT}: true}}' for the weights that torchvision publishes, which were "
+            f"trained on images from -1 to 1, or '{{{INPUT_ARGUMENT}: false}}' for weights "
+            "trained on images normalised as for ImageNet"
+        )
+
+
 ONNX_FILE = "model.onnx"
 
 
