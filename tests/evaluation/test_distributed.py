@@ -89,7 +89,7 @@ def test_two_processes_write_the_record_of_one(tmp_path, asked):
         sys.executable,
         "-P",
         "-m",
-        "bench.cli",
+        "bench",
         "run",
         *common,
         f"results_dir={tmp_path}/two",

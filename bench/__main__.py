@@ -1,4 +1,4 @@
-"""`python -m bench.cli`, for launchers of several processes (accelerate, torchrun)."""
+"""`python -m bench`, the command `bench` for launchers that start a module (torchrun)."""
 
 import sys
 
