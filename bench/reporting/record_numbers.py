@@ -300,9 +300,10 @@ def distinct_labels(group: Sequence[Record]) -> dict[str, str]:
 
 
 def differing_settings(group: Sequence[Record]) -> dict[str, str]:
-    """Return, by id, the first settings in which each run differs from the others, if any.
+    """Return, by id, the settings that best tell each run from the others, if any.
 
-    All settings in the config that determine a run count, even if its methods do not read them.
+    Settings with more different values come first, because only a few are named. All settings in
+    the config that determine a run count, even if its methods do not read them.
     """
     settings = [
         run_knobs(record)
@@ -317,9 +318,10 @@ def differing_settings(group: Sequence[Record]) -> dict[str, str]:
         for record in group
     ]
     shown = differing_names(settings)
+    names = sorted(shown, key=lambda name: -len({str(own.get(name)) for own in settings}))
     found = {}
     for record, own in zip(group, settings, strict=True):
-        said = [f"{shown[n]} {_shortened_knob(str(own[n]))}" for n in shown if n in own]
+        said = [f"{shown[n]} {_shortened_knob(str(own[n]))}" for n in names if n in own]
         found[record.id] = ", ".join(said[:DIFFERING_KNOBS])
     return found
 

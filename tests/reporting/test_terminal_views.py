@@ -6,6 +6,7 @@ from bench.records import Cost, Store
 from bench.reporting.comparison.comparison import Comparison
 from bench.reporting.comparison.contrast import Contrast
 from bench.reporting.comparison.printer import print_comparison
+from bench.reporting.record_numbers import differing_settings
 from bench.reporting.summary import print_summary
 from bench.reporting.tables.writers import print_table
 from bench.reporting.terminal_views import list_runs, print_record, shown_runs
@@ -108,6 +109,21 @@ def test_runs_of_one_name_are_listed_with_what_tells_them_apart(tmp_path):
     rows = shown_runs(list_runs(tmp_path), store)
     assert [row["differs in"] for row in rows] == ["limit 2", "limit 3"]
     assert "differs in" not in shown_runs(list_runs(tmp_path)[:1], store)[0]
+
+
+def test_what_tells_most_runs_apart_is_named_first():
+    def run(number, limit, *, other):
+        first = record(1)
+        common = {"tasks": ["t"], "num_fewshot": int(other), "limit": limit}
+        benchmark = {**first.config["benchmark"], **common}
+        config = {**first.config, "seed": int(other), "threads": 1, "benchmark": benchmark}
+        return record(number).model_copy(
+            update={"config": config, "methods": first.methods, "model": first.model}
+        )
+
+    runs = [run(1, 2, other=True), run(2, 3, other=False), run(3, 4, other=False)]
+    said = differing_settings(runs)
+    assert [said[run.id].split(",")[0] for run in runs] == ["limit 2", "limit 3", "limit 4"]
 
 
 def test_a_run_of_one_task_is_listed_with_its_number(tmp_path):
