@@ -120,7 +120,9 @@ def coupled_filters(network: nn.Module, example: Tensor) -> list[GroupFamily]:
         ) from None
     except TRACING_ERRORS as error:
         raise UserError(
-            f"{type(network).__name__} cannot be traced: {error_sentence(error)}"
+            f"{type(network).__name__} cannot be traced: torch-pruning, which determines which of "
+            f"its layers depend on each other, fails ({error_sentence(error)}); choose other "
+            "groups, such as groups=weights"
         ) from error
     families = [_family_of(group, names) for group in groups]
     return [family for family in families if family is not None]
