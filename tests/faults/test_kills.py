@@ -170,11 +170,14 @@ def test_two_identical_sweeps_at_once_execute_every_run_once(tmp_path, undisturb
 def test_a_sweep_that_is_started_again_meanwhile_ends_with_all_records(tmp_path, undisturbed):
     results, log = tmp_path / "results", tmp_path / "scored"
     sweep = ("-m", "method=dense", "seed=1,2")
-    first = start(results, *sweep, before=counting(log, pause=2.0), small=BRIEF)
+    first = start(results, *sweep, before=counting(log, pause=0.5), small=BRIEF)
     wait_for(lambda: lines(results) > 0)
+    # Otherwise the first could end before the second has started, on a busy machine.
+    first.kill(signal.SIGSTOP)
     second = start(results, *sweep, before=counting(log), small=BRIEF)
+    wait_for(lambda: second.says("waiting for"))
+    first.kill(signal.SIGCONT)
     assert [child.wait() for child in (first, second)] == [0, 0], [first.text, second.text]
-    assert "waiting for" in second.text
     for record in Store(results).all():
         assert record.id[:8] in first.text and record.id[:8] in second.text
     assert len(log.read_text().split()) == 2 * len(set(log.read_text().split()))
