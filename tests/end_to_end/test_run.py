@@ -15,7 +15,7 @@ from bench.data.synthetic.world import question_sets
 from bench.models import embedded
 from bench.records import Store
 
-HELP = [sys.executable, "-P", "-m", "bench.cli", "--help"]
+HELP = [sys.executable, "-P", "-m", "bench", "--help"]
 
 
 def test_a_run_leaves_one_whole_record_and_is_not_repeated(bench):

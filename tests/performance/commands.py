@@ -54,7 +54,7 @@ def _price_seconds(words: tuple[str, ...]) -> float:
 
 def _cpu_seconds(*arguments: str) -> float:
     before = _spent_by_children()
-    command = [sys.executable, "-P", "-m", "bench.cli", *arguments]
+    command = [sys.executable, "-P", "-m", "bench", *arguments]
     subprocess.run(command, check=True, capture_output=True)
     return _spent_by_children() - before
 

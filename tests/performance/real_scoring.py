@@ -81,7 +81,7 @@ def _lm_eval(folder: Path, model: Path, batch: int, limit: int) -> list[str]:
 
 def _bench(folder: Path, model: Path, limit: int) -> list[str]:
     return [
-        "bench.cli", "run", "model=local", f"model.path={model}", "model.dtype=float32",
+        "bench", "run", "model=local", f"model.path={model}", "model.dtype=float32",
         "model.device=cpu", "benchmark=real_six", "~benchmark.perplexity",
         f"benchmark.limit={limit}", "costs.measure=[]", "tracker=none", "offline=true",
         "force=true", f"results_dir={folder}/results",

@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.performance.figure import Figure
 from tests.performance.interleaved import ratio, times
 
-HELP = [sys.executable, "-P", "-m", "bench.cli", "--help"]
+HELP = [sys.executable, "-P", "-m", "bench", "--help"]
 STARTS = 5
 UNTIL_FORWARD = """
 import os, runpy, sys, torch
@@ -62,7 +62,7 @@ def _commands(folder: Path) -> tuple[list[str], list[str]]:
         file
     )
     write_definition(folder, "arc/arc_easy.yaml", "timed", "test", file)
-    ours = ["bench.cli", "run", "model=micro_moe", "benchmark=nine_tasks", "tracker=none"]
+    ours = ["bench", "run", "model=micro_moe", "benchmark=nine_tasks", "tracker=none"]
     ours += ["benchmark.tasks=[arc_easy]", f"benchmark.data.arc_easy={file}", "offline=true"]
     ours += [f"results_dir={folder}/results", "model.device=cpu"]
     theirs = ["lm_eval", "--model", "hf", "--model_args", f"pretrained={FOLDER}", "--device", "cpu"]

@@ -62,7 +62,7 @@ def _overhead() -> Figure:
 def _again() -> Figure:
     with tempfile.TemporaryDirectory() as folder:
         asked = [*_sweep(FINISHED), f"results_dir={folder}"]
-        command = [sys.executable, "-P", "-m", "bench.cli", "run", *asked]
+        command = [sys.executable, "-P", "-m", "bench", "run", *asked]
         subprocess.run(command, check=True, capture_output=True)
         took = []
         for _ in range(AGAIN):

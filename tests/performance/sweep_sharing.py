@@ -28,7 +28,7 @@ def figures() -> list[Figure]:
         rounds = iter(range(10**6))
 
         def run(*given: str) -> None:
-            command = [sys.executable, "-P", "-m", "bench.cli", "run", *SMALL, *given]
+            command = [sys.executable, "-P", "-m", "bench", "run", *SMALL, *given]
             subprocess.run(command, check=True, capture_output=True)
 
         def together() -> None:

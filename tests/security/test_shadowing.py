@@ -87,7 +87,7 @@ def test_workers_of_a_launcher_do_not_import_from_the_working_folder(
         monkeypatch.setenv(SAFE_PATH, before)
     # submitit and loky start their workers with `-m`.
     with safe_import_path():
-        done = python(hostile_folder, "-m", "bench.cli", "--help")
+        done = python(hostile_folder, "-m", "bench", "--help")
     assert done.returncode == 0, done.stderr
     assert os.environ.get(SAFE_PATH) == before
 

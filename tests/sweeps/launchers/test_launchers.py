@@ -29,7 +29,7 @@ ONE_AT_A_TIME = {
 def bench(*arguments, **environment):
     """Call the command line in a process of its own, as a user does."""
     known = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ["PYTHONPATH"]])}
-    asked = [sys.executable, "-P", "-m", "bench.cli", *map(str, arguments)]
+    asked = [sys.executable, "-P", "-m", "bench", *map(str, arguments)]
     return subprocess.run(
         asked, env={**known, **environment}, capture_output=True, text=True, check=False
     )
@@ -100,7 +100,7 @@ def test_a_sweep_that_is_told_to_stop_takes_its_jobs_along_and_goes_on_later(tmp
         "run", *sweep, f"results_dir={there}", "hydra/launcher=slurm_local",
         *ONE_AT_A_TIME["slurm_local"],
     ]  # fmt: skip
-    command = [sys.executable, "-P", "-m", "bench.cli", *asked]
+    command = [sys.executable, "-P", "-m", "bench", *asked]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as started:
         until = time.monotonic() + 300
         while not list(there.glob("runs/*/record.json")):
