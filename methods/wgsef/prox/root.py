@@ -205,8 +205,9 @@ def newton_root_fixed_passes(budget: BudgetEquation, passes: int = FIXED_PASSES)
     return search.eta_L
 
 
-# A multiplier that is far too large overflows, and is halved in the next pass.
-@np.errstate(over="ignore", invalid="ignore")
+# A multiplier that is far too large overflows, and is halved in the next pass. Sums that underflow
+# to 0 give an infinite one, which no pass improves; then the row is sorted.
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")
 def _newton_single_row(budget: BudgetEquation) -> Tensor:
     """Return eta_L of a single row: the steps of `_BracketedNewton`, decided in Python floats."""
     # The host waits for each pass anyway. In a small network the cost is the number of calls, to
@@ -266,7 +267,7 @@ class _NumpyRow:
         offset_M = self._weighted(self._offset_M)
         # A shared offset has one element.
         offset = float(offset_M.sum()) * (self._slope_M.size / offset_M.size)
-        return (self._budget + offset) / float(self._gain_M.sum())
+        return float((self._budget + offset) / self._gain_M.sum(dtype=np.float64))
 
     def evaluate(self, eta: float) -> tuple[float, float]:
         """Return G(eta) and its slope."""

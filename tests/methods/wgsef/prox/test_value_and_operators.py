@@ -286,6 +286,23 @@ def test_weights_in_place_get_the_operator_of_their_rows(dtype, elements):
     assert int((group_norms(weight_MG) > 0).sum()) >= 50
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("cost", [None, 0.1])
+def test_a_row_whose_sums_underflow_or_overflow_has_the_root_of_sorting(dtype, cost):
+    limits = torch.finfo(dtype)
+    for slope in (limits.smallest_normal * limits.eps, limits.max / 2):
+        slope_LM = torch.full((1, 4), slope, dtype=dtype)
+        cost_LM = None if cost is None else torch.full_like(slope_LM, cost)
+        budget = BudgetEquation(
+            slope_LM,
+            torch.full((1, 1), 0.5, dtype=dtype),
+            torch.tensor([0.2], dtype=dtype),
+            cost_LM,
+        )
+        found, expected = (budget.gates(root(budget)) for root in (newton_root, sorting_root))
+        torch.testing.assert_close(found, expected)
+
+
 def test_rows_are_solved_together_as_they_are_alone():
     torch.manual_seed(0)
     norm_LM = torch.rand(64, 300).double()
