@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeAlias, cast
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
 from bench import plugins
-from bench.errors import UserError
+from bench.errors import UserError, error_sentence
 from bench.security import CONFIG_DIR
 
 HERE = "here"
@@ -121,9 +121,8 @@ def load_file(name: str) -> dict[str, Any]:
     assert file is not None  # Names come from `board_names`.
     try:
         content = OmegaConf.to_container(OmegaConf.load(file))
-    except (OSError, YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{file} cannot be read as YAML: {reason}") from None
+    except (OSError, ValueError, YAMLError, RecursionError) as error:
+        raise UserError(f"{file} cannot be read as YAML: {error_sentence(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"{file} has no keys: write it as in {CONFIG_DIR / _GROUP / 'h100.yaml'}")
     return cast(dict[str, Any], content)

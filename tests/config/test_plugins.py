@@ -115,6 +115,9 @@ def test_a_board_of_a_plug_in_is_found_and_a_wrong_one_is_one_sentence(project):
         folder.joinpath("mine.yaml").write_text(content)
         with pytest.raises(UserError, match=said):
             load_hardware("mine")
+    folder.joinpath("mine.yaml").write_bytes(b"name: \xff\n")
+    with pytest.raises(UserError, match="as YAML: UnicodeDecodeError"):
+        load_hardware("mine")
 
 
 def test_a_name_that_an_untrusted_project_may_add_says_how_to_allow_it(project):
