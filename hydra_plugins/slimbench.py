@@ -5,7 +5,7 @@ module of it as a separate copy. The implementations are therefore in `bench.swe
 optional libraries are imported when they are used.
 """
 
-from bench.config import composition, overrides
+from bench.config import sources
 from bench.sweeps import grid_sweeper, optuna_sweeper
 from bench.sweeps.launchers import joblib_pool, local, ray_cluster, slurm_array
 
@@ -38,13 +38,13 @@ class RayLauncher(ray_cluster.RayLauncher):
     """Jobs on a Ray cluster, started on this machine or an existing one."""
 
 
-class ModelNames(overrides.ModelNames):
+class ModelNames(sources.ModelNames):
     """Configs of models that are given by hub id, folder or file."""
 
 
-class PluginMethods(composition.PluginMethods):
+class PluginMethods(sources.PluginMethods):
     """Configs of methods that plug-ins declare without a file."""
 
 
-class SearchPath(composition.SearchPath):
+class SearchPath(sources.SearchPath):
     """The places of these sources, and of plug-ins' configs, in Hydra's search path."""

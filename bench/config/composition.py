@@ -9,23 +9,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_loader import ConfigLoader
-from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.object_type import ObjectType
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
     MissingConfigException,
     OverrideParseException,
 )
-from hydra.plugins.config_source import ConfigResult, ConfigSource
-from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     InterpolationResolutionError,
@@ -35,17 +31,9 @@ from omegaconf.errors import (
 
 from bench import plugins
 from bench.config.gate import check_overrides, dotted_leaves, refuse_packages_of_files
-from bench.config.overrides import (
-    ACCEPTED,
-    GROUP,
-    SCHEME,
-    Overrides,
-    correction,
-    parse_error,
-    sweep_values,
-    text_of,
-)
-from bench.config.run_config import RunConfig, method_config, validate
+from bench.config.overrides import Overrides, parse_error, sweep_values, text_of
+from bench.config.run_config import RunConfig, validate
+from bench.config.sources import ACCEPTED, MODELS, correction
 from bench.errors import UserError, nearest, unknown_name
 from bench.records.files import refuse_unstorable
 from bench.records.record import check_ratio
@@ -70,7 +58,7 @@ def compose_run_config(overrides: Sequence[str]) -> RunConfig:
     """Compose and validate the config of one run; raises `UserError` if it is wrong."""
     with hydra_errors_as_user_errors(overrides), hydra_config_tree() as loader:
         check_overrides(Overrides.parse(overrides))
-        refuse_doubles(Overrides.parse(overrides), loader)
+        refuse_choices(Overrides.parse(overrides), loader)
         composed = hydra_compose("config", overrides=list(overrides))
         refuse_empty_mappings(Overrides.parse(overrides), composed)
         packages = OmegaConf.select(composed, "packages")
@@ -95,21 +83,25 @@ LIST_GROUPS = ("method",)
 """Config groups of which a run may have several choices."""
 
 
-def refuse_doubles(overrides: Overrides, loader: ConfigLoader) -> None:
-    """Raise if a run names two choices of which only one can be meant.
+def refuse_choices(overrides: Overrides, loader: ConfigLoader) -> None:
+    """Raise if a run names two choices of which only one can be meant, or a part of other configs.
 
     Hydra would silently apply a method once if it is named twice, and use the last of two models.
     """
     chosen: dict[str, str] = {}
     for override in overrides.parsed:
         group, text = override.key_or_group, text_of(override)
-        if override.is_sweep_override() or not loader.get_group_options(group):
+        options = loader.get_group_options(group)
+        if override.is_sweep_override() or not options:
             continue
         if group in chosen:
             raise UserError(f"{chosen[group]} and {text} choose {group} twice: give one of them")
         chosen[group] = text
         value = override.value()
-        names = [str(name) for name in value] if isinstance(value, list) else []
+        names = [str(name) for name in value] if isinstance(value, list) else [str(value)]
+        part = next((name for name in names if _is_part(name) and name in options), None)
+        if part is not None:
+            raise UserError(str(unknown_name(group, part, _selectable(options))))
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise UserError(f"{text} names {twice} twice: name it once")
@@ -174,9 +166,20 @@ def config_names(group: str) -> list[str]:
 
     Files named `_NAME` are parts of other files.
     """
+    return [name for name in _choices(group) if name != "dense"]
+
+
+def _choices(group: str) -> list[str]:
     with hydra_config_tree() as loader:
-        names = loader.get_group_options(group)
-    return sorted(name for name in names if name != "dense" and not name.startswith("_"))
+        return _selectable(loader.get_group_options(group))
+
+
+def _selectable(options: Iterable[str]) -> list[str]:
+    return sorted(name for name in options if not _is_part(name))
+
+
+def _is_part(name: str) -> bool:
+    return name.startswith("_")
 
 
 @contextmanager
@@ -229,25 +232,20 @@ def _not_a_choice(error: Exception, overrides: Sequence[str]) -> UserError | Non
 _NOT_A_TEXT = ("argument of type", "can only concatenate str")
 
 
-def _choices(group: str) -> list[str]:
-    with hydra_config_tree() as loader:
-        return sorted(loader.get_group_options(group))
-
-
 def _unknown_choice(error: MissingConfigException) -> UserError:
     missing = error.missing_cfg_file or ""
     group, _, name = str(missing).removeprefix("/").rpartition("/")
     if group and not name:
-        allowed = ", ".join(sorted(error.options or []))
+        allowed = ", ".join(_selectable(error.options or []))
         return UserError(f"{group}= is empty, as an unset shell variable is: allowed: {allowed}")
     # Hydra treats the first part of `organisation/name` as a subfolder of the group.
     while "/" in group and not _choices(group):
         group, _, folder = group.rpartition("/")
         name = f"{folder}/{name}"
-    if group == GROUP and (right := correction(name)) is not None:
+    if group == MODELS and (right := correction(name)) is not None:
         return UserError(f"model={name} is not the name of a model: write {right}")
-    known = str(unknown_name(group or "config", name, error.options or []))
-    if group == GROUP:
+    known = str(unknown_name(group or "config", name, _selectable(error.options or [])))
+    if group == MODELS:
         known += f"; or {ACCEPTED}"
     # The file is not read, so nobody knows whether it has this name.
     if (file := plugins.untrusted_project()) is not None:
@@ -386,63 +384,3 @@ def _node_keys(node: object, prefix: str) -> Iterator[str]:
             if not str(key).startswith("_"):
                 yield f"{prefix}{key}"
                 yield from _node_keys(value, f"{prefix}{key}.")
-
-
-_METHODS = "method"
-_PLUGIN_SCHEME = "slimbench-methods"
-
-
-class PluginMethods(ConfigSource):  # type: ignore[misc]  # Hydra has no types
-    """Source of Hydra configs for methods that plug-ins declare without a file."""
-
-    @staticmethod
-    def scheme() -> str:
-        """Return the scheme under which the search path names this source."""
-        return _PLUGIN_SCHEME
-
-    def load_config(self, config_path: str) -> ConfigResult:
-        """Return the config of `method/NAME`."""
-        name = _plugin_method(config_path)
-        assert name is not None  # Hydra calls `is_config` first.
-        return ConfigResult(
-            provider=self.provider,
-            path=f"{_PLUGIN_SCHEME}://",
-            config=OmegaConf.create(method_config(name, plugins.active().methods[name])),
-            header={"package": f"{_METHODS}.{name}"},
-        )
-
-    def is_config(self, config_path: str) -> bool:
-        """Return whether this is `method/NAME` with the name of a plug-in's method."""
-        return _plugin_method(config_path) is not None
-
-    def is_group(self, config_path: str) -> bool:
-        """Return whether this is the group of methods, the only one with configs of this source."""
-        return config_path.strip("/") == _METHODS and bool(plugins.active().methods)
-
-    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
-        """Return the names of the methods."""
-        listed = self.is_group(config_path) and results_filter != ObjectType.GROUP
-        return sorted(plugins.active().methods) if listed else []
-
-    def available(self) -> bool:
-        """Return True, because nothing can be missing."""
-        return True
-
-
-def _plugin_method(config_path: str) -> str | None:
-    group, _, name = config_path.strip("/").removesuffix(".yaml").partition("/")
-    return name if group == _METHODS and name in plugins.active().methods else None
-
-
-class SearchPath(SearchPathPlugin):  # type: ignore[misc]  # Hydra has no types
-    """Hydra's search path after the shipped configs: plug-ins, then names of models without files.
-
-    The shipped files come first, so that plug-ins cannot replace them.
-    """
-
-    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Append one source per folder of a plug-in, then the two without files."""
-        for folder in plugins.active().configs:
-            search_path.append(provider="plug-in", path=f"file://{folder}")
-        search_path.append(provider="plug-in", path=f"{_PLUGIN_SCHEME}://")
-        search_path.append(provider="slimbench", path=f"{SCHEME}://")

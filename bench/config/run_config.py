@@ -248,35 +248,6 @@ def method_class(name: str, target: str) -> type[Method]:
     return kind
 
 
-def method_config(name: str, target: str) -> dict[str, object]:
-    """Return the config of a method that a plug-in declares by its class.
-
-    Every field is a knob with the class's default. As in the shipped configs, `ratio` and, in a
-    method that trains a classifier by the run's recipe, the recipe, the unit of the ratio and the
-    images are those of the run.
-    """
-    path = target.replace(":", ".")
-    kind = method_class(name, path)
-    knobs = kind.model_construct().model_dump(mode="json")
-    required = {key: "???" for key, field in kind.model_fields.items() if field.is_required()}
-    followed: dict[str, object] = {"ratio": "${ratio}"}
-    recipe = kind.model_fields.get("recipe")
-    if recipe is not None and recipe.annotation is RecipeConfig:
-        followed |= _TRAINING_KNOBS
-    followed = {key: value for key, value in followed.items() if key in kind.model_fields}
-    return {"_target_": path, **required, **knobs, **followed}
-
-
-_TRAINING_KNOBS = {
-    "recipe": {key: f"${{recipe.{key}}}" for key in RecipeConfig.model_fields},
-    "unit": "${unit}",
-    "data": "${oc.select:benchmark.images.data,digits}",
-    "data_folder": "${oc.select:benchmark.images.folder,null}",
-    "split": "${oc.select:benchmark.images.split,test}",
-}
-"""Values of the run that a training of a classifier takes, as conf/method/wgsef.yaml has them."""
-
-
 LARGEST_INTEGER = 2**63 - 1
 """No sensible count is larger, and libraries fail to convert larger integers."""
 

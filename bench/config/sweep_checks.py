@@ -22,7 +22,7 @@ from bench.config.composition import (
     compose_run_config,
     hydra_config_tree,
     hydra_errors_as_user_errors,
-    refuse_doubles,
+    refuse_choices,
     refuse_empty_mappings,
     validated,
 )
@@ -90,7 +90,7 @@ def alternative_configs(
     with hydra_errors_as_user_errors(overrides.texts), hydra_config_tree() as loader:
         base = _first_composition(overrides) if composed_first is None else composed_first
         for single in _sweep_runs(overrides, base):
-            refuse_doubles(Overrides.parse(single.overrides), loader)
+            refuse_choices(Overrides.parse(single.overrides), loader)
             changed = None if single.changed is None else _parse_one(single.changed)
             if changed is None or not _is_value(changed, loader):
                 composed = (

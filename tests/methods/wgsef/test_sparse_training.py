@@ -6,8 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
 from pydantic import ValidationError
 
+from bench.config.composition import compose_section
 from bench.errors import UserError
 from bench.method import Context
 from bench.models.classifiers import architectures
@@ -40,7 +42,7 @@ def model(name="micro_vgg", **changes):
 
 
 def knobs(path):
-    given = yaml.safe_load(path.read_text())
+    given = OmegaConf.to_container(compose_section("method", path.stem).method[path.stem])
     module, _, name = given.pop("_target_").rpartition(".")
     maker = getattr({"competitors": competitors}.get(module.rpartition(".")[2], methods), name)
     # What the benchmark says, which only Hydra can look up.
