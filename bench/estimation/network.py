@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -311,7 +311,10 @@ class _Tally(TorchDispatchMode):
         self, func: Any, types: object, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> object:
         result = func(*args, **(kwargs or {}))
-        self._hold(result)
+        # A view of a weight, such as a transposed matrix, would be counted as an activation.
+        if not _is_view(func):
+            for tensor in _tensors([result]):
+                self._hold(tensor)
         # Operators of `prim` query a tensor, for example its device, without computing anything.
         if self.paused or func.namespace == "prim" or _is_view(func):
             return result
@@ -324,10 +327,8 @@ class _Tally(TorchDispatchMode):
             self.elements += _numbers(args)
         return result
 
-    def _hold(self, result: object) -> None:
-        """Count the result of an operator until it is freed, unless it is a view or in place."""
-        if not isinstance(result, Tensor) or not result.is_floating_point():
-            return
+    def _hold(self, result: Tensor) -> None:
+        """Count the result of an operator until it is freed, unless it is in place."""
         storage = result.untyped_storage()
         if storage not in self._alive:
             numbers = storage.nbytes() // result.itemsize
@@ -347,8 +348,15 @@ def _is_view(func: object) -> bool:
 
 
 def _numbers(values: Iterable[object]) -> int:
-    flat = [x for v in values for x in (v if isinstance(v, list | tuple) else [v])]
-    return sum(x.numel() for x in flat if isinstance(x, Tensor) and x.is_floating_point())
+    return sum(tensor.numel() for tensor in _tensors(values))
+
+
+def _tensors(values: Iterable[object]) -> Iterator[Tensor]:
+    """Yield tensors of floats among arguments or results, and in lists and tuples of them."""
+    for value in values:
+        for each in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(each, Tensor) and each.is_floating_point():
+                yield each
 
 
 class _Counted:

@@ -47,6 +47,28 @@ def test_what_a_classifier_holds_and_keeps_is_counted_in_numbers_of_an_image():
     assert found.kept == (1 + 4) * pixels
 
 
+class Headed(torch.nn.Module):
+    """A convolution with BatchNorm, and a head of more weights than the image has activations."""
+
+    config = VisionConfig(architecture="headed", size=8, channels=1, classes=2)
+
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Sequential(
+            torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.BatchNorm2d(4), torch.nn.Flatten()
+        )
+        self.head = torch.nn.Sequential(torch.nn.Linear(4 * 8 * 8, 100))
+
+    def forward(self, image_BCHH):
+        return self.head(self.body(image_BCHH))
+
+
+def test_weights_are_no_activations_and_results_of_several_tensors_are():
+    found, pixels = networks.classifier_work(Headed(), 4), 8 * 8
+    # While BatchNorm runs, which also returns two numbers per channel.
+    assert found.widest == 2 * 4 * pixels + 2 * 4
+
+
 def test_a_counted_network_still_computes_and_has_no_gradients():
     network = Chain()
     networks.classifier_work(network, 4)
