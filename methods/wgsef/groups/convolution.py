@@ -12,6 +12,8 @@ are zero, its output is exactly zero (WGSEF specification section 2).
 from __future__ import annotations
 
 import copy
+import importlib
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -132,16 +134,29 @@ class _TracingGivenUp(UserWarning):
     """The tracer has reached its maximum recursion depth."""
 
 
-def _dependency_groups(network: nn.Module, example: Tensor, last: nn.Module) -> list[Any]:
-    import torch_pruning
+def torch_pruning() -> Any:
+    """Import torch-pruning, without timm unless that is imported already.
 
+    Only its counter of FLOPs uses timm, which imports W&B: together two seconds.
+    """
+    absent = "timm" not in sys.modules
+    if absent:
+        sys.modules["timm"] = None  # type: ignore[assignment]  # makes `import timm` fail
+    try:
+        return importlib.import_module("torch_pruning")
+    finally:
+        if absent:
+            del sys.modules["timm"]
+
+
+def _dependency_groups(network: nn.Module, example: Tensor, last: nn.Module) -> list[Any]:
     with warnings.catch_warnings():
         # The graph builder warns about parameters that it does not wrap. They are in no group.
         warnings.simplefilter("ignore")
         # After this warning it would continue for hours with sizes that it does not know.
         warnings.filterwarnings("error", message="Maximum recursive depth reached")
         try:
-            graph = torch_pruning.DependencyGraph().build_dependency(network, example)
+            graph = torch_pruning().DependencyGraph().build_dependency(network, example)
             return list(
                 graph.get_all_groups(ignored_layers=[last], root_module_types=PRUNABLE_LAYERS)
             )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.errors import UserError
-from methods.wgsef.groups.convolution import last_layer
+from methods.wgsef.groups.convolution import last_layer, torch_pruning
 from methods.wgsef.solvers.optimizers import ProximalOptimizer
 from methods.wgsef.solvers.solver import Solver, SolverContext
 
@@ -144,15 +144,13 @@ class _TorchPruningSolver(Solver):
 
     def __init__(self, context: SolverContext, maker: str, importance: Any, **knobs: float) -> None:
         super().__init__(context, knobs["reg"])
-        import torch_pruning
-
         kinds = {family.kind for family in context.partition.families}
         if kinds != {"filters"}:
             raise UserError(
                 f"the torch-pruning solvers need groups=filters, got {', '.join(sorted(kinds))}"
             )
         self._pruner = _without_warnings(
-            getattr(torch_pruning.pruner, maker),
+            getattr(torch_pruning().pruner, maker),
             context.network,
             context.example,
             importance=importance,
@@ -201,9 +199,7 @@ class GroupNormSolver(_TorchPruningSolver):
     def __init__(
         self, context: SolverContext, strength: float = 1e-4, normalizer: str = "mean"
     ) -> None:
-        import torch_pruning
-
-        importance = torch_pruning.importance.GroupMagnitudeImportance(p=2, normalizer=normalizer)
+        importance = torch_pruning().importance.GroupMagnitudeImportance(p=2, normalizer=normalizer)
         super().__init__(context, "GroupNormPruner", importance, reg=strength)
 
 
@@ -213,9 +209,7 @@ class GrowingRegSolver(_TorchPruningSolver):
     def __init__(
         self, context: SolverContext, strength: float = 1e-4, growth: float = 1e-3
     ) -> None:
-        import torch_pruning
-
-        importance = torch_pruning.importance.GroupMagnitudeImportance(p=2)
+        importance = torch_pruning().importance.GroupMagnitudeImportance(p=2)
         knobs = {"reg": strength, "delta_reg": growth}
         super().__init__(context, "GrowingRegPruner", importance, **knobs)
 

@@ -1,5 +1,8 @@
 """Groups: a zeroed group has no effect on the outputs, and norms are those of its weights."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
@@ -231,3 +234,16 @@ def test_looking_at_a_network_leaves_it_as_it_was():
     assert network.training
     assert not any(module._forward_hooks for module in network.modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+@pytest.mark.broad
+def test_torch_pruning_imports_neither_timm_nor_wandb_and_timm_stays_importable():
+    code = (
+        "import sys; from methods.wgsef.groups.convolution import torch_pruning;"
+        "print(torch_pruning().__name__, {'timm', 'wandb'} & set(sys.modules));"
+        "import timm; print(timm.__name__)"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert said.split() == ["torch_pruning", "set()", "timm"]
