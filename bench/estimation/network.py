@@ -195,14 +195,8 @@ def _decoder_flops(network: nn.Module, structure: ModelStructure) -> dict[str, f
 
 
 def classifier_work(network: Classifier, itemsize: int) -> NetworkWork:
-    """Return the work of an image classifier per image, without FLOPs for unknown networks."""
-    from bench.errors import UserError, error_sentence
-
-    known: dict[str, Any] = {}
-    try:
-        known = {"matrix": flops_of(classifier_macs(network, 1))}
-    except UserError as error:
-        known = {"missing": f"FLOPs: {error_sentence(error)}"}
+    """Return the work of an image classifier per image."""
+    known = _classifier_flops(network)
     config = network.config
     tally = _Tally()
     with meta_forward(network) as call:
@@ -215,6 +209,29 @@ def classifier_work(network: Classifier, itemsize: int) -> NetworkWork:
         itemsize, stored, tally.elements, tally.operators, weights=stored, widest=tally.widest,
         kept=_kept(network, shape), **known,
     )  # fmt: skip
+
+
+def _classifier_flops(network: Classifier) -> dict[str, Any]:
+    """Return the FLOPs per image: by formulas, or counted for networks without; or what is missing.
+
+    Counting takes longer than the formulas.
+    """
+    from bench.errors import UserError
+    from bench.measurement.flops.cost_rows import count_image_flops
+
+    try:
+        return {"matrix": flops_of(classifier_macs(network, 1))}
+    except UserError:
+        pass
+    try:
+        counted = count_image_flops(network, 1)
+    except UserError as error:
+        return {"missing": f"FLOPs: {error}"}
+    left_out = ", ".join(counted.without_formula)
+    return {
+        "matrix": float(counted.total),
+        "missing": f"FLOPs of {left_out}" if left_out else None,
+    }
 
 
 def _kept(network: Classifier, shape: tuple[int, ...]) -> int:

@@ -1,9 +1,11 @@
-"""Operators of a network, counted on one layer of each form; what a classifier holds and keeps."""
+"""Operators of a network, one layer of each form; FLOPs and memory of classifiers."""
 
 import pytest
 import torch
+import torchvision
 
 from bench.estimation import network as networks
+from bench.models.classifiers.architectures import build_classifier
 from bench.models.classifiers.classifier import VisionConfig
 from bench.models.structure.model_structure import inspect_model
 from tests.models.tiny_networks import build, build_dense, llama
@@ -45,6 +47,16 @@ def test_what_a_classifier_holds_and_keeps_is_counted_in_numbers_of_an_image():
     assert found.widest == 2 * 4 * pixels
     # The image, and the output of the ReLU once, for it and for the second convolution.
     assert found.kept == (1 + 4) * pixels
+    assert (found.matrix, found.missing) == (2 * pixels * 9 * (1 * 4 + 4 * 2), None)
+
+
+@pytest.mark.parametrize("name", ["shufflenet_v2_x1_0", "vit_b_16"])
+def test_flops_of_torchvisions_networks_are_those_that_it_publishes(name):
+    config = VisionConfig(architecture=f"torchvision/{name}", size=224, channels=3, classes=1000)
+    with torch.device("meta"):
+        network = build_classifier(config)
+    published = torchvision.models.get_model_weights(name).DEFAULT.meta["_ops"]
+    assert networks.classifier_work(network, 4).matrix == pytest.approx(2e9 * published, rel=2e-3)
 
 
 class Headed(torch.nn.Module):
