@@ -309,15 +309,6 @@ def _misused_key(key: str, overrides: Overrides) -> UserError | None:
     return None
 
 
-_KEYS_OF_OTHERS = {
-    "benchmark.include": (
-        "adds task files of lm-eval's format and needs benchmark=lm_eval; tasks of lmms-eval take "
-        "your own rows, as in 'benchmark.data={gqa: FILE.parquet}'"
-    )
-}
-"""Keys that only one choice of their section has, with what they do and need."""
-
-
 def _missing_key(key: str, overrides: Overrides) -> UserError:
     """Build the error for a key that does not exist, with what exists in its place."""
     # The existing keys are found by composing again without the wrong override.
@@ -328,9 +319,7 @@ def _missing_key(key: str, overrides: Overrides) -> UserError:
     if parent.startswith("method.") and not siblings:
         name = parent.split(".")[1]
         return UserError(f"{key} is set but method={name} was not selected: add method={name}")
-    if key in _KEYS_OF_OTHERS:
-        return UserError(f"{key} {_KEYS_OF_OTHERS[key]}")
-    hint = f"did you mean {hints!r}? " if hints else ""
+    hint = _owners_hint(key) or (f"did you mean {hints!r}? " if hints else "")
     given = overrides.setting(key)
     if parent in OPEN_MAPPINGS and given and hints not in siblings:
         others = f"{parent} has {', '.join(siblings)}" if siblings else f"{parent} is empty"
@@ -340,6 +329,23 @@ def _missing_key(key: str, overrides: Overrides) -> UserError:
         parent = parent.rpartition(".")[0]
         siblings = _keys_of(parent, known)
     return UserError(f"unknown key {key!r}: {hint}allowed here: {', '.join(siblings) or 'nothing'}")
+
+
+def _owners_hint(key: str) -> str | None:
+    """Return which other choices of the key's group have it, None if none has."""
+    group, _, rest = key.partition(".")
+    owners = [name for name in _choices(group) if _has_key(group, name, rest)] if rest else []
+    if not owners:
+        return None
+    more = f" and {len(owners) - 3} more" if len(owners) > 3 else ""
+    return f"it is a key of {group}={f', {group}='.join(owners[:3])}{more}; "
+
+
+def _has_key(group: str, name: str, key: str) -> bool:
+    file = CONFIG_DIR / group / f"{name}.yaml"
+    # What a file inherits is left out: it is found in the file that it extends.
+    own = OmegaConf.to_container(OmegaConf.load(file), resolve=False) if file.is_file() else None
+    return key in _node_keys(own, "")
 
 
 def _of_one_swept_method(key: str, overrides: Overrides) -> UserError | None:

@@ -90,7 +90,7 @@ def refused(tmp_path, monkeypatch, capsys):
     ("ratio=${ratio}", "ratio=${ratio} cannot be resolved: recursive interpolation"),
     ("ratio=${hydra:job.num}", "cannot refer to Hydra's own"),
     ("benchmark.data.gsm8k=x.jsonl", "write +benchmark.data.gsm8k=x.jsonl to add it"),
-    ("benchmark.include=[mine]", "needs benchmark=lm_eval; tasks of lmms-eval take your own rows"),
+    ("benchmark.include=[mine]", "it is a key of benchmark=lm_eval; allowed here"),
     ("benchmark.gen_kwargs.top_k=5", "benchmark.gen_kwargs is empty: write +benchmark.gen_kwargs"),
     ("method={a:b}", "method={a:b} is a mapping where a name is needed: write method=NAME"),
     ("benchmark.gen_kwargs={a:1}", "unknown key 'benchmark.gen_kwargs'"),
