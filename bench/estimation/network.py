@@ -5,9 +5,8 @@ Shapes: B samples, L tokens of a sample, T tokens in all, D d_model, F an expert
 
 from __future__ import annotations
 
-import weakref
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.estimation.boards import known_figures, measured_once
 from bench.estimation.layer_timing import (
@@ -28,9 +26,10 @@ from bench.estimation.layer_timing import (
     decoder_times,
     prompt_times,
 )
+from bench.estimation.tally import CountedLayer, Tally
 from bench.estimation.work import Work
 from bench.measurement.flops.analytic import CallTokens, classifier_macs, decoder_macs, head_macs
-from bench.measurement.flops.counter import is_matmul, meta_forward
+from bench.measurement.flops.counter import meta_forward
 from bench.models.classifiers.classifier import Classifier
 from bench.models.network import replaced_forward, text_config
 
@@ -198,7 +197,7 @@ def classifier_work(network: Classifier, itemsize: int) -> NetworkWork:
     """Return the work of an image classifier per image."""
     known = _classifier_flops(network)
     config = network.config
-    tally = _Tally()
+    tally = Tally()
     with meta_forward(network) as call:
         shape = (1, config.channels, config.size, config.size)
         image = torch.zeros(shape, dtype=torch.bfloat16, device="meta")
@@ -307,98 +306,6 @@ def _of_tower(name: str) -> bool:
     return any(part in name for part in ("vision", "visual", "projector", "connector", "merger"))
 
 
-class _Tally(TorchDispatchMode):
-    """Counts operators, and the numbers that are read and written outside products.
-
-    `inside` is the number of operators in decoder layers, `widest` the largest number of values in
-    results at a time.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch does not say
-        self.operators = 0
-        self.inside = 0
-        self.elements = 0
-        self.paused = 0
-        self.widest = 0
-        self._held = 0
-        self._alive = weakref.WeakSet[torch.UntypedStorage]()
-
-    def __torch_dispatch__(
-        self, func: Any, types: object, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> object:
-        result = func(*args, **(kwargs or {}))
-        # A view of a weight, such as a transposed matrix, would be counted as an activation.
-        if not _is_view(func):
-            for tensor in _tensors([result]):
-                self._hold(tensor)
-        # Operators of `prim` query a tensor, for example its device, without computing anything.
-        if self.paused or func.namespace == "prim" or _is_view(func):
-            return result
-        self.operators += 1
-        self.elements += _numbers([result])
-        name = str(getattr(func, "_overloadpacket", func))
-        # A product's inputs are weights, which are counted separately, and previous results; a
-        # lookup reads as many numbers as it returns.
-        if not is_matmul(name) and "embedding" not in name:
-            self.elements += _numbers(args)
-        return result
-
-    def _hold(self, result: Tensor) -> None:
-        """Count the result of an operator until it is freed, unless it is in place."""
-        storage = result.untyped_storage()
-        if storage not in self._alive:
-            numbers = storage.nbytes() // result.itemsize
-            self._alive.add(storage)
-            weakref.finalize(storage, self._release, numbers)
-            self._held += numbers
-            self.widest = max(self.widest, self._held)
-
-    def _release(self, numbers: int) -> None:
-        self._held -= numbers
-
-
-def _is_view(func: object) -> bool:
-    """Return whether an operator returns a view of its input."""
-    returns = getattr(getattr(func, "_schema", None), "returns", ())
-    return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-
-
-def _numbers(values: Iterable[object]) -> int:
-    return sum(tensor.numel() for tensor in _tensors(values))
-
-
-def _tensors(values: Iterable[object]) -> Iterator[Tensor]:
-    """Yield tensors of floats among arguments or results, and in lists and tuples of them."""
-    for value in values:
-        for each in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(each, Tensor) and each.is_floating_point():
-                yield each
-
-
-class _Counted:
-    """Counts a layer's operators `again` more times, and answers for layers of the same form."""
-
-    def __init__(self, tally: _Tally, again: int) -> None:
-        self._tally, self._again = tally, again
-        self._began = 0, 0
-        self._output: object = None
-
-    def before(self, *_: object) -> None:
-        self._began = self._tally.operators, self._tally.elements
-
-    def after(self, _: nn.Module, __: object, output: object) -> None:
-        operators, elements = self._began
-        once = self._tally.operators - operators
-        self._tally.operators += self._again * once
-        self._tally.inside += (1 + self._again) * once
-        self._tally.elements += self._again * (self._tally.elements - elements)
-        self._output = output
-
-    def answer(self, *_: object, **__: object) -> object:
-        return self._output
-
-
 def layer_form(layer: nn.Module) -> Hashable:
     """Return what determines the operators of a layer: its modules and its weights' shapes."""
     modules = tuple((name, type(module)) for name, module in layer.named_modules())
@@ -438,13 +345,13 @@ def with_times(
     return replace(work, times=known_figures(facts, LayerTimes))
 
 
-def _tally(network: nn.Module, structure: ModelStructure) -> _Tally:
+def _tally(network: nn.Module, structure: ModelStructure) -> Tally:
     """Count the operators of one forward on the meta device, without those of routed experts.
 
     Kernels of experts depend on the device and are added by `NetworkWork`. The first layer of each
     form represents the others, which can return the same output because it has no values on meta.
     """
-    tally = _Tally()
+    tally = Tally()
 
     def pause(*_: object) -> None:
         tally.paused += 1
@@ -455,7 +362,7 @@ def _tally(network: nn.Module, structure: ModelStructure) -> _Tally:
     hooks = []
     stack = ExitStack()
     for first, *others in alike_layers(structure):
-        counted = _Counted(tally, len(others))
+        counted = CountedLayer(tally, len(others))
         hooks.append(first.register_forward_pre_hook(counted.before))
         hooks.append(first.register_forward_hook(counted.after))
         for other in others:

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.config.composition import compose_run_config
-from bench.estimation.network import _Tally
+from bench.estimation.tally import Tally
 from bench.method import InputSize, MethodWork
 from bench.models.bitpacking.packed_modules import PackedLinear
 from bench.models.classifiers.architectures import build_classifier
@@ -181,7 +181,7 @@ def test_a_search_answers_once_per_share_and_once_in_full(monkeypatch):
 
 
 def operators_of(call):
-    tally = _Tally()
+    tally = Tally()
     with tally:
         call()
     return tally.operators, tally.elements
