@@ -5,7 +5,7 @@ module of it as a separate copy. The implementations are therefore in `bench.swe
 optional libraries are imported when they are used.
 """
 
-from bench.config import sources
+from bench.config import composition, overrides
 from bench.sweeps import grid_sweeper, optuna_sweeper
 from bench.sweeps.launchers import joblib_pool, local, ray_cluster, slurm_array
 
@@ -38,13 +38,13 @@ class RayLauncher(ray_cluster.RayLauncher):
     """Jobs on a Ray cluster, started on this machine or an existing one."""
 
 
-class ModelNames(sources.ModelNames):
+class ModelNames(overrides.ModelNames):
     """Configs of models that are given by hub id, folder or file."""
 
 
-class PluginMethods(sources.PluginMethods):
+class PluginMethods(composition.PluginMethods):
     """Configs of methods that plug-ins declare without a file."""
 
 
-class SearchPath(sources.SearchPath):
+class SearchPath(composition.SearchPath):
     """The places of these sources, and of plug-ins' configs, in Hydra's search path."""

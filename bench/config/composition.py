@@ -15,13 +15,17 @@ from contextlib import contextmanager
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
     MissingConfigException,
     OverrideParseException,
 )
+from hydra.plugins.config_source import ConfigResult, ConfigSource
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     InterpolationResolutionError,
@@ -30,17 +34,20 @@ from omegaconf.errors import (
 )
 
 from bench import plugins
-from bench.config.gate import check_overrides, dotted_leaves, refuse_packages_of_files
-from bench.config.overrides import Overrides, parse_error, sweep_values, text_of
-from bench.config.run_config import RunConfig, validate
-from bench.config.sources import ACCEPTED, MODELS, correction
+from bench.config.gate import check_overrides, refuse_packages_of_files
+from bench.config.overrides import (
+    ACCEPTED,
+    GROUP,
+    SCHEME,
+    Overrides,
+    correction,
+    parse_error,
+    sweep_values,
+    text_of,
+)
+from bench.config.run_config import RunConfig, method_config, validated
 from bench.errors import UserError, nearest, unknown_name
-from bench.records.files import refuse_unstorable
-from bench.records.record import check_ratio
-from bench.security import CONFIG_DIR, redact, refuse_secret, refuse_shadowed_packages
-
-METHOD_NAME = re.compile(r"\w[\w.+-]*")
-"""Valid names in tables, labels and commands, where other characters have special meanings."""
+from bench.security import CONFIG_DIR, refuse_shadowed_packages
 
 
 @contextmanager
@@ -126,41 +133,6 @@ def refuse_empty_mappings(overrides: Overrides, composed: DictConfig) -> None:
             )
 
 
-def validated(composed: DictConfig) -> RunConfig:
-    """Resolve and validate a composed config."""
-    plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    assert isinstance(plain, dict)
-    plain.pop("hydra", None)
-    # Before validation, whose errors quote values.
-    _refuse_secrets(plain)
-    config = validate({str(key): value for key, value in plain.items()})
-    _refuse_unstorable(config)
-    return config
-
-
-def _refuse_unstorable(config: RunConfig) -> None:
-    """Raise if the run would end with a record that cannot be written and read again."""
-    stored = config.plain()
-    refuse_unstorable(stored, "")
-    for name, knobs in stored["method"].items():
-        if not METHOD_NAME.fullmatch(name):
-            raise UserError(f"method.{name}: a method's name has only letters, digits and . _ + -")
-        try:
-            check_ratio(knobs.get("ratio"))
-        except ValueError as error:
-            raise UserError(f"method.{name}.{error}: give other settings another name") from None
-
-
-def _refuse_secrets(plain: object) -> None:
-    """Raise if a value is a password or token of the user, because a record would store it."""
-    # Usually one pass over all values; the key is searched only after a secret was found.
-    together = "\n".join(str(value) for _, value in dotted_leaves(plain, ""))
-    if redact(together) == together:
-        return
-    for key, value in dotted_leaves(plain, ""):
-        refuse_secret(str(value), key)
-
-
 def config_names(group: str) -> list[str]:
     """Return the names in a config group (`model`, `method`, ...), including those of plug-ins.
 
@@ -242,10 +214,10 @@ def _unknown_choice(error: MissingConfigException) -> UserError:
     while "/" in group and not _choices(group):
         group, _, folder = group.rpartition("/")
         name = f"{folder}/{name}"
-    if group == MODELS and (right := correction(name)) is not None:
+    if group == GROUP and (right := correction(name)) is not None:
         return UserError(f"model={name} is not the name of a model: write {right}")
     known = str(unknown_name(group or "config", name, _selectable(error.options or [])))
-    if group == MODELS:
+    if group == GROUP:
         known += f"; or {ACCEPTED}"
     # The file is not read, so nobody knows whether it has this name.
     if (file := plugins.untrusted_project()) is not None:
@@ -390,3 +362,63 @@ def _node_keys(node: object, prefix: str) -> Iterator[str]:
             if not str(key).startswith("_"):
                 yield f"{prefix}{key}"
                 yield from _node_keys(value, f"{prefix}{key}.")
+
+
+_METHODS = "method"
+_PLUGIN_SCHEME = "slimbench-methods"
+
+
+class PluginMethods(ConfigSource):  # type: ignore[misc]  # Hydra has no types
+    """Source of Hydra configs for methods that plug-ins declare without a file."""
+
+    @staticmethod
+    def scheme() -> str:
+        """Return the scheme under which the search path names this source."""
+        return _PLUGIN_SCHEME
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        """Return the config of `method/NAME`."""
+        name = _plugin_method(config_path)
+        assert name is not None  # Hydra calls `is_config` first.
+        return ConfigResult(
+            provider=self.provider,
+            path=f"{_PLUGIN_SCHEME}://",
+            config=OmegaConf.create(method_config(name, plugins.active().methods[name])),
+            header={"package": f"{_METHODS}.{name}"},
+        )
+
+    def is_config(self, config_path: str) -> bool:
+        """Return whether this is `method/NAME` with the name of a plug-in's method."""
+        return _plugin_method(config_path) is not None
+
+    def is_group(self, config_path: str) -> bool:
+        """Return whether this is the group of methods, the only one with configs of this source."""
+        return config_path.strip("/") == _METHODS and bool(plugins.active().methods)
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        """Return the names of the methods."""
+        listed = self.is_group(config_path) and results_filter != ObjectType.GROUP
+        return sorted(plugins.active().methods) if listed else []
+
+    def available(self) -> bool:
+        """Return True, because nothing can be missing."""
+        return True
+
+
+def _plugin_method(config_path: str) -> str | None:
+    group, _, name = config_path.strip("/").removesuffix(".yaml").partition("/")
+    return name if group == _METHODS and name in plugins.active().methods else None
+
+
+class SearchPath(SearchPathPlugin):  # type: ignore[misc]  # Hydra has no types
+    """Hydra's search path after the shipped configs: plug-ins, then names of models without files.
+
+    The shipped files come first, so that plug-ins cannot replace them.
+    """
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Append one source per folder of a plug-in, then the two without files."""
+        for folder in plugins.active().configs:
+            search_path.append(provider="plug-in", path=f"file://{folder}")
+        search_path.append(provider="plug-in", path=f"{_PLUGIN_SCHEME}://")
+        search_path.append(provider="slimbench", path=f"{SCHEME}://")

@@ -20,8 +20,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bench import plugins
-from bench.config.overrides import Overrides, sets, sweep_values, text_of
-from bench.config.sources import MODELS, is_own_path
+from bench.config.overrides import GROUP, Overrides, is_own_path, sets, sweep_values, text_of
 from bench.errors import UserError
 from bench.security import package_exists, refuse_foreign_code, refuse_secret
 
@@ -96,7 +95,7 @@ def check_overrides(overrides: Overrides) -> None:
             continue
         values = [str(value) for value in leaves.values()]
         # A user's folder or file may replace a choice.
-        if override.key_or_group == MODELS:
+        if override.key_or_group == GROUP:
             values = [value for value in values if not is_own_path(value)]
         if any(".." in value.split("/") for value in values):
             raise UserError(f"{text}: a choice must be inside its config group, so `..` is refused")

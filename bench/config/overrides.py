@@ -1,27 +1,37 @@
-"""Arguments of `bench run`: flags, and overrides that are read once by Hydra's own grammar.
+"""Arguments of `bench run`: flags, overrides read once by Hydra's own grammar, names of models.
 
 A key may be written in several ways (`force=true`, `force=True`, `++force=true`, `"force='true'"`).
 Here they all become the same key and value, so that no other code compares raw text.
+
+`model=` accepts more than the names in conf/model: a hub id, a folder, a GGUF file, torchvision.
+Hydra looks up a choice in its config sources, the last of which is `ModelNames`. For a value of the
+group `model` without a file, it returns the config of `model=hub`, `model=local` or
+`model=torchvision` with this value. For sweeps and records it is a choice like any other.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import random
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, cast
 
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, RangeSweep, ValueType
 from hydra.errors import OverrideParseException
+from hydra.plugins.config_source import ConfigResult, ConfigSource
+from omegaconf import OmegaConf
 from pydantic import TypeAdapter, ValidationError
 
 from bench.errors import UserError, refuse_bare_text, unknown_name
+from bench.security import CONFIG_DIR
 
 MULTIRUN_FLAGS = ("-m", "--multirun")
 _BOOLEAN = TypeAdapter(bool)
@@ -330,3 +340,111 @@ def _value_text(key: str, value: Any) -> str:
     raise UserError(
         f"{key}={value!r} is a {type(value).__name__}: give a text, a number, a list or a mapping"
     )
+
+
+GROUP = "model"
+ACCEPTED = "a hub id as ORG/NAME, a model folder, FILE.gguf, or torchvision/NAME"
+SCHEME = "slimbench-models"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_TORCHVISION = "torchvision/"
+_WITH_REVISION = re.compile(rf"({_HUB_ID.pattern}|\w[\w.-]*)[@:](\w[\w./-]*)")
+_ADDRESS = re.compile(
+    rf"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)|hf:/)/(?:models/)?({_HUB_ID.pattern})"
+    r"(?:/(?:tree|blob|resolve)/([\w.-]+).*|@([\w.-]+))?/?"
+)
+
+
+def model_config(value: str) -> dict[str, object] | None:
+    """Return the config for a value of `model=`, None if the value is not a model.
+
+    As in transformers, an existing folder takes precedence over a hub id of the same form.
+    """
+    if value.startswith(_TORCHVISION):
+        architecture = value.removeprefix(_TORCHVISION)
+        return _shipped("torchvision", name=value, source=f"torchvision:{architecture}")
+    if _is_path(value):
+        return _shipped("local", name=_path_name(Path(value)), path=value)
+    if _HUB_ID.fullmatch(value):
+        return _shipped("hub", name=value, source=value)
+    return None
+
+
+def correction(value: str) -> str | None:
+    """Return the correct form for a model that was given with its revision or as a URL."""
+    found = _ADDRESS.fullmatch(value) or _WITH_REVISION.fullmatch(value)
+    if found is None:
+        return None
+    name, *revisions = found.groups()
+    revision = next(filter(None, revisions), None)
+    return f"model={name}" + (f" model.revision={revision}" if revision else "")
+
+
+def is_own_path(value: str) -> bool:
+    """Return whether a value is a path instead of a choice in Hydra's config tree."""
+    return _is_path(value) and not (CONFIG_DIR / GROUP / f"{value}.yaml").is_file()
+
+
+def _is_path(value: str) -> bool:
+    # A value in the form of a path counts as one even if it does not exist, so that the error is
+    # about a missing file instead of an unknown model.
+    if value.endswith(".gguf") or value.startswith(("./", "../", "/", "~")) or value in (".", ".."):
+        return True
+    folder = Path(value)
+    return folder.is_dir() and ("/" in value or (folder / "config.json").is_file())
+
+
+def _path_name(path: Path) -> str:
+    """Return the name of a model folder or file in tables and figures."""
+    # Normalised as text only, because a link is shown under the name that the user gave.
+    absolute = Path(os.path.normpath(path.expanduser().absolute()))
+    return absolute.stem if absolute.suffix == ".gguf" else absolute.name
+
+
+def _shipped(file: str, **changed: object) -> dict[str, object]:
+    config = OmegaConf.load(CONFIG_DIR / GROUP / f"{file}.yaml")
+    # Unresolved, because `seed` and others are interpolations of the run's config.
+    plain = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()} | changed
+
+
+class ModelNames(ConfigSource):  # type: ignore[misc]  # Hydra has no types
+    """Source of Hydra configs for models that have no file in conf/model."""
+
+    @staticmethod
+    def scheme() -> str:
+        """Return the scheme under which the search path names this source."""
+        return SCHEME
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        """Return the config of `model/VALUE`."""
+        config = model_config(_value(config_path) or "")
+        assert config is not None  # Hydra calls `is_config` first.
+        return ConfigResult(
+            provider=self.provider,
+            path=f"{SCHEME}://",
+            config=OmegaConf.create(config),
+            header={"package": None},
+        )
+
+    def is_config(self, config_path: str) -> bool:
+        """Return whether this is `model/VALUE` with a valid value."""
+        value = _value(config_path)
+        return value is not None and model_config(value) is not None
+
+    def is_group(self, config_path: str) -> bool:
+        """Return False: the values cannot be listed."""
+        return False
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        """Return nothing, so that only names in conf/model are listed."""
+        return []
+
+    def available(self) -> bool:
+        """Return True, because nothing can be missing."""
+        return True
+
+
+def _value(config_path: str) -> str | None:
+    group, slash, value = config_path.partition("/")
+    return value if group == GROUP and slash else None

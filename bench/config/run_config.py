@@ -15,6 +15,7 @@ from inspect import isabstract
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from omegaconf import DictConfig, OmegaConf
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -25,6 +26,7 @@ from pydantic import (
 )
 
 from bench import plugins
+from bench.config.gate import dotted_leaves
 from bench.errors import (
     UserError,
     class_line,
@@ -34,6 +36,8 @@ from bench.errors import (
     source_line,
 )
 from bench.method import BudgetUnit, Method, RecipeConfig
+from bench.records.files import refuse_unstorable
+from bench.records.record import check_ratio
 from bench.schema import (
     BenchmarkConfig,
     CalibrationConfig,
@@ -42,7 +46,7 @@ from bench.schema import (
     PromptsConfig,
     TrackerConfig,
 )
-from bench.security import package_exists, refuse_foreign_code
+from bench.security import CONFIG_DIR, package_exists, redact, refuse_foreign_code, refuse_secret
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -160,6 +164,45 @@ SECTIONS = ("model", "method", "benchmark", "calibration", "prompts", "costs", "
 """Keys of a run's config that are configs of a group."""
 
 
+_METHOD_NAME = re.compile(r"\w[\w.+-]*")
+"""Valid names in tables, labels and commands, where other characters have special meanings."""
+
+
+def validated(composed: DictConfig) -> RunConfig:
+    """Resolve and validate a composed config."""
+    plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    assert isinstance(plain, dict)
+    plain.pop("hydra", None)
+    # Before validation, whose errors quote values.
+    _refuse_secrets(plain)
+    config = validate({str(key): value for key, value in plain.items()})
+    _refuse_unstorable(config)
+    return config
+
+
+def _refuse_unstorable(config: RunConfig) -> None:
+    """Raise if the run would end with a record that cannot be written and read again."""
+    stored = config.plain()
+    refuse_unstorable(stored, "")
+    for name, knobs in stored["method"].items():
+        if not _METHOD_NAME.fullmatch(name):
+            raise UserError(f"method.{name}: a method's name has only letters, digits and . _ + -")
+        try:
+            check_ratio(knobs.get("ratio"))
+        except ValueError as error:
+            raise UserError(f"method.{name}.{error}: give other settings another name") from None
+
+
+def _refuse_secrets(plain: object) -> None:
+    """Raise if a value is a password or token of the user, because a record would store it."""
+    # Usually one pass over all values; the key is searched only after a secret was found.
+    together = "\n".join(str(value) for _, value in dotted_leaves(plain, ""))
+    if redact(together) == together:
+        return
+    for key, value in dotted_leaves(plain, ""):
+        refuse_secret(str(value), key)
+
+
 def validate(composed: dict[str, Any]) -> RunConfig:
     """Convert a composed, resolved config to a `RunConfig`.
 
@@ -246,6 +289,41 @@ def method_class(name: str, target: str) -> type[Method]:
             "bench.method.Method does"
         )
     return kind
+
+
+def method_config(name: str, target: str) -> dict[str, object]:
+    """Return the config of a method that a plug-in declares by its class.
+
+    Every field is a knob with the class's default. As in the shipped configs, `ratio` and, in a
+    method that trains a classifier by the run's recipe, the recipe, the unit of the ratio and the
+    images are those of the run.
+    """
+    path = target.replace(":", ".")
+    kind = method_class(name, path)
+    knobs = kind.model_construct().model_dump(mode="json")
+    required = {key: "???" for key, field in kind.model_fields.items() if field.is_required()}
+    recipe = kind.model_fields.get("recipe")
+    shared = _shared_knobs("_group_training")
+    if recipe is not None and recipe.annotation is RecipeConfig:
+        shared |= _shared_knobs("_training")
+    else:
+        shared = {"ratio": shared["ratio"]}
+    followed = {
+        key: value for key, value in shared.items() if key in kind.model_fields and _follows(value)
+    }
+    return {"_target_": path, **required, **knobs, **followed}
+
+
+def _follows(value: object) -> bool:
+    """Return whether a value is that of the run, by an interpolation."""
+    return "${" in str(value)
+
+
+def _shared_knobs(file: str) -> dict[str, object]:
+    """Return the keys of a file that the configs of trainings extend, with their interpolations."""
+    loaded = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / "method" / f"{file}.yaml"))
+    assert isinstance(loaded, dict)
+    return {str(key): value for key, value in loaded.items()}
 
 
 LARGEST_INTEGER = 2**63 - 1

@@ -24,7 +24,6 @@ from bench.config.composition import (
     hydra_errors_as_user_errors,
     refuse_choices,
     refuse_empty_mappings,
-    validated,
 )
 from bench.config.gate import (
     check_composed,
@@ -42,7 +41,7 @@ from bench.config.overrides import (
     sweep_values,
     text_of,
 )
-from bench.config.run_config import RunConfig
+from bench.config.run_config import RunConfig, validated
 from bench.errors import UserError, nearest
 from bench.measurement.quantities import COST_QUANTITIES, COUNTED_PREFIXES
 from bench.schema import BenchmarkConfig

@@ -417,7 +417,7 @@ def _run_job(composed: DictConfig, session: Session, outcome: LaunchOutcome) -> 
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from bench.config.composition import validated
+    from bench.config.run_config import validated
 
     def perform(request: RunRequest) -> RunResult:
         with library_failures_as_errors("a library of this run"):

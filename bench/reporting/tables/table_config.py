@@ -264,7 +264,7 @@ def with_overrides(run: Overrides, given: Overrides) -> Overrides:
 def recorded_name(group: str, choice: str) -> str:
     """Return the name under which a run records a choice; for a folder, the folder's own name."""
     from bench.config.composition import compose_section
-    from bench.config.sources import model_config
+    from bench.config.overrides import model_config
     from bench.security import CONFIG_DIR
 
     if not choice or (CONFIG_DIR / group / f"{choice}.yaml").is_file():
