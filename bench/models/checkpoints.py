@@ -180,7 +180,8 @@ def refuse_other_base(folder: Path, network: nn.Module) -> None:
     key, architecture = f"model.adapter={folder}", type(network).__name__
     for name, shape in _adapter_shapes(folder).items():
         found = _ADAPTER_KEY.fullmatch(name)
-        target = found["module"] if found else name
+        # With a matrix of the head or the embedding, peft also stores the weight that it adds to.
+        target = found["module"] if found else name.replace(".base_layer.", ".")
         weight = state.get(f"{target}.weight" if found else target)
         if weight is None:
             raise UserError(

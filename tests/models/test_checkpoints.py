@@ -84,6 +84,8 @@ def adapter(written, tmp_path):
         ("llama", {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"q_proj": 3}}),
         ("llama", {"layers_to_transform": [1], "target_modules": ["gate_proj"]}),
         ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+        ("llama", {"target_modules": ["q_proj", "lm_head"]}),
+        ("llama", {"target_modules": ["embed_tokens"]}),
         ("gpt2", {"fan_in_fan_out": True}),
     ],
 )
