@@ -42,6 +42,7 @@ from bench.config.overrides import (
     Overrides,
     correction,
     parse_error,
+    shipped_config,
     sweep_values,
     text_of,
 )
@@ -108,7 +109,7 @@ def refuse_choices(overrides: Overrides, loader: ConfigLoader) -> None:
         names = [str(name) for name in value] if isinstance(value, list) else [str(value)]
         part = next((name for name in names if _is_part(name) and name in options), None)
         if part is not None:
-            raise UserError(str(unknown_name(group, part, _selectable(options))))
+            raise unknown_name(group, part, _selectable(options))
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise UserError(f"{text} names {twice} twice: name it once")
@@ -306,7 +307,10 @@ def _missing_key(key: str, overrides: Overrides) -> UserError:
 def _owners_hint(key: str) -> str | None:
     """Return which other choices of the key's group have it, None if none has."""
     group, _, rest = key.partition(".")
-    owners = [name for name in _choices(group) if _has_key(group, name, rest)] if rest else []
+    # The keys of a method are below its name, which says whose they are.
+    if group in LIST_GROUPS:
+        return None
+    owners = [name for name in _choices(group) if _has_key(group, name, rest)]
     if not owners:
         return None
     more = f" and {len(owners) - 3} more" if len(owners) > 3 else ""
@@ -314,10 +318,9 @@ def _owners_hint(key: str) -> str | None:
 
 
 def _has_key(group: str, name: str, key: str) -> bool:
-    file = CONFIG_DIR / group / f"{name}.yaml"
-    # What a file inherits is left out: it is found in the file that it extends.
-    own = OmegaConf.to_container(OmegaConf.load(file), resolve=False) if file.is_file() else None
-    return key in _node_keys(own, "")
+    # A plug-in's choice has no shipped file. What a file inherits is in the one that it extends.
+    is_shipped = (CONFIG_DIR / group / f"{name}.yaml").is_file()
+    return is_shipped and key in _node_keys(shipped_config(group, name), "")
 
 
 def _of_one_swept_method(key: str, overrides: Overrides) -> UserError | None:

@@ -360,12 +360,12 @@ def model_config(value: str) -> dict[str, object] | None:
     As in transformers, an existing folder takes precedence over a hub id of the same form.
     """
     if value.startswith(_TORCHVISION):
-        architecture = value.removeprefix(_TORCHVISION)
-        return _shipped("torchvision", name=value, source=f"torchvision:{architecture}")
+        source = f"torchvision:{value.removeprefix(_TORCHVISION)}"
+        return shipped_config(GROUP, "torchvision", name=value, source=source)
     if _is_path(value):
-        return _shipped("local", name=_path_name(Path(value)), path=value)
+        return shipped_config(GROUP, "local", name=_path_name(Path(value)), path=value)
     if _HUB_ID.fullmatch(value):
-        return _shipped("hub", name=value, source=value)
+        return shipped_config(GROUP, "hub", name=value, source=value)
     return None
 
 
@@ -400,10 +400,9 @@ def _path_name(path: Path) -> str:
     return absolute.stem if absolute.suffix == ".gguf" else absolute.name
 
 
-def _shipped(file: str, **changed: object) -> dict[str, object]:
-    config = OmegaConf.load(CONFIG_DIR / GROUP / f"{file}.yaml")
-    # Unresolved, because `seed` and others are interpolations of the run's config.
-    plain = OmegaConf.to_container(config, resolve=False)
+def shipped_config(group: str, file: str, /, **changed: object) -> dict[str, object]:
+    """Return a shipped file unresolved, because interpolations refer to the run's config."""
+    plain = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / group / f"{file}.yaml"))
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()} | changed
 

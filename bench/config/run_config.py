@@ -27,6 +27,7 @@ from pydantic import (
 
 from bench import plugins
 from bench.config.gate import dotted_leaves
+from bench.config.overrides import shipped_config
 from bench.errors import (
     UserError,
     class_line,
@@ -46,7 +47,7 @@ from bench.schema import (
     PromptsConfig,
     TrackerConfig,
 )
-from bench.security import CONFIG_DIR, package_exists, redact, refuse_foreign_code, refuse_secret
+from bench.security import package_exists, redact, refuse_foreign_code, refuse_secret
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -303,27 +304,13 @@ def method_config(name: str, target: str) -> dict[str, object]:
     knobs = kind.model_construct().model_dump(mode="json")
     required = {key: "???" for key, field in kind.model_fields.items() if field.is_required()}
     recipe = kind.model_fields.get("recipe")
-    shared = _shared_knobs("_group_training")
+    followed: dict[str, object] = {"ratio": "${ratio}"}
     if recipe is not None and recipe.annotation is RecipeConfig:
-        shared |= _shared_knobs("_training")
-    else:
-        shared = {"ratio": shared["ratio"]}
-    followed = {
-        key: value for key, value in shared.items() if key in kind.model_fields and _follows(value)
-    }
+        for shared in ("_training", "_group_training"):
+            knobs_of_run = shipped_config("method", shared).items()
+            followed |= {key: value for key, value in knobs_of_run if "${" in str(value)}
+    followed = {key: value for key, value in followed.items() if key in kind.model_fields}
     return {"_target_": path, **required, **knobs, **followed}
-
-
-def _follows(value: object) -> bool:
-    """Return whether a value is that of the run, by an interpolation."""
-    return "${" in str(value)
-
-
-def _shared_knobs(file: str) -> dict[str, object]:
-    """Return the keys of a file that the configs of trainings extend, with their interpolations."""
-    loaded = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / "method" / f"{file}.yaml"))
-    assert isinstance(loaded, dict)
-    return {str(key): value for key, value in loaded.items()}
 
 
 LARGEST_INTEGER = 2**63 - 1

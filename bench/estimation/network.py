@@ -26,10 +26,9 @@ from bench.estimation.layer_timing import (
     decoder_times,
     prompt_times,
 )
-from bench.estimation.tally import CountedLayer, Tally
 from bench.estimation.work import Work
-from bench.measurement.flops.analytic import CallTokens, classifier_macs, decoder_macs, head_macs
-from bench.measurement.flops.counter import meta_forward
+from bench.measurement.flops.analytic import CallTokens, decoder_macs, head_macs
+from bench.measurement.flops.counter import Tally, meta_forward
 from bench.models.classifiers.classifier import Classifier
 from bench.models.network import replaced_forward, text_config
 
@@ -195,7 +194,6 @@ def _decoder_flops(network: nn.Module, structure: ModelStructure) -> dict[str, f
 
 def classifier_work(network: Classifier, itemsize: int) -> NetworkWork:
     """Return the work of an image classifier per image."""
-    known = _classifier_flops(network)
     config = network.config
     tally = Tally()
     with meta_forward(network) as call:
@@ -206,31 +204,22 @@ def classifier_work(network: Classifier, itemsize: int) -> NetworkWork:
     stored = float(itemsize * sum(p.numel() for p in network.parameters()))
     return NetworkWork(
         itemsize, stored, tally.elements, tally.operators, weights=stored, widest=tally.widest,
-        kept=_kept(network, shape), **known,
+        kept=_kept(network, shape), **_classifier_flops(network),
     )  # fmt: skip
 
 
 def _classifier_flops(network: Classifier) -> dict[str, Any]:
-    """Return the FLOPs per image: by formulas, or counted for networks without; or what is missing.
-
-    Counting takes longer than the formulas.
-    """
+    """Return the FLOPs per image, and what is missing of them."""
     from bench.errors import UserError
     from bench.measurement.flops.cost_rows import count_image_flops
 
-    try:
-        return {"matrix": flops_of(classifier_macs(network, 1))}
-    except UserError:
-        pass
     try:
         counted = count_image_flops(network, 1)
     except UserError as error:
         return {"missing": f"FLOPs: {error}"}
     left_out = ", ".join(counted.without_formula)
-    return {
-        "matrix": float(counted.total),
-        "missing": f"FLOPs of {left_out}" if left_out else None,
-    }
+    missing = f"FLOPs of {left_out}" if left_out else None
+    return {"matrix": float(counted.total), "missing": missing}
 
 
 def _kept(network: Classifier, shape: tuple[int, ...]) -> int:
@@ -306,6 +295,29 @@ def _of_tower(name: str) -> bool:
     return any(part in name for part in ("vision", "visual", "projector", "connector", "merger"))
 
 
+class _CountedLayer:
+    """Counts a layer's operators `again` more times, and answers for layers of the same form."""
+
+    def __init__(self, tally: Tally, again: int) -> None:
+        self._tally, self._again = tally, again
+        self._began = 0, 0
+        self._output: object = None
+
+    def before(self, *_: object) -> None:
+        self._began = self._tally.operators, self._tally.elements
+
+    def after(self, _: nn.Module, __: object, output: object) -> None:
+        operators, elements = self._began
+        once = self._tally.operators - operators
+        self._tally.operators += self._again * once
+        self._tally.inside += (1 + self._again) * once
+        self._tally.elements += self._again * (self._tally.elements - elements)
+        self._output = output
+
+    def answer(self, *_: object, **__: object) -> object:
+        return self._output
+
+
 def layer_form(layer: nn.Module) -> Hashable:
     """Return what determines the operators of a layer: its modules and its weights' shapes."""
     modules = tuple((name, type(module)) for name, module in layer.named_modules())
@@ -362,7 +374,7 @@ def _tally(network: nn.Module, structure: ModelStructure) -> Tally:
     hooks = []
     stack = ExitStack()
     for first, *others in alike_layers(structure):
-        counted = CountedLayer(tally, len(others))
+        counted = _CountedLayer(tally, len(others))
         hooks.append(first.register_forward_pre_hook(counted.before))
         hooks.append(first.register_forward_hook(counted.after))
         for other in others:

@@ -219,7 +219,7 @@ _TRUE_EFFECTS = {
     "quantized": "; weights that are rounded but not packed have the effect none",
     "removed": "; weights that are zero but still stored have the effect zeroed",
 }
-"""What to tell the author of a method that reports one of these effects but saves nothing."""
+"""Hints by reported effect, for the author of a method that saves nothing."""
 
 
 def _idle_reason(check: EffectCheck, method: AppliedMethod) -> str | None:

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.config.composition import compose_run_config
-from bench.estimation.tally import Tally
+from bench.measurement.flops.counter import Tally
 from bench.method import InputSize, MethodWork
 from bench.models.bitpacking.packed_modules import PackedLinear
 from bench.models.classifiers.architectures import build_classifier

@@ -47,7 +47,7 @@ def figures(tree: SourceTree) -> list[Figure]:
     return [
         # 345 when the layout was drawn; a new method, engine or harness may add a file, if no other
         # can hold it.
-        Figure("Python files", len(modules), "at most 406", len(modules) <= 406),
+        Figure("Python files", len(modules), "at most 405", len(modules) <= 405),
         Figure("median lines of a file", tree.median, "at least 110", tree.median >= 110),
         Figure(
             "lines of the longest file",

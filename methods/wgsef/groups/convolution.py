@@ -141,7 +141,9 @@ def torch_pruning() -> Any:
     """
     absent = "timm" not in sys.modules
     if absent:
-        sys.modules["timm"] = None  # type: ignore[assignment]  # makes `import timm` fail
+        # None makes `import timm` raise ImportError, which torch-pruning expects; typeshed allows
+        # modules only.
+        sys.modules["timm"] = None  # type: ignore[assignment]
     try:
         return importlib.import_module("torch_pruning")
     finally:
