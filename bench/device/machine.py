@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
@@ -100,14 +102,19 @@ class MachineMonitor:
 
 
 def measured_quietly(
-    measure: Callable[[], Value], device: torch.device, attempts: int
+    measure: Callable[[], Value],
+    device: torch.device,
+    attempts: int,
+    seconds: float = math.inf,
 ) -> tuple[Value, MachineReading]:
     """Measure until other processes do not disturb it, `attempts` times at most.
 
-    Return the value of the least disturbed attempt, and the state of the machine during it.
+    No attempt begins when `seconds` have passed. Return the value of the least disturbed attempt,
+    and the state of the machine during it.
     """
     tried: list[tuple[Value, MachineReading]] = []
-    for _ in range(attempts):
+    began = time.monotonic()
+    while len(tried) < attempts and (not tried or time.monotonic() - began < seconds):
         with MachineMonitor(device) as monitor:
             value = measure()
         tried.append((value, monitor.reading))

@@ -42,6 +42,8 @@ _OPERATORS = 500
 _LINK_BYTES = 2**28
 _ATTEMPTS = 3
 """Maximum number of measurements while other processes disturb them."""
+_PATIENCE_SECONDS = 5.0
+"""Time after which a disturbed measurement is not repeated, since it may take a minute then."""
 _known: dict[Path, BaseModel | None] = {}
 """Figures by their cache file, because runs of a process may have different numbers of threads."""
 _Figures = TypeVar("_Figures", bound=BaseModel)
@@ -95,7 +97,9 @@ def measured_once(
     if known is not None:
         return known
     file = _file(facts)
-    found, machine = measured_quietly(measure, select_device("auto"), _ATTEMPTS)
+    found, machine = measured_quietly(
+        measure, select_device("auto"), _ATTEMPTS, _PATIENCE_SECONDS
+    )
     _known[file] = found
     # Other processes slow everything, so figures measured beside them are not cached.
     if found is not None:

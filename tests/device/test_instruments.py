@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench.device.devices import Clock
-from bench.device.machine import MachineMonitor, MachineReading
+from bench.device.machine import MachineMonitor, MachineReading, measured_quietly
 from bench.device.memory import PeakMemory, _ResidentPeakGauge, _SampledGauge, is_out_of_memory
 
 CPU = torch.device("cpu")
@@ -183,3 +183,14 @@ def test_a_gpu_that_is_slowed_spoils_a_measurement_on_a_quiet_machine():
         slowed="slowed by heat",
     )  # fmt: skip
     assert reading.fault == "the GPU was slowed by heat"
+
+
+@pytest.mark.parametrize("attempts, seconds, measured", [(3, 60.0, 3), (3, 0.0, 1), (1, 60.0, 1)])
+def test_a_disturbed_measurement_is_repeated_within_its_time(
+    monkeypatch, attempts, seconds, measured
+):
+    monkeypatch.setattr(MachineReading, "fault", "the machine was loaded")
+    values = iter(range(attempts))
+    _, reading = measured_quietly(lambda: next(values), CPU, attempts, seconds)
+    assert reading.fault
+    assert next(values, attempts) == measured
