@@ -8,14 +8,14 @@ seeds.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from bench.errors import UserError
 from bench.records import Record
-from bench.records.record import AVERAGE
+from bench.records.record import AVERAGE, Metric
 from bench.reporting.plots.points import series_names
 from bench.reporting.record_numbers import (
     metric_scale,
@@ -31,8 +31,9 @@ from bench.ui import console, terminal_table
 class SeedContrast:
     """One series against the baseline's, in % if the metric is a fraction.
 
-    `difference` is the mean over the `pairs` of common seeds, `deviation` its standard deviation;
-    `p` is from a sign-flip test, and `p_holm` is corrected over all compared series.
+    `difference` is the mean over the `pairs` of common seeds, `deviation` its standard deviation,
+    and `one_sided` whether it has the same sign in every pair; `p` is from a sign-flip test, and
+    `p_holm` is corrected over all compared series.
     """
 
     series: str
@@ -43,9 +44,29 @@ class SeedContrast:
     baseline_mean: float
     difference: float
     deviation: float
+    one_sided: bool
     p: float
     p_holm: float
     higher_is_better: bool = True
+
+    @property
+    def better(self) -> bool:
+        """Whether the series is better than the baseline's on average."""
+        return (self.difference > 0) == self.higher_is_better
+
+    @property
+    def mean_text(self) -> str:
+        """The mean, with one decimal if it is in %."""
+        return f"{self.mean:.{self._digits}f}"
+
+    @property
+    def difference_text(self) -> str:
+        """The difference and its standard deviation, as `-1.2 ± 0.4`."""
+        return f"{self.difference:+.{self._digits}f} ± {self.deviation:.{self._digits}f}"
+
+    @property
+    def _digits(self) -> int:
+        return 1 if self.metric.endswith(" %") else 2
 
 
 def compare_seeds(records: Sequence[Record], baseline: Record) -> list[SeedContrast]:
@@ -59,58 +80,78 @@ def compare_seeds(records: Sequence[Record], baseline: Record) -> list[SeedContr
     """
     _refuse_different_questions(records, baseline)
     named = series_names(records)
-    values: dict[str, dict[object, float]] = defaultdict(dict)
-    metric, higher = "", True
-    # The newest of several runs with the same setting and seed is used, for example after updates.
-    for record in sorted(records, key=lambda record: record.started):
-        headline = [m for m in record.metrics if m.headline]
-        found = headline[0] if len(headline) == 1 else record.metric(AVERAGE)
-        if found is None or found.value is None:
-            continue
-        factor, _ = metric_scale(found.metric)
-        metric = found.metric + (" %" if factor == 100.0 else "")
-        higher = found.higher_is_better
-        values[named[record.id]][record.config.get("seed")] = factor * found.value
+    series: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        series[named[record.id]].append(record)
     own = named[baseline.id]
-    if own not in values:
+    if not _by_seed(series[own]):
         raise UserError(
             f"run {baseline.id[:8]} has neither an average nor a single task with a number, which "
             "is needed to compare settings over seeds: choose another baseline"
         )
-    contrasts = [
-        replace(contrast, higher_is_better=higher)
-        for name in values
-        if name != own and (contrast := _contrast(name, own, metric, values)) is not None
-    ]
+    contrasts = contrasts_over_seeds(series, own)
     if not contrasts:
         raise UserError(
             f"no other setting shares two seeds with {own}: run it with -m seed=1,2,3,4,5"
         )
+    return contrasts
+
+
+def contrasts_over_seeds(
+    series: Mapping[str, Sequence[Record]], baseline: str
+) -> list[SeedContrast]:
+    """Compare every named series of runs with that of `baseline`, corrected over all of them.
+
+    Series that share fewer than two seeds with the baseline's are left out.
+    """
+    values = {name: _by_seed(records) for name, records in series.items()}
+    contrasts = [
+        contrast
+        for name in series
+        if name != baseline and (contrast := _contrast(name, baseline, values)) is not None
+    ]
     adjusted = holm([contrast.p for contrast in contrasts])
     return [replace(c, p_holm=p) for c, p in zip(contrasts, adjusted, strict=True)]
 
 
+def _by_seed(records: Sequence[Record]) -> dict[object, Metric]:
+    """Return the metric that stands for a run, by the run's seed; its value is a number."""
+    found: dict[object, Metric] = {}
+    # The newest of several runs with the same setting and seed is used, for example after updates.
+    for record in sorted(records, key=lambda record: record.started):
+        headline = [m for m in record.metrics if m.headline]
+        metric = headline[0] if len(headline) == 1 else record.metric(AVERAGE)
+        if metric is not None and metric.value is not None:
+            found[record.config.get("seed")] = metric
+    return found
+
+
 def _contrast(
-    name: str, own: str, metric: str, values: dict[str, dict[object, float]]
+    name: str, own: str, values: Mapping[str, Mapping[object, Metric]]
 ) -> SeedContrast | None:
-    shared = [seed for seed in values[name] if seed in values[own]]
+    here, there = values[name], values[own]
+    shared = [seed for seed in here if seed in there]
     if len(shared) < 2:
         return None
-    here_S = np.array([values[name][seed] for seed in shared])
-    there_S = np.array([values[own][seed] for seed in shared])
+    metric = here[shared[0]]
+    factor, _ = metric_scale(metric.metric)
+    here_S = factor * np.array([here[seed].value for seed in shared])
+    there_S = factor * np.array([there[seed].value for seed in shared])
     gap_S = here_S - there_S
     p = sign_flip_p(gap_S)
     return SeedContrast(
         series=name,
         baseline=own,
-        metric=metric,
+        metric=metric.metric + (" %" if factor == 100.0 else ""),
         pairs=len(shared),
         mean=float(here_S.mean()),
         baseline_mean=float(there_S.mean()),
         difference=float(gap_S.mean()),
         deviation=float(gap_S.std(ddof=1)),
+        one_sided=bool((gap_S > 0).all() or (gap_S < 0).all()),
         p=p,
         p_holm=p,
+        higher_is_better=metric.higher_is_better,
     )
 
 
@@ -138,15 +179,11 @@ def print_seeds(contrasts: Sequence[SeedContrast]) -> None:
     table = terminal_table(
         ("", "pairs", "mean", "baseline", "difference ± sd", "p (Holm)"), title=title
     )
-    digits = 1 if first.metric.endswith(" %") else 2
     worth = 1 if first.higher_is_better else -1
     for row in sorted(contrasts, key=lambda c: -worth * c.difference):
+        baseline = replace(row, mean=row.baseline_mean).mean_text
+        difference = row.difference_text
         table.add_row(
-            row.series,
-            str(row.pairs),
-            f"{row.mean:.{digits}f}",
-            f"{row.baseline_mean:.{digits}f}",
-            f"{row.difference:+.{digits}f} ± {row.deviation:.{digits}f}",
-            f"{row.p_holm:.3f}",
+            row.series, str(row.pairs), row.mean_text, baseline, difference, f"{row.p_holm:.3f}"
         )
     console().print(table)

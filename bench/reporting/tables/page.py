@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from bench.records import Record
     from bench.reporting.comparison import Contrast
+    from bench.reporting.comparison.seeds import SeedContrast
     from bench.reporting.tables.table import ColumnHead, Table, TableLine
 
 FoundRecords: TypeAlias = "Mapping[TableSlot, Sequence[Record]]"
@@ -58,12 +59,14 @@ def results_page(
     )
     parts = [
         f"# {cell_text.heading_text(table)}",
+        *_seed_findings(families),
         *_findings(families),
         *([config.about.strip()] if config.about else []),
         f"Written by `{command}` from {len(records)} records; manual edits will be lost.",
         _pipe_table(("", ""), _basis_rows(records)),
         *_numbers(table),
         *_caveats(config, records),
+        *_seed_comparisons(families),
         *_comparisons(families),
         *_gaps(config, slot_records),
     ]
@@ -162,7 +165,8 @@ def _line_texts(columns: Sequence[ColumnHead], line: TableLine) -> Iterator[str]
 class _Family:
     """The paired tests of some lines, named by their runs, against one line.
 
-    `texts` are the tasks whose samples are windows of a text.
+    `texts` are the tasks whose samples are windows of a text. `over_seeds` are the tests of the
+    lines with several seeds.
     """
 
     base: str
@@ -170,6 +174,7 @@ class _Family:
     names: Mapping[str, str]
     contrasts: Sequence[Contrast]
     refused: Sequence[str]
+    over_seeds: Sequence[SeedContrast]
 
 
 def _families(
@@ -197,6 +202,7 @@ def _family(
     A single task has no average and stands for itself.
     """
     from bench.reporting.comparison import ComparedRun, compare
+    from bench.reporting.comparison.seeds import contrasts_over_seeds
 
     def with_samples(slot: TableSlot) -> ComparedRun:
         # The first seed represents a line of several seeds, because samples are paired, not means.
@@ -210,7 +216,9 @@ def _family(
     texts = frozenset(compared.baseline.config["benchmark"].get("perplexity", {}))
     averaged = any(c.task == AVERAGE for c in compared.contrasts)
     kept = [c for c in compared.contrasts if c.task in {AVERAGE, *texts} or not averaged]
-    yield _Family(_slot_text(base), texts, names, kept, compared.refused)
+    series = {_slot_text(slot): slot_records[slot] for slot in (base, *others)}
+    over_seeds = contrasts_over_seeds(series, _slot_text(base))
+    yield _Family(_slot_text(base), texts, names, kept, compared.refused, over_seeds)
 
 
 def _findings(families: Sequence[_Family]) -> Iterator[str]:
@@ -233,12 +241,13 @@ def _findings(families: Sequence[_Family]) -> Iterator[str]:
         for family, c in contrasts
         if c.p_holm is not None and c.p_holm < SIGNIFICANCE_LEVEL
     ]
-    count = len(significant)
-    verdict = f"{count or 'none'} {'are' if count > 1 else 'is'} significant"
-    yield (
-        f"This page is based on {basis}. Of {len(contrasts)} paired differences, {verdict} "
-        f"(p below {SIGNIFICANCE_LEVEL:g} after Holm's correction){':' if count else '.'}"
+    scope = (
+        f"Over the samples ({basis}) of the first seed alone: of"
+        if any(family.over_seeds for family in families)
+        else f"This page is based on {basis}. Of"
     )
+    verdict = _verdict(len(significant))
+    yield f"{scope} {len(contrasts)} paired differences, {verdict}{':' if significant else '.'}"
     grouped: dict[tuple[str, str], dict[str, list[str]]] = {}
     for family, c in significant:
         direction = "better" if (c.difference > 0) == c.higher_is_better else "worse"
@@ -251,6 +260,75 @@ def _findings(families: Sequence[_Family]) -> Iterator[str]:
     ]
     if lines:
         yield "\n".join(lines)
+
+
+def _verdict(count: int) -> str:
+    from bench.reporting.comparison.printer import SIGNIFICANCE_LEVEL
+
+    verb = "are" if count > 1 else "is"
+    return (
+        f"{count or 'none'} {verb} significant (p below {SIGNIFICANCE_LEVEL:g} after Holm's "
+        "correction)"
+    )
+
+
+def _seed_findings(families: Sequence[_Family]) -> Iterator[str]:
+    """Yield what holds over seeds, which samples of one seed cannot tell."""
+    from bench.reporting.comparison.printer import SIGNIFICANCE_LEVEL
+
+    contrasts = [c for family in families for c in family.over_seeds]
+    if not contrasts:
+        return
+    significant = [c for c in contrasts if c.p_holm < SIGNIFICANCE_LEVEL]
+    pairs = sorted({c.pairs for c in contrasts})
+    yield (
+        f"This page is based on {' or '.join(map(str, pairs))} seeds. Of {len(contrasts)} "
+        f"differences in pairs of seeds, {_verdict(len(significant))}. With {pairs[-1]} pairs, p "
+        f"is at least {2 / 2 ** pairs[-1]:.2g} before the correction."
+    )
+    lines = []
+    for family in families:
+        one_sided: dict[str, list[str]] = {"better": [], "worse": []}
+        for c in family.over_seeds:
+            if c.one_sided:
+                side = "better" if c.better else "worse"
+                one_sided[side].append(f"{c.series} ({c.difference_text})")
+        lines += [
+            f"- {side} than {family.base} with every seed: {', '.join(names)}"
+            for side, names in one_sided.items()
+            if names
+        ]
+    if lines:
+        yield "\n".join(lines)
+
+
+def _seed_comparisons(families: Sequence[_Family]) -> Iterator[str]:
+    """Yield every test over seeds."""
+    if not any(family.over_seeds for family in families):
+        return
+    yield "## Over seeds"
+    yield (
+        "Differences in pairs with the same seed: mean and standard deviation over the pairs, and "
+        "p of the exact sign-flip test, corrected by Holm within a table."
+    )
+    for family in families:
+        if family.over_seeds:
+            yield f"### Over seeds, against {family.base}"
+            yield _pipe_table(
+                ("", "number", "pairs", "mean", "difference ± sd", "p"),
+                (
+                    (
+                        c.series,
+                        c.metric,
+                        str(c.pairs),
+                        c.mean_text,
+                        c.difference_text,
+                        f"{c.p_holm:.3f}",
+                    )
+                    for c in family.over_seeds
+                ),
+                numbers=4,
+            )
 
 
 def _comparisons(families: Sequence[_Family]) -> Iterator[str]:

@@ -271,3 +271,45 @@ def test_windows_of_a_text_are_its_limit():
     limited = limited.model_copy(update={"config": {**limited.config, "benchmark": benchmark}})
     assert list(numbers.scored_on(text, [limited])) == ["wiki, limit 3"]
     assert list(numbers.scored_on(exam, [limited])) == ["exam, limit 10"]
+
+
+def seeded(method, seed, score):
+    """A record whose mean over the tasks is `score`."""
+    base = record(method, f"2031-01-02T0{seed}:04:05+00:00")
+    metrics = tuple(
+        m.model_copy(update={"value": score}) if m.task == "average" else m for m in base.metrics
+    )
+    run = method.ljust(11, "0") + str(seed)
+    config = {**base.config, "seed": seed}
+    return base.model_copy(update={"id": run, "metrics": metrics, "config": config})
+
+
+def test_a_page_of_several_seeds_begins_with_what_holds_over_them():
+    scores = {
+        "dense": [0.9] * 3, "first": [0.2, 0.3, 0.4], "second|best": [0.7, 0.2, 0.8],
+    }  # fmt: skip
+    found = {
+        slot: [
+            seeded(slot.row.split("|")[0], seed, score)
+            for seed, score in enumerate(scores[slot.row], 1)
+        ]
+        for slot in table_slots(CONFIG)
+        if slot.variant in ("", "20 %")
+    }
+    page = results_page(CONFIG, found, lambda run: samples(run[:11]), "bench table mine")
+    start, rest = page.split("A share is of the weights.")
+    assert start.startswith(
+        "# One model, two methods\n\nThis page is based on 3 seeds. Of 3 differences in pairs of "
+        "seeds, none is significant (p below 0.05 after Holm's correction). With 3 pairs, p is at "
+        "least 0.25 before the correction.\n\n"
+        "- worse than dense with every seed: first 20 % (-60.0 ± 10.0), "
+    )
+    assert "of the first seed alone: of 6 paired differences, " in start
+    assert "than first 20 %" not in start  # It is better with two of three seeds.
+    against_first = rows_of(rest, "### Over seeds, against first 20 %\n")
+    assert against_first == {"second!best 20 %": ["mean %", "3", "56.7", "+26.7 ± 32.1", "0.500"]}
+
+
+def test_a_page_of_one_seed_says_nothing_over_seeds(found):
+    page = results_page(CONFIG, found, samples, "bench table mine --page mine.md")
+    assert "seed" not in page
