@@ -60,6 +60,8 @@ _TORCHVISION_SETS = {
 }
 PACKAGED_SETS = ("digits", "mnist_5k")
 """Sets that need no folder."""
+QUICK_SETS = (*PACKAGED_SETS, "folder")
+"""Sets that load at once, because they are small or their images are decoded when needed."""
 KNOWN_SETS = (*PACKAGED_SETS, *_TORCHVISION_SETS, "imagenet")
 IMAGE_SETS = (*KNOWN_SETS, "folder")
 IMAGENET_SHAPE = ImageShape(3, IMAGENET_SIZE, 1000)

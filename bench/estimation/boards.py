@@ -97,9 +97,7 @@ def measured_once(
     if known is not None:
         return known
     file = _file(facts)
-    found, machine = measured_quietly(
-        measure, select_device("auto"), _ATTEMPTS, _PATIENCE_SECONDS
-    )
+    found, machine = measured_quietly(measure, select_device("auto"), _ATTEMPTS, _PATIENCE_SECONDS)
     _known[file] = found
     # Other processes slow everything, so figures measured beside them are not cached.
     if found is not None:

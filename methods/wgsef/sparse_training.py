@@ -97,7 +97,8 @@ class ClassifierTraining(Method):
         # An ImageNet folder may hold only a subset of the classes.
         given = replace(known, classes=config.classes) if self.data == "imagenet" else known
         config.refuse_mismatched_images(self.data, given)
-        refuse_untrainable(config, self.recipe.batch)
+        quick = self.data in image_catalogue.QUICK_SETS
+        refuse_untrainable(config, self.recipe.batch, self._splits(config) if quick else None)
         return config
 
     def work(self, structure: ModelStructure, inputs: InputSize) -> MethodWork:

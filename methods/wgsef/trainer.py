@@ -68,11 +68,13 @@ class TrainingOutcome:
     history: list[HistoryLine] = field(default_factory=list)
 
 
-def refuse_untrainable(config: VisionConfig, batch: int) -> None:
-    """Raise if the network does not return logits [B, K] for a batch in training mode.
+def refuse_untrainable(config: VisionConfig, batch: int, splits: Splits | None) -> None:
+    """Raise if known training images are fewer than a batch, or the network returns no logits.
 
-    Some networks return a tuple then, with the outputs of auxiliary heads.
+    Some networks return a tuple in training mode, with the outputs of auxiliary heads.
     """
+    if splits is not None:
+        _refuse_few_images(splits, batch)
     with torch.device("meta"):
         network = build_classifier(config).train()
         try:
@@ -89,6 +91,14 @@ def refuse_untrainable(config: VisionConfig, batch: int) -> None:
         )
 
 
+def _refuse_few_images(splits: Splits, batch: int) -> None:
+    if len(splits.train) < batch:
+        raise UserError(
+            f"recipe.batch={batch} is larger than the training set of {len(splits.train)} images "
+            f"of {splits.name}: use a smaller batch"
+        )
+
+
 class Trainer:
     """Carries out a training job; call `run` once."""
 
@@ -97,11 +107,7 @@ class Trainer:
         self._checkpoints = CheckpointManager(job.folder, job.progress)
         self._device = job.partition.device
         self._epoch_steps = len(job.splits.train) // job.recipe.batch
-        if self._epoch_steps == 0:
-            raise UserError(
-                f"recipe.batch={job.recipe.batch} is larger than the training set of "
-                f"{len(job.splits.train)} images: use a smaller batch"
-            )
+        _refuse_few_images(job.splits, job.recipe.batch)
         self._total = self._epoch_steps * job.recipe.epochs
         self._sparse_steps = max(1, round(job.recipe.sparse_share * self._total))
         # Networks are loaded in eval mode and without gradients, in which solvers cannot trace.

@@ -258,6 +258,8 @@ def test_k_groups_stay_when_k_is_given():
         ({"k": 9}, "leaves 9 of 160 groups, fewer than the floors of all layers together"),
         ({"data": "mnist"}, "built for 1 channels, size 8 and 10 classes; mnist has 1, 28 and 10"),
         ({"data": "mnits"}, "did you mean 'mnist'"),
+        ({"recipe": {"batch": 1201}}, "batch=1201 is larger than the training set of 1200 images"),
+        ({"recipe": {"batch": 1100}, "split": "validation"}, "the training set of 1000 images"),
         ({"groups": "depth"}, "no residual branches"),
         ({"groups": "columns", "scope": "pattern", "pattern": [2, 4]}, r"not fit the 1 columns"),
     ],
