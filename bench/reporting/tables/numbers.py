@@ -39,14 +39,18 @@ def our_value(column: TableColumn, records: Sequence[Record]) -> OurValue | None
     """Return a column's number over the runs of a line, or None if one of them lacks it.
 
     A single run has the standard error over its samples. Several runs (seeds) have the standard
-    error of their mean, with Student's t for the interval.
+    error of their mean, with Student's t for the interval, unless all scored the same network.
     """
     found = [_record_value(column, record) for record in records]
     values = [value for value, _ in filter(None, found)]
     if not values or len(values) < len(found):
         return None
     ids = tuple(record.id for record in records)
-    if len(values) > 1:
+    # The seed does not change the dense model or a method without chance: the mean over such runs
+    # is as uncertain as each of them, because they share their samples.
+    networks = {record.provenance.get("network") for record in records}
+    repeated = column.quantity is None and len(networks) == 1 and None not in networks
+    if len(values) > 1 and not repeated:
         stderr: float | None = statistics.stdev(values) / math.sqrt(len(values))
         # With two or three seeds a normal interval is far too narrow: t is 12.7 and 4.3 instead of
         # the normal quantile 1.96.

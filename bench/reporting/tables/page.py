@@ -133,7 +133,9 @@ def _numbers(table: Table) -> Iterator[str]:
         yield f"## {section}" if len(sections) > 1 else "## Numbers"
         rows = [list(_line_texts(table.columns, line)) for line in lines if line.runs]
         yield _pipe_table(heads, rows, numbers=len(heads) - 1)
-    yield "± is one standard error over the samples; - marks a missing number."
+    seeds = any(len(line.runs) > 1 for line in table.lines)
+    or_seeds = ", or of the mean over seeds in lines whose networks differ" if seeds else ""
+    yield f"± is one standard error over the samples{or_seeds}; - marks a missing number."
 
 
 def _caveats(config: TableConfig, records: Iterable[Record]) -> Iterator[str]:

@@ -175,6 +175,16 @@ def test_several_seeds_are_a_mean_with_students_interval():
     assert alone.lines == ()
 
 
+def test_seeds_of_one_network_are_as_uncertain_as_its_samples():
+    config = load_table_config("wgsef_grid", "micro")
+    slot = next(s for s in table_slots(config) if s.row == "dense")
+    records = [recorded(i, metric("digits", 0.9), harness="images") for i in range(2)]
+    same = [r.model_copy(update={"provenance": r.provenance | {"network": "a"}}) for r in records]
+    cell = lines_of(build_table(config, {slot: same}))["micro_resnet", "dense", ""].cells[0]
+    assert (cell.ours.value, cell.ours.stderr) == (pytest.approx(90), pytest.approx(1))
+    assert cell.ours.high - cell.ours.value == pytest.approx(1.96, abs=1e-3)
+
+
 def micro_camera(**values):
     """`camera_main`'s stand-in with averages of some methods at 40 %, in %."""
     config = load_table_config("camera_main", "micro")

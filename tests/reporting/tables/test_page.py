@@ -288,15 +288,16 @@ def test_a_page_of_several_seeds_begins_with_what_holds_over_them():
     scores = {
         "dense": [0.9] * 3, "first": [0.2, 0.3, 0.4], "second|best": [0.7, 0.2, 0.8],
     }  # fmt: skip
+    config = CONFIG.model_copy(update={"seeds": (1, 2, 3)})
     found = {
         slot: [
             seeded(slot.row.split("|")[0], seed, score)
             for seed, score in enumerate(scores[slot.row], 1)
         ]
-        for slot in table_slots(CONFIG)
+        for slot in table_slots(config)
         if slot.variant in ("", "20 %")
     }
-    page = results_page(CONFIG, found, lambda run: samples(run[:11]), "bench table mine")
+    page = results_page(config, found, lambda run: samples(run[:11]), "bench table mine")
     start, rest = page.split("A share is of the weights.")
     assert start.startswith(
         "# One model, two methods\n\nThis page is based on 3 seeds. Of 3 differences in pairs of "
@@ -305,6 +306,7 @@ def test_a_page_of_several_seeds_begins_with_what_holds_over_them():
         "- worse than dense with every seed: first 20 % (-60.0 ± 10.0), "
     )
     assert "of the first seed alone: of 6 paired differences, " in start
+    assert "or of the mean over seeds" in rest
     assert "than first 20 %" not in start  # It is better with two of three seeds.
     against_first = rows_of(rest, "### Over seeds, against first 20 %\n")
     assert against_first == {"second!best 20 %": ["mean %", "3", "56.7", "+26.7 ± 32.1", "0.500"]}
