@@ -116,3 +116,23 @@ def test_the_processor_is_named_by_its_model_where_the_system_tells(monkeypatch)
     assert devices.describe_device()["cpu"] == "Some CPU @ 3 GHz"
     monkeypatch.setattr(devices.Path, "read_text", lambda *_, **__: "flags: none\n")
     assert devices.describe_device()["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mebibytes", "reported"),
+    [
+        (torch.float32, 200, False),
+        (torch.float32, 600, True),
+        # Kernels for 16-bit products are compiled once per shape and kept.
+        (torch.bfloat16, 1200, False),
+        (torch.float16, 1200, False),
+        (torch.bfloat16, 2000, True),
+    ],
+)
+def test_compiled_kernels_of_16_bit_products_are_no_leak(monkeypatch, dtype, mebibytes, reported):
+    used = [0]
+    monkeypatch.setattr(devices.LeakMonitor, "_used", lambda _: used[0])
+    network = torch.nn.Linear(4, 4, dtype=dtype)
+    leaks = devices.LeakMonitor(network, torch.device("cpu"))
+    used[0] = mebibytes * 2**20
+    assert leaks.leaked_bytes(network) == (used[0] if reported else 0)
