@@ -60,7 +60,7 @@ def parse_record(text: bytes) -> Record:
         raise ValueError("not a record: the file does not contain a JSON object")
     version = content.get("schema_version")
     if version not in READABLE_SCHEMAS:
-        raise ValueError(f"its schema is version {version}, this program reads up to {SCHEMA}")
+        raise ValueError(f"its schema is version {version!r}, this program reads up to {SCHEMA}")
     # Before validation and migration, which change values. The checksum of the values is used,
     # because other programs may have reformatted the file.
     content.pop("text_checksum", None)

@@ -134,6 +134,7 @@ def test_writing_again_replaces_the_record(tmp_path):
     [
         (lambda text: text[: len(text) // 2], "not JSON"),
         (lambda text: json.dumps({**json.loads(text), "schema_version": 99}), "version 99"),
+        (lambda text: json.dumps({**json.loads(text), "schema_version": "3"}), "version '3'"),
         (lambda text: "[]", "does not contain a JSON object"),
         (lambda text: json.dumps({"schema_version": 1}), "id: field required"),
     ],
