@@ -230,11 +230,11 @@ def total_bytes(device: torch.device) -> int:
 TOLERATED_GROWTH = 256 * 2**20
 """Bytes that may remain: imported modules, allocator reserves, caches of libraries."""
 
-KERNEL_CACHE = 1536 * 2**20
-"""Bytes that kernels for 16-bit products on a CPU may occupy in addition."""
-# oneDNN compiles one per shape and keeps the last 1,024. Batches of experts have many
+# oneDNN compiles one kernel per shape and keeps the last 1,024. Batches of experts have many
 # lengths: 2,400 of them left 1.1 GiB, and 1,000 more added nothing. torch does not export the
 # functions that empty this cache.
+KERNEL_CACHE = 1536 * 2**20
+"""Bytes that kernels for 16-bit products on a CPU may occupy in addition."""
 
 
 class LeakMonitor:
