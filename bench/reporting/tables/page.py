@@ -204,7 +204,7 @@ def _family(
     A single task has no average and stands for itself.
     """
     from bench.reporting.comparison import ComparedRun, compare
-    from bench.reporting.comparison.seeds import contrasts_over_seeds
+    from bench.reporting.comparison.seeds import comparable, contrasts_over_seeds
 
     def with_samples(slot: TableSlot) -> ComparedRun:
         # The first seed represents a line of several seeds, because samples are paired, not means.
@@ -218,7 +218,11 @@ def _family(
     texts = frozenset(compared.baseline.config["benchmark"].get("perplexity", {}))
     averaged = any(c.task == AVERAGE for c in compared.contrasts)
     kept = [c for c in compared.contrasts if c.task in {AVERAGE, *texts} or not averaged]
-    series = {_slot_text(slot): slot_records[slot] for slot in (base, *others)}
+    series = {
+        _slot_text(slot): slot_records[slot]
+        for slot in (base, *others)
+        if all(comparable(record, compared.baseline) for record in slot_records[slot])
+    }
     over_seeds = contrasts_over_seeds(series, _slot_text(base))
     yield _Family(_slot_text(base), texts, names, kept, compared.refused, over_seeds)
 
@@ -283,23 +287,25 @@ def _seed_findings(families: Sequence[_Family]) -> Iterator[str]:
         return
     significant = [c for c in contrasts if c.p_holm < SIGNIFICANCE_LEVEL]
     pairs = sorted({c.pairs for c in contrasts})
-    yield (
-        f"This page is based on {' or '.join(map(str, pairs))} seeds. Of {len(contrasts)} "
-        f"differences in pairs of seeds, {_verdict(len(significant))}. With {pairs[-1]} pairs, p "
-        f"is at least {2 / 2 ** pairs[-1]:.2g} before the correction."
-    )
     lines = []
     for family in families:
         one_sided: dict[str, list[str]] = {"better": [], "worse": []}
         for c in family.over_seeds:
             if c.one_sided:
+                mark = ", significant" if c in significant else ""
                 side = "better" if c.better else "worse"
-                one_sided[side].append(f"{c.series} ({c.difference_text})")
+                one_sided[side].append(f"{c.series} ({c.difference_text}{mark})")
         lines += [
-            f"- {side} than {family.base} with every seed: {', '.join(names)}"
+            f"- {side} than {family.base}: {', '.join(names)}"
             for side, names in one_sided.items()
             if names
         ]
+    yield (
+        f"This page is based on {' or '.join(map(str, pairs))} seeds. Of {len(contrasts)} "
+        f"differences in pairs of seeds, {_verdict(len(significant))}. With {pairs[-1]} pairs, p "
+        f"is at least {2 / 2 ** pairs[-1]:.2g} before the correction. "
+        f"{'These' if lines else 'None'} have the same sign with every seed{':' if lines else '.'}"
+    )
     if lines:
         yield "\n".join(lines)
 

@@ -302,8 +302,8 @@ def test_a_page_of_several_seeds_begins_with_what_holds_over_them():
     assert start.startswith(
         "# One model, two methods\n\nThis page is based on 3 seeds. Of 3 differences in pairs of "
         "seeds, none is significant (p below 0.05 after Holm's correction). With 3 pairs, p is at "
-        "least 0.25 before the correction.\n\n"
-        "- worse than dense with every seed: first 20 % (-60.0 ± 10.0), "
+        "least 0.25 before the correction. These have the same sign with every seed:\n\n"
+        "- worse than dense: first 20 % (-60.0 ± 10.0), "
     )
     assert "of the first seed alone: of 6 paired differences, " in start
     assert "or of the mean over seeds" in rest
@@ -315,3 +315,18 @@ def test_a_page_of_several_seeds_begins_with_what_holds_over_them():
 def test_a_page_of_one_seed_says_nothing_over_seeds(found):
     page = results_page(CONFIG, found, samples, "bench table mine --page mine.md")
     assert "seed" not in page
+
+
+def test_seeds_of_other_questions_are_not_paired():
+    config = CONFIG.model_copy(update={"seeds": (1, 2)})
+    found = {
+        slot: [seeded(slot.row.split("|")[0], seed, 0.5) for seed in (1, 2)]
+        for slot in table_slots(config)
+        if slot.row != "second|best" and slot.variant in ("", "20 %")
+    }
+    other = {"benchmark": {"name": "exams", "limit": 9, "perplexity": {"wiki": {"window": 64}}}}
+    for slot, records in found.items():
+        if slot.row == "first":
+            found[slot] = [r.model_copy(update={"config": {**r.config, **other}}) for r in records]
+    page = results_page(config, found, lambda run: samples(run[:11]), "bench table mine")
+    assert "pairs of seeds" not in page
