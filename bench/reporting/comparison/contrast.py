@@ -59,6 +59,11 @@ class Contrast:
     retention_high: float | None = None
     note: str | None = None
 
+    @property
+    def better(self) -> bool:
+        """Whether the candidate is better than the baseline."""
+        return (self.difference > 0) == self.higher_is_better
+
 
 @dataclass(frozen=True)
 class PairedScores:

@@ -141,8 +141,7 @@ def _colour_difference(row: Contrast, text: str) -> Text:
     """Colour a significant difference green if it is better, red if it is worse."""
     if row.p_holm is None or row.p_holm > SIGNIFICANCE_LEVEL:
         return Text(text)
-    better = (row.difference > 0) == row.higher_is_better
-    return Text(text, style="green" if better else "red")
+    return Text(text, style="green" if row.better else "red")
 
 
 def difference_text(row: Contrast) -> str:

@@ -54,10 +54,9 @@ class SeedContrast:
         """Whether the series is better than the baseline's on average."""
         return (self.difference > 0) == self.higher_is_better
 
-    @property
-    def mean_text(self) -> str:
-        """The mean, with one decimal if it is in %."""
-        return f"{self.mean:.{self._digits}f}"
+    def number_text(self, value: float) -> str:
+        """Return a mean of the metric, with one decimal if it is in %."""
+        return f"{value:.{self._digits}f}"
 
     @property
     def difference_text(self) -> str:
@@ -181,9 +180,12 @@ def print_seeds(contrasts: Sequence[SeedContrast]) -> None:
     )
     worth = 1 if first.higher_is_better else -1
     for row in sorted(contrasts, key=lambda c: -worth * c.difference):
-        baseline = replace(row, mean=row.baseline_mean).mean_text
-        difference = row.difference_text
         table.add_row(
-            row.series, str(row.pairs), row.mean_text, baseline, difference, f"{row.p_holm:.3f}"
+            row.series,
+            str(row.pairs),
+            row.number_text(row.mean),
+            row.number_text(row.baseline_mean),
+            row.difference_text,
+            f"{row.p_holm:.3f}",
         )
     console().print(table)

@@ -219,9 +219,8 @@ def _family(
     averaged = any(c.task == AVERAGE for c in compared.contrasts)
     kept = [c for c in compared.contrasts if c.task in {AVERAGE, *texts} or not averaged]
     series = {
-        _slot_text(slot): slot_records[slot]
+        _slot_text(slot): [r for r in slot_records[slot] if comparable(r, compared.baseline)]
         for slot in (base, *others)
-        if all(comparable(record, compared.baseline) for record in slot_records[slot])
     }
     over_seeds = contrasts_over_seeds(series, _slot_text(base))
     yield _Family(_slot_text(base), texts, names, kept, compared.refused, over_seeds)
@@ -256,9 +255,10 @@ def _findings(families: Sequence[_Family]) -> Iterator[str]:
     yield f"{scope} {len(contrasts)} paired differences, {verdict}{':' if significant else '.'}"
     grouped: dict[tuple[str, str], dict[str, list[str]]] = {}
     for family, c in significant:
-        direction = "better" if (c.difference > 0) == c.higher_is_better else "worse"
         group = grouped.setdefault((_number_name(c), family.base), {"better": [], "worse": []})
-        group[direction].append(f"{family.names[c.run]} ({signed_text(c, c.difference)})")
+        group["better" if c.better else "worse"].append(
+            f"{family.names[c.run]} ({signed_text(c, c.difference)})"
+        )
     lines = [
         f"- {number} against {base}: "
         + "; ".join(f"{side}: {', '.join(names)}" for side, names in group.items() if names)
@@ -285,16 +285,17 @@ def _seed_findings(families: Sequence[_Family]) -> Iterator[str]:
     contrasts = [c for family in families for c in family.over_seeds]
     if not contrasts:
         return
-    significant = [c for c in contrasts if c.p_holm < SIGNIFICANCE_LEVEL]
+    significant = sum(c.p_holm < SIGNIFICANCE_LEVEL for c in contrasts)
     pairs = sorted({c.pairs for c in contrasts})
     lines = []
     for family in families:
         one_sided: dict[str, list[str]] = {"better": [], "worse": []}
         for c in family.over_seeds:
             if c.one_sided:
-                mark = ", significant" if c in significant else ""
-                side = "better" if c.better else "worse"
-                one_sided[side].append(f"{c.series} ({c.difference_text}{mark})")
+                mark = ", significant" if c.p_holm < SIGNIFICANCE_LEVEL else ""
+                one_sided["better" if c.better else "worse"].append(
+                    f"{c.series} ({c.difference_text}{mark})"
+                )
         lines += [
             f"- {side} than {family.base}: {', '.join(names)}"
             for side, names in one_sided.items()
@@ -302,7 +303,7 @@ def _seed_findings(families: Sequence[_Family]) -> Iterator[str]:
         ]
     yield (
         f"This page is based on {' or '.join(map(str, pairs))} seeds. Of {len(contrasts)} "
-        f"differences in pairs of seeds, {_verdict(len(significant))}. With {pairs[-1]} pairs, p "
+        f"differences in pairs of seeds, {_verdict(significant)}. With {pairs[-1]} pairs, p "
         f"is at least {2 / 2 ** pairs[-1]:.2g} before the correction. "
         f"{'These' if lines else 'None'} have the same sign with every seed{':' if lines else '.'}"
     )
@@ -329,7 +330,7 @@ def _seed_comparisons(families: Sequence[_Family]) -> Iterator[str]:
                         c.series,
                         c.metric,
                         str(c.pairs),
-                        c.mean_text,
+                        c.number_text(c.mean),
                         c.difference_text,
                         f"{c.p_holm:.3f}",
                     )

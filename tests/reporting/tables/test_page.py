@@ -317,16 +317,22 @@ def test_a_page_of_one_seed_says_nothing_over_seeds(found):
     assert "seed" not in page
 
 
-def test_seeds_of_other_questions_are_not_paired():
+@pytest.mark.parametrize(
+    ("row", "seeds"), [("first", {1, 2}), ("first", {2}), ("dense", {1, 2}), ("dense", {2})]
+)
+def test_seeds_of_other_questions_are_not_paired(row, seeds):
     config = CONFIG.model_copy(update={"seeds": (1, 2)})
+    other = {"benchmark": {"name": "exams", "limit": 9, "perplexity": {"wiki": {"window": 64}}}}
+
+    def of(slot, seed):
+        made = seeded(slot.row.split("|")[0], seed, 0.5)
+        changed = other if slot.row == row and seed in seeds else {}
+        return made.model_copy(update={"config": {**made.config, **changed}})
+
     found = {
-        slot: [seeded(slot.row.split("|")[0], seed, 0.5) for seed in (1, 2)]
+        slot: [of(slot, seed) for seed in (1, 2)]
         for slot in table_slots(config)
         if slot.row != "second|best" and slot.variant in ("", "20 %")
     }
-    other = {"benchmark": {"name": "exams", "limit": 9, "perplexity": {"wiki": {"window": 64}}}}
-    for slot, records in found.items():
-        if slot.row == "first":
-            found[slot] = [r.model_copy(update={"config": {**r.config, **other}}) for r in records]
     page = results_page(config, found, lambda run: samples(run[:11]), "bench table mine")
     assert "pairs of seeds" not in page
